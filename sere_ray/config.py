@@ -1,0 +1,122 @@
+"""The re-routing policy: one validated description, the same everywhere it is written.
+
+It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
+a result file. Key names and defaults are those of the specification (docs/rule.md).
+"""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sere_ray.errors import PolicyError
+
+Mode = Literal["off", "observe", "on"]
+
+
+class Policy(BaseModel):
+    """How a deployment re-routes.
+
+    Example:
+        >>> Policy.parse({"similarity": "demo.safetensors", "select_top_k": 2}).mode
+        'on'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    similarity: str = Field(min_length=1, description="path of the similarity artifact")
+    select_top_k: int = Field(ge=1, description="S: slots of a row that are never re-routed; <= K")
+    rule: Literal["sere"] = Field("sere", description="which rule re-routes")
+    threshold: float | None = Field(
+        None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in; null = any"
+    )
+    min_primary_experts: int | None = Field(
+        None, ge=0, description="m: least size of the primary set; null = K of the model"
+    )
+    union: Literal["global"] = Field(
+        "global", description="rows the primary set is taken over: those of all ranks"
+    )
+    mode: Mode = Field(
+        "on", description="off = exact; observe = exact, but count what `on` would read"
+    )
+    prefer_local_rank: None = Field(
+        None, description="reserved for expert parallelism: only null in this version"
+    )
+
+    @classmethod
+    def parse(cls, value: object, *, where: str = "sere") -> Self:
+        """Validate a mapping.
+
+        Args:
+            value: what the user wrote.
+            where: name of the mapping in error messages.
+
+        Raises:
+            PolicyError: one line for each mistake: key, value, what is allowed, what to do.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise PolicyError(
+                f"{where} = {value!r}: must be a mapping of policy keys, "
+                f'for example {{"similarity": "FILE", "select_top_k": 2}}'
+            )
+        try:
+            policy = cls.model_validate(value)
+        except ValidationError as error:
+            raise PolicyError("; ".join(_explain(e, where) for e in error.errors())) from None
+        if policy.threshold is not None and not math.isfinite(policy.threshold):
+            raise PolicyError(f"{where}.threshold = {policy.threshold}: must be 0..1 or null")
+        return policy
+
+    def for_model(self, *, top_k: int, where: str = "sere") -> "BoundPolicy":
+        """Check the policy against a model's K and fill the default floor.
+
+        Raises:
+            PolicyError: ``select_top_k`` is larger than K.
+        """
+        if self.select_top_k > top_k:
+            raise PolicyError(
+                f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
+                f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
+            )
+        floor = top_k if self.min_primary_experts is None else self.min_primary_experts
+        return BoundPolicy(
+            mode=self.mode,
+            select_top_k=self.select_top_k,
+            threshold=self.threshold,
+            min_primary_experts=floor,
+        )
+
+    @property
+    def similarity_path(self) -> Path:
+        """The artifact's path with ``~`` expanded."""
+        return Path(self.similarity).expanduser()
+
+
+class BoundPolicy(BaseModel):
+    """The numbers of a policy for one model: what the rule is called with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode
+    select_top_k: int
+    threshold: float | None
+    min_primary_experts: int
+
+
+def _explain(error: Any, where: str) -> str:
+    path = ".".join([where, *(str(part) for part in error["loc"])])
+    key = str(error["loc"][0]) if error["loc"] else ""
+    keys = list(Policy.model_fields)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}"
+    about = Policy.model_fields[key].description
+    if error["type"] == "missing":
+        return f"{path} is missing: give it ({about})"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{path} = {error['input']!r}: {message} ({about})"

@@ -1,0 +1,1 @@
+"""Everything that knows vLLM. Nothing outside this package imports vLLM internals."""

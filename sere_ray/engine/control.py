@@ -1,0 +1,31 @@
+"""Read counters and set the policy of a running engine, from the process that owns it."""
+
+from typing import Any, Protocol
+
+from sere_ray.config import Policy
+
+
+class Engine(Protocol):
+    """What ``vllm.LLM`` offers for control."""
+
+    def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[Any]:
+        """Call a method of every worker by name."""
+        ...
+
+
+def read_counters(engine: Engine, *, reset: bool = True) -> dict[str, Any]:
+    """Counters of the first worker (tensor-parallel workers count the same rows).
+
+    Raises:
+        AttributeError: the engine runs without the ``sere`` key.
+    """
+    counters: dict[str, Any] = engine.collective_rpc("sere_counters", args=(reset,))[0]
+    return counters
+
+
+def set_policy(engine: Engine, policy: Policy) -> None:
+    """Set the policy of every worker from the next step on.
+
+    Requests that arrive later never find KV blocks that were computed under the old policy.
+    """
+    engine.collective_rpc("sere_set_policy", args=(policy.model_dump(),))

@@ -1,0 +1,39 @@
+"""Which rows of a step may be re-routed. Pure numpy: no vLLM, no device."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sere_ray.rules import EXACT, REROUTABLE
+
+Ints = NDArray[np.integer]
+
+
+def request_kinds(num_computed: Ints, num_prompt: Ints, num_known: Ints) -> NDArray[np.int8]:
+    """Kind of every request of a step.
+
+    A request decodes when all its prompt and all but its newest known token have been computed.
+    A preempted request that recomputes its own answer does not: those rows are exact again.
+
+    Args:
+        num_computed: ``[R]`` tokens already in the KV cache.
+        num_prompt: ``[R]`` tokens of the prompt.
+        num_known: ``[R]`` tokens of prompt and answer so far (without speculative drafts).
+
+    Returns:
+        ``[R]`` int8 of ``REROUTABLE`` and ``EXACT``.
+    """
+    decodes = (num_computed >= num_prompt) & (num_computed + 1 >= num_known)
+    return np.where(decodes, REROUTABLE, EXACT).astype(np.int8)
+
+
+def row_kinds(kinds: NDArray[np.int8], query_start: Ints) -> NDArray[np.int8]:
+    """Spread request kinds over rows.
+
+    Args:
+        kinds: ``[R]`` int8.
+        query_start: ``[R + 1]`` first row of each request, and the end.
+
+    Returns:
+        ``[query_start[-1]]`` int8.
+    """
+    return np.repeat(kinds, np.diff(query_start))

@@ -1,0 +1,254 @@
+"""The only code that changes vLLM, and the ledger of every change.
+
+Observers, in place wherever the plugin is loaded; without the ``sere`` key they call straight
+through and change nothing:
+
+=====================================  ==========================================================
+target                                 what, why, remove when
+=====================================  ==========================================================
+VllmConfig.__post_init__               Validate the key before the model loads. Why: a plugin gets
+                                       no configuration. Remove: vLLM hands plugins the config.
+MoERunner.__init__                     Attach the rule to each layer's router, and put the patches
+                                       below in place. Why: the runner holds its router by
+                                       reference, so it must be changed as it is built. Remove:
+                                       vLLM offers a hook after ``_compute_routing``.
+EngineCore.preprocess_add_request      Add the policy version to ``cache_salt``, so that blocks
+                                       computed under one policy are never found under another.
+                                       Remove: prefix caching takes an engine-wide salt.
+EngineCore.collective_rpc              Notice a policy change and raise that version. Remove: as
+                                       above.
+=====================================  ==========================================================
+
+Patches, put in place by the first layer that is built under a ``sere`` key:
+
+=====================================  ==========================================================
+BaseRouter subclass of each instance   ``_compute_routing`` ends in the op ``sere_ray::reroute``,
+                                       on logical ids, before the load balancer's map. Remove:
+                                       as for MoERunner.
+GPUModelRunner._model_forward          Row kinds and step totals around the forward pass (warm-up
+                                       calls the model directly and so stays exact). Remove: vLLM
+                                       exposes row kinds in the forward context.
+base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
+loading                                checkpoint's values. Remove: a hook after weight loading.
+WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name. Remove:
+                                       ``worker_extension_cls`` takes several classes.
+=====================================  ==========================================================
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere_ray.engine.checks import (
+    check_config,
+    check_routes_outside_kernel,
+    sere_config,
+)
+from sere_ray.engine.row_kinds import request_kinds, row_kinds
+from sere_ray.engine.state import EngineState, active_state
+from sere_ray.errors import UnsupportedError
+
+logger = logging.getLogger("vllm.sere_ray")
+_MARK = "_sere_ray_original"
+
+
+def install_observers() -> None:
+    """Put the observers in place; calling it again does nothing."""
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.engine.core import EngineCore
+
+    _define_op()
+    _wrap(VllmConfig, "__post_init__", _validate_config)
+    _wrap(MoERunner, "__init__", _attach_runner)
+    _wrap(EngineCore, "preprocess_add_request", _salt_request)
+    _wrap(EngineCore, "collective_rpc", _notice_policy_change)
+
+
+def _install_patches() -> None:
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    _wrap(GPUModelRunner, "_model_forward", _run_step)
+    _wrap(base_loader, "process_weights_after_loading", _check_loaded)
+    for method in (sere_counters, sere_set_policy):
+        setattr(WorkerBase, method.__name__, method)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once."""
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, wrapped)
+
+
+# --- front end: validate before anything loads -------------------------------------------------
+
+
+def _validate_config(original: Callable[..., Any], config: Any) -> None:
+    original(config)
+    model = config.model_config
+    if model is None or model.is_submodel_config or sere_config(config) is None:
+        return
+    check_config(config)
+
+
+# --- worker: attach the rule to every layer ----------------------------------------------------
+
+_states: dict[int, EngineState] = {}  # by id() of the engine's VllmConfig, which outlives it
+
+
+def _state_of(vllm_config: Any) -> EngineState:
+    key = id(vllm_config)
+    if key not in _states:
+        policy, artifact = check_config(vllm_config)
+        _states[key] = EngineState.create(
+            policy,
+            artifact,
+            top_k=vllm_config.model_config.get_num_experts_per_tok(),
+            max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=torch.device(vllm_config.device_config.device_type),
+        )
+        logger.info("sere-ray: %s; CPU reference path", policy.model_dump_json())
+    return _states[key]
+
+
+def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    original(runner, *args, **kwargs)
+    vllm_config = get_current_vllm_config()
+    if sere_config(vllm_config) is None:
+        return
+    _install_patches()
+    state, layer = _state_of(vllm_config), runner.layer_id
+    state.artifact.matrix(layer, path=state.policy.similarity)
+    method = runner.routed_experts.quant_method
+    backend = getattr(getattr(method, "experts_cls", method), "__name__", type(method).__name__)
+    check_routes_outside_kernel(runner.layer_name, runner.is_monolithic, backend)
+    if not isinstance(runner.router, BaseRouter):
+        raise UnsupportedError(
+            f"sere: layer {runner.layer_name!r} has its own router "
+            f"{type(runner.router).__name__}; this model cannot be re-routed: remove the 'sere' key"
+        )
+    runner.router.__class__ = _rerouting_class(runner.router.__class__)
+    runner.router.sere_layer = layer
+    state.attached[layer] = runner.layer_name
+
+
+@functools.cache
+def _rerouting_class(router_class: type[Any]) -> type:
+    # A subclass with one base keeps the object layout, so an instance's __class__ may be set.
+    def _compute_routing(
+        self: Any, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        topk_weights, topk_ids = router_class._compute_routing(
+            self, hidden_states, router_logits, *args, **kwargs
+        )
+        return topk_weights, torch.ops.sere_ray.reroute(topk_ids, topk_weights, self.sere_layer)
+
+    return type(
+        f"Rerouting{router_class.__name__}", (router_class,), {"_compute_routing": _compute_routing}
+    )
+
+
+@functools.cache
+def _define_op() -> None:
+    """One opaque op, so that Dynamo does not trace the rule; the state is looked up at run time."""
+
+    def reroute(topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
+        state = active_state()
+        return topk_ids.clone() if state is None else state.reroute(layer, topk_ids, topk_weights)
+
+    op = torch.library.custom_op(
+        "sere_ray::reroute",
+        reroute,
+        mutates_args=(),
+        schema="(Tensor topk_ids, Tensor topk_weights, int layer) -> Tensor",
+    )
+    op.register_fake(lambda topk_ids, topk_weights, layer: torch.empty_like(topk_ids))
+
+
+# --- worker: after loading, and around each step -----------------------------------------------
+
+
+def _check_loaded(
+    original: Callable[..., Any], model: Any, model_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    for state in _states.values():
+        _check_router_weights(state, model)
+    original(model, model_config, *args, **kwargs)
+
+
+def _check_router_weights(state: EngineState, model: Any) -> None:
+    """Compare each gate with the one that was calibrated. Its name ends where experts' begins."""
+    if state.artifact.metadata.synthetic:
+        return
+    modules = dict(model.named_modules())
+    for layer, name in state.attached.items():
+        gate = modules.get(name.rpartition(".")[0] + ".gate")
+        if gate is None:
+            raise UnsupportedError(
+                f"sere: layer {name!r} has no module 'gate' beside its experts, so the artifact "
+                "cannot be checked; this model is not supported: remove the 'sere' key"
+            )
+        state.artifact.check_router(layer, gate.weight, path=state.policy.similarity)
+
+
+def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    state = _states.get(id(runner.vllm_config))
+    if state is None:
+        return original(runner, *args, **kwargs)
+    batch, count = runner.input_batch, runner.input_batch.num_reqs
+    kinds = request_kinds(
+        batch.num_computed_tokens_cpu[:count],
+        batch.num_prompt_tokens[:count],
+        batch.num_tokens_no_spec[:count],
+    )
+    with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
+        return original(runner, *args, **kwargs)
+
+
+# --- worker: control by name through collective_rpc --------------------------------------------
+
+
+def sere_counters(worker: Any, reset: bool = True) -> dict[str, Any]:
+    """Counters of this worker; see :meth:`EngineState.read_counters`."""
+    return _states[id(worker.vllm_config)].read_counters(reset=reset)
+
+
+def sere_set_policy(worker: Any, policy: dict[str, Any]) -> dict[str, Any]:
+    """Set the policy of this worker from the next step on."""
+    return _states[id(worker.vllm_config)].set_policy(policy).model_dump()
+
+
+# --- engine core: KV blocks of one policy are never found under another -------------------------
+
+
+def _notice_policy_change(
+    original: Callable[..., Any], core: Any, method: Any, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(core, method, *args, **kwargs)
+    if method == sere_set_policy.__name__:
+        core.sere_policy_version = getattr(core, "sere_policy_version", 0) + 1
+    return result
+
+
+def _salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
+    version = getattr(core, "sere_policy_version", 0)
+    if version:
+        request.cache_salt = f"{request.cache_salt or ''}|sere-policy-{version}"
+    return original(core, request)

@@ -88,6 +88,16 @@ def check_options(vllm_config: Any) -> None:
             "the union over all ranks is not written yet",
             "use data_parallel_size = 1",
         ),
+        (
+            vllm_config.use_v2_model_runner,
+            "model runner V2: row kinds are read from V1 in this version",
+            "set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: not tested yet",
+            "use pipeline_parallel_size = 1",
+        ),
         (parallel.enable_eplb, "enable_eplb = True: not tested yet", "start without it"),
         (parallel.use_ubatching, "micro-batching (enable_dbo): not supported", "start without it"),
     ]

@@ -29,3 +29,16 @@ def set_policy(engine: Engine, policy: Policy) -> None:
     Requests that arrive later never find KV blocks that were computed under the old policy.
     """
     engine.collective_rpc("sere_set_policy", args=(policy.model_dump(),))
+
+
+def experts_read(counters: dict[str, Any], field: str) -> float:
+    """Mean number of distinct experts per layer and decode-only step.
+
+    Args:
+        counters: of :func:`read_counters`.
+        field: ``experts_before`` or ``experts_after``.
+    """
+    decode = counters["decode_only"]
+    per_layer: list[int] = decode[field]
+    steps: int = max(decode["steps"], 1)
+    return sum(per_layer) / len(per_layer) / steps

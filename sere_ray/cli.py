@@ -1,0 +1,207 @@
+"""The ``sere-ray`` command. Parses, calls the library, prints; no logic of its own."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from sere_ray import __version__
+from sere_ray.errors import SereError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Serve mixture-of-experts models faster: batch-level expert re-routing for vLLM.
+
+    In a decode step of a batch almost every expert is read from memory. Re-routing keeps the
+    experts that some token wants most and sends the other choices to the most similar kept one.
+
+    First steps:
+
+        sere-ray demo                                   # see it on a laptop, no GPU
+
+        sere-ray calibrate MODEL --data text.jsonl --out MODEL.sere.safetensors
+
+        vllm serve MODEL --additional-config
+          '{"sere": {"similarity": "MODEL.sere.safetensors", "select_top_k": 2}}'
+    """,
+)
+artifact_app = typer.Typer(no_args_is_help=True, help="Look at, import or make up an artifact.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
+app.add_typer(artifact_app, name="artifact")
+app.add_typer(bench_app, name="bench")
+console = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Print what the user has to fix as one line, exit code 2, no traceback."""
+    try:
+        yield
+    except SereError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Batch-level expert re-routing."""
+    if not sys.platform.startswith("linux"):
+        console.print("error: sere-ray runs on Linux; use a container or WSL2", style="red")
+        raise typer.Exit(2)
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
+    data: Annotated[
+        str, typer.Option(help="parquet, jsonl or text file, or a data set of the hub.")
+    ],
+    out: Out,
+    metric: Annotated[
+        Literal["frobenius", "cosine", "cka", "cka-exact"],
+        typer.Option(help="How alike two experts' outputs are."),
+    ] = "frobenius",
+    sequences: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 400,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
+    revision: Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Measure how alike the experts of MODEL are and write the similarity artifact.
+
+    Example: sere-ray calibrate Qwen/Qwen3-30B-A3B --data fineweb-edu.parquet --out q3.safetensors
+    """
+    with _user_errors():
+        from sere_ray.calibration import calibrate as run
+
+        run(
+            model,
+            revision=revision,
+            data=data,
+            metric=metric,
+            sequences=sequences,
+            length=length,
+            out=out,
+            batch_size=batch_size,
+            device=device,
+            text_column=text_column,
+            console=console,
+        )
+    print(out)
+
+
+@artifact_app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A similarity artifact.")],
+    png: Annotated[
+        Path | None, typer.Option(help="Heat map; default is FILE with the suffix .png.")
+    ] = None,
+) -> None:
+    """Print origin and per-layer statistics of FILE and draw its matrices.
+
+    Example: sere-ray artifact inspect demo.safetensors
+    """
+    with _user_errors():
+        from sere_ray.artifact_report import describe, draw_heat_maps
+
+        picture = png or file.with_suffix(".png")
+        Console().print(describe(file))
+        draw_heat_maps(file, picture)
+    print(picture)
+
+
+@artifact_app.command()
+def synthetic(
+    config: Annotated[Path, typer.Option(help="A model's config.json, or its folder.")],
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of the random matrices.")] = 0,
+) -> None:
+    """Write random matrices for a model's shape: for benchmarks with `--load-format dummy` only.
+
+    Example: sere-ray artifact synthetic --config config.json --out random.safetensors
+    """
+    with _user_errors():
+        from sere_ray.calibration.synthetic import synthetic_artifact
+
+        synthetic_artifact(config, seed=seed).save(out)
+    print(out)
+
+
+@artifact_app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="similarity_matrices.pt, or a calibrated checkpoint's folder.")
+    ],
+    model: Annotated[str, typer.Option(help="The plain model's folder or hub name.")],
+    out: Out,
+    metric: Annotated[
+        str | None, typer.Option(help="Which metric the matrices are, if you know.")
+    ] = None,
+) -> None:
+    """Bring over what the published SERE code calibrated. Pickled code is never run.
+
+    Example: sere-ray artifact import similarity_matrices.pt --model ./qwen3 --out q3.safetensors
+    """
+    with _user_errors():
+        from sere_ray.artifact_import import import_matrices
+
+        import_matrices(source, model, metric).save(out)
+    print(out)
+
+
+@app.command()
+def demo(
+    json: Annotated[Path | None, typer.Option(help="Write the measured numbers.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up afterwards.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
+) -> None:
+    """Serve a small trained model on CPU through Ray Serve, exact and re-routed, and compare.
+
+    Example: sere-ray demo --json demo.json --html demo.html
+    """
+    with _user_errors():
+        from sere_ray.demo.run import run_demo
+
+        run_demo(json=json, html=html, keep=keep, port=port, console=console)
+
+
+@bench_app.command("step-time")
+def step_time(
+    out: Out,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes, comma-separated.")] = "1,4,16",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of a point.")] = 5,
+    tokens: Annotated[int, typer.Option(min=4, help="Timed decode steps of a repeat.")] = 12,
+    model: Annotated[
+        Literal["random-2gb", "demo"], typer.Option(help="Random weights, or the demo model.")
+    ] = "random-2gb",
+    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
+) -> None:
+    """Decode step time on CPU: stock vLLM against this plugin, interleaved in one run.
+
+    Example: sere-ray bench step-time --out step-time-cpu.json
+    """
+    with _user_errors():
+        from sere_ray.evaluation.step_time import get_model, measure
+        from sere_ray.results import write_result
+
+        sizes = [int(size) for size in batches.split(",")]
+        rows = measure(
+            get_model(model), sizes, repeats, tokens, compiled=not eager, console=console
+        )
+        write_result(out, {"rows": rows})
+    print(out)

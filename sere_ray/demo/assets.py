@@ -1,0 +1,26 @@
+"""The files shipped with the package: model, held-out text, arithmetic, calibration text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+MODEL = _HERE / "model"
+"""The demo model (see its README.md for how it was trained)."""
+CALIBRATION = _HERE / "data" / "calibration.jsonl"
+"""Text of the training part, for similarity."""
+
+
+def heldout_texts() -> list[str]:
+    """Source of standard-library modules that the model never saw."""
+    return [record["text"] for record in _records("heldout.jsonl")]
+
+
+def arithmetic() -> list[tuple[str, str]]:
+    """Held-out (prompt, final answer) pairs."""
+    return [(record["prompt"], record["answer"]) for record in _records("arithmetic.jsonl")]
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    lines = (_HERE / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

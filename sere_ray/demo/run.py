@@ -1,0 +1,127 @@
+"""The demo, step by step: calibrate, score quality, serve, send traffic, report."""
+
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sere_ray.calibration import calibrate
+from sere_ray.demo import assets
+from sere_ray.demo.measure import Run, measure_runs
+from sere_ray.demo.quality import measure_quality
+from sere_ray.demo.report import print_table, write_html
+from sere_ray.demo.serving import HOST, MODEL_ID, served
+from sere_ray.demo.settings import CONCURRENCIES, policies
+from sere_ray.errors import SereError
+from sere_ray.results import write_result
+
+
+def run_demo(
+    *, json: Path | None, html: Path | None, keep: bool, port: int, console: Console
+) -> list[Run]:
+    """Serve the demo model on CPU and compare policies; see ``sere-ray demo --help``.
+
+    Raises:
+        SereError: the port is taken, or a package of the extra ``cpu`` is missing.
+    """
+    compiled = check_machine(port, console)
+    with tempfile.TemporaryDirectory(prefix="sere-demo-") as folder:
+        similarity = Path(folder) / "demo.safetensors"
+        console.print("[bold]1. calibrate[/]: how alike are the demo model's experts?")
+        artifact = calibrate(
+            str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console
+        )
+        settings = policies(str(similarity))
+        points = len(settings) * len(CONCURRENCIES)
+
+        console.print("[bold]2. quality[/]: held-out text, exact model against re-routed")
+        with _progress(console) as progress:
+            task = progress.add_task("teacher-forced", total=points)
+            quality = measure_quality(settings, artifact, lambda: progress.advance(task))
+
+        console.print("[bold]3. serve[/]: Ray Serve and vLLM on CPU, about a minute")
+        start = time.perf_counter()
+        with served(settings[0], port, compiled=compiled) as engine:
+            console.print(f"   up after {time.perf_counter() - start:.0f} s")
+            console.print("[bold]4. traffic[/]: arithmetic through the endpoint")
+            with _progress(console) as progress:
+                task = progress.add_task("policies x loads", total=points)
+                runs = measure_runs(
+                    settings,
+                    quality,
+                    engine,
+                    f"http://{HOST}:{port}/v1",
+                    MODEL_ID,
+                    lambda: progress.advance(task),
+                )
+            print_table(runs, console)
+            if json:
+                write_result(json, {"model": "demo", "runs": [vars(run) for run in runs]})
+                console.print(f"wrote {json}")
+            if html:
+                write_html(runs, html)
+                console.print(f"wrote {html}")
+            if keep:
+                _wait(port, console)
+    return runs
+
+
+def check_machine(port: int, console: Console) -> bool:
+    """Say at once what is missing. Returns whether vLLM can compile its graph.
+
+    Raises:
+        SereError: the port is taken or the extra is not installed.
+    """
+    for module in ("vllm", "ray"):
+        if not _installed(module):
+            raise SereError(
+                f"the demo needs {module!r}: run `make demo`, or pip install 'sere-ray[cpu]'"
+            )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise SereError(f"port = {port}: already in use; choose another with --port") from None
+    compiled = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+    if not compiled:
+        console.print("no C++ compiler found: vLLM runs eager (slower steps, same rule)")
+    return compiled
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("   {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _wait(port: int, console: Console) -> None:
+    """Leave the endpoint up until Ctrl-C."""
+    console.print(
+        f"\nThe endpoint stays up until Ctrl-C. Try:\n\n"
+        f"curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{MODEL_ID}", "temperature": 0, "messages": '
+        f'[{{"role": "user", "content": "Work out 23 + 48 - 17."}}]}}\'\n',
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("stopping")

@@ -1,0 +1,51 @@
+"""The demo model behind Ray Serve's OpenAI routes, on this machine's loopback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sere_ray.config import Policy
+from sere_ray.demo import assets
+from sere_ray.demo.settings import CONCURRENCIES
+from sere_ray.serve.control import ReplicaEngine
+
+HOST = "127.0.0.1"
+MODEL_ID = "sere-demo"
+APP = "sere-demo"
+
+
+@contextmanager
+def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngine]:
+    """Start Ray, Serve and one vLLM engine; yields the engine's control; stops all at the end."""
+    import ray
+    from ray import serve
+
+    from sere_ray.serve import build_app
+    from sere_ray.serve.app import deployment_name
+
+    # Logical CPUs: the replica, its placement group and the ingress each ask for one.
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
+    )
+    try:
+        serve.start(
+            http_options={"host": HOST, "port": port}, logging_config={"log_level": "ERROR"}
+        )
+        arguments = {
+            "model": str(assets.MODEL),
+            "model_id": MODEL_ID,
+            "sere": policy,
+            "engine": {
+                "max_model_len": 512,
+                "max_num_seqs": max(CONCURRENCIES),
+                "enforce_eager": not compiled,
+            },
+        }
+        serve.run(build_app(arguments), name=APP, blocking=False)
+        yield ReplicaEngine(deployment_name(MODEL_ID), APP)
+    finally:
+        serve.shutdown()
+        ray.shutdown()

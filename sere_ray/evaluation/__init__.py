@@ -1,0 +1,1 @@
+"""Measure what a rule costs and what it saves."""

@@ -1,0 +1,162 @@
+"""What a policy costs in quality: teacher-forced rows, exact model against re-routed model.
+
+A server computes prompt rows exactly, so its own scores of a given text cannot tell. Here B texts
+advance together through the unmodified Hugging Face model: the first ``prompt_tokens`` positions
+are exact (prefill), every later position is one decode step whose batch is the B rows of that
+position. KV entries are the re-routed ones, as they would be in a server.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from sere_ray.calibration.collect import MoELayer, find_moe_layers
+from sere_ray.config import BoundPolicy
+from sere_ray.rules.sere import apply_plan, count, make_plan
+
+
+@dataclass
+class Reads:
+    """Experts read per layer and decode step, summed."""
+
+    layer_steps: int = 0
+    experts_before: int = 0
+    experts_after: int = 0
+
+
+@dataclass
+class Rerouter:
+    """Applies a policy to the rows of one batch inside a Hugging Face model.
+
+    Attributes:
+        policy: the rule's numbers; mode ``off`` and ``observe`` leave the model exact.
+        similarity: decoder layer index -> ``float32 [E, E]``.
+        prompt_tokens: positions before this one are exact.
+    """
+
+    policy: BoundPolicy
+    similarity: Mapping[int, Tensor]
+    prompt_tokens: int
+    reads: Reads = field(default_factory=Reads)
+    _shape: tuple[int, int] = (0, 0)
+
+    def forward(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, L, V]`` of ``input_ids [B, L]`` under the policy."""
+        self._shape = (input_ids.shape[0], input_ids.shape[1])
+        with torch.inference_mode(), self._hooked(find_moe_layers(model)):
+            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def _hooked(self, layers: Mapping[int, MoELayer]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index, layer in layers.items():
+                handle = layer.experts.register_forward_pre_hook(self._hook(index))
+                stack.callback(handle.remove)
+            yield
+
+    def _hook(self, layer: int) -> Any:
+        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_states, topk_ids, topk_weights = arguments
+            new_ids = self._reroute(layer, topk_ids, topk_weights)
+            return (hidden_states, new_ids, topk_weights)
+
+        return change_choice
+
+    def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        batch, length = self._shape
+        ids = topk_ids.view(batch, length, -1).clone()
+        weights = topk_weights.view(batch, length, -1)
+        for position in range(self.prompt_tokens, length):
+            step_ids, step_weights = ids[:, position], weights[:, position]
+            plan = make_plan(
+                step_ids,
+                step_weights,
+                self.similarity[layer],
+                row_kind=None,
+                select_top_k=self.policy.select_top_k,
+                threshold=self.policy.threshold,
+                min_primary_experts=self.policy.min_primary_experts,
+            )
+            new_ids = apply_plan(plan, step_ids, None)
+            counts = count(plan, step_ids, new_ids, None)
+            self.reads.layer_steps += 1
+            self.reads.experts_before += int(counts.experts_before)
+            self.reads.experts_after += int(counts.experts_after)
+            if self.policy.mode == "on":
+                ids[:, position] = new_ids
+        return ids.view_as(topk_ids)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Distance of a policy from the exact model over the scored rows."""
+
+    rows: int
+    top1_agreement: float
+    """Share of rows whose most likely next token is the exact model's."""
+    kl_mean: float
+    """Mean KL(exact || re-routed) of next-token distributions, nats."""
+    experts_before: float
+    """Mean distinct experts per layer and decode step without the rule."""
+    experts_read: float
+    """The same with it."""
+
+
+def score(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    exact_logits: Tensor,
+    policy: BoundPolicy,
+    similarity: Mapping[int, Tensor],
+    *,
+    batch: int,
+    prompt_tokens: int,
+) -> Quality:
+    """Score a policy at one decode batch size.
+
+    Args:
+        model: the exact model.
+        input_ids: ``[N, L]`` windows of held-out text, N a multiple of ``batch``.
+        exact_logits: ``[N, L - prompt_tokens, V]`` of the exact model on the scored positions.
+        policy: what to score.
+        similarity: decoder layer index -> ``float32 [E, E]``.
+        batch: B, sequences that advance together.
+        prompt_tokens: positions that are exact and not scored.
+    """
+    rerouter = Rerouter(policy, similarity, prompt_tokens)
+    agree, divergence, rows = 0, 0.0, 0
+    for start in range(0, len(input_ids), batch):
+        logits = rerouter.forward(model, input_ids[start : start + batch])[:, prompt_tokens:]
+        exact = exact_logits[start : start + batch]
+        agree += int((logits.argmax(-1) == exact.argmax(-1)).sum())
+        divergence += float(
+            kl_div(
+                log_softmax(logits.double(), dim=-1),
+                log_softmax(exact.double(), dim=-1),
+                log_target=True,
+                reduction="sum",
+            )
+        )
+        rows += logits.shape[0] * logits.shape[1]
+    steps = max(rerouter.reads.layer_steps, 1)
+    return Quality(
+        rows=rows,
+        top1_agreement=agree / rows,
+        kl_mean=divergence / rows,
+        experts_before=rerouter.reads.experts_before / steps,
+        experts_read=rerouter.reads.experts_after / steps,
+    )
+
+
+def exact_logits(model: PreTrainedModel, input_ids: Tensor, prompt_tokens: int) -> Tensor:
+    """Logits ``[N, L - prompt_tokens, V]`` of the exact model on the scored positions."""
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits[:, prompt_tokens:]

@@ -1,10 +1,11 @@
 """Errors a user can cause. The CLI prints them as one line and exits with code 2."""
 
 
-class SereError(ValueError):
+class SereError(Exception):
     """Base of every error that the user, not the code, has to fix.
 
-    The message names the key or file, its value, what is allowed, and what to do.
+    The message names the key or file, its value, what is allowed, and what to do. Not a ValueError:
+    pydantic, which builds vLLM's configuration, would wrap it.
     """
 
 

@@ -11,8 +11,8 @@ from sere_ray.errors import ArtifactError, UnsupportedError
 
 KEY = "sere"
 """The key of ``additional_config`` that turns re-routing on."""
-VLLM_SUPPORTED = ("0.30", "0.34")
-"""Supported vLLM: from the first, below the second. 0.32.0 is the one that is tested."""
+VLLM_SUPPORTED = ("0.32", "0.33")
+"""Supported vLLM: from the first, below the second."""
 
 
 def sere_config(vllm_config: Any) -> object | None:

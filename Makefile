@@ -1,0 +1,60 @@
+# Linux, Python 3.11 or newer. `make demo` and `make test` each do all set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIN := constraints/cpu.txt
+# Where torch +cpu comes from: auto = PyTorch's own index unless pip already finds it elsewhere.
+TORCH_INDEX ?= auto
+
+.PHONY: help demo test lint format install benchmark clean
+help:
+	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare (10 min first time)"
+	@echo "make test       lint, types and all tests that run on this machine"
+	@echo "make lint       ruff and mypy"
+	@echo "make benchmark  decode step time on CPU, stock against this plugin (writes docs/results)"
+	@echo "make clean      remove $(VENV) and caches"
+
+demo: $(STAMP)
+	$(BIN)/sere-ray demo --json demo-report.json --html demo-report.html $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+benchmark: $(STAMP)
+	$(BIN)/sere-ray bench step-time --out docs/results/step-time-cpu.json $(ARGS)
+
+install: $(STAMP)
+
+# The pins are the whole closure, so nothing is resolved. Without CPU builds of torchvision,
+# torchaudio and torchcodec vLLM does not start, and it does not need them: they are left out.
+$(STAMP): $(PIN) pyproject.toml
+	@test "$$(uname -s)" = Linux || { echo "error: sere-ray runs on Linux; use a container or WSL2"; exit 2; }
+	@$(PYTHON) -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "error: Python 3.11, 3.12 or 3.13 with venv is needed; set PYTHON=python3.12"; exit 2; }
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  echo "no C++ compiler found (Debian: apt install g++): vLLM will run without its compiled graph"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned CPU stack into $(VENV): 2 to 4 minutes, 3.5 GB"
+	@set -e; $(BIN)/python -m pip install -q "$$(grep '^pip==' $(PIN))" 2>/dev/null; \
+	index="$(TORCH_INDEX)"; \
+	if [ "$$index" = auto ]; then \
+	  index=https://download.pytorch.org/whl/cpu; \
+	  ! $(BIN)/python -m pip install -q --dry-run --no-deps "$$(grep '^torch==' $(PIN))" \
+	    >/dev/null 2>&1 || index=; \
+	fi; \
+	$(BIN)/python -m pip install -q --no-deps -r $(PIN) $${index:+--extra-index-url $$index}
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,50 @@
+import os
+import re
+
+import pytest
+
+# Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="fail the run on every skip of a test that is not marked gpu",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if (
+        report.skipped
+        and not hasattr(report, "wasxfail")
+        and item.config.getoption("--fail-on-skip")
+        and not item.get_closest_marker("gpu")
+    ):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"skipped, but --fail-on-skip allows it only for gpu: {reason}"
+
+
+@pytest.fixture
+def has_words():
+    """Check that a message names everything a user needs to fix the mistake."""
+
+    def check(message, *words):
+        missing = [word for word in words if not re.search(re.escape(word), message)]
+        assert not missing, f"{message!r} does not name {missing}"
+
+    return check

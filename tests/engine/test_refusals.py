@@ -1,0 +1,202 @@
+"""What cannot work is refused before the model loads: key, value, what is allowed, what to do."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sere_ray.engine import checks
+from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
+from tests.engine.conftest import random_artifact, running_engine, sere_key
+
+
+def configure(folder, sere, **options):
+    """vLLM's own configuration, as `LLM(...)` and `vllm serve` build it; loads no weights."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        str(folder), additional_config={"sere": sere}, **options
+    ).create_engine_config()
+
+
+@pytest.fixture
+def moe(checkpoint):
+    return checkpoint("qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"treshold": 0.3}, ["sere.treshold", "0.3", "unknown key", "'threshold'"]),
+        ({"select_top_k": 0}, ["sere.select_top_k", "0", "greater than or equal to 1"]),
+        ({"select_top_k": 5}, ["sere.select_top_k = 5", "K = 4", "1..4"]),
+        ({"select_top_k": "2"}, ["sere.select_top_k = '2'", "integer"]),
+        ({"threshold": 1.5}, ["sere.threshold = 1.5", "less than or equal to 1"]),
+        ({"threshold": float("nan")}, ["sere.threshold = nan"]),
+        ({"min_primary_experts": -1}, ["sere.min_primary_experts = -1"]),
+        ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
+        ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere'"]),
+        ({"union": "local"}, ["sere.union = 'local'", "'global'"]),
+        ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "only null"]),
+    ],
+)
+def test_policy_mistakes(moe, has_words, changes, words):
+    with pytest.raises(PolicyError) as error:
+        configure(moe, {**sere_key(moe), **changes})
+    has_words(str(error.value), *words)
+
+
+def test_missing_and_malformed_keys(moe, has_words):
+    with pytest.raises(PolicyError) as error:
+        configure(moe, {"select_top_k": 2})
+    has_words(str(error.value), "sere.similarity is missing")
+    with pytest.raises(PolicyError) as error:
+        configure(moe, True)
+    has_words(str(error.value), "sere = True", "mapping")
+
+
+def test_missing_artifact(moe, has_words):
+    with pytest.raises(ArtifactError) as error:
+        configure(moe, sere_key(moe, similarity="/nowhere/a.safetensors"))
+    has_words(str(error.value), "/nowhere/a.safetensors", "no such file", "sere-ray calibrate")
+
+
+def test_damaged_artifacts(moe, tmp_path, has_words):
+    whole = (moe / "sere.safetensors").read_bytes()
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    pickled = tmp_path / "pickled.safetensors"
+    torch.save({0: torch.eye(16)}, pickled)
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.eye(16)}, other)
+    for path, words in (
+        (truncated, ["not a readable safetensors file"]),
+        (pickled, ["pickle files are never loaded", "sere-ray artifact import"]),
+        (other, ["not a similarity artifact"]),
+    ):
+        with pytest.raises(ArtifactError) as error:
+            configure(moe, sere_key(moe, similarity=str(path)))
+        has_words(str(error.value), str(path), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architecture": "MixtralForCausalLM"}, ["'MixtralForCausalLM'", "'Qwen3MoeForCausalLM'"]),
+        ({"top_k": 2}, ["top_k = 2", "4"]),
+        ({"synthetic": True}, ["synthetic = True", "load_format = 'dummy'", "'auto'"]),
+    ],
+)
+def test_artifact_of_another_model(moe, tmp_path, has_words, changes, words):
+    path = tmp_path / "another.safetensors"
+    random_artifact(moe, **changes).save(path)
+    with pytest.raises(ArtifactError) as error:
+        configure(moe, sere_key(moe, similarity=str(path)))
+    has_words(str(error.value), str(path), "sere-ray calibrate", *words)
+
+
+@pytest.mark.engine
+def test_artifact_of_another_fine_tune_is_refused_before_readiness(moe, tmp_path, has_words):
+    path = tmp_path / "fine-tune.safetensors"
+    fingerprints = dict.fromkeys(range(4), "0" * 32)
+    random_artifact(moe, router_fingerprint=fingerprints).save(path)
+    with (
+        pytest.raises(ArtifactError) as error,
+        running_engine(moe, sere_key(moe, similarity=str(path))),
+    ):
+        pass
+    has_words(str(error.value), str(path), "router fingerprint of layer 0", "0" * 32)
+
+
+@pytest.mark.engine
+def test_missing_layer_is_never_an_identity_matrix(moe, tmp_path, has_words):
+    artifact = random_artifact(moe)
+    del artifact.layers[2]
+    path = tmp_path / "short.safetensors"
+    artifact.save(path)
+    with (
+        pytest.raises(ArtifactError) as error,
+        running_engine(moe, sere_key(moe, similarity=str(path))),
+    ):
+        pass
+    has_words(str(error.value), str(path), "no matrix for MoE layer 2", "0-1, 3")
+
+
+def test_dense_model(moe, tmp_path, has_words):
+    from transformers import Qwen3Config
+
+    from tests.models import build_tokenizer
+
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=1024,
+    ).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError) as error:
+        configure(tmp_path, sere_key(moe))
+    has_words(str(error.value), "no experts", "remove the 'sere' key")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ["speculative_config", "without speculative decoding"],
+        ),
+        ({"enable_lora": True}, ["enable_lora = True", "without LoRA"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
+        (
+            {"data_parallel_size": 2, "enable_expert_parallel": True},
+            ["data_parallel_size = 2", "enable_expert_parallel"],
+        ),
+    ],
+)
+def test_options_this_version_does_not_support(moe, has_words, options, words):
+    with pytest.raises(UnsupportedError) as error:
+        configure(moe, sere_key(moe), **options)
+    has_words(str(error.value), *words)
+
+
+def test_model_runner_v2(moe, monkeypatch, has_words):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UnsupportedError) as error:
+        configure(moe, sere_key(moe))
+    has_words(str(error.value), "model runner V2", "VLLM_USE_V2_MODEL_RUNNER=0")
+
+
+@pytest.mark.parametrize("found", ["0.31.1", "0.33.0", "1.0.0"])
+def test_vllm_outside_the_supported_range(found, has_words):
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_vllm_version(found)
+    has_words(str(error.value), found, ">=0.32,<0.33", "vllm==0.32.0")
+
+
+def test_a_layer_that_routes_inside_its_kernel(has_words):
+    from vllm.model_executor.layers.fused_moe.experts.cpu_int4_moe import CPUExpertsInt4
+
+    kernel = CPUExpertsInt4
+    assert kernel.is_monolithic()
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_routes_outside_kernel("model.layers.3.mlp.experts", True, kernel.__name__)
+    has_words(str(error.value), "model.layers.3.mlp.experts", kernel.__name__, "--moe-backend")
+
+
+@pytest.mark.engine
+def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_words):
+    from sere_ray.engine.control import read_counters
+
+    with running_engine(moe, sere_key(moe)) as engine:
+        for policy, words in (
+            (sere_key(moe, select_top_k=9), ["select_top_k = 9", "1..4"]),
+            (sere_key(moe, similarity="/other.safetensors"), ["/other.safetensors", "restart"]),
+            ({**sere_key(moe), "tresh": 1}, ["sere.tresh"]),
+        ):
+            with pytest.raises(PolicyError) as error:
+                engine.collective_rpc("sere_set_policy", args=(policy,))
+            has_words(str(error.value), *words)
+        assert read_counters(engine)["policy"]["select_top_k"] == 1

@@ -5,7 +5,7 @@ a result file. Key names and defaults are those of the specification (docs/rule.
 """
 
 import difflib
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,7 +30,7 @@ class Policy(BaseModel):
     select_top_k: int = Field(ge=1, description="S: slots of a row that are never re-routed; <= K")
     rule: Literal["sere"] = Field("sere", description="which rule re-routes")
     threshold: float | None = Field(
-        None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in; null = any"
+        None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in, 0..1; null = any"
     )
     min_primary_experts: int | None = Field(
         None, ge=0, description="m: least size of the primary set; null = K of the model"
@@ -42,7 +42,7 @@ class Policy(BaseModel):
         "on", description="off = exact; observe = exact, but count what `on` would read"
     )
     prefer_local_rank: None = Field(
-        None, description="reserved for expert parallelism: only null in this version"
+        None, description="reserved for expert parallelism; only null is allowed in this version"
     )
 
     @classmethod
@@ -54,22 +54,19 @@ class Policy(BaseModel):
             where: name of the mapping in error messages.
 
         Raises:
-            PolicyError: one line for each mistake: key, value, what is allowed, what to do.
+            PolicyError: for each mistake the key, the value, what is allowed, what to do.
         """
         if isinstance(value, cls):
             return value
-        if not isinstance(value, dict):
+        if not isinstance(value, Mapping):
             raise PolicyError(
                 f"{where} = {value!r}: must be a mapping of policy keys, "
                 f'for example {{"similarity": "FILE", "select_top_k": 2}}'
             )
         try:
-            policy = cls.model_validate(value)
+            return cls.model_validate(dict(value))
         except ValidationError as error:
             raise PolicyError("; ".join(_explain(e, where) for e in error.errors())) from None
-        if policy.threshold is not None and not math.isfinite(policy.threshold):
-            raise PolicyError(f"{where}.threshold = {policy.threshold}: must be 0..1 or null")
-        return policy
 
     def for_model(self, *, top_k: int, where: str = "sere") -> "BoundPolicy":
         """Check the policy against a model's K and fill the default floor.
@@ -111,7 +108,7 @@ def _explain(error: Any, where: str) -> str:
     path = ".".join([where, *(str(part) for part in error["loc"])])
     key = str(error["loc"][0]) if error["loc"] else ""
     keys = list(Policy.model_fields)
-    if error["type"] == "extra_forbidden":
+    if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}"
@@ -119,4 +116,6 @@ def _explain(error: Any, where: str) -> str:
     if error["type"] == "missing":
         return f"{path} is missing: give it ({about})"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if key == "mode" and isinstance(error["input"], bool):
+        message += ", in quotes: YAML reads a bare on or off as a boolean"
     return f"{path} = {error['input']!r}: {message} ({about})"

@@ -14,37 +14,39 @@ from sere_ray.demo.measure import Run
 from sere_ray.demo.settings import label
 from sere_ray.results import origin
 
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("concurrency", "{}"),
-    ("experts_read", "{:.1f}"),
-    ("step_ms", "{:.2f}"),
-    ("tokens_per_s", "{:.0f}"),
-    ("accuracy", "{:.1%}"),
-    ("top1_agreement", "{:.1%}"),
-    ("kl_mean", "{:.4f}"),
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("concurrency", "streams", "{}"),
+    ("experts_read", "experts", "{:.1f}"),
+    ("step_ms", "step ms", "{:.1f}"),
+    ("tokens_per_s", "tok/s", "{:.0f}"),
+    ("accuracy", "answers", "{:.1%}"),
+    ("top1_agreement", "top-1", "{:.1%}"),
+    ("kl_mean", "KL", "{:.4f}"),
 )
+"""Field of :class:`Run`, heading, format."""
+HEADINGS = ("policy", *(heading for _, heading, _ in COLUMNS))
 NOTES = {
-    "experts_read": "experts read per layer and decode step, of 48, counted in the engine",
-    "step_ms": "forward pass of a decode step. This model fits a CPU's cache, so reading fewer "
-    "experts saves next to no time here: `sere-ray bench step-time` measures a model that does not",
-    "accuracy": "arithmetic answered right, through the endpoint",
-    "top1_agreement, kl_mean": "against the exact model on held-out text, teacher-forced, with "
-    "batches of `concurrency` rows",
-    "floor": "the default floor keeps at least 4 experts, so that concurrency 1 is exact "
-    "without a threshold being needed",
+    "experts": "read per layer and decode step, of 48, counted in the engine",
+    "step ms": "forward pass of a decode step. This model fits a CPU's cache, so reading fewer "
+    "experts saves no time here and the rule itself shows; `sere-ray bench step-time` measures a "
+    "model that does not fit",
+    "answers": "arithmetic answered right, through the endpoint",
+    "top-1, KL": "agreement with and distance (nats) from the exact model on held-out text, "
+    "teacher-forced, with batches of `streams` rows",
+    "1 stream": "is exact under every policy: the default floor keeps K = 4 experts",
 }
 
 
 def _cells(run: Run) -> list[str]:
     name = label(run.rule, run.select_top_k, run.threshold)
-    return [name, *(form.format(getattr(run, column)) for column, form in COLUMNS)]
+    return [name, *(form.format(getattr(run, field)) for field, _, form in COLUMNS)]
 
 
 def print_table(runs: list[Run], console: Console) -> None:
     """Print one row for each run."""
     table = Table(title="stock against re-routed")
-    for name in ("policy", *(column for column, _ in COLUMNS)):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None
     for run in runs:
         if previous not in (None, run.concurrency):
@@ -58,7 +60,7 @@ def print_table(runs: list[Run], console: Console) -> None:
 
 def write_html(runs: list[Run], path: Path) -> None:
     """Write a self-contained page: plots, table, machine and versions."""
-    head = "".join(f"<th>{name}</th>" for name in ("policy", *(c for c, _ in COLUMNS)))
+    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>"
         for run in runs

@@ -1,5 +1,6 @@
 """The demo model behind Ray Serve's OpenAI routes, on this machine's loopback."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,8 @@ def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngi
     import ray
     from ray import serve
 
+    # vLLM and Ray Serve LLM log to this process's terminal as they are imported here.
+    logging.disable(logging.INFO)
     from sere_ray.serve import build_app
     from sere_ray.serve.app import deployment_name
 
@@ -31,9 +34,7 @@ def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngi
         runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
     )
     try:
-        serve.start(
-            http_options={"host": HOST, "port": port}, logging_config={"log_level": "ERROR"}
-        )
+        serve.start(http_options={"host": HOST, "port": port})
         arguments = {
             "model": str(assets.MODEL),
             "model_id": MODEL_ID,
@@ -47,5 +48,4 @@ def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngi
         serve.run(build_app(arguments), name=APP, blocking=False)
         yield ReplicaEngine(deployment_name(MODEL_ID), APP)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # the instance is ours alone: Serve ends with it

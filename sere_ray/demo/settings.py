@@ -6,7 +6,7 @@ TOP_K = 4
 """K of the demo model."""
 THRESHOLD = 0.3
 CONCURRENCIES = (1, 4, 16)
-PROBLEMS = {1: 24, 4: 64, 16: 128}
+PROBLEMS = {1: 12, 4: 48, 16: 128}
 """Arithmetic problems sent at each concurrency; few at 1, where a step serves one row."""
 
 
@@ -30,4 +30,4 @@ def label(rule: str, select_top_k: int | None, threshold: float | None) -> str:
     """Short name of a setting in tables and plots."""
     if rule == "off":
         return "stock"
-    return f"S={select_top_k}" + ("" if threshold is None else f", threshold {threshold}")
+    return f"S={select_top_k}" + ("" if threshold is None else f", rho={threshold}")

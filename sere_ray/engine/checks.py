@@ -1,6 +1,7 @@
 """Refusals: what this version cannot re-route, said before the model loads wherever possible."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -45,6 +46,11 @@ def check_config(vllm_config: Any) -> tuple[Policy, SimilarityArtifact]:
             "serve a mixture-of-experts model or remove the 'sere' key"
         )
     policy.for_model(top_k=model.get_num_experts_per_tok())
+    if policy.similarity_path.resolve().parent == Path(model.model).resolve():
+        raise ArtifactError(
+            f"{policy.similarity}: lies in the checkpoint's folder, where vLLM would load it as "
+            "weights; move it elsewhere"
+        )
     artifact = SimilarityArtifact.load(policy.similarity_path)
     artifact.check_model(
         architecture=model.hf_config.architectures[0],

@@ -1,4 +1,4 @@
-"""The worker's side of re-routing: one object per engine and process, created once."""
+"""The worker's side of re-routing on a CPU: one object per engine and process, created once."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import BoundPolicy, Policy
 from sere_ray.errors import PolicyError
 from sere_ray.rules import REROUTABLE, RuleCounts
-from sere_ray.rules.sere import apply_plan, count, make_plan
+from sere_ray.rules.sere_cpu import reroute_and_count
 
 DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""
@@ -42,8 +42,8 @@ class EngineState:
         bound: its numbers for this model; replaced between steps.
         similarity: decoder layer index -> ``float32 [E, E]`` on the device.
         row_kind: ``[max_rows]`` int8 on the device, 0 outside a step.
-        counters: ``[2, layers, 4]`` int64 on the device: step kind, position in ``similarity``,
-            fields of :class:`RuleCounts`.
+        position: decoder layer index -> row of ``counters``.
+        counters: ``[2, layers, 4]`` int64: step kind, layer, fields of :class:`RuleCounts`.
         totals: host-side totals by step kind.
     """
 
@@ -53,7 +53,8 @@ class EngineState:
     top_k: int
     similarity: dict[int, Tensor]
     row_kind: Tensor
-    counters: Tensor
+    position: dict[int, int]
+    counters: NDArray[np.int64]
     totals: tuple[StepTotals, StepTotals] = field(
         default_factory=lambda: (StepTotals(), StepTotals())
     )
@@ -79,9 +80,8 @@ class EngineState:
             top_k=top_k,
             similarity={i: m.to(device) for i, m in sorted(artifact.layers.items())},
             row_kind=torch.zeros(max_rows, dtype=torch.int8, device=device),
-            counters=torch.zeros(
-                (2, len(artifact.layers), len(RuleCounts._fields)), dtype=torch.long, device=device
-            ),
+            position={layer: i for i, layer in enumerate(sorted(artifact.layers))},
+            counters=np.zeros((2, len(artifact.layers), len(RuleCounts._fields)), dtype=np.int64),
         )
 
     @contextmanager
@@ -112,19 +112,16 @@ class EngineState:
         if self.bound.mode == "off" or not self.decode_rows:
             return topk_ids.clone()
         kinds = self.row_kind[: topk_ids.shape[0]]
-        plan = make_plan(
+        new_ids, counts = reroute_and_count(
             topk_ids,
             topk_weights,
             self.similarity[layer],
-            row_kind=kinds,
+            kinds,
             select_top_k=self.bound.select_top_k,
             threshold=self.bound.threshold,
             min_primary_experts=self.bound.min_primary_experts,
         )
-        new_ids = apply_plan(plan, topk_ids, kinds)
-        position = list(self.similarity).index(layer)
-        counts = count(plan, topk_ids, new_ids, kinds)
-        self.counters[self.step_kind, position] += torch.stack(counts)
+        self.counters[self.step_kind, self.position[layer]] += counts
         return new_ids if self.bound.mode == "on" else topk_ids.clone()
 
     def set_policy(self, value: object) -> Policy:
@@ -163,7 +160,7 @@ class EngineState:
                 **dict(zip(RuleCounts._fields, per_layer, strict=True)),
             }
         if reset:
-            self.counters.zero_()
+            self.counters[:] = 0
             self.totals = (StepTotals(), StepTotals())
         return report
 

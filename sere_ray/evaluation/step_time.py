@@ -134,9 +134,9 @@ def measure(
         console: where progress goes.
     """
     with tempfile.TemporaryDirectory(prefix="sere-step-time-") as name:
-        folder = Path(name)
+        folder, similarity = Path(name) / "model", Path(name) / "synthetic.safetensors"
+        folder.mkdir()
         (folder / "config.json").write_text(json.dumps(model.config))
-        similarity = folder / "synthetic.safetensors"
         synthetic_artifact(folder).save(similarity)
         settings = arms(str(similarity), model.top_k)
         console.print(f"starting two engines: {model.name}")

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from sere_ray.calibration.collect import MoELayer, find_moe_layers
 from sere_ray.config import BoundPolicy
-from sere_ray.rules.sere import apply_plan, count, make_plan
+from sere_ray.rules import REROUTABLE
+from sere_ray.rules.sere_cpu import reroute_and_count
 
 
 @dataclass
@@ -73,22 +74,20 @@ class Rerouter:
         batch, length = self._shape
         ids = topk_ids.view(batch, length, -1).clone()
         weights = topk_weights.view(batch, length, -1)
+        rows = torch.full((batch,), REROUTABLE, dtype=torch.int8)
         for position in range(self.prompt_tokens, length):
-            step_ids, step_weights = ids[:, position], weights[:, position]
-            plan = make_plan(
-                step_ids,
-                step_weights,
+            new_ids, counts = reroute_and_count(
+                ids[:, position],
+                weights[:, position],
                 self.similarity[layer],
-                row_kind=None,
+                rows,
                 select_top_k=self.policy.select_top_k,
                 threshold=self.policy.threshold,
                 min_primary_experts=self.policy.min_primary_experts,
             )
-            new_ids = apply_plan(plan, step_ids, None)
-            counts = count(plan, step_ids, new_ids, None)
             self.reads.layer_steps += 1
-            self.reads.experts_before += int(counts.experts_before)
-            self.reads.experts_after += int(counts.experts_after)
+            self.reads.experts_before += counts.experts_before
+            self.reads.experts_after += counts.experts_after
             if self.policy.mode == "on":
                 ids[:, position] = new_ids
         return ids.view_as(topk_ids)

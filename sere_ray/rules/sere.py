@@ -59,8 +59,8 @@ def reroute(
         tensor([[0, 2],
                 [2, 2]])
     """
-    if not 0 < select_top_k < topk_ids.shape[-1] and unavailable is None:
-        _check(topk_ids, topk_weights, similarity, row_kind, unavailable)
+    _check(topk_ids, topk_weights, similarity, row_kind, unavailable)
+    if not 0 < select_top_k < topk_ids.shape[1] and unavailable is None:
         return topk_ids.clone()
     plan = make_plan(
         topk_ids,
@@ -83,9 +83,9 @@ class Plan(NamedTuple):
     primary: Tensor
     """``[E]`` bool: P, the experts every other choice is re-routed to."""
     target: Tensor
-    """``[E]`` int64: where a re-routable row's slot goes, itself if it stays."""
-    fallback: Tensor | None
-    """``[E]`` int64: the same for every other row; None = they stay."""
+    """``[E]`` int64: where a slot goes. In exact rows, too: their experts are in P and stay."""
+    padding_target: Tensor | None
+    """``[E]`` int64: the same for padding rows; None = they stay."""
 
 
 def make_plan(
@@ -112,10 +112,10 @@ def make_plan(
     size = select_top_k if active else num_slots
     primary = primary_set(lowest_rank, size, min_primary_experts, num_slots)
 
-    target, fallback = itself, None
+    target, padding_target = itself, None
     if active:
         best, stand_in = similarity.masked_fill(~primary, -torch.inf).max(dim=1)  # lowest index
-        stays = primary | torch.isneginf(best)  # -inf: P is empty
+        stays = primary | (best == -torch.inf)  # -inf: P is empty
         if threshold is not None:
             rho = torch.tensor(threshold, dtype=torch.float32, device=best.device)
             stays = stays | (best < rho)
@@ -124,20 +124,23 @@ def make_plan(
         candidates = torch.where(primary.any(), primary, ~unavailable)
         nearest = similarity.masked_fill(~candidates, -torch.inf).argmax(dim=1)
         gone = unavailable & candidates.any()
-        fallback = torch.where(gone, nearest, itself)
+        padding_target = torch.where(gone, nearest, itself)
         target = torch.where(gone, nearest, target)
-    return Plan(named, primary, target, fallback)
+    return Plan(named, primary, target, padding_target)
 
 
 def apply_plan(plan: Plan, topk_ids: Tensor, row_kind: Tensor | None) -> Tensor:
-    """Step 4 and 5 on every slot. Returns a new ``[T, K]`` tensor."""
+    """Steps 4, 5 and 7 on every slot. Returns a new ``[T, K]`` tensor."""
     valid = _is_valid(topk_ids, plan.named.shape[0])
     ids = torch.where(valid, topk_ids, 0).long()
-    new_ids = plan.target[ids]
+    new_ids = plan.target[ids].to(topk_ids.dtype)
     if row_kind is not None:
-        others = ids if plan.fallback is None else plan.fallback[ids]
-        new_ids = torch.where((row_kind == REROUTABLE)[:, None], new_ids, others)
-    return torch.where(valid, new_ids.to(topk_ids.dtype), topk_ids)
+        is_padding = (row_kind == PADDING)[:, None]
+        if plan.padding_target is not None:
+            new_ids = torch.where(is_padding, plan.padding_target[ids].to(topk_ids.dtype), new_ids)
+        else:
+            valid = valid & ~is_padding
+    return torch.where(valid, new_ids, topk_ids)
 
 
 def lowest_slot_rank(
@@ -155,15 +158,14 @@ def lowest_slot_rank(
     valid = _is_valid(topk_ids, num_experts)
     by_weight = torch.where(valid, topk_weights, -torch.inf)
     order = by_weight.argsort(dim=1, descending=True, stable=True)
-    slots = torch.arange(num_slots, device=topk_ids.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, slots)
+    rank = torch.arange(num_slots, device=topk_ids.device).expand_as(order)
     if row_kind is not None:
-        rank = rank.masked_fill((row_kind == EXACT)[:, None], 0)
         valid = valid & (row_kind != PADDING)[:, None]
-    rank = rank.masked_fill(~valid, num_slots)
-    ids = torch.where(valid, topk_ids, 0).long()
-    lowest = torch.full((num_experts,), num_slots, device=topk_ids.device)
-    return lowest.scatter_reduce_(0, ids.flatten(), rank.flatten(), "amin")
+        rank = rank.masked_fill((row_kind == EXACT)[:, None], 0)
+    # What names no expert goes to a bin of its own behind the last one.
+    ids = torch.where(valid, topk_ids, num_experts).long().gather(1, order)
+    lowest = torch.full((num_experts + 1,), num_slots, device=topk_ids.device)
+    return lowest.scatter_reduce_(0, ids.flatten(), rank.flatten(), "amin")[:num_experts]
 
 
 def primary_set(lowest_rank: Tensor, select_top_k: int, floor: int, num_slots: int) -> Tensor:
@@ -172,12 +174,13 @@ def primary_set(lowest_rank: Tensor, select_top_k: int, floor: int, num_slots: i
     Returns:
         ``[E]`` bool.
     """
-    if floor <= 0:
+    if floor <= 0 or select_top_k >= num_slots:
         return lowest_rank < select_top_k
     zeros = torch.zeros(num_slots + 1, dtype=torch.long, device=lowest_rank.device)
     new_at_rank = zeros.scatter_add_(0, lowest_rank, torch.ones_like(lowest_rank))
     size = new_at_rank[:num_slots].cumsum(0)  # size[s - 1] = |P_s|, rising with s
-    too_small = (size < size[-1].clamp(max=floor)).sum()
+    enough = size[-1].clamp(max=min(floor, lowest_rank.shape[0]))
+    too_small = (size < enough).sum()
     return lowest_rank < (too_small + 1).clamp(min=select_top_k)
 
 
@@ -189,7 +192,7 @@ class RuleCounts(NamedTuple):
     experts_after: Tensor
     """The same after the rule: what the layer reads from memory."""
     slots_rerouted: Tensor
-    """Slots whose expert changed."""
+    """Slots of non-padding rows whose expert changed."""
     critical_kept: Tensor
     """Experts read outside P: no stand-in was similar enough."""
 
@@ -204,18 +207,13 @@ def count(plan: Plan, topk_ids: Tensor, new_ids: Tensor, row_kind: Tensor | None
         row_kind: ``[T]`` int8 or None.
     """
     num_experts = plan.named.shape[0]
-    read = _is_valid(new_ids, num_experts)
+    nowhere = torch.zeros(num_experts + 1, dtype=torch.bool, device=new_ids.device)
+    read = nowhere.scatter_(0, torch.where(plan.named, plan.target, num_experts), True)
+    before, after, primary = torch.stack((plan.named, read[:-1], plan.primary)).sum(dim=1).unbind()
+    changed = new_ids != topk_ids
     if row_kind is not None:
-        read = read & (row_kind != PADDING)[:, None]
-    after = torch.zeros(num_experts, dtype=torch.bool, device=new_ids.device)
-    after = after.index_put((torch.where(read, new_ids, 0).long(),), read, accumulate=True)
-    experts_after = after.sum()
-    return RuleCounts(
-        experts_before=plan.named.sum(),
-        experts_after=experts_after,
-        slots_rerouted=(new_ids != topk_ids).sum(),
-        critical_kept=experts_after - plan.primary.sum(),
-    )
+        changed = changed & (row_kind != PADDING)[:, None]
+    return RuleCounts(before, after, changed.sum(), after - primary)
 
 
 def _is_valid(ids: Tensor, num_experts: int) -> Tensor:
@@ -229,35 +227,29 @@ def _check(
     row_kind: Tensor | None,
     unavailable: Tensor | None,
 ) -> None:
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    require(topk_ids.dim() == 2, f"topk_ids must be [T, K], got shape {tuple(topk_ids.shape)}")
-    require(
-        topk_ids.dtype in (torch.int32, torch.int64),
-        f"topk_ids must be int32 or int64, got {topk_ids.dtype}",
-    )
-    require(
-        topk_weights.shape == topk_ids.shape and topk_weights.is_floating_point(),
-        f"topk_weights must be float {tuple(topk_ids.shape)} like topk_ids, "
-        f"got {topk_weights.dtype} {tuple(topk_weights.shape)}",
-    )
-    require(
-        similarity.dim() == 2
-        and similarity.shape[0] == similarity.shape[1] > 0
-        and similarity.dtype == torch.float32,
-        f"similarity must be float32 [E, E], got {similarity.dtype} {tuple(similarity.shape)}",
-    )
-    num_rows, num_experts = topk_ids.shape[0], similarity.shape[0]
-    if row_kind is not None:
-        require(
-            row_kind.shape == (num_rows,) and row_kind.dtype == torch.int8,
-            f"row_kind must be int8 [{num_rows}], got {row_kind.dtype} {tuple(row_kind.shape)}",
+    if topk_ids.dim() != 2:
+        raise ValueError(f"topk_ids must be [T, K], got shape {tuple(topk_ids.shape)}")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    if topk_weights.shape != topk_ids.shape or not topk_weights.is_floating_point():
+        raise ValueError(
+            f"topk_weights must be float {tuple(topk_ids.shape)} like topk_ids, "
+            f"got {topk_weights.dtype} {tuple(topk_weights.shape)}"
         )
-    if unavailable is not None:
-        require(
-            unavailable.shape == (num_experts,) and unavailable.dtype == torch.bool,
+    square = similarity.dim() == 2 and similarity.shape[0] == similarity.shape[1] > 0
+    if not square or similarity.dtype != torch.float32:
+        raise ValueError(
+            f"similarity must be float32 [E, E], got {similarity.dtype} {tuple(similarity.shape)}"
+        )
+    num_rows, num_experts = topk_ids.shape[0], similarity.shape[0]
+    if row_kind is not None and (row_kind.shape != (num_rows,) or row_kind.dtype != torch.int8):
+        raise ValueError(
+            f"row_kind must be int8 [{num_rows}], got {row_kind.dtype} {tuple(row_kind.shape)}"
+        )
+    if unavailable is not None and (
+        unavailable.shape != (num_experts,) or unavailable.dtype != torch.bool
+    ):
+        raise ValueError(
             f"unavailable must be bool [{num_experts}], "
-            f"got {unavailable.dtype} {tuple(unavailable.shape)}",
+            f"got {unavailable.dtype} {tuple(unavailable.shape)}"
         )

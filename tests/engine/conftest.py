@@ -16,17 +16,21 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Folder of a random-weight checkpoint with an artifact ``sere.safetensors`` beside it."""
+    """Folder of a random-weight checkpoint, with an artifact at ``artifact_path(folder)``."""
     made = {}
 
     def build(architecture):
         if architecture not in made:
             folder = build_checkpoint(architecture, tmp_path_factory.mktemp(architecture))
-            random_artifact(folder).save(folder / "sere.safetensors")
+            random_artifact(folder).save(artifact_path(folder))
             made[architecture] = folder
         return made[architecture]
 
     return build
+
+
+def artifact_path(folder):
+    return folder.with_suffix(".sere.safetensors")
 
 
 def random_artifact(folder, **changes):
@@ -84,7 +88,7 @@ def running_engine(folder, sere=None, **options):
 
 def sere_key(folder, **keys):
     """A valid value of the key for a checkpoint of the fixture above."""
-    return {"similarity": str(folder / "sere.safetensors"), "select_top_k": 1, **keys}
+    return {"similarity": str(artifact_path(folder)), "select_top_k": 1, **keys}
 
 
 def prompts(count=8, seed=0, length=(5, 40)):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from sere_ray.engine import checks
 from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
-from tests.engine.conftest import random_artifact, running_engine, sere_key
+from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
 
 
 def configure(folder, sere, **options):
@@ -60,8 +60,19 @@ def test_missing_artifact(moe, has_words):
     has_words(str(error.value), "/nowhere/a.safetensors", "no such file", "sere-ray calibrate")
 
 
+def test_artifact_inside_the_checkpoint(moe, has_words):
+    path = moe / "sere.safetensors"
+    path.write_bytes(artifact_path(moe).read_bytes())
+    try:
+        with pytest.raises(ArtifactError) as error:
+            configure(moe, sere_key(moe, similarity=str(path)))
+    finally:
+        path.unlink()
+    has_words(str(error.value), str(path), "would load it as weights", "move it")
+
+
 def test_damaged_artifacts(moe, tmp_path, has_words):
-    whole = (moe / "sere.safetensors").read_bytes()
+    whole = artifact_path(moe).read_bytes()
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(whole[: len(whole) // 2])
     pickled = tmp_path / "pickled.safetensors"

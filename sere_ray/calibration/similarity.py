@@ -1,0 +1,237 @@
+"""Similarity of experts from sums over token chunks.
+
+A_i ``[N, H]`` is expert i's raw output for all N tokens. Every streaming metric here is a
+function of one E x E Gram matrix ``G_ij = <f(A_i), f(A_j)>`` of a feature vector f per expert.
+Gram matrices of disjoint chunks add up, so nothing grows with N, and the sums of several
+processes merge in any order. Products are float64: distances of near-identical experts are small
+differences of large numbers.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from sere_ray.errors import SereError
+
+Metric = Literal["frobenius", "cosine", "cka", "cka-exact"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+EXACT_LIMIT_BYTES = 4 * 2**30
+_COLUMNS_ELEMENTS = 2**23  # a float64 slice of the features is at most 64 MiB
+
+
+class Sums(ABC):
+    """What a metric keeps of the tokens seen so far, for one layer."""
+
+    chunk_tokens: ClassVar[int] = 1024
+    """Most tokens of a chunk; a metric that depends on the chunking gets exactly that many."""
+    fixed_chunks: ClassVar[bool] = False
+    """Whether the result depends on how tokens are cut into chunks."""
+    min_tokens: ClassVar[int] = 1
+    """A chunk of fewer tokens is dropped."""
+
+    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    @abstractmethod
+    def features(self, outputs: Tensor) -> Tensor:
+        """``[e, n, H]`` raw outputs of any e experts for one chunk to ``[e, D]``."""
+
+    def add(self, features: Tensor, tokens: int) -> None:
+        """Add one chunk.
+
+        Args:
+            features: ``[E, D]`` of all experts, of any float dtype.
+            tokens: n, the tokens of the chunk.
+        """
+        width = max(1, _COLUMNS_ELEMENTS // len(features))
+        for start in range(0, features.shape[1], width):
+            part = self._shift(features[:, start : start + width].double())
+            self.gram += part @ part.T
+        self.tokens += tokens
+
+    def update(self, outputs: Tensor) -> None:
+        """Add one chunk of raw outputs ``[E, n, H]`` of all experts."""
+        self.add(self.features(outputs), outputs.shape[1])
+
+    def merge(self, other: Self) -> Self:
+        """The sums over both sets of tokens; associative, neither operand changes."""
+        merged = type(self)(len(self.gram), self.gram.device)
+        merged.gram = self.gram + other.gram.to(self.gram.device)
+        merged.tokens = self.tokens + other.tokens
+        return merged
+
+    def similarity(self) -> Tensor:
+        """The matrix: ``[E, E]`` float32 on the CPU, symmetric, in [0, 1], diagonal 1.
+
+        Raises:
+            SereError: no chunk was long enough to count.
+        """
+        if self.tokens < self.min_tokens:
+            raise SereError(
+                f"calibration saw {self.tokens} usable tokens, this metric needs at least "
+                f"{self.min_tokens}; give more text"
+            )
+        matrix = self._matrix().cpu()
+        matrix = ((matrix + matrix.T) / 2).clamp(0.0, 1.0).float()
+        return matrix.fill_diagonal_(1.0)
+
+    def _shift(self, part: Tensor) -> Tensor:
+        """Change the features ``[E, D]`` in a way that needs all experts; float64."""
+        return part
+
+    @abstractmethod
+    def _matrix(self) -> Tensor:
+        """``[E, E]`` float64 from the sums; the diagonal is overwritten."""
+
+
+class FrobeniusSums(Sums):
+    """S_ij = 1 - d_ij / max d with d_ij = ||A_i - A_j||_F (SERE, arXiv 2602.07616).
+
+    Streams by d_ij^2 = G_ii + G_jj - 2 G_ij. A threshold on S is relative to the layer. If all
+    experts are equal, S = 1.
+    """
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return outputs.flatten(1)
+
+    def _shift(self, part: Tensor) -> Tensor:
+        # Distances do not change if one expert's output is subtracted from all of them, and
+        # what experts have in common no longer eats digits; equal experts give exactly 0.
+        return part - part[0]
+
+    def _matrix(self) -> Tensor:
+        norms = self.gram.diagonal()
+        squares = norms[:, None] + norms[None, :] - 2 * self.gram
+        distance = squares.fill_diagonal_(0).clamp_min(0).sqrt()
+        largest = distance.max()
+        if not largest > 0:
+            return torch.ones_like(distance)
+        matrix: Tensor = 1 - distance / largest
+        return matrix
+
+
+class CosineSums(Sums):
+    """S_ij = (mean over tokens of cos(A_i[t], A_j[t]) + 1) / 2; a zero output has cosine 0."""
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """Outputs of length 1, float64."""
+        rows = outputs.double()
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        unit: Tensor = rows / length.masked_fill(length == 0, 1)
+        return unit.flatten(1)
+
+    def _matrix(self) -> Tensor:
+        return (self.gram / self.tokens + 1) / 2
+
+
+class CkaSums(Sums):
+    """Minibatch linear CKA (Nguyen, Raghu, Kornblith 2021, arXiv 2010.15327, eq. 2 and 3).
+
+    S_ij = H_ij / sqrt(H_ii H_jj), H_ij = sum over chunks of n (n - 3) HSIC_1(K_i, K_j), with
+    K_i = A_i A_i^T ``[n, n]`` and HSIC_1 the unbiased estimator of Song et al. 2012. In the form
+    of Szekely and Rizzo 2014, n (n - 3) HSIC_1(K, L) = <U(K), U(L)>, where U sets the diagonal to
+    0 and, off it, subtracts row and column sums / (n - 2) and adds the total / ((n - 1)(n - 2)).
+    Chunks have 1,024 tokens, so that the factor cancels; a short last chunk counts by its
+    number of token pairs, and one of fewer than 4 tokens not at all.
+    """
+
+    fixed_chunks = True
+    min_tokens = 4
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """U(K): ``[e, n * n]`` float32."""
+        count = outputs.shape[1]
+        # U does not depend on the mean token; without it float32 products are precise enough.
+        centred = outputs.float() - outputs.mean(dim=1, keepdim=True, dtype=torch.float32)
+        kernel = centred @ centred.mT
+        kernel.diagonal(dim1=1, dim2=2).zero_()
+        rows = kernel.sum(dim=2) / (count - 2)
+        total = rows.sum(dim=1) / (count - 1)
+        kernel -= rows[:, :, None]
+        kernel += (total[:, None] - rows)[:, None, :]
+        kernel.diagonal(dim1=1, dim2=2).zero_()
+        return kernel.flatten(1)
+
+    def _matrix(self) -> Tensor:
+        norm = self.gram.diagonal().sqrt()
+        scale = norm[:, None] * norm[None, :]
+        return torch.where(scale > 0, self.gram / scale, 0.0)
+
+
+class CkaExact(Sums):
+    """Linear CKA over all tokens at once, ||A_j^T A_i||_F^2 / (||A_i^T A_i||_F ||A_j^T A_j||_F).
+
+    A is centred over tokens (Kornblith et al. 2019). Holds every output, so it is for small
+    models: see :func:`check_exact_fits`.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_experts, device)
+        self.outputs: list[Tensor] = []
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return outputs.flatten(1)
+
+    def add(self, features: Tensor, tokens: int) -> None:
+        """Keep one chunk; arguments as for :meth:`Sums.add`."""
+        self.outputs.append(features.view(len(features), tokens, -1).float().cpu())
+        self.tokens += tokens
+
+    def merge(self, other: Self) -> Self:
+        """All outputs of both."""
+        merged = super().merge(other)
+        merged.outputs = self.outputs + other.outputs
+        return merged
+
+    def _matrix(self) -> Tensor:
+        outputs = torch.cat(self.outputs, dim=1)
+        outputs -= outputs.double().mean(dim=1, keepdim=True)
+        count = len(outputs)
+        squares = torch.zeros(count, count, dtype=torch.float64)
+        for i in range(count):
+            left = outputs[i].double().T
+            for j in range(i, count):
+                squares[i, j] = squares[j, i] = (left @ outputs[j].double()).square().sum()
+        norm = squares.diagonal().sqrt()
+        scale = norm[:, None] * norm[None, :]
+        return torch.where(scale > 0, squares / scale, 0.0)
+
+
+_SUMS: dict[str, type[Sums]] = {
+    "frobenius": FrobeniusSums,
+    "cosine": CosineSums,
+    "cka": CkaSums,
+    "cka-exact": CkaExact,
+}
+
+
+def make_sums(metric: str, num_experts: int, device: torch.device | str = "cpu") -> Sums:
+    """Empty sums of a metric.
+
+    Raises:
+        SereError: there is no such metric.
+    """
+    if metric not in _SUMS:
+        raise SereError(f"metric = {metric!r}: must be one of {', '.join(_SUMS)}")
+    return _SUMS[metric](num_experts, device)
+
+
+def check_exact_fits(layers: int, num_experts: int, tokens: int, hidden_size: int) -> None:
+    """Refuse ``cka-exact`` where the float32 outputs of all layers would exceed 4 GiB.
+
+    Raises:
+        SereError: names the size and what to do.
+    """
+    size = layers * num_experts * tokens * hidden_size * 4
+    if size > EXACT_LIMIT_BYTES:
+        raise SereError(
+            f"metric = 'cka-exact' would hold {size / 2**30:.1f} GiB ({layers} layers x "
+            f"{num_experts} experts x {tokens} tokens x {hidden_size} x 4 bytes), at most "
+            f"{EXACT_LIMIT_BYTES / 2**30:.0f} GiB is allowed; use 'cka' or fewer tokens"
+        )

@@ -1,0 +1,353 @@
+"""The policy: what is accepted, and that a refusal says what to do."""
+
+import doctest
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sere_ray import config
+from sere_ray.config import BoundPolicy, Mode, Policy
+from sere_ray.errors import PolicyError, SereError
+
+SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
+KEYS = [
+    "similarity",
+    "rule",
+    "select_top_k",
+    "threshold",
+    "min_primary_experts",
+    "union",
+    "mode",
+    "prefer_local_rank",
+]
+NAN, INF = float("nan"), float("inf")
+
+
+def refusal(value: object, **options: Any) -> str:
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse(value, **options)
+    message = str(caught.value)
+    assert "\n" not in message, "one line"
+    assert "pydantic" not in message, "no link to the library's documentation"
+    return message
+
+
+def refusal_of(key: str, value: object) -> str:
+    """The message for one wrong value beside a right rest; it names key and value."""
+    message = refusal({**SMALLEST, key: value})
+    assert message.startswith(f"sere.{key} = {value!r}: ")
+    assert message.count("sere.") == 1, "one mistake is named once"
+    return message
+
+
+# --- accepted ----------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_specification() -> None:
+    policy = Policy.parse(SMALLEST)
+    assert policy.model_dump() == {
+        **SMALLEST,
+        "rule": "sere",
+        "threshold": None,
+        "min_primary_experts": None,
+        "union": "global",
+        "mode": "on",
+        "prefer_local_rank": None,
+    }
+    assert sorted(Policy.model_fields) == sorted(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("select_top_k", 1),
+        ("select_top_k", 64),
+        ("threshold", None),
+        ("threshold", 0),
+        ("threshold", 0.0),
+        ("threshold", 1),
+        ("threshold", 1.0),
+        ("threshold", 0.3),
+        ("min_primary_experts", None),
+        ("min_primary_experts", 0),
+        ("min_primary_experts", 512),
+        ("mode", "off"),
+        ("mode", "observe"),
+        ("mode", "on"),
+        ("rule", "sere"),
+        ("union", "global"),
+        ("prefer_local_rank", None),
+        ("similarity", "~/a b.safetensors"),
+    ],
+)
+def test_accepted(key: str, value: object) -> None:
+    assert getattr(Policy.parse({**SMALLEST, key: value}), key) == value
+
+
+def test_an_integer_threshold_becomes_a_float() -> None:
+    assert type(Policy.parse({**SMALLEST, "threshold": 1}).threshold) is float
+
+
+def test_a_policy_passes_through() -> None:
+    policy = Policy.parse(SMALLEST)
+    assert Policy.parse(policy) is policy
+
+
+def test_the_mapping_is_not_modified() -> None:
+    value = {**SMALLEST, "threshold": 1}
+    Policy.parse(value)
+    assert value == {**SMALLEST, "threshold": 1}
+    assert type(value["threshold"]) is int
+
+
+def test_path_expands_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    policy = Policy.parse({**SMALLEST, "similarity": "~/m.safetensors"})
+    assert policy.similarity_path == Path("/home/someone/m.safetensors")
+    assert policy.similarity == "~/m.safetensors"
+    assert Policy.parse(SMALLEST).similarity_path == Path("demo.safetensors")
+
+
+policies = st.fixed_dictionaries(
+    {
+        "similarity": st.text(min_size=1).filter(lambda s: s.isprintable()),
+        "select_top_k": st.integers(1, 64),
+    },
+    optional={
+        "rule": st.just("sere"),
+        "threshold": st.none() | st.floats(0, 1) | st.integers(0, 1),
+        "min_primary_experts": st.none() | st.integers(0, 4096),
+        "union": st.just("global"),
+        "mode": st.sampled_from(get_args(Mode)),
+        "prefer_local_rank": st.none(),
+    },
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(value=policies)
+def test_round_trip_through_json(value: dict[str, Any]) -> None:
+    policy = Policy.parse(json.loads(json.dumps(value)))
+    assert {key: getattr(policy, key) for key in value} == value
+    assert Policy.parse(json.loads(policy.model_dump_json())) == policy
+    assert Policy.parse(json.loads(json.dumps(policy.model_dump()))) == policy
+    assert hash(Policy.parse(policy.model_dump())) == hash(policy)
+
+
+# --- refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed", "about"),
+    [
+        ("similarity", "", "at least 1 character", "path of the similarity artifact"),
+        ("similarity", None, "string", "path of the similarity artifact"),
+        ("similarity", 3, "string", "path of the similarity artifact"),
+        ("similarity", b"x", "string", "path of the similarity artifact"),
+        ("similarity", Path("x"), "string", "path of the similarity artifact"),
+        ("select_top_k", 0, "greater than or equal to 1", "<= K"),
+        ("select_top_k", -1, "greater than or equal to 1", "<= K"),
+        ("select_top_k", True, "integer", "<= K"),
+        ("select_top_k", False, "integer", "<= K"),
+        ("select_top_k", 2.0, "integer", "<= K"),
+        ("select_top_k", 2.5, "integer", "<= K"),
+        ("select_top_k", "2", "integer", "<= K"),
+        ("select_top_k", None, "integer", "<= K"),
+        ("select_top_k", [2], "integer", "<= K"),
+        ("select_top_k", NAN, "integer", "<= K"),
+        ("select_top_k", INF, "integer", "<= K"),
+        ("threshold", -0.1, "greater than or equal to 0", "null = any"),
+        ("threshold", -1, "greater than or equal to 0", "null = any"),
+        ("threshold", 1.5, "less than or equal to 1", "null = any"),
+        ("threshold", 2, "less than or equal to 1", "null = any"),
+        ("threshold", INF, "less than or equal to 1", "null = any"),
+        ("threshold", -INF, "greater than or equal to 0", "null = any"),
+        ("threshold", NAN, "", "null = any"),
+        ("threshold", "0.5", "number", "null = any"),
+        ("threshold", "null", "number", "null = any"),
+        ("threshold", True, "number", "null = any"),
+        ("threshold", False, "number", "null = any"),
+        ("threshold", [0.5], "number", "null = any"),
+        ("min_primary_experts", -1, "greater than or equal to 0", "null = K"),
+        ("min_primary_experts", True, "integer", "null = K"),
+        ("min_primary_experts", 8.0, "integer", "null = K"),
+        ("min_primary_experts", "8", "integer", "null = K"),
+        ("min_primary_experts", "K", "integer", "null = K"),
+        ("mode", "On", "'off', 'observe' or 'on'", "exact"),
+        ("mode", "enabled", "'off', 'observe' or 'on'", "exact"),
+        ("mode", True, "'off', 'observe' or 'on'", "exact"),  # YAML 1.1 reads `mode: on` so
+        ("mode", False, "'off', 'observe' or 'on'", "exact"),
+        ("mode", None, "'off', 'observe' or 'on'", "exact"),
+        ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
+        ("rule", "SERE", "'sere'", "which rule re-routes"),
+        ("rule", None, "'sere'", "which rule re-routes"),
+        ("union", "local", "'global'", "all ranks"),
+        ("union", None, "'global'", "all ranks"),
+        ("prefer_local_rank", 0.1, "None", "only null"),
+        ("prefer_local_rank", False, "None", "only null"),
+        ("prefer_local_rank", 0, "None", "only null"),
+    ],
+)
+def test_refusal_names_key_value_what_is_allowed_and_what_it_is(
+    key: str, value: object, allowed: str, about: str
+) -> None:
+    message = refusal_of(key, value)
+    assert allowed in message
+    assert about in message
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, NAN, "0.5"])
+def test_threshold_refusal_names_the_whole_range(value: object) -> None:
+    assert "0..1" in refusal_of("threshold", value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("treshold", "threshold"),
+        ("Threshold", "threshold"),
+        ("selct_top_k", "select_top_k"),
+        ("select-top-k", "select_top_k"),
+        ("select_topk", "select_top_k"),
+        ("min_primary_expert", "min_primary_experts"),
+        ("min_primary", "min_primary_experts"),
+        ("modes", "mode"),
+        ("similarities", "similarity"),
+        ("similarity_path", "similarity"),
+        ("unions", "union"),
+        ("prefer_local_ranks", "prefer_local_rank"),
+        ("rules", "rule"),
+    ],
+)
+def test_misspelt_key(written: str, meant: str) -> None:
+    message = refusal({**SMALLEST, written: 0.3})
+    assert message.startswith(f"sere.{written} = 0.3: unknown key; did you mean '{meant}'? ")
+    assert all(key in message.split("allowed keys: ")[1] for key in KEYS)
+
+
+@pytest.mark.parametrize("key", ["", "k", "xyz", "where", "a.b", "ключ"])
+def test_key_like_no_other(key: str) -> None:
+    message = refusal({**SMALLEST, key: 1})
+    assert message.startswith(f"sere.{key} = 1: unknown key; allowed keys: ")
+    assert "did you mean" not in message
+
+
+def test_misspelt_required_key_says_both() -> None:
+    message = refusal({"similarty": "x", "select_top_k": 1})
+    assert "sere.similarity is missing" in message
+    assert "did you mean 'similarity'?" in message
+
+
+@pytest.mark.parametrize("key", ["similarity", "select_top_k"])
+def test_missing_key(key: str) -> None:
+    message = refusal({k: v for k, v in SMALLEST.items() if k != key})
+    assert message == f"sere.{key} is missing: give it ({Policy.model_fields[key].description})"
+
+
+def test_every_mistake_is_named() -> None:
+    message = refusal({"select_top_k": 0, "threshold": "a", "modus": "on"})
+    assert message.count("sere.") == 4
+    for part in ("similarity is missing", "select_top_k = 0", "threshold = 'a'", "modus = 'on'"):
+        assert f"sere.{part}" in message
+
+
+@pytest.mark.parametrize("key", [1, None, True, ("a", "b"), b"mode"])
+def test_key_that_is_no_string(key: object) -> None:
+    """A YAML file can hold one: YAML 1.1 reads a key `on` or `2` so."""
+    assert "unknown key" in refusal({**SMALLEST, key: 1})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 3, "demo.safetensors", '{"select_top_k": 2}', [], [SMALLEST], set(), object()],
+)
+def test_no_mapping(value: object) -> None:
+    message = refusal(value)
+    assert message.startswith(f"sere = {value!r}: must be a mapping")
+    assert '{"similarity": "FILE", "select_top_k": 2}' in message
+    assert refusal(value, where="x.y").startswith(f"x.y = {value!r}: ")
+
+
+def test_example_of_the_refusal_is_a_policy() -> None:
+    message = refusal(None)
+    Policy.parse(json.loads(message[message.index("{") :]))
+
+
+def test_any_mapping_is_a_mapping() -> None:
+    assert Policy.parse(types.MappingProxyType(SMALLEST)) == Policy.parse(SMALLEST)
+
+
+@pytest.mark.parametrize("wrong", [{"select_top_k": 0}, {"k": 1}, {"similarity": None}])
+def test_where_names_the_mapping(wrong: dict[str, Any]) -> None:
+    key = next(iter(wrong))
+    assert refusal({**SMALLEST, **wrong}, where="model.sere").startswith(f"model.sere.{key} = ")
+    assert refusal({}, where="model.sere").startswith("model.sere.similarity is missing")
+
+
+def test_refusal_hides_its_cause() -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse({})
+    assert isinstance(caught.value, SereError)
+    assert not isinstance(caught.value, ValueError), "pydantic of vLLM's config would wrap it"
+    assert caught.value.__suppress_context__
+
+
+def test_direct_construction_is_as_strict() -> None:
+    for wrong in ({"threshold": NAN}, {"select_top_k": True}, {"k": 1}):
+        with pytest.raises(ValidationError):
+            Policy(**{**SMALLEST, **wrong})
+
+
+# --- bound to a model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("floor", "expected"), [(None, 8), (0, 0), (1, 1), (8, 8), (9, 9), (512, 512)]
+)
+def test_floor_defaults_to_k(floor: int | None, expected: int) -> None:
+    policy = Policy.parse({**SMALLEST, "min_primary_experts": floor, "threshold": 0.25})
+    assert policy.for_model(top_k=8) == BoundPolicy(
+        mode="on", select_top_k=2, threshold=0.25, min_primary_experts=expected
+    )
+    assert policy.min_primary_experts == floor, "the policy itself is not changed"
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_mode_is_kept(mode: Literal["off", "observe", "on"]) -> None:
+    assert Policy.parse({**SMALLEST, "mode": mode}).for_model(top_k=2).mode == mode
+
+
+def test_s_up_to_k() -> None:
+    policy = Policy.parse({**SMALLEST, "select_top_k": 8})
+    assert policy.for_model(top_k=8).select_top_k == 8
+    with pytest.raises(PolicyError) as caught:
+        policy.for_model(top_k=6)
+    message = str(caught.value)
+    assert message.startswith("sere.select_top_k = 8: ")
+    assert "K = 6" in message
+    assert "1..6 is allowed" in message
+    with pytest.raises(PolicyError, match=r"^a\.b\.select_top_k = 8: "):
+        policy.for_model(top_k=7, where="a.b")
+
+
+def test_frozen() -> None:
+    policy = Policy.parse(SMALLEST)
+    bound = policy.for_model(top_k=8)
+    for thing in (policy, bound):
+        for name in type(thing).model_fields:
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(thing, name, getattr(thing, name))
+    assert len({policy, Policy.parse(SMALLEST)}) == 1
+    assert len({bound, policy.for_model(top_k=8)}) == 1
+
+
+def test_examples() -> None:
+    results = doctest.testmod(config)
+    assert results.failed == 0
+    assert results.attempted > 0

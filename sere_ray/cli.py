@@ -1,7 +1,7 @@
 """The ``sere-ray`` command. Parses, calls the library, prints; no logic of its own."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +48,15 @@ def _user_errors() -> Iterator[None]:
     except SereError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
+    """The numbers of a comma-separated option."""
+    values = [int(part) if part.strip().isdecimal() else None for part in text.split(",")]
+    numbers = [value for value in values if value is not None and value in allowed]
+    if len(numbers) != len(values):
+        raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
+    return numbers
 
 
 @app.callback(invoke_without_command=True)
@@ -169,6 +178,9 @@ def demo(
     html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up afterwards.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
+    concurrency: Annotated[
+        str, typer.Option(help="Streams at a time: any of 1, 2, 4, 8, 16, 32, comma-separated.")
+    ] = "1,4,16",
 ) -> None:
     """Serve a small trained model on CPU through Ray Serve, exact and re-routed, and compare.
 
@@ -177,7 +189,14 @@ def demo(
     with _user_errors():
         from sere_ray.demo.run import run_demo
 
-        run_demo(json=json, html=html, keep=keep, port=port, console=console)
+        run_demo(
+            json=json,
+            html=html,
+            keep=keep,
+            port=port,
+            concurrencies=_numbers("--concurrency", concurrency, (1, 2, 4, 8, 16, 32)),
+            console=console,
+        )
 
 
 @bench_app.command("step-time")
@@ -199,7 +218,7 @@ def step_time(
         from sere_ray.evaluation.step_time import get_model, measure
         from sere_ray.results import write_result
 
-        sizes = [int(size) for size in batches.split(",")]
+        sizes = _numbers("--batches", batches, range(1, 257))
         rows = measure(
             get_model(model), sizes, repeats, tokens, compiled=not eager, console=console
         )

@@ -22,9 +22,9 @@ from sere_ray.calibration.loading import (
     pick_device,
     resolved_revision,
 )
-from sere_ray.calibration.progress import token_progress
 from sere_ray.calibration.similarity import Metric, Sums, check_exact_fits, make_sums
 from sere_ray.errors import ArtifactError, DataError
+from sere_ray.progress import progress
 
 
 def calibrate(
@@ -87,7 +87,7 @@ def calibrate(
     loaded = load_model(model, revision=revision, device=target, dtype=dtype)
     layers = find_moe_layers(loaded)
     sums = {index: make_sums(metric, shape.num_experts, target) for index in layers}
-    with token_progress(console, tokens) as advance:
+    with progress(console, tokens, task="calibrate", unit="tokens") as advance:
         collect(loaded, layers, batches, sums, advance)
 
     artifact = SimilarityArtifact(

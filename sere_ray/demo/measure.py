@@ -1,12 +1,12 @@
 """Traffic through the endpoint under every policy, with the engine's own counters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sere_ray.config import Policy
 from sere_ray.demo import assets
-from sere_ray.demo.settings import CONCURRENCIES, PROBLEMS
+from sere_ray.demo.settings import problems_at
 from sere_ray.demo.traffic import Served, send
 from sere_ray.engine.control import Engine, experts_read, read_counters, set_policy
 from sere_ray.evaluation.teacher_forced import Quality
@@ -39,6 +39,7 @@ class Run:
 
 def measure_runs(
     policies: list[Policy],
+    concurrencies: Sequence[int],
     quality: Mapping[tuple[Policy, int], Quality],
     engine: Engine,
     base_url: str,
@@ -48,8 +49,8 @@ def measure_runs(
     """Send the same problems under every policy at every concurrency."""
     send(base_url, model_id, assets.arithmetic()[:16], 16)  # warm-up
     runs = []
-    for concurrency in CONCURRENCIES:
-        problems = assets.arithmetic()[: PROBLEMS[concurrency]]
+    for concurrency in concurrencies:
+        problems = assets.arithmetic()[: problems_at(concurrency)]
 
         def traffic(
             policy: Policy,

@@ -1,6 +1,6 @@
 """Quality of every policy on held-out text, teacher-forced, in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from sere_ray.artifact import SimilarityArtifact
 from sere_ray.calibration.loading import load_model, load_tokenizer
 from sere_ray.config import Policy
 from sere_ray.demo import assets
-from sere_ray.demo.settings import CONCURRENCIES, bound
+from sere_ray.demo.settings import bound
 from sere_ray.evaluation.teacher_forced import Quality, exact_logits, score
 
 SEQUENCES = 32
@@ -25,9 +25,12 @@ def heldout_windows() -> Tensor:
 
 
 def measure_quality(
-    policies: list[Policy], artifact: SimilarityArtifact, on_point: Callable[[], object]
+    policies: list[Policy],
+    batches: Sequence[int],
+    artifact: SimilarityArtifact,
+    on_point: Callable[[], object],
 ) -> dict[tuple[Policy, int], Quality]:
-    """Score every policy at every concurrency, the same rows for all, in float32."""
+    """Score every policy at every decode batch size, the same rows for all, in float32."""
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32"
     )
@@ -35,7 +38,7 @@ def measure_quality(
     exact = exact_logits(model, input_ids, PROMPT_TOKENS)
     scores = {}
     for policy in policies:
-        for batch in CONCURRENCIES:
+        for batch in batches:
             scores[policy, batch] = score(
                 model,
                 input_ids,

@@ -4,10 +4,10 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sere_ray.calibration import calibrate
 from sere_ray.demo import assets
@@ -15,13 +15,20 @@ from sere_ray.demo.measure import Run, measure_runs
 from sere_ray.demo.quality import measure_quality
 from sere_ray.demo.report import print_table, write_html
 from sere_ray.demo.serving import HOST, MODEL_ID, served
-from sere_ray.demo.settings import CONCURRENCIES, policies
+from sere_ray.demo.settings import policies
 from sere_ray.errors import SereError
+from sere_ray.progress import progress
 from sere_ray.results import write_result
 
 
 def run_demo(
-    *, json: Path | None, html: Path | None, keep: bool, port: int, console: Console
+    *,
+    json: Path | None,
+    html: Path | None,
+    keep: bool,
+    port: int,
+    concurrencies: Sequence[int],
+    console: Console,
 ) -> list[Run]:
     """Serve the demo model on CPU and compare policies; see ``sere-ray demo --help``.
 
@@ -36,27 +43,26 @@ def run_demo(
             str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console
         )
         settings = policies(str(similarity))
-        points = len(settings) * len(CONCURRENCIES)
+        points = len(settings) * len(concurrencies)
 
         console.print("[bold]2. quality[/]: held-out text, exact model against re-routed")
-        with _progress(console) as progress:
-            task = progress.add_task("teacher-forced", total=points)
-            quality = measure_quality(settings, artifact, lambda: progress.advance(task))
+        with progress(console, points, task="   teacher-forced", unit="settings") as advance:
+            quality = measure_quality(settings, concurrencies, artifact, lambda: advance(1))
 
         console.print("[bold]3. serve[/]: Ray Serve and vLLM on CPU, about a minute")
         start = time.perf_counter()
-        with served(settings[0], port, compiled=compiled) as engine:
+        with served(settings[0], port, max_streams=max(concurrencies), compiled=compiled) as engine:
             console.print(f"   up after {time.perf_counter() - start:.0f} s")
             console.print("[bold]4. traffic[/]: arithmetic through the endpoint")
-            with _progress(console) as progress:
-                task = progress.add_task("policies x loads", total=points)
+            with progress(console, points, task="   requests", unit="settings") as advance:
                 runs = measure_runs(
                     settings,
+                    concurrencies,
                     quality,
                     engine,
                     f"http://{HOST}:{port}/v1",
                     MODEL_ID,
-                    lambda: progress.advance(task),
+                    lambda: advance(1),
                 )
             print_table(runs, console)
             if json:
@@ -97,16 +103,6 @@ def _installed(module: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(module) is not None
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("   {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 def _wait(port: int, console: Console) -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 from sere_ray.config import Policy
 from sere_ray.demo import assets
-from sere_ray.demo.settings import CONCURRENCIES
 from sere_ray.serve.control import ReplicaEngine
 
 HOST = "127.0.0.1"
@@ -15,7 +14,9 @@ APP = "sere-demo"
 
 
 @contextmanager
-def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngine]:
+def served(
+    policy: Policy, port: int, *, max_streams: int, compiled: bool
+) -> Iterator[ReplicaEngine]:
     """Start Ray, Serve and one vLLM engine; yields the engine's control; stops all at the end."""
     import ray
     from ray import serve
@@ -41,11 +42,12 @@ def served(policy: Policy, port: int, *, compiled: bool) -> Iterator[ReplicaEngi
             "sere": policy,
             "engine": {
                 "max_model_len": 512,
-                "max_num_seqs": max(CONCURRENCIES),
+                "max_num_seqs": max_streams,
                 "enforce_eager": not compiled,
             },
         }
         serve.run(build_app(arguments), name=APP, blocking=False)
         yield ReplicaEngine(deployment_name(MODEL_ID), APP)
     finally:
+        logging.disable(logging.NOTSET)
         ray.shutdown()  # the instance is ours alone: Serve ends with it

@@ -5,9 +5,11 @@ from sere_ray.config import BoundPolicy, Policy
 TOP_K = 4
 """K of the demo model."""
 THRESHOLD = 0.3
-CONCURRENCIES = (1, 4, 16)
-PROBLEMS = {1: 12, 4: 48, 16: 128}
-"""Arithmetic problems sent at each concurrency; few at 1, where a step serves one row."""
+
+
+def problems_at(concurrency: int) -> int:
+    """How many arithmetic problems are sent: few at low concurrency, where they take long."""
+    return min(128, 12 * concurrency)
 
 
 def policies(similarity: str) -> list[Policy]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.engine.control import experts_read, read_counters, set_policy
+from sere_ray.progress import progress
 
 PROMPT_TOKENS = 32
 
@@ -159,8 +159,8 @@ def _measure(
     times: dict[tuple[int, str], list[float]] = {}
     experts: dict[tuple[int, str], float] = {}
     order = random.Random(0)
-    with Progress(console=console) as progress:
-        task = progress.add_task("measuring", total=len(batches) * len(settings) * (repeats + 1))
+    points = len(batches) * len(settings) * (repeats + 1)
+    with progress(console, points, task="measure", unit="points") as advance:
         for batch, repeat in itertools.product(batches, range(repeats + 1)):
             for arm in order.sample(settings, len(settings)):
                 engine = engines["sere" if arm.policy else None]
@@ -177,7 +177,7 @@ def _measure(
                     experts[batch, "stock"] = experts[batch, "off"] = experts[batch, arm.name] = (
                         before
                     )
-                progress.advance(task)
+                advance(1)
     return [
         _row(
             model,

@@ -1,0 +1,159 @@
+"""The command line: help to live on, one-line errors, exit code 2, nothing half-written."""
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.cli import app
+from sere_ray.demo import assets
+from tests.models import build_checkpoint
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    matrix = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).fill_diagonal_(1.0)
+    metadata = ArtifactMetadata(
+        model_id="tiny",
+        architecture="Qwen3MoeForCausalLM",
+        num_experts=8,
+        top_k=2,
+        metric="frobenius",
+        tokens=1000,
+        date="2026-11-22",
+    )
+    path = tmp_path / "tiny.safetensors"
+    SimilarityArtifact({0: matrix, 1: matrix.T.contiguous()}, metadata).save(path)
+    return path
+
+
+def test_help_shows_the_first_steps():
+    result = run(app, ["--help"])
+    assert result.exit_code == 0
+    for word in ("sere-ray demo", "sere-ray calibrate", "--additional-config", "select_top_k"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate"],
+        ["demo"],
+        ["artifact", "inspect"],
+        ["artifact", "synthetic"],
+        ["artifact", "import"],
+        ["bench", "step-time"],
+    ],
+)
+def test_every_command_has_an_example(command):
+    result = run(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: sere-ray {' '.join(command)}" in " ".join(result.output.split())
+
+
+def test_version():
+    from sere_ray import __version__
+
+    assert run(app, ["--version"]).output.strip() == __version__
+
+
+def test_other_systems_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    result = run(app, ["demo"])
+    assert result.exit_code == 2
+    assert "container or WSL2" in result.output
+
+
+def test_inspect_prints_and_draws(artifact):
+    result = run(app, ["artifact", "inspect", str(artifact)], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    for word in ("tiny", "Qwen3MoeForCausalLM", "frobenius", "sha256", "median"):
+        assert word in result.output
+    picture = artifact.with_suffix(".png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_synthetic(tmp_path):
+    config = assets.MODEL / "config.json"
+    out = tmp_path / "random.safetensors"
+    result = run(app, ["artifact", "synthetic", "--config", str(config), "--out", str(out)])
+    assert result.exit_code == 0
+    loaded = SimilarityArtifact.load(out)
+    assert loaded.metadata.synthetic
+    assert sorted(loaded.layers) == [0, 1, 2, 3]
+    assert loaded.metadata.num_experts == 48
+
+
+def test_import_of_the_published_format(tmp_path):
+    model = build_checkpoint("qwen3_moe", tmp_path / "model")
+    torch.save({i: torch.rand(16, 16) for i in range(4)}, tmp_path / "similarity_matrices.pt")
+    out = tmp_path / "imported.safetensors"
+    arguments = [str(tmp_path / "similarity_matrices.pt"), "--model", str(model), "--out", str(out)]
+    result = run(app, ["artifact", "import", *arguments])
+    assert result.exit_code == 0, result.output
+    loaded = SimilarityArtifact.load(out)
+    assert sorted(loaded.layers) == [0, 1, 2, 3]
+    assert sorted(loaded.metadata.router_fingerprint) == [0, 1, 2, 3]
+
+
+def test_calibrate_writes_an_artifact(tmp_path):
+    out = tmp_path / "demo.safetensors"
+    options = ["--data", str(assets.CALIBRATION), "--out", str(out), "--sequences", "4"]
+    result = run(app, ["calibrate", str(assets.MODEL), *options, "--length", "32"])
+    assert result.exit_code == 0, result.output
+    assert SimilarityArtifact.load(out).metadata.tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, ["no-such-data"]),
+        (b"", ["empty"]),
+        (json.dumps({"body": "words"}).encode(), ["text", "body"]),
+    ],
+)
+def test_bad_data_is_one_line_exit_2_and_leaves_nothing(tmp_path, data, words):
+    path = tmp_path / "data.jsonl"
+    if data is None:
+        path = tmp_path / "no-such-data.jsonl"
+    else:
+        path.write_bytes(data)
+    out = tmp_path / "out.safetensors"
+    before = set(tmp_path.iterdir())
+    result = run(app, ["calibrate", str(assets.MODEL), "--data", str(path), "--out", str(out)])
+    assert_refused(result, [path.name, *words])
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_missing_folder_for_the_output(tmp_path):
+    out = tmp_path / "nowhere" / "out.safetensors"
+    data = ["--data", str(assets.CALIBRATION), "--out", str(out)]
+    assert_refused(run(app, ["calibrate", str(assets.MODEL), *data]), ["nowhere"])
+
+
+def test_a_taken_port(monkeypatch):
+    import socket
+
+    from sere_ray.demo import run as demo
+
+    monkeypatch.setattr(demo, "_installed", lambda module: True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_refused(run(app, ["demo", "--port", str(port)]), [f"port = {port}", "--port"])
+
+
+def assert_refused(result, words):
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    lines = [line for line in result.output.splitlines() if line.strip()]
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]

@@ -1,0 +1,73 @@
+"""What is shipped: one import package with its data, and the plugin entry point."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_one_import_package(wheel):
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"sere_ray"}
+
+
+def test_demo_model_and_data_are_inside(wheel):
+    names = set(wheel.namelist())
+    for name in ("model/model.safetensors", "model/README.md", "data/heldout.jsonl"):
+        assert f"sere_ray/demo/{name}" in names
+    assert "sere_ray/demo/data/LICENSE-PSF.txt" in names
+
+
+def test_entry_points(wheel):
+    (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
+    text = wheel.read(name).decode()
+    assert "sere = sere_ray.engine.plugin:register" in text
+    assert "sere-ray = sere_ray.cli:app" in text
+
+
+def test_no_other_folder_is_importable():
+    folders = ("kernels", "calibration", "k8s", "loadtest", "deploy")
+    assert not [f for f in folders if (ROOT / f / "__init__.py").exists()]
+
+
+def test_importing_the_package_touches_neither_vllm_nor_ray():
+    program = (
+        "import sys, sere_ray; from sere_ray.engine import plugin; "
+        "sys.exit(bool({'vllm', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_links_and_commands_in_the_readme_exist():
+    import re
+
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+) ", text):
+        assert f"\n{target}:" in makefile, target
+    for example in ("docs/rule.md",):
+        assert "reroute(ids, weights" in (ROOT / example).read_text()
+
+
+def test_examples_in_the_docs():
+    import doctest
+
+    results = doctest.testfile(str(ROOT / "docs" / "rule.md"), module_relative=False)
+    assert results.failed == 0
+    assert results.attempted > 0

@@ -204,10 +204,11 @@ def step_time(
     out: Out,
     batches: Annotated[str, typer.Option(help="Decode batch sizes, comma-separated.")] = "1,4,16",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of a point.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="Timed decode steps of a repeat.")] = 12,
+    tokens: Annotated[int, typer.Option(min=4, help="Timed decode steps of a repeat.")] = 10,
     model: Annotated[
-        Literal["random-2gb", "demo"], typer.Option(help="Random weights, or the demo model.")
-    ] = "random-2gb",
+        Literal["random-e128", "random-e64", "demo"],
+        typer.Option(help="Random experts, 128 (4 GB) or 64 (2 GB) a layer; or the demo model."),
+    ] = "random-e128",
     eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
 ) -> None:
     """Decode step time on CPU: stock vLLM against this plugin, interleaved in one run.

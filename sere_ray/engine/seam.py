@@ -30,6 +30,10 @@ GPUModelRunner._model_forward          Row kinds and step totals around the forw
                                        exposes row kinds in the forward context.
 base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
 loading                                checkpoint's values. Remove: a hook after weight loading.
+dispatcher._rebind_kernels             A second engine in one process: vLLM looks through every
+                                       loaded module for kernels and stumbles over llvmlite's
+                                       library object, which the compiled rule brings in (numba).
+                                       Remove: vLLM reads ``__dict__`` with a type check.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name. Remove:
                                        ``worker_extension_cls`` takes several classes.
 =====================================  ==========================================================
@@ -37,6 +41,7 @@ WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches b
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,11 +76,13 @@ def install_observers() -> None:
 
 def _install_patches() -> None:
     from vllm.model_executor.model_loader import base_loader
+    from vllm.triton_utils import dispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(GPUModelRunner, "_model_forward", _run_step)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
+    _wrap(dispatcher, "_rebind_kernels", _hide_llvmlite)
     for method in (sere_counters, sere_set_policy):
         setattr(WorkerBase, method.__name__, method)
 
@@ -180,6 +187,16 @@ def _define_op() -> None:
         schema="(Tensor topk_ids, Tensor topk_weights, int layer) -> Tensor",
     )
     op.register_fake(lambda topk_ids, topk_weights, layer: torch.empty_like(topk_ids))
+
+
+def _hide_llvmlite(original: Callable[..., Any], *args: Any) -> Any:
+    hidden = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite")}
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        return original(*args)
+    finally:
+        sys.modules.update(hidden)
 
 
 # --- worker: after loading, and around each step -----------------------------------------------

@@ -73,6 +73,7 @@ class EngineState:
         device: torch.device,
     ) -> "EngineState":
         """Move the artifact to the device and allocate everything a step writes to."""
+        _compile_rule(top_k)
         return cls(
             policy=policy,
             bound=policy.for_model(top_k=top_k),
@@ -171,3 +172,17 @@ _active: ContextVar[EngineState | None] = ContextVar("sere_ray_active_state", de
 def active_state() -> EngineState | None:
     """The state of the running forward pass, None outside one (warm-up, draft models)."""
     return _active.get()
+
+
+def _compile_rule(top_k: int) -> None:
+    """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
+    ids = torch.zeros((1, top_k), dtype=torch.int32)
+    reroute_and_count(
+        ids,
+        ids.float(),
+        torch.ones((1, 1), dtype=torch.float32),  # vLLM sets another default while it loads
+        torch.ones(1, dtype=torch.int8),
+        select_top_k=1,
+        threshold=None,
+        min_primary_experts=0,
+    )

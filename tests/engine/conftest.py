@@ -64,7 +64,12 @@ def running_engine(folder, sere=None, **options):
     """A real vLLM engine on CPU; ``sere`` is the value of the key, None leaves it out."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.triton_utils import dispatcher
 
+    from sere_ray.engine import seam
+
+    # A stock engine may follow one that loaded numba into this process: see the ledger.
+    seam._wrap(dispatcher, "_rebind_kernels", seam._hide_llvmlite)
     defaults = {
         "max_model_len": 512,
         "max_num_seqs": 16,

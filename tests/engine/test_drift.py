@@ -62,6 +62,13 @@ def test_weights_are_processed_by_module_global_name_after_loading():
     assert load < loader.index("process_weights_after_loading(model, model_config, target_device)")
 
 
+def test_kernels_are_rebound_by_module_global_name():
+    from vllm.triton_utils import dispatcher
+
+    assert "    _rebind_kernels(" in source(dispatcher.register_kernels)
+    assert "list(sys.modules.values())" in source(dispatcher._rebind_kernels)
+
+
 def test_engine_core_seams():
     assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
     assert parameters(EngineCore.collective_rpc)[:2] == ["self", "method"]

@@ -113,7 +113,7 @@ def test_calibrate_writes_an_artifact(tmp_path):
     ("data", "words"),
     [
         (None, ["no-such-data"]),
-        (b"", ["empty"]),
+        (b"", ["no text"]),
         (json.dumps({"body": "words"}).encode(), ["text", "body"]),
     ],
 )

@@ -114,22 +114,29 @@ def _validate_config(original: Callable[..., Any], config: Any) -> None:
 
 # --- worker: attach the rule to every layer ----------------------------------------------------
 
-_states: dict[int, EngineState] = {}  # by id() of the engine's VllmConfig, which outlives it
+_states: dict[int, tuple[Any, EngineState]] = {}
+"""By id() of an engine's VllmConfig, which is kept too: an id is free again once its object is."""
 
 
-def _state_of(vllm_config: Any) -> EngineState:
-    key = id(vllm_config)
-    if key not in _states:
+def _find_state(vllm_config: Any) -> EngineState | None:
+    return _states.get(id(vllm_config), (None, None))[1]
+
+
+def _get_state(vllm_config: Any) -> EngineState:
+    """The state of the engine with this configuration, made when its first layer is built."""
+    state = _find_state(vllm_config)
+    if state is None:
         policy, artifact = check_config(vllm_config)
-        _states[key] = EngineState.create(
+        state = EngineState.create(
             policy,
             artifact,
             top_k=vllm_config.model_config.get_num_experts_per_tok(),
             max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
             device=torch.device(vllm_config.device_config.device_type),
         )
-        logger.info("sere-ray: %s; CPU reference path", policy.model_dump_json())
-    return _states[key]
+        _states[id(vllm_config)] = vllm_config, state
+        logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
+    return state
 
 
 def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +148,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     if sere_config(vllm_config) is None:
         return
     _install_patches()
-    state, layer = _state_of(vllm_config), runner.layer_id
+    state, layer = _get_state(vllm_config), runner.layer_id
     state.artifact.matrix(layer, path=state.policy.similarity)
     method = runner.routed_experts.quant_method
     backend = getattr(getattr(method, "experts_cls", method), "__name__", type(method).__name__)
@@ -153,7 +160,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
         )
     runner.router.__class__ = _rerouting_class(runner.router.__class__)
     runner.router.sere_layer = layer
-    state.attached[layer] = runner.layer_name
+    state.attached[layer] = runner
 
 
 @functools.cache
@@ -205,8 +212,10 @@ def _hide_llvmlite(original: Callable[..., Any], *args: Any) -> Any:
 def _check_loaded(
     original: Callable[..., Any], model: Any, model_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    for state in _states.values():
-        _check_router_weights(state, model)
+    modules = set(model.modules())
+    for _, state in _states.values():
+        if modules.intersection(state.attached.values()):
+            _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
 
 
@@ -215,18 +224,18 @@ def _check_router_weights(state: EngineState, model: Any) -> None:
     if state.artifact.metadata.synthetic:
         return
     modules = dict(model.named_modules())
-    for layer, name in state.attached.items():
-        gate = modules.get(name.rpartition(".")[0] + ".gate")
+    for layer, runner in state.attached.items():
+        gate = modules.get(runner.layer_name.rpartition(".")[0] + ".gate")
         if gate is None:
             raise UnsupportedError(
-                f"sere: layer {name!r} has no module 'gate' beside its experts, so the artifact "
-                "cannot be checked; this model is not supported: remove the 'sere' key"
+                f"sere: layer {runner.layer_name!r} has no module 'gate' beside its experts, so the "
+                "artifact cannot be checked; this model is not supported: remove the 'sere' key"
             )
         state.artifact.check_router(layer, gate.weight, path=state.policy.similarity)
 
 
 def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    state = _states.get(id(runner.vllm_config))
+    state = _find_state(runner.vllm_config)
     if state is None:
         return original(runner, *args, **kwargs)
     batch, count = runner.input_batch, runner.input_batch.num_reqs
@@ -244,12 +253,12 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
 
 def sere_counters(worker: Any, reset: bool = True) -> dict[str, Any]:
     """Counters of this worker; see :meth:`EngineState.read_counters`."""
-    return _states[id(worker.vllm_config)].read_counters(reset=reset)
+    return _get_state(worker.vllm_config).read_counters(reset=reset)
 
 
 def sere_set_policy(worker: Any, policy: dict[str, Any]) -> dict[str, Any]:
     """Set the policy of this worker from the next step on."""
-    return _states[id(worker.vllm_config)].set_policy(policy).model_dump()
+    return _get_state(worker.vllm_config).set_policy(policy).model_dump()
 
 
 # --- engine core: KV blocks of one policy are never found under another -------------------------

@@ -67,8 +67,9 @@ class Model:
 def get_model(name: str) -> Model:
     """``demo``, ``random-e128`` or ``random-e64``.
 
-    The random ones are far beyond a CPU's cache: layers x experts x 3 x 1024 x width x bytes. ``random-e128`` has the 128 experts, top-8, of Qwen3-30B-A3B and float32 weights,
-    which CPUs without bf16 arithmetic read as they are.
+    The random ones are far beyond a CPU's cache: layers x experts x 3 x 1024 x width x bytes.
+    ``random-e128`` has the 128 experts, top-8, of Qwen3-30B-A3B and float32 weights, which CPUs
+    without bf16 arithmetic read as they are.
     """
     if name == "demo":
         config = json.loads((assets.MODEL / "config.json").read_text())

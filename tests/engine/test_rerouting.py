@@ -135,7 +135,7 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
 def _similarity(worker, layer):
     from sere_ray.engine import seam
 
-    return seam._states[id(worker.vllm_config)].similarity[layer].tolist()
+    return seam._get_state(worker.vllm_config).similarity[layer].tolist()
 
 
 def test_preempted_requests_recompute_exactly(checkpoint, recorded):

@@ -58,8 +58,9 @@ def test_rerouting_reads_less_and_costs_more_with_smaller_s(model, windows, simi
 def test_prompt_positions_stay_exact(model, windows, similarity):
     rerouted = Rerouter(policy(1), similarity, PROMPT).forward(model, windows)
     exact = model(input_ids=windows, use_cache=False).logits
-    assert torch.equal(rerouted[:, :PROMPT], exact[:, :PROMPT])
-    assert not torch.equal(rerouted[:, PROMPT:], exact[:, PROMPT:])
+    difference = (rerouted - exact).abs().amax(dim=(0, 2))
+    # The experts' products have other shapes, so sums may round differently; no more than that.
+    assert difference[:PROMPT].max() < 1e-3 < 1e-1 < difference[PROMPT:].max()
 
 
 def test_default_floor_keeps_a_batch_of_one_exact(model, windows, similarity):

@@ -228,8 +228,8 @@ def _check_router_weights(state: EngineState, model: Any) -> None:
         gate = modules.get(runner.layer_name.rpartition(".")[0] + ".gate")
         if gate is None:
             raise UnsupportedError(
-                f"sere: layer {runner.layer_name!r} has no module 'gate' beside its experts, so the "
-                "artifact cannot be checked; this model is not supported: remove the 'sere' key"
+                f"sere: layer {runner.layer_name!r} has no module 'gate' beside its experts, so "
+                "the artifact cannot be checked; this model is not supported: remove the 'sere' key"
             )
         state.artifact.check_router(layer, gate.weight, path=state.policy.similarity)
 

@@ -1,5 +1,6 @@
 """How far long work is: a bar on a terminal, a plain line now and then elsewhere."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,28 @@ def progress(
             yield advance
     else:
         yield _Lines(console, total, task, unit).advance
+
+
+@contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """Show that the block goes on: a spinner on a terminal, a line every ten seconds elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_LINE_EVERY_SECONDS):
+            console.print(f"   {text}: {time.monotonic() - start:.0f} s", highlight=False)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _bar(console: Console, unit: str) -> Progress:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,7 @@ def _cells(run: Run) -> list[str]:
 
 def print_table(runs: list[Run], console: Console) -> None:
     """Print one row for each run."""
-    table = Table(title="stock against re-routed")
+    table = Table(title="stock against re-routed", box=SIMPLE_HEAD)
     for name in HEADINGS:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None

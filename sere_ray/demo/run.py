@@ -49,9 +49,15 @@ def run_demo(
         with progress(console, points, task="   teacher-forced", unit="settings") as advance:
             quality = measure_quality(settings, concurrencies, artifact, lambda: advance(1))
 
-        console.print("[bold]3. serve[/]: Ray Serve and vLLM on CPU, about a minute")
+        console.print("[bold]3. serve[/]: Ray Serve and vLLM on CPU, one to two minutes")
         start = time.perf_counter()
-        with served(settings[0], port, max_streams=max(concurrencies), compiled=compiled) as engine:
+        with served(
+            settings[0],
+            port,
+            max_streams=max(concurrencies),
+            compiled=compiled,
+            console=console,
+        ) as engine:
             console.print(f"   up after {time.perf_counter() - start:.0f} s")
             console.print("[bold]4. traffic[/]: arithmetic through the endpoint")
             with progress(console, points, task="   requests", unit="settings") as advance:

@@ -4,8 +4,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
+
 from sere_ray.config import Policy
 from sere_ray.demo import assets
+from sere_ray.progress import waiting
 from sere_ray.serve.control import ReplicaEngine
 
 HOST = "127.0.0.1"
@@ -15,7 +18,7 @@ APP = "sere-demo"
 
 @contextmanager
 def served(
-    policy: Policy, port: int, *, max_streams: int, compiled: bool
+    policy: Policy, port: int, *, max_streams: int, compiled: bool, console: Console
 ) -> Iterator[ReplicaEngine]:
     """Start Ray, Serve and one vLLM engine; yields the engine's control; stops all at the end."""
     import ray
@@ -46,7 +49,8 @@ def served(
                 "enforce_eager": not compiled,
             },
         }
-        serve.run(build_app(arguments), name=APP, blocking=False)
+        with waiting(console, "starting the engine"):
+            serve.run(build_app(arguments), name=APP, blocking=False)
         yield ReplicaEngine(deployment_name(MODEL_ID), APP)
     finally:
         logging.disable(logging.NOTSET)

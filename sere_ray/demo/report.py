@@ -45,7 +45,7 @@ def _cells(run: Run) -> list[str]:
 
 def print_table(runs: list[Run], console: Console) -> None:
     """Print one row for each run."""
-    table = Table(title="stock against re-routed", box=SIMPLE_HEAD)
+    table = Table(title="stock against re-routed", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in HEADINGS:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     previous = None

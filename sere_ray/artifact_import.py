@@ -23,9 +23,9 @@ from sere_ray.artifact import (
     router_fingerprint,
 )
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
-from sere_ray.calibration.loading import empty_model, load_config, resolved_revision
-from sere_ray.calibration.run import library_versions
+from sere_ray.calibration.loading import empty_model, load_config, model_name, resolved_revision
 from sere_ray.errors import ArtifactError
+from sere_ray.results import library_versions
 
 # bf16 matrices of the published code round a similarity of nearly 1 to at most this
 _ROUNDED_ONE = 1.01
@@ -61,7 +61,7 @@ def import_matrices(
     _check_layers(matrices, shape, path, model)
     gates = _gate_weights(model, revision, shape.layers)
     metadata = ArtifactMetadata(
-        model_id=model,
+        model_id=model_name(model),
         revision=resolved_revision(model, revision),
         architecture=shape.architecture,
         num_experts=shape.num_experts,

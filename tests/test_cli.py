@@ -130,6 +130,46 @@ def test_bad_data_is_one_line_exit_2_and_leaves_nothing(tmp_path, data, words):
     assert set(tmp_path.iterdir()) == before
 
 
+def damage(path, kind):
+    """Rewrite a sound artifact as one that must be refused."""
+    from safetensors.torch import load_file, save_file
+
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "pickle":
+        torch.save({0: torch.eye(8)}, path)
+    elif kind == "missing":
+        path.unlink()
+    else:
+        tensors = load_file(path)
+        metadata = SimilarityArtifact.load(path).metadata
+        if kind == "NaN":
+            tensors["layers.1.similarity"][0, 1] = float("nan")
+        if kind == "size":
+            tensors["layers.1.similarity"] = torch.eye(7)
+        if kind == "newer":
+            metadata = metadata.model_copy(update={"format_version": 2})
+        save_file(tensors, path, metadata={"sere_ray": metadata.model_dump_json()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("truncated", ["not a readable safetensors file"]),
+        ("pickle", ["pickle files are never loaded", "sere-ray artifact import"]),
+        ("NaN", ["layer 1", "NaN"]),
+        ("size", ["layer 1", "(7, 7)", "(8, 8)"]),
+        ("newer", ["format_version = 2", "update sere-ray"]),
+        ("missing", ["no such file", "sere-ray calibrate"]),
+    ],
+)
+def test_bad_artifacts_are_one_line_exit_2_and_leave_nothing(artifact, kind, words):
+    damage(artifact, kind)
+    before = set(artifact.parent.iterdir())
+    assert_refused(run(app, ["artifact", "inspect", str(artifact)]), [artifact.name, *words])
+    assert set(artifact.parent.iterdir()) == before
+
+
 def test_missing_folder_for_the_output(tmp_path):
     out = tmp_path / "nowhere" / "out.safetensors"
     data = ["--data", str(assets.CALIBRATION), "--out", str(out)]

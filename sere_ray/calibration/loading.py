@@ -141,6 +141,11 @@ def _is_local(model: str) -> bool:
     return Path(model).expanduser().exists()
 
 
+def model_name(model: str) -> str:
+    """What an artifact calls a model: a folder's own name, without the path of one machine."""
+    return Path(model).expanduser().resolve().name if _is_local(model) else model
+
+
 def _location(model: str) -> str:
     return str(Path(model).expanduser()) if _is_local(model) else model
 

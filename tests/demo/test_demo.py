@@ -90,7 +90,7 @@ def test_page_is_self_contained(kept):
 
 def test_table_fits_a_terminal_and_shows_no_log_lines(kept):
     lines = kept[1].read_text().splitlines()
-    rows = [line for line in lines if line.startswith(("  policy", "  stock", "  S="))]
+    rows = [line for line in lines if re.match(r" {1,2}(policy|stock|S=)", line)]
     assert len(rows) == 6
     assert all(len(line) <= 80 and "…" not in line for line in rows)
     assert not [line for line in lines if " INFO " in line or '"levelname"' in line]

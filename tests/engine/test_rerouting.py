@@ -167,8 +167,9 @@ def test_default_floor_keeps_batch_one_exact(checkpoint):
     assert answer == stock
 
 
-def test_compiled_graph_is_stock_at_s_equal_k_and_reroutes_at_one(checkpoint):
-    folder = checkpoint("qwen3_moe")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_graph_is_stock_at_s_equal_k_and_reroutes_at_one(checkpoint, architecture):
+    folder = checkpoint(architecture)
     with running_engine(folder, enforce_eager=False) as engine:
         stock, _ = generate(engine, prompts())
     key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)

@@ -31,7 +31,7 @@ format: $(STAMP)
 	$(BIN)/ruff format
 
 benchmark: $(STAMP)
-	$(BIN)/sere-ray bench step-time --eager --repeats 9 --out docs/results/step-time-cpu.json $(ARGS)
+	$(BIN)/sere-ray bench step-time --eager --repeats 15 --out docs/results/step-time-cpu.json $(ARGS)
 
 install: $(STAMP)
 

@@ -1,8 +1,8 @@
 """The same rule for decode steps on a CPU: scalar loops, compiled by numba.
 
 At 16 rows the reference is 35 small torch calls. Between expert layers that stream gigabytes
-through the caches, each of them starts cold, and they cost a millisecond per layer; these loops
-cost a few hundredths of that. `tests/rules` holds both to the same integers.
+through the caches, each of them starts cold. These loops are one call and touch little code.
+`tests/rules` holds both to the same integers.
 """
 
 import functools

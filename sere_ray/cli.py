@@ -59,6 +59,11 @@ def _numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
     return numbers
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated option."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 @app.callback(invoke_without_command=True)
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -202,26 +207,81 @@ def demo(
 @bench_app.command("step-time")
 def step_time(
     out: Out,
-    batches: Annotated[str, typer.Option(help="Decode batch sizes, comma-separated.")] = "1,4,16",
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Decode batch sizes, comma-separated [1,4,16; on a GPU 1,2,4,..,128]."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of a point.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="Timed decode steps of a repeat.")] = 10,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=4, max=500, help="Timed decode steps of a repeat [10; on a GPU 64]."),
+    ] = None,
     model: Annotated[
-        Literal["random-e128", "random-e64", "demo"],
-        typer.Option(help="Random experts, 128 (4 GB) or 64 (2 GB) a layer; or the demo model."),
+        Literal[
+            "random-e128",
+            "random-e64",
+            "demo",
+            "qwen3-30b-a3b",
+            "qwen1.5-moe-a2.7b",
+            "deepseek-v2-lite",
+        ],
+        typer.Option(help="Random experts for CPUs, 4 or 2 GB; the demo's shape; public shapes."),
     ] = "random-e128",
+    router: Annotated[
+        str, typer.Option(help="uniform and, on a GPU, skewed: some experts are preferred.")
+    ] = "uniform",
+    arms: Annotated[
+        str | None, typer.Option(help="Settings to time, such as off,S=2,S=1; stock always is.")
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the rows that the file has from this machine.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write the kernels of stock and S=1, too (GPU).")
+    ] = None,
+    profile_batch: Annotated[int, typer.Option(min=1, help="Its batch, one of --batches.")] = 16,
 ) -> None:
-    """Decode step time on CPU: stock vLLM against this plugin, interleaved in one run.
+    """Decode step time: stock vLLM against this plugin, interleaved in one run.
+
+    The file is written after every batch size.
 
     Example: sere-ray bench step-time --out step-time-cpu.json
     """
     with _user_errors():
-        from sere_ray.evaluation.step_time import get_model, measure
-        from sere_ray.results import write_result
+        from sere_ray.evaluation.bench import run_step_time
+        from sere_ray.evaluation.engines import on_gpu
 
-        sizes = _numbers("--batches", batches, range(1, 257))
-        rows = measure(
-            get_model(model), sizes, repeats, tokens, compiled=not eager, console=console
+        default = "1,2,4,8,16,32,64,128" if on_gpu() else "1,4,16"
+        run_step_time(
+            model,
+            out,
+            batches=_numbers("--batches", batches or default, range(1, 257)),
+            repeats=repeats,
+            tokens=tokens or (64 if on_gpu() else 10),
+            routers=_names(router),
+            arms=_names(arms) if arms else None,
+            compiled=not eager,
+            append=append,
+            profile=profile,
+            profile_batch=profile_batch,
+            console=console,
         )
-        write_result(out, {"rows": rows})
     print(out)
+
+
+@bench_app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A result file of `bench step-time`.")],
+    picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
+) -> None:
+    """Draw speedup and step time by batch size; a column for each model and router.
+
+    Example: sere-ray bench plot step-time.json step-time.png
+    """
+    with _user_errors():
+        from sere_ray.evaluation.plot import draw_step_time
+        from sere_ray.results import load_result
+
+        draw_step_time(load_result(result), picture)
+    print(picture)

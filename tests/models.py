@@ -141,8 +141,8 @@ def _deepseek(common: dict[str, Any]) -> dict[str, Any]:
         "kv_lora_rank": 512,
         "q_lora_rank": None,
         "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
     }
 
 

@@ -48,6 +48,7 @@ def test_help_shows_the_first_steps():
         ["artifact", "synthetic"],
         ["artifact", "import"],
         ["bench", "step-time"],
+        ["bench", "plot"],
     ],
 )
 def test_every_command_has_an_example(command):
@@ -187,6 +188,25 @@ def test_a_taken_port(monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         assert_refused(run(app, ["demo", "--port", str(port)]), [f"port = {port}", "--port"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--router", "uneven"], ["--router", "'uneven'", "uniform, skewed"]),
+        (["--arms", "S=7", "--model", "demo"], ["--arms", "'S=7'", "S=4, S=2, S=1"]),
+        (["--batches", "0,x"], ["--batches"]),
+    ],
+)
+def test_bench_refuses_before_it_starts(tmp_path, options, words):
+    out = tmp_path / "out.json"
+    assert_refused(run(app, ["bench", "step-time", "--out", str(out), *options]), words)
+    assert not out.exists()
+
+
+def test_bench_plot_of_no_result(tmp_path):
+    arguments = [str(tmp_path / "none.json"), str(tmp_path / "picture.png")]
+    assert_refused(run(app, ["bench", "plot", *arguments]), ["none.json"])
 
 
 def assert_refused(result, words):

@@ -9,6 +9,7 @@ from packaging.version import Version
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import Policy
 from sere_ray.errors import ArtifactError, UnsupportedError
+from sere_ray.kernel.compiler import check_compiler
 
 KEY = "sere"
 """The key of ``additional_config`` that turns re-routing on."""
@@ -39,6 +40,8 @@ def check_config(vllm_config: Any) -> tuple[Policy, SimilarityArtifact]:
     policy = Policy.parse(sere_config(vllm_config))
     check_vllm_version(installed_vllm())
     check_options(vllm_config)
+    if vllm_config.device_config.device_type == "cuda":
+        check_compiler()
     model = vllm_config.model_config
     if not model.is_moe:
         raise UnsupportedError(
@@ -73,10 +76,14 @@ def check_options(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     refused = [
         (
-            not current_platform.is_cpu(),
-            f"platform = {current_platform.device_name!r}: this version re-routes on CPU only "
-            "(its CUDA kernel is not written yet)",
-            "use the CPU build of vLLM or remove the 'sere' key",
+            current_platform.is_rocm(),
+            "platform = ROCm: the kernel is written in CUDA C++",
+            "use an NVIDIA GPU or the CPU build of vLLM, or remove the 'sere' key",
+        ),
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
+            f"platform = {current_platform.device_name!r}: neither CPU nor CUDA",
+            "use an NVIDIA GPU or the CPU build of vLLM, or remove the 'sere' key",
         ),
         (
             vllm_config.speculative_config is not None,
@@ -95,9 +102,20 @@ def check_options(vllm_config: Any) -> None:
             "use data_parallel_size = 1",
         ),
         (
-            vllm_config.use_v2_model_runner,
-            "model runner V2: row kinds are read from V1 in this version",
+            current_platform.is_cpu() and vllm_config.use_v2_model_runner,
+            "model runner V2 on a CPU: row kinds are read from V1 there",
             "set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            current_platform.is_cuda() and not vllm_config.use_v2_model_runner,
+            "model runner V1 on a GPU: row kinds are read from V2 there",
+            "unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}: rows of a "
+            "request are spread over ranks",
+            "use prefill_context_parallel_size = 1",
         ),
         (
             parallel.pipeline_parallel_size > 1,

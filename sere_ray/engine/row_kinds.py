@@ -26,6 +26,18 @@ def request_kinds(num_computed: Ints, num_prompt: Ints, num_known: Ints) -> NDAr
     return np.where(decodes, REROUTABLE, EXACT).astype(np.int8)
 
 
+def scheduled_kinds(is_prefilling: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """The same from what the V2 model runner keeps: a preempted request prefills again.
+
+    Args:
+        is_prefilling: ``[R]``.
+
+    Returns:
+        ``[R]`` int8 of ``REROUTABLE`` and ``EXACT``.
+    """
+    return np.where(is_prefilling, EXACT, REROUTABLE).astype(np.int8)
+
+
 def row_kinds(kinds: NDArray[np.int8], query_start: Ints) -> NDArray[np.int8]:
     """Spread request kinds over rows.
 

@@ -22,26 +22,49 @@ EngineCore.collective_rpc              Notice a policy change and raise that ver
 Patches, put in place by the first layer that is built under a ``sere`` key:
 
 =====================================  ==========================================================
-BaseRouter subclass of each instance   ``_compute_routing`` ends in the op ``sere_ray::reroute``,
-                                       on logical ids, before the load balancer's map. Remove:
-                                       as for MoERunner.
+BaseRouter subclass of each instance   ``_compute_routing`` ends in re-routing, on logical ids,
+                                       before the load balancer's map: on a CPU through the op
+                                       ``sere_ray::reroute``, on a GPU by a launch in place.
+                                       Remove: as for MoERunner.
+base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
+loading                                checkpoint's values. Remove: a hook after weight loading.
+WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name. Remove:
+                                       ``worker_extension_cls`` takes several classes.
+=====================================  ==========================================================
+
+On a CPU (V1 model runner) also:
+
+=====================================  ==========================================================
 GPUModelRunner._model_forward          Row kinds and step totals around the forward pass (warm-up
                                        calls the model directly and so stays exact). Remove: vLLM
                                        exposes row kinds in the forward context.
-base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
-loading                                checkpoint's values. Remove: a hook after weight loading.
 dispatcher._rebind_kernels             A second engine in one process: vLLM looks through every
                                        loaded module for kernels and stumbles over llvmlite's
                                        library object, which the compiled rule brings in (numba).
                                        Remove: vLLM reads ``__dict__`` with a type check.
-WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name. Remove:
-                                       ``worker_extension_cls`` takes several classes.
+=====================================  ==========================================================
+
+On a GPU (V2 model runner) also:
+
+=====================================  ==========================================================
+GPUModelRunner.prepare_inputs          Row kinds of a step go to the device before it is launched.
+                                       Why here: replay of a full graph passes through no forward
+                                       context. Remove: as for _model_forward.
+GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
+                                       Remove: as for _model_forward.
+triton_moe.try_get_optimal_moe_config  Tiles that are measured to be better for re-routed batches
+                                       and not worse for others, where ``tiles/`` has some for the
+                                       model's shape and this GPU. Remove: vLLM ships such tiles.
+triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch, where stock
+                                       launches two to sort. Remove: a hook between routing and
+                                       sorting.
 =====================================  ==========================================================
 """
 
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +76,11 @@ from sere_ray.engine.checks import (
     check_routes_outside_kernel,
     sere_config,
 )
-from sere_ray.engine.row_kinds import request_kinds, row_kinds
-from sere_ray.engine.state import EngineState, active_state
+from sere_ray.engine.cpu_state import CpuState, active_state
+from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.row_kinds import request_kinds, row_kinds, scheduled_kinds
+from sere_ray.engine.state import EngineState
+from sere_ray.engine.tiles import tile_for
 from sere_ray.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")
@@ -74,17 +100,35 @@ def install_observers() -> None:
     _wrap(EngineCore, "collective_rpc", _notice_policy_change)
 
 
-def _install_patches() -> None:
+def _install_patches(state: EngineState) -> None:
     from vllm.model_executor.model_loader import base_loader
-    from vllm.triton_utils import dispatcher
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
-    _wrap(GPUModelRunner, "_model_forward", _run_step)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
-    _wrap(dispatcher, "_rebind_kernels", _hide_llvmlite)
     for method in (sere_counters, sere_set_policy):
         setattr(WorkerBase, method.__name__, method)
+    if isinstance(state, CudaState):
+        _install_cuda_patches()
+    else:
+        _install_cpu_patches()
+
+
+def _install_cpu_patches() -> None:
+    from vllm.triton_utils import dispatcher
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _wrap(GPUModelRunner, "_model_forward", _run_step)
+    _wrap(dispatcher, "_rebind_kernels", _hide_llvmlite)
+
+
+def _install_cuda_patches() -> None:
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    _wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
+    _wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
+    _wrap(triton_moe, "try_get_optimal_moe_config", _choose_tile)
+    _wrap(triton_moe, "_prepare_expert_assignment", _reroute_and_align)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -126,17 +170,22 @@ def _get_state(vllm_config: Any) -> EngineState:
     """The state of the engine with this configuration, made when its first layer is built."""
     state = _find_state(vllm_config)
     if state is None:
-        policy, artifact = check_config(vllm_config)
-        state = EngineState.create(
-            policy,
-            artifact,
-            top_k=vllm_config.model_config.get_num_experts_per_tok(),
-            max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
-            device=torch.device(vllm_config.device_config.device_type),
-        )
+        state = _make_state(vllm_config)
         _states[id(vllm_config)] = vllm_config, state
-        logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
     return state
+
+
+def _make_state(vllm_config: Any) -> EngineState:
+    policy, artifact = check_config(vllm_config)
+    top_k = vllm_config.model_config.get_num_experts_per_tok()
+    max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+    if vllm_config.device_config.device_type == "cpu":
+        logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
+        return CpuState(policy, artifact, top_k, max_rows)
+    device = torch.device("cuda", torch.cuda.current_device())
+    logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
+    num_experts = vllm_config.model_config.get_num_experts()
+    return CudaState(policy, artifact, top_k, num_experts, max_rows, device)
 
 
 def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,8 +196,8 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     vllm_config = get_current_vllm_config()
     if sere_config(vllm_config) is None:
         return
-    _install_patches()
     state, layer = _get_state(vllm_config), runner.layer_id
+    _install_patches(state)
     state.artifact.matrix(layer, path=state.policy.similarity)
     method = runner.routed_experts.quant_method
     backend = getattr(getattr(method, "experts_cls", method), "__name__", type(method).__name__)
@@ -158,13 +207,18 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
             f"sere: layer {runner.layer_name!r} has its own router "
             f"{type(runner.router).__name__}; this model cannot be re-routed: remove the 'sere' key"
         )
-    runner.router.__class__ = _rerouting_class(runner.router.__class__)
-    runner.router.sere_layer = layer
+    router = runner.router
+    router.sere_layer = layer
+    if isinstance(state, CudaState):
+        router.sere_state, router.sere_runner = state, weakref.ref(runner)
+        router.__class__ = _rerouting_class(router.__class__, _reroute_on_cuda)
+    else:
+        router.__class__ = _rerouting_class(router.__class__, _reroute_on_cpu)
     state.attached[layer] = runner
 
 
 @functools.cache
-def _rerouting_class(router_class: type[Any]) -> type:
+def _rerouting_class(router_class: type[Any], reroute: Callable[..., Tensor]) -> type:
     # A subclass with one base keeps the object layout, so an instance's __class__ may be set.
     def _compute_routing(
         self: Any, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any
@@ -172,10 +226,43 @@ def _rerouting_class(router_class: type[Any]) -> type:
         topk_weights, topk_ids = router_class._compute_routing(
             self, hidden_states, router_logits, *args, **kwargs
         )
-        return topk_weights, torch.ops.sere_ray.reroute(topk_ids, topk_weights, self.sere_layer)
+        return topk_weights, reroute(self, topk_ids, topk_weights)
 
     return type(
         f"Rerouting{router_class.__name__}", (router_class,), {"_compute_routing": _compute_routing}
+    )
+
+
+def _reroute_on_cpu(router: Any, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    new_ids: Tensor = torch.ops.sere_ray.reroute(topk_ids, topk_weights, router.sere_layer)
+    return new_ids
+
+
+def _reroute_on_cuda(router: Any, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """In place. The layer is opaque to Dynamo here, so that this runs in every eager pass, and
+    once for each captured graph."""
+    state: CudaState = router.sere_state
+    if _sorts_as_expected(router.sere_runner()) and router.capture_fn is None:
+        state.defer(router.sere_layer, topk_ids, topk_weights)
+    else:
+        state.check_nothing_deferred()
+        state.reroute_inplace(router.sere_layer, topk_ids, topk_weights)
+    return topk_ids
+
+
+def _sorts_as_expected(runner: Any) -> bool:
+    """Do the experts of this layer sort the very ids that its router returns?"""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+        MoEPrepareAndFinalizeNoDPEPModular,
+    )
+
+    experts, kernel = runner.routed_experts, runner.routed_experts.quant_method.moe_kernel
+    return (
+        type(kernel.fused_experts) is TritonExperts
+        and type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNoDPEPModular
+        and experts.expert_map is None
+        and runner.router.eplb_state is None
     )
 
 
@@ -231,12 +318,18 @@ def _check_router_weights(state: EngineState, model: Any) -> None:
                 f"sere: layer {runner.layer_name!r} has no module 'gate' beside its experts, so "
                 "the artifact cannot be checked; this model is not supported: remove the 'sere' key"
             )
+        if gate.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise UnsupportedError(
+                f"sere: the gate of layer {runner.layer_name!r} is quantised to "
+                f"{gate.weight.dtype}, so the artifact cannot be checked; leave gates out of the "
+                "quantisation, as published quantised checkpoints do"
+            )
         state.artifact.check_router(layer, gate.weight, path=state.policy.similarity)
 
 
 def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     state = _find_state(runner.vllm_config)
-    if state is None:
+    if not isinstance(state, CpuState):
         return original(runner, *args, **kwargs)
     batch, count = runner.input_batch, runner.input_batch.num_reqs
     kinds = request_kinds(
@@ -246,6 +339,67 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
     )
     with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
         return original(runner, *args, **kwargs)
+
+
+def _send_row_kinds(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = original(runner, *args, **kwargs)
+    state = _find_state(runner.vllm_config)
+    if isinstance(state, CudaState):
+        state.check_nothing_deferred()
+        if all("_warmup_" in name for name in batch.req_ids):  # vLLM's own requests at start
+            state.begin_dummy_step()
+            return batch
+        starts = batch.query_start_loc_np[: batch.num_reqs + 1]
+        state.begin_step(row_kinds(scheduled_kinds(batch.is_prefilling_np), starts))
+    return batch
+
+
+def _notice_dummy_pass(
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    intermediate_tensors: Any = None,
+    dummy_run: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    state = _find_state(runner.vllm_config)
+    if dummy_run and isinstance(state, CudaState):
+        state.begin_dummy_step()
+    return original(runner, scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs)
+
+
+def _choose_tile(
+    original: Callable[..., Any],
+    w1_shape: tuple[int, ...],
+    w2_shape: tuple[int, ...],
+    top_k: int,
+    dtype: str | None,
+    rows: int,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, int]:
+    if any(isinstance(s, CudaState) and s.deferred for _, s in _states.values()):
+        tile = tile_for(w2_shape[0], w2_shape[2], dtype, rows)
+        if tile is not None:
+            return tile
+    config: dict[str, int] = original(w1_shape, w2_shape, top_k, dtype, rows, *args, **kwargs)
+    return config
+
+
+def _reroute_and_align(
+    original: Callable[..., Any],
+    topk_ids: Tensor,
+    config: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    for _, state in _states.values():
+        if isinstance(state, CudaState):
+            aligned = state.align(topk_ids, config["BLOCK_SIZE_M"])
+            if aligned is not None:
+                return tuple(aligned)
+    return original(topk_ids, config, *args, **kwargs)
 
 
 # --- worker: control by name through collective_rpc --------------------------------------------

@@ -5,12 +5,10 @@ all settings in random order, so that drift of the machine hits all alike.
 """
 
 import itertools
-import json
-import os
 import random
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,73 +17,26 @@ from rich.console import Console
 
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.config import Policy
-from sere_ray.demo import assets
 from sere_ray.engine.control import experts_read, read_counters, set_policy
+from sere_ray.errors import SereError
+from sere_ray.evaluation.engines import (
+    Engines,
+    decode_steps,
+    on_gpu,
+    prompt_tokens,
+    start_engines,
+    write_config,
+)
+from sere_ray.evaluation.floor import copy_bytes_per_s, count_weights, mean_context, step_bytes
+from sere_ray.evaluation.models import Model
+from sere_ray.evaluation.routing import Router, skew_gates
 from sere_ray.progress import progress
 
-PROMPT_TOKENS = 4
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 2048,
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "max_position_embeddings": 2048,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-"""What the random models share."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is measured: a configuration with random weights, or a checkpoint."""
-
-    name: str
-    config: dict[str, Any]
-    checkpoint: Path | None = None
-
-    @property
-    def top_k(self) -> int:
-        """K of the model."""
-        return int(self.config["num_experts_per_tok"])
-
-
-def get_model(name: str) -> Model:
-    """``demo``, ``random-e128`` or ``random-e64``.
-
-    The random ones are far beyond a CPU's cache: layers x experts x 3 x 1024 x width x bytes.
-    ``random-e128`` has the 128 experts, top-8, of Qwen3-30B-A3B and float32 weights, which CPUs
-    without bf16 arithmetic read as they are.
-    """
-    if name == "demo":
-        config = json.loads((assets.MODEL / "config.json").read_text())
-        return Model("demo model: 4 layers x 48 experts, top-4, 5 MB, bf16", config, assets.MODEL)
-    layers, experts, width, dtype, size = {
-        "random-e128": (4, 128, 640, "float32", "4.0 GB"),
-        "random-e64": (8, 64, 640, "bfloat16", "2.0 GB"),
-    }[name]
-    config = {
-        **CONFIG,
-        "num_hidden_layers": layers,
-        "num_experts": experts,
-        "moe_intermediate_size": width,
-        "torch_dtype": dtype,
-    }
-    return Model(f"random: {layers} layers x {experts} experts, top-8, {size}, {dtype}", config)
+ROW_KEY = ("model", "router", "batch", "arm")
+"""What tells rows of a result file apart."""
+_WARM_UP_TOKENS = 10
+Save = Callable[[dict[str, Any]], None]
+"""Takes the measured content of the result file so far."""
 
 
 @dataclass(frozen=True)
@@ -124,93 +75,181 @@ def arms(similarity: str, top_k: int) -> list[Arm]:
     ]
 
 
-def measure(
-    model: Model,
-    batches: list[int],
-    repeats: int,
-    tokens: int,
-    *,
-    compiled: bool,
-    console: Console,
-) -> list[dict[str, Any]]:
-    """Rows of the result file, one for each batch size and arm.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
 
-    Args:
+    Attributes:
         model: what to serve.
         batches: decode batch sizes.
         repeats: interleaved repeats of every point.
         tokens: decode steps that are timed in a repeat.
+        routers: how tokens spread over the experts.
+        arms: names of the timed settings; None is all, on a GPU without ``observe``.
         compiled: run vLLM's compiled graphs; False = eager.
-        console: where progress goes.
     """
-    # Both engines in this process: as processes of their own, each one's polling would take time
-    # from the other's cores.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+    model: Model
+    batches: list[int]
+    repeats: int
+    tokens: int
+    routers: tuple[Router, ...] = ("uniform",)
+    arms: tuple[str, ...] | None = None
+    compiled: bool = True
+
+    def timed(self, settings: list[Arm]) -> list[Arm]:
+        """The settings that are timed; stock always is, as the ratios need it.
+
+        Raises:
+            SereError: an arm that the model does not have.
+        """
+        names = [arm.name for arm in settings]
+        chosen = self.arms or tuple(n for n in names if n != "observe" or not on_gpu())
+        for name in chosen:
+            if name not in names:
+                raise SereError(f"--arms: {name!r} is none of {', '.join(names)}")
+        return [arm for arm in settings if arm.name in (*chosen, "stock")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Running engines and what is known of them."""
+
+    plan: Plan
+    engines: Engines
+    settings: list[Arm]
+    floor: Callable[[int, float], float] | None
+    """Milliseconds from batch and experts read; None on a CPU, whose cache gets in the way."""
+
+    def engine(self, arm: Arm) -> Any:
+        """The engine of an arm, with its policy set."""
+        if not arm.policy:
+            return self.engines.stock
+        set_policy(self.engines.sere, arm.policy)
+        return self.engines.sere
+
+
+def measure(
+    plan: Plan, *, console: Console, save: Save, then: Callable[[Bench, Router], None] | None = None
+) -> None:
+    """Measure and save after every batch size.
+
+    Args:
+        plan: what is measured.
+        console: where progress goes.
+        save: called with ``{"rows": [...]}`` and, on a GPU, ``"copy_gb_per_s"``.
+        then: called with the engines after the last row, and the router they are left with.
+
+    Raises:
+        SereError: the plan does not fit the model or this machine.
+    """
+    if "skewed" in plan.routers and not on_gpu():
+        raise SereError("--router skewed: needs a GPU; on CPU vLLM packs the gates' weights away")
     with tempfile.TemporaryDirectory(prefix="sere-step-time-") as name:
-        folder, similarity = Path(name) / "model", Path(name) / "synthetic.safetensors"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(model.config))
+        folder, similarity = write_config(plan.model, Path(name)), Path(name) / "sere.safetensors"
+        settings = arms(str(similarity), plan.model.top_k)
+        plan.timed(settings)
         synthetic_artifact(folder).save(similarity)
-        settings = arms(str(similarity), model.top_k)
-        console.print(f"starting two engines: {model.name}")
-        engines = {
-            None: _engine(folder, None, max(batches), compiled),
-            "sere": _engine(folder, settings[1].policy, max(batches), compiled),
-        }
-        return _measure(model, engines, settings, batches, repeats, tokens, console)
+        bandwidth = copy_bytes_per_s() if on_gpu() else None  # before the engines fill the memory
+        console.print(f"starting two engines: {plan.model.name}")
+        bench = _start(plan, folder, settings, bandwidth)
+        header = {"copy_gb_per_s": [round(bandwidth / 1e9, 1)]} if bandwidth else {}
+        _measure(bench, console, lambda rows: save({**header, "rows": rows}))
+        if then:
+            then(bench, _in_order(plan.routers)[-1])
 
 
-def _measure(
-    model: Model,
-    engines: dict[str | None, Any],
-    settings: list[Arm],
-    batches: list[int],
-    repeats: int,
-    tokens: int,
-    console: Console,
-) -> list[dict[str, Any]]:
-    times: dict[tuple[int, str], list[float]] = {}
-    experts: dict[tuple[int, str], float] = {}
-    order = random.Random(0)
-    points = len(batches) * len(settings) * (repeats + 1)
-    with progress(console, points, task="measure", unit="points") as advance:
-        for batch, repeat in itertools.product(batches, range(repeats + 1)):
-            for arm in order.sample(settings, len(settings)):
-                engine = engines["sere" if arm.policy else None]
-                if arm.policy:
-                    set_policy(engine, arm.policy)
-                    read_counters(engine, reset=True)
-                seconds = _step_seconds(engine, model, batch, tokens, seed=repeat)
-                if repeat:  # the first one warms up
-                    times.setdefault((batch, arm.name), []).append(seconds * 1e3)
-                if arm.policy and arm.policy.mode == "on":
-                    experts[batch, arm.name] = experts_read(read_counters(engine), "experts_after")
-                elif arm.name == "observe":
-                    before = experts_read(read_counters(engine), "experts_before")
-                    experts[batch, "stock"] = experts[batch, "off"] = experts[batch, arm.name] = (
-                        before
-                    )
-                advance(1)
-    return [
-        _row(
-            model,
-            batch,
-            arm,
-            times[batch, arm.name],
-            times[batch, "stock"],
-            experts[batch, arm.name],
+def _start(plan: Plan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
+    first = next(arm.policy for arm in settings if arm.policy)
+    engines = start_engines(
+        folder,
+        plan.model,
+        first,
+        batches=plan.batches,
+        tokens=plan.tokens,
+        compiled=plan.compiled,
+    )
+    floor = _floor(plan, engines, bandwidth) if bandwidth else None
+    return Bench(plan, engines, settings, floor)
+
+
+def _in_order(routers: tuple[Router, ...]) -> list[Router]:
+    return sorted(set(routers), reverse=True)  # uniform first: gates are scaled in place
+
+
+def _floor(plan: Plan, engines: Engines, bandwidth: float) -> Callable[[int, float], float]:
+    weights = engines.each(count_weights)[0]
+    context = mean_context(prompt_tokens(), plan.tokens)
+    per_token = plan.model.kv_bytes_per_token
+
+    def milliseconds(batch: int, experts: float) -> float:
+        size = step_bytes(
+            weights, experts_read=experts, batch=batch, context=context, kv_per_token=per_token
         )
-        for batch in batches
-        for arm in settings
+        return size / bandwidth * 1e3
+
+    return milliseconds
+
+
+def _measure(bench: Bench, console: Console, save: Callable[[list[dict[str, Any]]], None]) -> None:
+    plan = bench.plan
+    rows: list[dict[str, Any]] = []
+    points = len(plan.routers) * len(plan.batches) * (plan.repeats + 1)
+    order = random.Random(0)
+    with progress(console, points, task="measure", unit="repeats") as advance:
+        for router in _in_order(plan.routers):
+            if router == "skewed":
+                bench.engines.each(skew_gates)
+            for batch in plan.batches:
+                rows += _measure_batch(bench, router, batch, order, lambda: advance(1))
+                save(rows)
+
+
+def _measure_batch(
+    bench: Bench, router: Router, batch: int, order: random.Random, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    times: dict[str, list[list[float]]] = {}
+    experts: dict[str, float] = {}
+    timed = bench.plan.timed(bench.settings)
+    counted = [arm for arm in bench.settings if arm in timed or arm.name == "observe"]
+    for repeat in range(bench.plan.repeats + 1):
+        arms_now = timed if repeat else counted  # the first one warms up and counts
+        for arm in order.sample(arms_now, len(arms_now)):
+            engine = bench.engine(arm)
+            if arm.policy:
+                read_counters(engine, reset=True)
+            counts = repeat or arm.name == "observe"
+            tokens = bench.plan.tokens if counts else min(bench.plan.tokens, _WARM_UP_TOKENS)
+            intervals = _step_ms(bench, engine, batch, tokens, seed=repeat)
+            if repeat:
+                times.setdefault(arm.name, []).append(intervals)
+            if arm.policy and arm.policy.mode == "on":
+                experts[arm.name] = experts_read(read_counters(engine), "experts_after")
+            elif arm.name == "observe":
+                before = experts_read(read_counters(engine), "experts_before")
+                experts["stock"] = experts["off"] = experts[arm.name] = before
+        advance()
+    return [
+        _row(bench, router, batch, arm, times[arm.name], times["stock"], experts[arm.name])
+        for arm in timed
     ]
 
 
 def _row(
-    model: Model, batch: int, arm: Arm, step_ms: list[float], stock_ms: list[float], experts: float
+    bench: Bench,
+    router: Router,
+    batch: int,
+    arm: Arm,
+    times: list[list[float]],
+    stock_times: list[list[float]],
+    experts: float,
 ) -> dict[str, Any]:
+    step_ms, stock_ms = ([statistics.median(t) for t in of] for of in (times, stock_times))
+    mean_ms = [statistics.fmean(t) for t in times]
     ratios = [stock / own for stock, own in zip(stock_ms, step_ms, strict=True)]
-    return {
-        "model": model.name,
+    row = {
+        "model": bench.plan.model.name,
+        "router": router,
         "batch": batch,
         "arm": arm.name,
         "select_top_k": arm.select_top_k,
@@ -218,6 +257,7 @@ def _row(
         "step_ms": round(statistics.median(step_ms), 3),
         "step_ms_min": round(min(step_ms), 3),
         "step_ms_max": round(max(step_ms), 3),
+        "step_ms_mean": round(statistics.median(mean_ms), 3),
         "stock_step_ms": round(statistics.median(stock_ms), 3),
         "speedup": round(statistics.median(ratios), 3),
         "speedup_min": round(min(ratios), 3),
@@ -225,42 +265,12 @@ def _row(
         "repeats": len(step_ms),
         "experts_read": round(experts, 2),
     }
+    if bench.floor:
+        row["floor_ms"] = round(bench.floor(batch, experts), 3)
+    return row
 
 
-def _engine(folder: Path, policy: Policy | None, max_batch: int, compiled: bool) -> Any:
-    from vllm import LLM
-
-    return LLM(
-        str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=max_batch,
-        enforce_eager=not compiled,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        kv_cache_memory_bytes=1 << 28,
-        gpu_memory_utilization=0.2,
-        additional_config={"sere": policy.model_dump()} if policy else {},
-    )
-
-
-def _step_seconds(engine: Any, model: Model, batch: int, tokens: int, seed: int) -> float:
-    """Median seconds between two steps in which every row decodes."""
-    from vllm import SamplingParams
-
-    rng = random.Random(seed)
-    vocabulary = int(model.config["vocab_size"])
-    sampling = SamplingParams(
-        max_tokens=tokens + 2, temperature=0, ignore_eos=True, detokenize=False
-    )
-    core = engine.llm_engine
-    for row in range(batch):
-        prompt = [rng.randrange(2, vocabulary) for _ in range(PROMPT_TOKENS)]
-        core.add_request(f"{seed}-{row}", {"prompt_token_ids": prompt}, sampling)
-    ends: list[float] = []
-    while core.has_unfinished_requests():
-        outputs = core.step()
-        if len(outputs) == batch and min(len(o.outputs[0].token_ids) for o in outputs) > 1:
-            ends.append(time.perf_counter())
-    return statistics.median(after - before for before, after in itertools.pairwise(ends))
+def _step_ms(bench: Bench, engine: Any, batch: int, tokens: int, seed: int) -> list[float]:
+    """Milliseconds between the ends of steps in which every row decodes."""
+    ends = decode_steps(engine, bench.plan.model, batch, tokens, seed=seed)
+    return [(after - before) * 1e3 for before, after in itertools.pairwise(ends)]

@@ -3,7 +3,10 @@
 Not guarded: what the patched functions compute. The engine tests show that.
 """
 
+import ast
 import inspect
+from importlib.util import find_spec
+from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.router import base_router
@@ -86,3 +89,76 @@ def test_observers_are_installed_once_and_call_the_original():
     register()
     assert VllmConfig.__post_init__ is first
     assert not hasattr(original(first), seam._MARK)
+
+
+# --- seams of the GPU: read, not imported, as parts need Triton ---------------------------------
+
+
+def text_of(module):
+    return Path(find_spec("vllm").origin).parent.joinpath(*module.split("."))
+
+
+def tree_of(module):
+    return ast.parse(text_of(module).with_suffix(".py").read_text())
+
+
+def function_of(module, name):
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node, ast.unparse(node)
+    raise AssertionError(f"{module} has no function {name}")
+
+
+def arguments_of(node):
+    return [argument.arg for argument in node.args.args]
+
+
+def test_v2_runner_prepares_real_batches_before_every_launch():
+    runner = "v1.worker.gpu.model_runner"
+    node, body = function_of(runner, "execute_model")
+    assert arguments_of(node)[:4] == [
+        "self",
+        "scheduler_output",
+        "intermediate_tensors",
+        "dummy_run",
+    ]
+    prepared, replayed = "self.prepare_inputs(", "self.cudagraph_manager.run_fullgraph("
+    assert body.index("if not dummy_run:") < body.index(prepared) < body.index(replayed)
+    assert body.count(prepared) == 1
+    _, body = function_of(runner, "prepare_inputs")
+    for name in ("req_ids", "num_reqs", "query_start_loc_np", "is_prefilling_np"):
+        assert f"{name}=" in body
+
+
+def test_warm_up_requests_of_the_v2_runner_are_recognised():
+    _, body = function_of("v1.worker.gpu.warmup", "_warmup_kernels")
+    assert "f'_warmup_{i}_'" in body
+    assert "_v2_mixed_warmup" in ast.unparse(tree_of("v1.worker.gpu.warmup"))
+
+
+def test_triton_experts_choose_a_tile_then_sort_by_module_global_names():
+    module = "model_executor.layers.fused_moe.experts.triton_moe"
+    experts = next(
+        node
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.ClassDef) and node.name == "TritonExperts"
+    )
+    body = ast.unparse(experts)
+    tile, sort = " try_get_optimal_moe_config(", " _prepare_expert_assignment("
+    assert 0 < body.index(tile) < body.index(sort)
+    assert body.count(sort) == 1
+    assert body.index(sort) < body.index("invoke_fused_moe_triton_kernel(")
+    fused = "model_executor.layers.fused_moe.fused_moe"
+    node, _ = function_of(fused, "_prepare_expert_assignment")
+    assert arguments_of(node)[:2] == ["topk_ids", "config"]
+    node, _ = function_of(fused, "try_get_optimal_moe_config")
+    assert arguments_of(node)[:5] == ["w1_shape", "w2_shape", "top_k", "dtype", "M"]
+
+
+def test_routing_without_parallelism_hands_ids_on_as_they_are():
+    """`CudaState.defer` counts on the experts sorting the tensor that the router returned."""
+    _, prepare = function_of("model_executor.layers.fused_moe.prepare_finalize.no_dp_ep", "prepare")
+    assert "return (a1q, a1q_scale, None, None, None)" in prepare
+    kernel = "model_executor.layers.fused_moe.modular_kernel"
+    _, body = function_of(kernel, "_prepare")
+    assert "topk_ids = topk_ids if _expert_topk_ids is None else _expert_topk_ids" in body

@@ -4,7 +4,7 @@ import pytest
 
 from sere_ray.config import Policy
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.state import EngineState
+from sere_ray.engine.cpu_state import CpuState
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 from tests.models import ARCHITECTURES, MOE_LAYERS, TOP_K
@@ -76,7 +76,7 @@ def test_off_counts_steps_only(compared):
 def recorded(monkeypatch):
     """Every call of the rule inside the engine: ids before and after, weights, row kinds."""
     calls = []
-    original = EngineState.reroute
+    original = CpuState.reroute
 
     def record(self, layer, topk_ids, topk_weights):
         new_ids = original(self, layer, topk_ids, topk_weights)
@@ -84,7 +84,7 @@ def recorded(monkeypatch):
         calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
         return new_ids
 
-    monkeypatch.setattr(EngineState, "reroute", record)
+    monkeypatch.setattr(CpuState, "reroute", record)
     return calls
 
 

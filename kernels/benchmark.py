@@ -1,0 +1,282 @@
+"""Microseconds that re-routing adds to a layer, under a CUDA graph, on a GPU host.
+
+    python kernels/benchmark.py --out docs/results/kernel-h200.json
+
+A graph holds one launch of an arm for each of 48 layers, each with ids, weights and tables of its
+own; its time over 48 is what the arm adds to a layer. Arms take turns, repeats are medians.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sere_ray.config import BoundPolicy
+from sere_ray.kernel.compiler import compile_cubin
+from sere_ray.kernel.launcher import LayerTables, RuleKernel, Settings, StepInput
+from sere_ray.progress import progress
+from sere_ray.results import write_result
+from sere_ray.rules.sere import REROUTABLE, apply_plan, count, make_plan
+
+LAYERS = 48
+SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8)]
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+BLOCK_SIZE = 16
+GPU = torch.device("cuda", 0)
+
+Launch = Callable[[int], Any]
+"""Enqueue one layer's work, given the layer."""
+
+
+class Layers:
+    """Inputs of every layer for one shape: what a gate returns, and random similarity."""
+
+    def __init__(self, rows: int, num_experts: int, top_k: int, select_top_k: int) -> None:
+        g = torch.Generator().manual_seed(rows)
+        scores = torch.rand((LAYERS, rows, num_experts), generator=g)
+        top = scores.softmax(-1).topk(top_k, dim=-1)
+        self.ids = top.indices.int().to(GPU)
+        self.weights = top.values.to(GPU)
+        self.new_ids = torch.empty_like(self.ids)
+        similarity = torch.rand((LAYERS, num_experts, num_experts), generator=g)
+        self.tables = [LayerTables.build(matrix, GPU) for matrix in similarity]
+        self.settings = Settings(GPU)
+        policy = BoundPolicy(
+            mode="on", select_top_k=select_top_k, threshold=None, min_primary_experts=0
+        )
+        self.settings.write(policy, top_k=top_k, num_experts=num_experts)
+        self.step = StepInput(rows, GPU)
+        self.kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8)
+        self.step.write(self.kinds.numpy(), counter_row=0)
+        self.kinds = self.kinds.to(GPU)
+        self.counters = torch.zeros((2, LAYERS, 4), dtype=torch.int64, device=GPU)
+        self.select_top_k = select_top_k
+
+    def of(self, layer: int) -> dict[str, Any]:
+        """Arguments of a launch."""
+        return {
+            "tables": self.tables[layer],
+            "settings": self.settings,
+            "step": self.step,
+            "counters": self.counters[:, layer],
+        }
+
+
+def arms(
+    rows: int, num_experts: int, top_k: int, data: Layers, *, compiled: bool
+) -> dict[str, Launch]:
+    """What is measured, by the name of its column."""
+    kernel = RuleKernel(num_experts, top_k, torch.int32)
+    kernel.load(GPU)
+
+    def reference(layer: int) -> None:
+        _reference(
+            data.ids[layer],
+            data.weights[layer],
+            data.tables[layer].similarity,
+            data.kinds,
+            data.select_top_k,
+        )
+
+    found: dict[str, Launch] = {
+        "empty_us": _empty_launch(kernel.threads(rows)),
+        "added_us": lambda layer: kernel.reroute(
+            data.ids[layer], data.new_ids[layer], data.weights[layer], **data.of(layer)
+        ),
+        "with_sorting_us": lambda layer: kernel.reroute_and_align(
+            data.ids[layer],
+            data.new_ids[layer],
+            data.weights[layer],
+            block_size=BLOCK_SIZE,
+            **data.of(layer),
+        ),
+        "reference_us": reference,
+        "published_us": _published_launch(rows, num_experts, top_k, data),
+    }
+    sorting = _vllm_sorting_launch(num_experts, data)
+    if sorting:
+        found["vllm_sorting_us"] = sorting
+    if compiled:
+        fast = torch.compile(_reference, dynamic=False)
+        found["compiled_us"] = lambda layer: fast(
+            data.ids[layer],
+            data.weights[layer],
+            data.tables[layer].similarity,
+            data.kinds,
+            data.select_top_k,
+        )
+    return found
+
+
+def _reference(
+    ids: Tensor, weights: Tensor, similarity: Tensor, kinds: Tensor, select_top_k: int
+) -> tuple[Tensor, Any]:
+    """The specification, counters included, as the kernel does it."""
+    plan = make_plan(ids, weights, similarity, row_kind=kinds, select_top_k=select_top_k)
+    new_ids = apply_plan(plan, ids, kinds)
+    return new_ids, count(plan, ids, new_ids, kinds)
+
+
+def _compiled(name: str, defines: dict[str, int], kernel: str) -> Any:
+    from cuda.core import Device, ObjectCode
+
+    major, minor = torch.cuda.get_device_capability(GPU)
+    Device(0).set_current()
+    cubin = compile_cubin(name, defines, f"sm_{major}{minor}")
+    return ObjectCode.from_cubin(cubin).get_kernel(kernel)
+
+
+def _stream() -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+
+
+def _empty_launch(threads: int) -> Launch:
+    from cuda.core import LaunchConfig, launch
+
+    nothing = _compiled("published.cu", {"E": 2, "K": 1}, "nothing")
+    config = LaunchConfig(grid=1, block=threads)
+    return lambda layer: launch(_stream(), config, nothing)
+
+
+def _published_launch(rows: int, num_experts: int, top_k: int, data: Layers) -> Launch:
+    """The six launches of the published implementation, for rows sorted by weight."""
+    from cuda.core import LaunchConfig, launch
+
+    scan = _compiled("published.cu", {"E": num_experts, "K": top_k}, "scan_for_stand_in")
+    size = data.select_top_k
+    config = LaunchConfig(grid=-(-rows * (top_k - size) // 256), block=256)
+    mask = torch.zeros((LAYERS, num_experts), dtype=torch.bool, device=GPU)
+
+    def layer_of(layer: int) -> None:
+        is_primary, similarity = mask[layer], data.tables[layer].similarity
+        ids = data.ids[layer].to(torch.int64)
+        is_primary.zero_()
+        is_primary.scatter_(0, ids[:, :size].flatten(), True)
+        launch(
+            _stream(),
+            config,
+            scan,
+            ids.data_ptr(),
+            np.int32(rows),
+            np.int32(size),
+            similarity.data_ptr(),
+            is_primary.data_ptr(),
+        )
+        data.new_ids[layer].copy_(ids)
+
+    return layer_of
+
+
+def _vllm_sorting_launch(num_experts: int, data: Layers) -> Launch | None:
+    """What stock vLLM does after routing; `with_sorting_us` replaces it."""
+    try:
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+    except ImportError:
+        return None
+    return lambda layer: moe_align_block_size(data.ids[layer], BLOCK_SIZE, num_experts)
+
+
+def capture(launch: Launch) -> torch.cuda.CUDAGraph:
+    """A graph of one launch for each layer."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for layer in range(LAYERS):  # compiles, loads, allocates
+            launch(layer)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(LAYERS):
+            launch(layer)
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, replays: int = 5) -> float:
+    """Microseconds per layer."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3 / replays / LAYERS
+
+
+def measure(
+    rows: int, num_experts: int, top_k: int, repeats: int, *, compiled: bool
+) -> dict[str, Any]:
+    """One row of the result."""
+    data = Layers(rows, num_experts, top_k, select_top_k=1)
+    graphs = {
+        name: capture(launch)
+        for name, launch in arms(rows, num_experts, top_k, data, compiled=compiled).items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(repeats + 1):
+        for name, graph in graphs.items():
+            times[name].append(replay_us(graph))
+    medians = {name: round(statistics.median(values[1:]), 3) for name, values in times.items()}
+    added = times["added_us"][1:]
+    row = {
+        "rows": rows,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "launches": 1,
+        **medians,
+        "added_us_min": round(min(added), 3),
+        "added_us_max": round(max(added), 3),
+        "times_published": round(medians["published_us"] / medians["added_us"], 2),
+        "bytes": _bytes(rows, num_experts, top_k, data),
+    }
+    if "vllm_sorting_us" in medians:
+        row["added_when_sorting_us"] = round(
+            medians["with_sorting_us"] - medians["vllm_sorting_us"], 3
+        )
+    return row
+
+
+def _bytes(rows: int, num_experts: int, top_k: int, data: Layers) -> int:
+    """Bytes a launch reads and writes: ids twice, weights, row kinds, tables, counters."""
+    slots = rows * top_k
+    neighbours = data.tables[0].neighbours
+    return slots * (4 + 4 + 4) + rows + neighbours.numel() * neighbours.element_size() + 36 + 64
+
+
+def main() -> None:
+    """Measure every shape and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument(
+        "--compiled-rows",
+        default="16,64,512",
+        help="rows at which torch.compile is measured too (it compiles for seconds each)",
+    )
+    options = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = 64
+    compiled = {int(n) for n in options.compiled_rows.split(",") if n}
+    points = list(itertools.product(SHAPES, map(int, options.rows.split(","))))
+    console, rows = Console(), []
+    with progress(console, len(points), task="measure", unit="shapes") as advance:
+        for (num_experts, top_k), count_of in points:
+            rows.append(
+                measure(
+                    count_of, num_experts, top_k, options.repeats, compiled=count_of in compiled
+                )
+            )
+            console.print({k: v for k, v in rows[-1].items() if not k.startswith("added_us_")})
+            advance(1)
+            write_result(options.out, {"layers": LAYERS, "repeats": options.repeats, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

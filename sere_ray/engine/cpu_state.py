@@ -1,0 +1,101 @@
+"""Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sere_ray.engine.state import DECODE_ONLY, EngineState
+from sere_ray.rules import REROUTABLE, RuleCounts
+from sere_ray.rules.sere_cpu import reroute_and_count
+
+
+@dataclass
+class CpuState(EngineState):
+    """Row kinds and counters in host memory.
+
+    Attributes:
+        max_rows: most rows of a forward pass.
+    """
+
+    max_rows: int
+
+    def __post_init__(self) -> None:
+        """Allocate everything a step writes to, and compile the rule."""
+        super().__post_init__()
+        self.similarity = {layer: self.artifact.layers[layer].cpu() for layer in self.layers}
+        self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
+        self.counters = np.zeros((2, len(self.layers), len(RuleCounts._fields)), dtype=np.int64)
+        self.current_kind = DECODE_ONLY
+        self.decode_rows = 0
+        _compile_rule(self.top_k)
+
+    @contextmanager
+    def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:
+        """Run one forward pass with these row kinds.
+
+        Args:
+            kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
+        """
+        self.decode_rows = int((kinds == REROUTABLE).sum())
+        self.current_kind = self.step_kind(kinds)
+        self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
+        start = time.perf_counter()
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+            self.row_kind[: len(kinds)] = 0
+        self.count_step(self.current_kind, self.decode_rows, time.perf_counter() - start)
+
+    def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Apply the policy to one layer of the running step and count; ``[T, K]`` ids."""
+        if self.bound.mode == "off" or not self.decode_rows:
+            return topk_ids.clone()
+        new_ids, counts = reroute_and_count(
+            topk_ids,
+            topk_weights,
+            self.similarity[layer],
+            self.row_kind[: topk_ids.shape[0]],
+            select_top_k=self.bound.select_top_k,
+            threshold=self.bound.threshold,
+            min_primary_experts=self.bound.min_primary_experts,
+        )
+        self.counters[self.current_kind, self.position[layer]] += counts
+        return new_ids if self.bound.mode == "on" else topk_ids.clone()
+
+    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
+        """See the base class."""
+        counters = self.counters.copy()
+        if reset:
+            self.counters[:] = 0
+        return counters
+
+
+_active: ContextVar[CpuState | None] = ContextVar("sere_ray_active_state", default=None)
+
+
+def active_state() -> CpuState | None:
+    """The state of the running forward pass, None outside one (warm-up, draft models)."""
+    return _active.get()
+
+
+def _compile_rule(top_k: int) -> None:
+    """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
+    ids = torch.zeros((1, top_k), dtype=torch.int32)
+    reroute_and_count(
+        ids,
+        ids.float(),
+        torch.ones((1, 1), dtype=torch.float32),  # vLLM sets another default while it loads
+        torch.ones(1, dtype=torch.int8),
+        select_top_k=1,
+        threshold=None,
+        min_primary_experts=0,
+    )

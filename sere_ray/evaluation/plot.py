@@ -1,0 +1,91 @@
+"""A picture of a step-time result: speedup and step time by batch size."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from sere_ray.artifact import atomic_path
+from sere_ray.errors import SereError
+
+Rows = list[dict[str, Any]]
+
+
+def draw_step_time(document: dict[str, Any], picture: Path) -> None:
+    """Write a PNG or SVG: a column for each model and router; dashed lines are the floor.
+
+    Args:
+        document: a result file of ``sere-ray bench step-time``.
+        picture: file to write; its suffix says the format.
+
+    Raises:
+        SereError: the document is another kind of result, or the suffix another format.
+    """
+    from matplotlib.figure import Figure
+
+    rows = document.get("rows") or [{}]
+    if not all({"model", "batch", "arm", "speedup"} <= row.keys() for row in rows):
+        raise SereError("not a result of `sere-ray bench step-time`: no rows with a speedup")
+    kind = picture.suffix.removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise SereError(f"{picture}: must end in .png or .svg")
+    panels: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        panels.setdefault((row["model"], row.get("router", "uniform")), []).append(row)
+    figure = Figure(figsize=(4.6 * len(panels), 6.6), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    for column, ((model, router), own) in enumerate(panels.items()):
+        _draw_speedup(grid[0][column], own)
+        _draw_step(grid[1][column], own)
+        grid[0][column].set_title(
+            textwrap.fill(model, 44) + f"\n{router} routing", fontsize=9, loc="left"
+        )
+    machine = document["machine"]
+    figure.suptitle(f"decode step on {machine.get('gpu', machine.get('cpu'))}", fontsize=11)
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, format=kind, dpi=130)
+
+
+def _draw_speedup(axes: Any, rows: Rows) -> None:
+    for number, (arm, points) in enumerate(_lines(rows).items()):
+        if arm == "stock":
+            continue
+        batches = [row["batch"] for row in points]
+        low, high = ([row[field] for row in points] for field in ("speedup_min", "speedup_max"))
+        color = f"C{number}"
+        axes.plot(batches, [row["speedup"] for row in points], marker="o", color=color, label=arm)
+        axes.fill_between(batches, low, high, color=color, alpha=0.15)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylabel("times as fast as stock")
+    _finish(axes, rows)
+
+
+def _draw_step(axes: Any, rows: Rows) -> None:
+    for number, (arm, points) in enumerate(_lines(rows).items()):
+        batches = [row["batch"] for row in points]
+        color = f"C{number}"
+        axes.plot(batches, [row["step_ms"] for row in points], marker="o", color=color, label=arm)
+        if all("floor_ms" in row for row in points):
+            floor = [row["floor_ms"] for row in points]
+            axes.plot(batches, floor, linestyle="--", linewidth=1, color=color)
+    dashed = "; dashed: memory floor" if any("floor_ms" in row for row in rows) else ""
+    axes.set_ylabel(f"step, ms{dashed}")
+    _finish(axes, rows)
+
+
+def _lines(rows: Rows) -> dict[str, Rows]:
+    """Points of each arm, by batch size."""
+    lines: dict[str, Rows] = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        lines.setdefault(row["arm"], []).append(row)
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    return {arm: lines[arm] for arm in order}
+
+
+def _finish(axes: Any, rows: Rows) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["batch"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("batch")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)

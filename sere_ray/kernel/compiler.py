@@ -1,0 +1,109 @@
+"""Compile ``kernels/*.cu`` at run time with NVRTC, and keep the machine code for the next process.
+
+Nothing is built at installation, so one wheel serves every torch and every GPU. Compiling takes
+half a second and needs no GPU.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from sere_ray.artifact import atomic_path
+from sere_ray.errors import ArtifactError, UnsupportedError
+
+logger = logging.getLogger("vllm.sere_ray")
+
+INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
+
+
+@cache
+def source(name: str) -> str:
+    """Text of a file of ``kernels/``: inside a wheel it lies beside this module.
+
+    Raises:
+        UnsupportedError: the installation lacks it.
+    """
+    here = Path(__file__).parent
+    for folder in (here, here.parents[1] / "kernels"):
+        if (folder / name).is_file():
+            return (folder / name).read_text()
+    raise UnsupportedError(f"{name} is missing from this installation of sere-ray: reinstall it")
+
+
+def compile_cubin(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
+    """Machine code of a kernel file, from the cache or from NVRTC.
+
+    Args:
+        name: file of ``kernels/``.
+        defines: constants of the file, by name.
+        architecture: for instance ``"sm_90"``.
+
+    Raises:
+        UnsupportedError: cuda-core or NVRTC is not installed, or does not know the architecture.
+    """
+    options = [f"{key}={value}" for key, value in sorted(defines.items())]
+    key = "\n".join((source(name), *options, architecture, _nvrtc_version()))
+    path = cache_folder() / f"{Path(name).stem}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = _compile(name, defines, architecture)
+    try:
+        # Many processes may start at once: each writes a file of its own and renames it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(cubin)
+    except (OSError, ArtifactError) as error:
+        logger.warning("sere-ray: kernel cache not written, every start compiles again: %s", error)
+    return cubin
+
+
+def check_compiler() -> None:
+    """Find out early whether a kernel can be compiled.
+
+    Raises:
+        UnsupportedError: names the package that is missing.
+    """
+    _nvrtc_version()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/sere-ray``, or ``~/.cache/sere-ray``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sere-ray"
+
+
+def _compile(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=name,
+        std="c++17",
+        arch=architecture,
+        define_macro=[(key, str(value)) for key, value in defines.items()],
+    )
+    try:
+        return bytes(Program(source(name), "c++", options).compile("cubin").code)
+    except Exception as error:  # cuda-core has no class of its own for this
+        raise UnsupportedError(
+            f"{name} does not compile for {architecture} with NVRTC {_nvrtc_version()}: {error}; "
+            "compute capability 8.0 or higher and CUDA 12 or newer are needed"
+        ) from error
+
+
+@cache
+def _nvrtc_version() -> str:
+    try:
+        import cuda.core  # noqa: F401  (named here so that its absence is reported here)
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise UnsupportedError(f"package {error.name} is not installed: {INSTALL}") from None
+    try:
+        status, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        raise UnsupportedError(f"NVRTC is not installed ({error}): {INSTALL}") from None
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise UnsupportedError(f"NVRTC does not answer ({status}): {INSTALL}")
+    return f"{major}.{minor}"

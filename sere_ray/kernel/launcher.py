@@ -1,0 +1,307 @@
+"""Launch ``kernels/reroute.cu``: what it reads and writes on the device, and how it is called."""
+
+import struct
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sere_ray.config import BoundPolicy
+from sere_ray.errors import UnsupportedError
+from sere_ray.kernel.compiler import compile_cubin
+
+MAX_EXPERTS = 512
+MAX_TOP_K = 16
+MAX_ALIGNED_ROWS = 512
+"""Most rows of a batch whose slots the kernel also sorts by expert; decode graphs end there."""
+
+_MODES = {"off": 0, "observe": 1, "on": 2}
+_SETTINGS = struct.Struct("iiiif12x")
+_STEP = struct.Struct("iiii")
+_COUNTERS = 4
+
+
+class LayerTables(NamedTuple):
+    """Similarity of one layer, as the kernel reads it."""
+
+    neighbours: Tensor
+    """``[E, stride]`` uint8 (uint16 above 256 experts): row u holds all experts in order of falling
+    similarity to u, equal ones by index; so "the most similar member of a set" is "the first one
+    in the set"."""
+    similarity: Tensor
+    """``float32 [E, E]``; read only under a threshold."""
+
+    @classmethod
+    def build(cls, similarity: Tensor, device: torch.device) -> "LayerTables":
+        """From ``float32 [E, E]`` on any device."""
+        matrix = similarity.detach().cpu().numpy()
+        num_experts = matrix.shape[0]
+        stride = 32 * _power_of_two(-(-num_experts // 32))
+        kind = np.uint8 if num_experts <= 256 else np.uint16
+        neighbours = np.zeros((num_experts, stride), kind)
+        neighbours[:, :num_experts] = np.argsort(-matrix, axis=1, kind="stable")
+        return cls(
+            torch.from_numpy(neighbours).to(device),
+            similarity.detach().to(device, torch.float32, copy=True).contiguous(),
+        )
+
+
+class Settings:
+    """The policy's numbers in device memory: a captured graph follows a change of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.zeros(_SETTINGS.size, dtype=torch.uint8, device=device)
+
+    def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
+        """Takes effect for everything that is launched afterwards on the current stream."""
+        identity = not 0 < policy.select_top_k < top_k
+        # torch rounds to float32 as the reference does, beyond its range to infinity
+        rho = float(torch.tensor(policy.threshold or 0.0, dtype=torch.float32))
+        packed = _SETTINGS.pack(
+            _MODES[policy.mode],
+            top_k if identity else policy.select_top_k,
+            min(max(policy.min_primary_experts, 0), num_experts),
+            policy.threshold is not None,
+            rho,
+        )
+        _copy_to_device(packed, self.buffer)
+
+
+class StepInput:
+    """Row kinds of the running step, and how many there are, in device memory."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.buffer = torch.zeros(_STEP.size + max_rows, dtype=torch.uint8, device=device)
+
+    def write(self, kinds: np.ndarray[Any, np.dtype[np.int8]], counter_row: int) -> int:
+        """Copy without waiting, from pinned memory that torch keeps until the copy is done.
+
+        Args:
+            kinds: ``[rows]`` int8; every later row of the pass is padding.
+            counter_row: 0 or 1, where the step is counted.
+
+        Returns:
+            How many rows are re-routable.
+        """
+        reroutable = int(np.count_nonzero(kinds == 1))
+        header = _STEP.pack(len(kinds), reroutable, counter_row, 0)
+        _copy_to_device(header + kinds.tobytes(), self.buffer)
+        return reroutable
+
+    def clear(self) -> None:
+        """No row of the next pass is anybody's: warm-up, capture, an idle rank."""
+        self.buffer[: _STEP.size].zero_()
+
+
+def _copy_to_device(content: bytes, buffer: Tensor) -> None:
+    staged = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if buffer.is_cuda:
+        staged = staged.pin_memory()
+    buffer[: len(content)].copy_(staged, non_blocking=True)
+
+
+class Aligned(NamedTuple):
+    """Slots sorted by expert, as vLLM's Triton expert GEMM reads them."""
+
+    sorted_slots: Tensor
+    """``[capacity]`` int32: slot indices, each expert's padded with ``T * K`` to whole blocks."""
+    block_expert: Tensor
+    """``[capacity / block_size]`` int32: the expert of each block."""
+    padded_slots: Tensor
+    """``[1]`` int32: how much of ``sorted_slots`` is used."""
+
+
+@dataclass(frozen=True)
+class RuleKernel:
+    """The compiled rule for layers of one shape, on one device.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        id_dtype: int32 or int64.
+        unavailable: step 7 of the rule, with a mask of experts that are gone.
+    """
+
+    num_experts: int
+    top_k: int
+    id_dtype: torch.dtype
+    unavailable: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that the kernel does not hold in a block."""
+        if not (0 < self.num_experts <= MAX_EXPERTS and 0 < self.top_k <= MAX_TOP_K):
+            raise UnsupportedError(
+                f"num_experts = {self.num_experts}, top_k = {self.top_k}: the CUDA kernel takes "
+                f"up to {MAX_EXPERTS} experts and {MAX_TOP_K} slots"
+            )
+
+    def defines(self, threads: int) -> dict[str, int]:
+        """Constants of ``reroute.cu``."""
+        return {
+            "E": self.num_experts,
+            "K": self.top_k,
+            "THREADS": threads,
+            "MAX_ROWS": MAX_ALIGNED_ROWS,
+            "ID64": int(self.id_dtype == torch.int64),
+            "UNAVAILABLE": int(self.unavailable),
+        }
+
+    def threads(self, rows: int) -> int:
+        """Threads of the block: two sizes, so that two modules serve every batch."""
+        return 512 if rows * _power_of_two(self.top_k) <= 512 else 1024
+
+    def load(self, device: torch.device) -> None:
+        """Compile and load now: a module cannot be loaded while a graph is captured."""
+        for threads in (512, 1024):
+            for name in ("reroute", "reroute_and_align"):
+                _function(self, threads, device.index or 0, name)
+
+    def reroute(
+        self,
+        topk_ids: Tensor,
+        new_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        tables: LayerTables,
+        settings: Settings,
+        step: StepInput,
+        counters: Tensor,
+        unavailable: Tensor | None = None,
+    ) -> None:
+        """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
+
+        Args:
+            topk_ids: ``[T, K]`` contiguous.
+            new_ids: ``[T, K]`` contiguous.
+            topk_weights: ``float32 [T, K]`` contiguous.
+            tables: of this layer.
+            settings: of the engine.
+            step: row kinds of the running step.
+            counters: int64 ``[2, 4]`` view: this layer's counters by step kind.
+            unavailable: ``[E]`` bool, with a kernel that was made for it.
+        """
+        arguments = self._arguments(
+            topk_ids, new_ids, topk_weights, tables, settings, step, counters, unavailable
+        )
+        self._launch("reroute", topk_ids, arguments)
+
+    def reroute_and_align(
+        self,
+        topk_ids: Tensor,
+        new_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        block_size: int,
+        tables: LayerTables,
+        settings: Settings,
+        step: StepInput,
+        counters: Tensor,
+    ) -> Aligned:
+        """Re-route and sort the slots by their new expert, in the same launch.
+
+        Args:
+            topk_ids: ``[T, K]`` contiguous, at most ``MAX_ALIGNED_ROWS`` rows.
+            new_ids: as for :meth:`reroute`.
+            topk_weights: as for :meth:`reroute`.
+            block_size: a power of two, rows of an expert GEMM's tile.
+            tables: as for :meth:`reroute`.
+            settings: as for :meth:`reroute`.
+            step: as for :meth:`reroute`.
+            counters: as for :meth:`reroute`.
+        """
+        slots = topk_ids.numel()
+        # Each expert that is named wastes at most block_size - 1 places of its last block.
+        capacity = slots + min(slots, self.num_experts) * (block_size - 1)
+        blocks = -(-capacity // block_size)
+
+        def empty(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+
+        aligned = Aligned(empty(blocks * block_size), empty(blocks), empty(1))
+        arguments = self._arguments(
+            topk_ids, new_ids, topk_weights, tables, settings, step, counters, None
+        )
+        arguments += (
+            np.int32(block_size.bit_length() - 1),
+            aligned.sorted_slots.data_ptr(),
+            np.int32(aligned.sorted_slots.numel()),
+            aligned.block_expert.data_ptr(),
+            aligned.padded_slots.data_ptr(),
+        )
+        self._launch("reroute_and_align", topk_ids, arguments)
+        return aligned
+
+    def _arguments(
+        self,
+        topk_ids: Tensor,
+        new_ids: Tensor,
+        topk_weights: Tensor,
+        tables: LayerTables,
+        settings: Settings,
+        step: StepInput,
+        counters: Tensor,
+        unavailable: Tensor | None,
+    ) -> tuple[Any, ...]:
+        for name, tensor, dtype in (
+            ("topk_ids", topk_ids, self.id_dtype),
+            ("new_ids", new_ids, self.id_dtype),
+            ("topk_weights", topk_weights, torch.float32),
+        ):
+            if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cuda:
+                raise ValueError(
+                    f"{name} must be a contiguous {dtype} CUDA tensor, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+                )
+        step_address = step.buffer.data_ptr()
+        return (
+            topk_ids.data_ptr(),
+            new_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            np.int32(topk_ids.shape[0]),
+            tables.neighbours.data_ptr(),
+            tables.similarity.data_ptr(),
+            settings.buffer.data_ptr(),
+            step_address,
+            step_address + _STEP.size,
+            counters.data_ptr(),
+            np.int32(counters.stride(0)),
+            unavailable.data_ptr() if unavailable is not None else 0,
+        )
+
+    def _launch(self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...]) -> None:
+        from cuda.core import Stream, launch
+
+        rows, device = topk_ids.shape[0], topk_ids.device.index
+        threads = self.threads(rows)
+        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        launch(stream, _config(threads), _function(self, threads, device, name), *arguments)
+
+
+@cache
+def _config(threads: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    # Programmatic: may start while the gate's top-k kernel still runs; see reroute.cu.
+    return LaunchConfig(grid=1, block=threads, programmatic_stream_serialization=True)
+
+
+@cache
+def _function(kernel: RuleKernel, threads: int, device: int, name: str) -> Any:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise UnsupportedError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
+            "CUDA kernel needs 8.0 or higher (A100, L4, H100 ...)"
+        )
+    cubin = compile_cubin("reroute.cu", kernel.defines(threads), f"sm_{major}{minor}")
+    from cuda.core import Device, ObjectCode
+
+    Device(device).set_current()
+    return ObjectCode.from_cubin(cubin).get_kernel(name)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()

@@ -1,0 +1,241 @@
+"""Real vLLM engines on a GPU, full CUDA graphs on: the same promises as on a CPU."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.calibration.synthetic import synthetic_artifact
+from sere_ray.config import Policy
+from sere_ray.engine import seam
+from sere_ray.engine.control import read_counters, set_policy
+from sere_ray.engine.cuda_state import CudaState
+from sere_ray.errors import UnsupportedError
+from sere_ray.rules import PADDING, REROUTABLE, sere
+from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.models import TOP_K
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+COUNTERS = ("experts_before", "experts_after", "slots_rerouted", "critical_kept")
+COMPILED = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+    "kv_cache_memory_bytes": 1 << 28,
+}
+"""As vLLM runs by default: piecewise graphs for mixed steps, full ones for decode steps."""
+GRAPHS = {
+    **COMPILED,
+    "compilation_config": {
+        "mode": 0,  # no torch.compile: engines start in seconds
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
+}
+
+
+def tokens_of(folder, policies, **options):
+    """Stock's greedy answers, and those of each policy with its counters."""
+    with running_engine(folder, **GRAPHS, **options) as engine:
+        stock, _ = generate(engine, prompts())
+    key = sere_key(folder, min_primary_experts=0)
+    found = {}
+    with running_engine(folder, key, **GRAPHS, **options) as engine:
+        for name, changes in policies.items():
+            set_policy(engine, Policy.parse({**key, **changes}))
+            read_counters(engine, reset=True)
+            answers, _ = generate(engine, prompts())
+            found[name] = answers, read_counters(engine)["decode_only"]
+    return stock, found
+
+
+POLICIES = {
+    "S=K": {"select_top_k": TOP_K},
+    "observe": {"mode": "observe"},
+    "off": {"mode": "off"},
+    "S=1": {},
+}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen2_moe", "deepseek_v2"])
+def test_stock_tokens_and_fewer_experts(checkpoint, architecture):
+    stock, found = tokens_of(checkpoint(architecture), POLICIES)
+    for name in ("S=K", "observe", "off"):
+        assert found[name][0] == stock, name
+    answers, counts = found["S=1"]
+    assert answers != stock
+    assert counts["steps"] == 11
+    assert counts["decode_rows"] == 8 * 11
+    for before, after in zip(counts["experts_before"], counts["experts_after"], strict=True):
+        assert 0 < after < before
+    same = found["S=K"][1]
+    assert same["experts_after"] == same["experts_before"] == found["observe"][1]["experts_before"]
+    assert not any(found["off"][1]["experts_before"])
+
+
+def test_random_fp8_experts(checkpoint, tmp_path):
+    """vLLM quantises the gates too, so only random weights go with online quantisation."""
+    folder = checkpoint("qwen3_moe")
+    similarity = tmp_path / "synthetic.safetensors"
+    synthetic_artifact(folder).save(similarity)
+    options = {**GRAPHS, "quantization": "fp8", "load_format": "dummy"}
+    with running_engine(folder, **options) as engine:
+        stock, _ = generate(engine, prompts())
+    key = {"similarity": str(similarity), "select_top_k": TOP_K, "min_primary_experts": 0}
+    with running_engine(folder, key, **options) as engine:
+        assert generate(engine, prompts())[0] == stock
+        set_policy(engine, Policy.parse({**key, "select_top_k": 1}))
+        read_counters(engine, reset=True)
+        generate(engine, prompts())
+        counts = read_counters(engine)["decode_only"]
+    assert sum(counts["experts_after"]) < sum(counts["experts_before"])
+
+
+def test_quantised_gates_are_refused(checkpoint):
+    folder = checkpoint("qwen3_moe")
+    with (
+        pytest.raises(UnsupportedError, match=r"gate of layer .* is quantised"),
+        running_engine(folder, sere_key(folder), quantization="fp8", **GRAPHS),
+    ):
+        pass
+
+
+@dataclass
+class Recorder:
+    """Copies of what each layer saw, taken on the device inside the captured graphs.
+
+    A step's copies are cloned when the next one begins, in stream order, so that a host that
+    runs ahead (async scheduling) reads nothing half-written.
+    """
+
+    rows: int = 1024
+    buffers: dict = field(default_factory=dict)
+    steps: list = field(default_factory=list)
+    running: tuple | None = None
+
+    def around(self, original):
+        def recorded(state, *args):
+            if original.__name__ == "align":
+                held = state.deferred
+                if held is None:
+                    return original(state, *args)
+                layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
+            else:
+                layer, ids, weights = args
+            rows = ids.shape[0]
+            if layer not in self.buffers:
+                shape = (self.rows, ids.shape[1])
+                self.buffers[layer] = tuple(
+                    torch.full(shape, -9, dtype=kind, device=ids.device)
+                    for kind in (torch.int32, torch.float32, torch.int32)
+                )
+            before, weight, after = self.buffers[layer]
+            before[:rows].copy_(ids)
+            weight[:rows].copy_(weights)
+            result = original(state, *args)
+            after[:rows].copy_(ids)
+            return result
+
+        return recorded
+
+    def begin(self, original):
+        def recorded(state, kinds):
+            self.finish()
+            self.running = kinds.copy(), state.bound, state.step_kind(kinds)
+            original(state, kinds)
+
+        return recorded
+
+    def finish(self):
+        if self.running:
+            copies = {
+                layer: tuple(tensor.clone() for tensor in tensors)
+                for layer, tensors in self.buffers.items()
+            }
+            self.steps.append((*self.running, copies))
+        self.running = None
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    for name in ("align", "reroute_inplace"):
+        monkeypatch.setattr(CudaState, name, recorder.around(getattr(CudaState, name)))
+    monkeypatch.setattr(CudaState, "begin_step", recorder.begin(CudaState.begin_step))
+    return recorder
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v2"])
+def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
+    """Chunked prefill beside decode, graphs, padding, async scheduling, a policy that changes."""
+    folder = checkpoint(architecture)
+    key = sere_key(folder, select_top_k=2, threshold=0.9, min_primary_experts=3)
+    changes = [{}, {"select_top_k": 1}, {"select_top_k": TOP_K}, {"threshold": None}]
+    graphs = COMPILED if architecture == "qwen3_moe" else GRAPHS
+    options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
+    with running_engine(folder, key, **options) as engine:
+        state = next(s for _, s in seam._states.values() if isinstance(s, CudaState) and s.attached)
+        recorder.finish()
+        read_counters(engine, reset=True)
+        recorder.steps.clear()
+        core, requests = engine.llm_engine, prompts(24, seed=1, length=(3, 90))
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, detokenize=False)
+        for number, request in enumerate(requests):
+            core.add_request(str(number), request, sampling)
+        step = 0
+        while core.has_unfinished_requests():
+            core.step()
+            step += 1
+            if step % 5 == 0:
+                policy = {**key, **changes[step // 5 % len(changes)]}
+                set_policy(engine, Policy.parse(policy))
+        recorder.finish()
+        counters = read_counters(engine)
+        artifact = state.artifact
+    layers = counters["layers"]
+    recount = np.zeros((2, len(layers), 4), dtype=np.int64)
+    totals = np.zeros((2, 2), dtype=np.int64)
+    graphed = 0
+    for kinds, bound, kind, copies in recorder.steps:
+        if REROUTABLE not in kinds:
+            continue
+        totals[kind] += (1, np.count_nonzero(kinds == REROUTABLE))
+        for position, layer in enumerate(layers):
+            before, weights, after = (tensor.cpu() for tensor in copies[layer])
+            rows = len(kinds)
+            # Rows behind a step's are a graph's padding, or left from a larger step.
+            graphed += bool((before[rows] == -1).all())
+            row_kind = torch.from_numpy(kinds)
+            assert PADDING not in kinds
+            arguments = {
+                "row_kind": row_kind,
+                "select_top_k": bound.select_top_k,
+                "threshold": bound.threshold,
+                "min_primary_experts": bound.min_primary_experts,
+            }
+            similarity = artifact.layers[layer]
+            wanted = sere.reroute(before[:rows], weights[:rows], similarity, **arguments)
+            assert torch.equal(after[:rows], wanted)
+            plan = sere.make_plan(before[:rows], weights[:rows], similarity, **arguments)
+            counts = sere.count(plan, before[:rows], wanted, row_kind)
+            recount[kind, position] += [int(number) for number in counts]
+    assert graphed, "no step was padded to a graph's size"
+    for kind, name in enumerate(("decode_only", "mixed")):
+        assert totals[kind, 0] > 0, name
+        found = counters[name]
+        assert (found["steps"], found["decode_rows"]) == tuple(totals[kind])
+        for position, counter in enumerate(COUNTERS):
+            assert found[counter] == recount[kind, :, position].tolist(), (name, counter)
+    assert totals[:, 1].sum() == 24 * (9 - 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("architecture", ["qwen3_moe"])
+def test_tensor_and_expert_parallel(checkpoint, architecture):
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    stock, found = tokens_of(checkpoint(architecture), POLICIES, **options)
+    assert found["S=K"][0] == stock
+    counts = found["S=1"][1]
+    assert sum(counts["experts_after"]) < sum(counts["experts_before"])

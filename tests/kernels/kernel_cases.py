@@ -1,0 +1,111 @@
+"""What every way of running ``reroute.cu`` must return: the integers of the reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sere_ray.config import BoundPolicy
+from sere_ray.kernel.launcher import LayerTables, Settings, StepInput
+from sere_ray.rules.sere import REROUTABLE, count
+from tests.rules.test_sere import Case, assert_same_ids, make_case
+
+Counts = tuple[int, int, int, int]
+Run = Callable[[Case], tuple[Tensor, Counts]]
+
+# (E, K): of known models, the smallest, the largest, odd ones.
+SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (512, 10), (2, 1), (9, 3), (33, 16), (300, 5)]
+
+
+def as_launched(case: Case) -> Case:
+    """The case as the kernel takes it: contiguous, weights in float32."""
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    return replace(
+        case,
+        ids=contiguous(case.ids),
+        weights=contiguous(case.weights.float()),
+        similarity=contiguous(case.similarity),
+        row_kind=contiguous(case.row_kind),
+        unavailable=contiguous(case.unavailable),
+    )
+
+
+def policy(case: Case, mode: str = "on") -> BoundPolicy:
+    return BoundPolicy(
+        mode=mode,
+        select_top_k=case.select_top_k,
+        threshold=case.threshold,
+        min_primary_experts=case.floor,
+    )
+
+
+def expected(case: Case) -> tuple[Tensor, Counts]:
+    new = case.reroute()
+    if case.unavailable is None and not (case.kinds == REROUTABLE).any():
+        return new, (0, 0, 0, 0)  # steps without a decode row are not counted
+    counts = count(case.plan(), case.ids, new, case.row_kind)
+    return new, tuple(int(number) for number in counts)
+
+
+def check(run: Run, case: Case) -> None:
+    case = as_launched(case)
+    ids, counts = run(case)
+    expected_ids, expected_counts = expected(case)
+    assert_same_ids(ids, expected_ids, "kernel")
+    assert counts == expected_counts
+
+
+def device_inputs(
+    case: Case, device: torch.device, mode: str = "on"
+) -> tuple[LayerTables, Settings, StepInput]:
+    """Everything of a case but its ids and weights, where a launch reads it."""
+    settings = Settings(device)
+    settings.write(policy(case, mode), top_k=case.slots, num_experts=case.experts)
+    step = StepInput(max(case.ids.shape[0], 1), device)
+    step.write(case.kinds.numpy(), counter_row=1)
+    return LayerTables.build(case.similarity, device), settings, step
+
+
+def check_aligned(
+    new_ids: Tensor,
+    sorted_slots: Tensor,
+    block_expert: Tensor,
+    padded: int,
+    block: int,
+    experts: int,
+) -> None:
+    """Every valid slot once, in a block of its expert; whole blocks; experts in order."""
+    slots = new_ids.numel()
+    flat = new_ids.flatten().long().numpy()
+    used = sorted_slots[:padded].numpy()
+    assert padded % block == 0
+    owner = np.repeat(block_expert[: padded // block].numpy(), block)
+    real = used < slots
+    assert (flat[used[real]] == owner[real]).all()
+    valid = np.flatnonzero((flat >= 0) & (flat < experts))
+    assert sorted(used[real].tolist()) == valid.tolist()
+    needed = sum(-(-int(n) // block) for n in np.unique(flat[valid], return_counts=True)[1])
+    assert padded == needed * block
+    assert (np.diff(block_expert[: padded // block].numpy()) >= 0).all()
+
+
+def odd_cases(experts: int, slots: int) -> list[Case]:
+    """Cases that random ones may miss."""
+    common = {"experts": experts, "slots": slots, "select_top_k": 1, "seed": 5}
+    return [
+        make_case(rows=0, **common),
+        make_case(rows=1, **common),
+        make_case(rows=17, kinds="padding", **common),
+        make_case(rows=17, kinds="exact", **common),
+        make_case(rows=130, kinds="mixed", id_dtype=torch.int32, **common),
+        make_case(rows=600, kinds="decode", floor=slots, **common),
+        make_case(rows=5, threshold="entry", **common),
+        make_case(rows=5, unavailable="all", **common),
+        make_case(rows=5, unavailable="some", kinds="padding", **common),
+        make_case(rows=64, gate=slots <= experts, tied=False, id_dtype=torch.int32, **common),
+    ]

@@ -1,0 +1,165 @@
+"""``kernels/reroute.cu``, run on the CPU: its source, its barriers, its integers."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere_ray.kernel.launcher import _STEP, RuleKernel
+from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
+
+from .emulator import COMPILER, compile_for_cpu, launch
+from .kernel_cases import (
+    SHAPES,
+    as_launched,
+    check,
+    check_aligned,
+    device_inputs,
+    expected,
+    odd_cases,
+)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
+
+SOURCE = Path(__file__).parents[2] / "kernels" / "reroute.cu"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@functools.cache
+def library(kernel: RuleKernel, threads: int, cache: Path):
+    return compile_for_cpu(SOURCE, kernel.defines(threads), cache)
+
+
+def arguments(case: Case, ids, new_ids, mode: str = "on"):
+    tables, settings_, step = device_inputs(case, CPU, mode)
+    counters = torch.zeros((2, 4), dtype=torch.int64)
+    # Rows that the kernel may not read are not there: bounds are checked.
+    step_and_kinds = step.buffer
+    return (
+        (
+            ids,
+            new_ids,
+            case.weights,
+            ids.shape[0],
+            tables.neighbours,
+            tables.similarity,
+            settings_.buffer,
+            step_and_kinds,
+            step_and_kinds[_STEP.size :],
+            counters,
+            4,
+            case.unavailable,
+        ),
+        counters,
+    )
+
+
+def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode: str = "on"):
+    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype, case.unavailable is not None)
+    ids = case.ids.clone()
+    new_ids = ids if inplace else torch.full_like(ids, -7)
+    packed, counters = arguments(case, ids, new_ids, mode)
+    launch(library(kernel, threads, cache), "reroute", *packed, threads=threads, seed=seed)
+    assert counters[0].tolist() == [0, 0, 0, 0]
+    if not inplace:
+        assert torch.equal(ids, case.ids)
+    return new_ids, tuple(counters[1].tolist())
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
+    @settings(RULES, max_examples=25)
+    @given(
+        case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 40)),
+        seed=st.integers(0, 3),
+        inplace=st.booleans(),
+    )
+    def every(case: Case, seed: int, inplace: bool) -> None:
+        check(
+            functools.partial(run, cache=cache, threads=64, seed=seed, inplace=inplace),
+            case,
+        )
+
+    every()
+
+
+@pytest.mark.parametrize("threads", [512, 1024])
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4)])
+def test_block_sizes_as_launched(experts: int, slots: int, threads: int, cache: Path) -> None:
+    for case in odd_cases(experts, slots):
+        check(functools.partial(run, cache=cache, threads=threads, seed=1, inplace=True), case)
+
+
+def test_observe_counts_and_leaves_ids_alone(cache: Path) -> None:
+    case = as_launched(
+        make_case(seed=2, rows=20, experts=60, slots=4, select_top_k=1, kinds="mixed", gate=True)
+    )
+    ids, counts = run(case, cache=cache, threads=64, seed=0, inplace=True, mode="observe")
+    assert torch.equal(ids, case.ids)
+    assert counts == expected(case)[1]
+    ids, counts = run(case, cache=cache, threads=64, seed=0, inplace=False, mode="off")
+    assert torch.equal(ids, case.ids)
+    assert counts == (0, 0, 0, 0)
+
+
+def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode: str = "on"):
+    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    ids = case.ids.clone()
+    packed, counters = arguments(case, ids, ids, mode)
+    capacity = ids.numel() + min(ids.numel(), case.experts) * (block - 1)
+    blocks = -(-capacity // block)
+    sorted_slots = torch.full((blocks * block,), -7, dtype=torch.int32)
+    block_expert, padded = (torch.full((n,), -7, dtype=torch.int32) for n in (max(blocks, 1), 1))
+    launch(
+        library(kernel, threads, cache),
+        "reroute_and_align",
+        *packed,
+        block.bit_length() - 1,
+        sorted_slots,
+        blocks * block,
+        block_expert,
+        padded,
+        threads=threads,
+        seed=seed,
+    )
+    check_aligned(ids, sorted_slots, block_expert, int(padded), block, case.experts)
+    return ids, tuple(counters[1].tolist())
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5)])
+def test_aligned(experts: int, slots: int, cache: Path) -> None:
+    @settings(RULES, max_examples=25)
+    @given(
+        case=cases(
+            experts=experts,
+            slots=slots,
+            gate=False,
+            unavailable="none",
+            rows=st.integers(0, 40) | st.sampled_from([511, 512]),
+        ),
+        seed=st.integers(0, 3),
+        block=st.sampled_from([16, 32, 64, 128]),
+    )
+    def every(case: Case, seed: int, block: int) -> None:
+        check(functools.partial(align, cache=cache, threads=64, seed=seed, block=block), case)
+
+    every()
+
+
+def test_aligned_without_work(cache: Path) -> None:
+    """Off, or no decode row: the experts still need their order."""
+    case = as_launched(
+        make_case(seed=2, rows=20, experts=60, slots=4, select_top_k=1, kinds="exact")
+    )
+    for mode in ("on", "off"):
+        ids, counts = align(case, cache=cache, threads=64, seed=0, block=16, mode=mode)
+        assert_same_ids(ids, case.ids, mode)
+        assert counts == (0, 0, 0, 0)

@@ -1,6 +1,6 @@
 """Microseconds that re-routing adds to a layer, under a CUDA graph, on a GPU host.
 
-    python kernels/benchmark.py --out docs/results/kernel-h200.json
+    python kernels/benchmark.py --out kernel-h200.json --plot kernel-h200.png
 
 A graph holds one launch of an arm for each of 48 layers, each with ids, weights and tables of its
 own; its time over 48 is what the arm adds to a layer. Arms take turns, repeats are medians.
@@ -8,6 +8,7 @@ own; its time over 48 is what the arm adds to a layer. Arms take turns, repeats 
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def arms(
         )
 
     found: dict[str, Launch] = {
-        "empty_us": _empty_launch(kernel.threads(rows)),
+        "empty_us": _empty_launch(kernel.threads("reroute", rows)),
         "added_us": lambda layer: kernel.reroute(
             data.ids[layer], data.new_ids[layer], data.weights[layer], **data.of(layer)
         ),
@@ -250,10 +251,45 @@ def _bytes(rows: int, num_experts: int, top_k: int, data: Layers) -> int:
     return slots * (4 + 4 + 4) + rows + neighbours.numel() * neighbours.element_size() + 36 + 64
 
 
+def plot(result: Path, picture: Path) -> None:
+    """Draw a result file: a panel for each number of experts, microseconds against rows."""
+    from matplotlib.figure import Figure
+
+    document = json.loads(result.read_text())
+    arms = {
+        "published_us": "published structure, 6 launches",
+        "vllm_sorting_us": "vLLM: sort by expert, 2 launches",
+        "with_sorting_us": "ours: re-route and sort, 1 launch",
+        "added_us": "ours: re-route, 1 launch",
+        "empty_us": "an empty kernel",
+    }
+    figure = Figure(figsize=(3.4 * len(SHAPES), 3.6), layout="constrained")
+    for axes, (num_experts, top_k) in zip(
+        figure.subplots(1, len(SHAPES), sharey=True), SHAPES, strict=True
+    ):
+        rows = [row for row in document["rows"] if row["num_experts"] == num_experts]
+        for name, label in arms.items():
+            points = [(row["rows"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axes.set(title=f"{num_experts} experts, top-{top_k}", xlabel="rows")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([1, 2, 4, 8, 16, 32], labels=["1", "2", "4", "8", "16", "32"])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("microseconds a layer, in a graph")
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(f"{document['machine']['gpu']}, warm cache")
+    figure.savefig(picture, dpi=110)
+
+
 def main() -> None:
     """Measure every shape and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--plot", type=Path, help="draw the result file here")
+    parser.add_argument("--only-plot", action="store_true", help="draw what was measured before")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument(
@@ -262,6 +298,9 @@ def main() -> None:
         help="rows at which torch.compile is measured too (it compiles for seconds each)",
     )
     options = parser.parse_args()
+    if options.only_plot:
+        plot(options.out, options.plot)
+        return
     torch._dynamo.config.cache_size_limit = 64
     compiled = {int(n) for n in options.compiled_rows.split(",") if n}
     points = list(itertools.product(SHAPES, map(int, options.rows.split(","))))
@@ -276,6 +315,8 @@ def main() -> None:
             console.print({k: v for k, v in rows[-1].items() if not k.startswith("added_us_")})
             advance(1)
             write_result(options.out, {"layers": LAYERS, "repeats": options.repeats, "rows": rows})
+    if options.plot:
+        plot(options.out, options.plot)
 
 
 if __name__ == "__main__":

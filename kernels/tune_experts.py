@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +175,25 @@ def compile_share(shape: tuple[int, int, int, int], tiles: list[Tile]) -> None:
 
 
 def layer_us(experts: Experts, batch: Batch, rows: int, tile: Tile, repeats: int) -> float:
-    """Microseconds of a layer's experts under a graph; infinite where the tile does not fit."""
+    """Microseconds of a layer's experts; infinite where the tile does not fit."""
     aligned = batch.aligned(tile["BLOCK_SIZE_M"])
+    return graph_us(
+        lambda layer: experts.run(layer, rows, batch.weights[layer], aligned[layer], tile),
+        LAYERS,
+        repeats,
+    )
 
-    def layers() -> None:
-        for layer in range(LAYERS):
-            experts.run(layer, rows, batch.weights[layer], aligned[layer], tile)
 
+def graph_us(step: Callable[[int], None], layers: int, repeats: int) -> float:
+    """Median microseconds of a layer in a graph of some; infinite where it cannot be launched."""
     try:
-        layers()
+        step(0)
     except Exception:
         return float("inf")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layers()
+        for layer in range(layers):
+            step(layer)
     times = []
     for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -195,7 +201,7 @@ def layer_us(experts: Experts, batch: Batch, rows: int, tile: Tile, repeats: int
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+        times.append(start.elapsed_time(end) * 1e3 / layers)
     return statistics.median(times[1:])
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sere_ray.errors import PolicyError
 
 Mode = Literal["off", "observe", "on"]
+Union = Literal["global", "local"]
 
 
 class Policy(BaseModel):
@@ -35,8 +36,9 @@ class Policy(BaseModel):
     min_primary_experts: int | None = Field(
         None, ge=0, description="m: least size of the primary set; null = K of the model"
     )
-    union: Literal["global"] = Field(
-        "global", description="rows the primary set is taken over: those of all ranks"
+    union: Union = Field(
+        "global",
+        description="rows the primary set is taken over: of all ranks, or of each rank its own",
     )
     mode: Mode = Field(
         "on", description="off = exact; observe = exact, but count what `on` would read"
@@ -85,6 +87,7 @@ class Policy(BaseModel):
             select_top_k=self.select_top_k,
             threshold=self.threshold,
             min_primary_experts=floor,
+            union=self.union,
         )
 
     @property
@@ -102,6 +105,7 @@ class BoundPolicy(BaseModel):
     select_top_k: int
     threshold: float | None
     min_primary_experts: int
+    union: Union = "global"
 
 
 def _explain(error: Any, where: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sere_ray import config
-from sere_ray.config import BoundPolicy, Mode, Policy
+from sere_ray.config import BoundPolicy, Mode, Policy, Union
 from sere_ray.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
@@ -82,6 +82,7 @@ def test_defaults_are_those_of_the_specification() -> None:
         ("mode", "on"),
         ("rule", "sere"),
         ("union", "global"),
+        ("union", "local"),
         ("prefer_local_rank", None),
         ("similarity", "~/a b.safetensors"),
     ],
@@ -123,7 +124,7 @@ policies = st.fixed_dictionaries(
         "rule": st.just("sere"),
         "threshold": st.none() | st.floats(0, 1) | st.integers(0, 1),
         "min_primary_experts": st.none() | st.integers(0, 4096),
-        "union": st.just("global"),
+        "union": st.sampled_from(get_args(Union)),
         "mode": st.sampled_from(get_args(Mode)),
         "prefer_local_rank": st.none(),
     },
@@ -187,8 +188,8 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
         ("rule", "SERE", "'sere'", "which rule re-routes"),
         ("rule", None, "'sere'", "which rule re-routes"),
-        ("union", "local", "'global'", "all ranks"),
-        ("union", None, "'global'", "all ranks"),
+        ("union", "rank", "'global' or 'local'", "all ranks"),
+        ("union", None, "'global' or 'local'", "all ranks"),
         ("prefer_local_rank", 0.1, "None", "only null"),
         ("prefer_local_rank", False, "None", "only null"),
         ("prefer_local_rank", 0, "None", "only null"),
@@ -321,6 +322,11 @@ def test_floor_defaults_to_k(floor: int | None, expected: int) -> None:
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_mode_is_kept(mode: Literal["off", "observe", "on"]) -> None:
     assert Policy.parse({**SMALLEST, "mode": mode}).for_model(top_k=2).mode == mode
+
+
+@pytest.mark.parametrize("union", get_args(Union))
+def test_union_is_kept(union: Literal["global", "local"]) -> None:
+    assert Policy.parse({**SMALLEST, "union": union}).for_model(top_k=2).union == union
 
 
 def test_s_up_to_k() -> None:

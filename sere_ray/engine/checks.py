@@ -74,6 +74,7 @@ def check_options(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
+    is_cpu, data_parallel = current_platform.is_cpu(), parallel.data_parallel_size > 1
     refused = [
         (
             current_platform.is_rocm(),
@@ -81,7 +82,7 @@ def check_options(vllm_config: Any) -> None:
             "use an NVIDIA GPU or the CPU build of vLLM, or remove the 'sere' key",
         ),
         (
-            not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
+            not (is_cpu or current_platform.is_cuda_alike()),
             f"platform = {current_platform.device_name!r}: neither CPU nor CUDA",
             "use an NVIDIA GPU or the CPU build of vLLM, or remove the 'sere' key",
         ),
@@ -96,13 +97,25 @@ def check_options(vllm_config: Any) -> None:
             "start without LoRA",
         ),
         (
-            parallel.data_parallel_size > 1 and parallel.enable_expert_parallel,
-            f"data_parallel_size = {parallel.data_parallel_size} with enable_expert_parallel: "
-            "the union over all ranks is not written yet",
+            not is_cpu and data_parallel and parallel.enable_expert_parallel,
+            f"data_parallel_size = {parallel.data_parallel_size} with enable_expert_parallel on a "
+            "GPU: the union over all ranks is written for CPUs only",
             "use data_parallel_size = 1",
         ),
         (
-            current_platform.is_cpu() and vllm_config.use_v2_model_runner,
+            is_cpu and data_parallel and not parallel.enable_expert_parallel,
+            f"data_parallel_size = {parallel.data_parallel_size} without enable_expert_parallel: "
+            "the CPU build of vLLM cannot run it",
+            "add enable_expert_parallel = True",
+        ),
+        (
+            is_cpu and data_parallel and parallel.tensor_parallel_size > 1,
+            f"data_parallel_size = {parallel.data_parallel_size} with tensor_parallel_size = "
+            f"{parallel.tensor_parallel_size} on a CPU: rows of a rank are spread over its workers",
+            "use tensor_parallel_size = 1 or data_parallel_size = 1",
+        ),
+        (
+            is_cpu and vllm_config.use_v2_model_runner,
             "model runner V2 on a CPU: row kinds are read from V1 there",
             "set VLLM_USE_V2_MODEL_RUNNER=0",
         ),

@@ -43,9 +43,7 @@ class CpuState(EngineState):
         Args:
             kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
         """
-        self.decode_rows = int((kinds == REROUTABLE).sum())
-        self.current_kind = self.step_kind(kinds)
-        self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
+        self.begin(kinds)
         start = time.perf_counter()
         token = _active.set(self)
         try:
@@ -54,6 +52,12 @@ class CpuState(EngineState):
             _active.reset(token)
             self.row_kind[: len(kinds)] = 0
         self.count_step(self.current_kind, self.decode_rows, time.perf_counter() - start)
+
+    def begin(self, kinds: NDArray[np.int8]) -> None:
+        """Take over the row kinds of a pass; ``[rows]`` int8."""
+        self.decode_rows = int((kinds == REROUTABLE).sum())
+        self.current_kind = self.step_kind(kinds)
+        self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
 
     def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Apply the policy to one layer of the running step and count; ``[T, K]`` ids."""

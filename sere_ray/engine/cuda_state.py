@@ -1,7 +1,8 @@
 """Re-routing on a GPU: one kernel launch per layer, in eager passes and in captured graphs alike.
 
 Where vLLM's Triton experts sort the slots by expert right after routing, the launch does that
-too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then.
+too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then. In small
+batches it also computes the gate's top-k: :meth:`CudaState.defer_routing` holds the logits.
 """
 
 from dataclasses import dataclass
@@ -24,13 +25,20 @@ from sere_ray.kernel.launcher import (
 )
 from sere_ray.rules import RuleCounts
 
+MAX_CHOSEN_ROWS = 0
+"""Most rows of a batch whose top-k shares the launch, up to the kernel's ``MAX_ROUTED_ROWS``. None
+yet: `route.cu` has not been measured on a GPU, and what is not measured is not used."""
+
 
 class Deferred(NamedTuple):
-    """A layer whose ids are still the gate's."""
+    """A layer whose ids are still the gate's, or not even chosen."""
 
     layer: int
     topk_ids: Tensor
     topk_weights: Tensor
+    logits: Tensor | None = None
+    is_padding: Tensor | None = None
+    renormalize: bool = False
 
 
 @dataclass
@@ -62,9 +70,11 @@ class CudaState(EngineState):
         self.kernel(torch.int32).load(self.device)
         self.apply_policy()
 
-    def kernel(self, id_dtype: torch.dtype) -> RuleKernel:
-        """The kernel for ids of this type."""
-        return RuleKernel(self.num_experts, self.top_k, id_dtype)
+    def kernel(
+        self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
+    ) -> RuleKernel:
+        """The kernel for ids, and where it chooses them logits, of these types."""
+        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""
@@ -90,11 +100,30 @@ class CudaState(EngineState):
 
     def defer(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Re-route when the experts sort these ids: :meth:`align`."""
-        self.check_nothing_deferred()
         if topk_ids.shape[0] > MAX_ALIGNED_ROWS:
             self.reroute_inplace(layer, topk_ids, topk_weights)
         else:
             self.deferred = Deferred(layer, topk_ids, topk_weights)
+
+    def can_route(self, logits: Tensor) -> bool:
+        """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
+        kernel, (rows, experts) = self.kernel(torch.int32, logits.dtype), logits.shape
+        fits = rows <= MAX_CHOSEN_ROWS and experts == self.num_experts
+        return kernel.can_route and fits and logits.is_contiguous()
+
+    def defer_routing(
+        self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
+
+        Returns:
+            ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
+        """
+        shape = (logits.shape[0], self.top_k)
+        weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
+        self.deferred = Deferred(layer, ids, weights, logits, is_padding, renormalize)
+        return weights, ids
 
     def align(self, topk_ids: Tensor, block_size: int) -> Aligned | None:
         """Re-route the deferred ids in place and sort them; None if these are not deferred."""
@@ -102,6 +131,16 @@ class CudaState(EngineState):
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
+        if held.logits is not None:
+            return self.kernel(torch.int32, held.logits.dtype).route_and_align(
+                held.logits,
+                topk_ids,
+                held.topk_weights,
+                is_padding=held.is_padding,
+                renormalize=held.renormalize,
+                block_size=block_size,
+                **self._of_layer(held.layer),
+            )
         ids = _as_signed(topk_ids)
         return self.kernel(ids.dtype).reroute_and_align(
             ids, ids, held.topk_weights, block_size=block_size, **self._of_layer(held.layer)

@@ -56,8 +56,8 @@ triton_moe.try_get_optimal_moe_config  Tiles that are measured to be better for 
                                        and not worse for others, where ``tiles/`` has some for the
                                        model's shape and this GPU. Remove: vLLM ships such tiles.
 triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch, where stock
-                                       launches two to sort. Remove: a hook between routing and
-                                       sorting.
+                                       launches two to sort; in small batches the gate's top-k,
+                                       too. Remove: a hook between routing and sorting.
 =====================================  ==========================================================
 """
 
@@ -71,6 +71,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere_ray.engine import cpu_expert_parallel, cpu_union
 from sere_ray.engine.checks import (
     check_config,
     check_routes_outside_kernel,
@@ -100,7 +101,7 @@ def install_observers() -> None:
     _wrap(EngineCore, "collective_rpc", _notice_policy_change)
 
 
-def _install_patches(state: EngineState) -> None:
+def _install_patches(state: EngineState, vllm_config: Any) -> None:
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -110,15 +111,18 @@ def _install_patches(state: EngineState) -> None:
     if isinstance(state, CudaState):
         _install_cuda_patches()
     else:
-        _install_cpu_patches()
+        _install_cpu_patches(vllm_config)
 
 
-def _install_cpu_patches() -> None:
+def _install_cpu_patches(vllm_config: Any) -> None:
     from vllm.triton_utils import dispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _wrap(GPUModelRunner, "_model_forward", _run_step)
     _wrap(dispatcher, "_rebind_kernels", _hide_llvmlite)
+    if vllm_config.parallel_config.enable_expert_parallel:
+        cpu_expert_parallel.install(_wrap)
+        cpu_union.install(_wrap, _find_state)
 
 
 def _install_cuda_patches() -> None:
@@ -181,7 +185,7 @@ def _make_state(vllm_config: Any) -> EngineState:
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     if vllm_config.device_config.device_type == "cpu":
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
-        return CpuState(policy, artifact, top_k, max_rows)
+        return cpu_union.make_state(vllm_config, policy, artifact, top_k, max_rows)
     device = torch.device("cuda", torch.cuda.current_device())
     logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
     num_experts = vllm_config.model_config.get_num_experts()
@@ -197,11 +201,14 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     if sere_config(vllm_config) is None:
         return
     state, layer = _get_state(vllm_config), runner.layer_id
-    _install_patches(state)
+    _install_patches(state, vllm_config)
     state.artifact.matrix(layer, path=state.policy.similarity)
     method = runner.routed_experts.quant_method
-    backend = getattr(getattr(method, "experts_cls", method), "__name__", type(method).__name__)
+    kernel = getattr(method, "experts_cls", method)
+    backend = getattr(kernel, "__name__", type(method).__name__)
     check_routes_outside_kernel(runner.layer_name, runner.is_monolithic, backend)
+    if isinstance(state, CpuState) and vllm_config.parallel_config.enable_expert_parallel:
+        cpu_expert_parallel.prepare_layer(runner, kernel)
     if not isinstance(runner.router, BaseRouter):
         raise UnsupportedError(
             f"sere: layer {runner.layer_name!r} has its own router "
@@ -211,43 +218,79 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     router.sere_layer = layer
     if isinstance(state, CudaState):
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
-        router.__class__ = _rerouting_class(router.__class__, _reroute_on_cuda)
+        router.sere_is_plain_softmax = _is_plain_softmax(router)
+        router.__class__ = _rerouting_class(router.__class__, _route_on_cuda)
     else:
-        router.__class__ = _rerouting_class(router.__class__, _reroute_on_cpu)
+        router.__class__ = _rerouting_class(router.__class__, _route_on_cpu)
     state.attached[layer] = runner
 
 
+Routing = tuple[Tensor, Tensor]
+"""``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""
+
+
 @functools.cache
-def _rerouting_class(router_class: type[Any], reroute: Callable[..., Tensor]) -> type:
+def _rerouting_class(router_class: type[Any], compute: Callable[..., Routing]) -> type:
     # A subclass with one base keeps the object layout, so an instance's __class__ may be set.
-    def _compute_routing(
-        self: Any, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        topk_weights, topk_ids = router_class._compute_routing(
-            self, hidden_states, router_logits, *args, **kwargs
+    def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> Routing:
+        return compute(
+            self, functools.partial(router_class._compute_routing, self), *args, **kwargs
         )
-        return topk_weights, reroute(self, topk_ids, topk_weights)
 
     return type(
         f"Rerouting{router_class.__name__}", (router_class,), {"_compute_routing": _compute_routing}
     )
 
 
-def _reroute_on_cpu(router: Any, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    new_ids: Tensor = torch.ops.sere_ray.reroute(topk_ids, topk_weights, router.sere_layer)
-    return new_ids
+def _route_on_cpu(
+    router: Any, original: Callable[..., Routing], *args: Any, **kwargs: Any
+) -> Routing:
+    topk_weights, topk_ids = original(*args, **kwargs)
+    return topk_weights, torch.ops.sere_ray.reroute(topk_ids, topk_weights, router.sere_layer)
 
 
-def _reroute_on_cuda(router: Any, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """In place. The layer is opaque to Dynamo here, so that this runs in every eager pass, and
-    once for each captured graph."""
+def _route_on_cuda(
+    router: Any,
+    original: Callable[..., Routing],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    indices_type: torch.dtype | None,
+    **kwargs: Any,
+) -> Routing:
+    """Defer what the experts' sorting can share a launch with; else re-route in place.
+
+    The layer is opaque to Dynamo here, so that this runs in every eager pass, and once for each
+    captured graph.
+    """
     state: CudaState = router.sere_state
-    if _sorts_as_expected(router.sere_runner()) and router.capture_fn is None:
+    state.check_nothing_deferred()
+    sorts = router.capture_fn is None and _sorts_as_expected(router.sere_runner())
+    plain = router.sere_is_plain_softmax and indices_type in (None, torch.int32)
+    if sorts and plain and state.can_route(router_logits):
+        is_padding = _padding_mask(router_logits.shape[0])
+        return state.defer_routing(
+            router.sere_layer, router_logits, is_padding, renormalize=router.renormalize
+        )
+    topk_weights, topk_ids = original(hidden_states, router_logits, indices_type, **kwargs)
+    if sorts:
         state.defer(router.sere_layer, topk_ids, topk_weights)
     else:
-        state.check_nothing_deferred()
         state.reroute_inplace(router.sere_layer, topk_ids, topk_weights)
-    return topk_ids
+    return topk_weights, topk_ids
+
+
+def _padding_mask(rows: int) -> Tensor | None:
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+
+    mask: Tensor | None = fused_topk_router._get_padding_mask(rows)
+    return mask
+
+
+def _is_plain_softmax(router: Any) -> bool:
+    """Is the gate a softmax and a top-k, without groups and bias? `route.cu` knows that one."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+
+    return type(router) is FusedTopKRouter and router.scoring_func == "softmax"
 
 
 def _sorts_as_expected(runner: Any) -> bool:
@@ -262,6 +305,7 @@ def _sorts_as_expected(runner: Any) -> bool:
         type(kernel.fused_experts) is TritonExperts
         and type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNoDPEPModular
         and experts.expert_map is None
+        and not experts.apply_router_weight_on_input
         and runner.router.eplb_state is None
     )
 

@@ -67,8 +67,11 @@ class EngineState(ABC):
 
     def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
         """Add a step to the totals; steps without a decode row are not counted."""
-        if not decode_rows:
-            return
+        if decode_rows:
+            self.add_step(kind, decode_rows, seconds)
+
+    def add_step(self, kind: int, decode_rows: int, seconds: float | None) -> None:
+        """Add a step to the totals whatever its rows."""
         totals = self.totals[kind]
         totals.steps += 1
         totals.decode_rows += decode_rows

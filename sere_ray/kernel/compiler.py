@@ -19,9 +19,12 @@ logger = logging.getLogger("vllm.sere_ray")
 INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
 
 
-@cache
-def source(name: str) -> str:
-    """Text of a file of ``kernels/``: inside a wheel it lies beside this module.
+HEADER = "rule.cuh"
+"""What the kernel files include."""
+
+
+def source_path(name: str) -> Path:
+    """A file of ``kernels/``: inside a wheel it lies beside this module.
 
     Raises:
         UnsupportedError: the installation lacks it.
@@ -29,7 +32,7 @@ def source(name: str) -> str:
     here = Path(__file__).parent
     for folder in (here, here.parents[1] / "kernels"):
         if (folder / name).is_file():
-            return (folder / name).read_text()
+            return folder / name
     raise UnsupportedError(f"{name} is missing from this installation of sere-ray: reinstall it")
 
 
@@ -45,7 +48,8 @@ def compile_cubin(name: str, defines: Mapping[str, int], architecture: str) -> b
         UnsupportedError: cuda-core or NVRTC is not installed, or does not know the architecture.
     """
     options = [f"{key}={value}" for key, value in sorted(defines.items())]
-    key = "\n".join((source(name), *options, architecture, _nvrtc_version()))
+    sources = [source_path(file).read_text() for file in (name, HEADER)]
+    key = "\n".join((*sources, *options, architecture, _nvrtc_version()))
     path = cache_folder() / f"{Path(name).stem}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if path.is_file():
         return path.read_bytes()
@@ -78,14 +82,16 @@ def cache_folder() -> Path:
 def _compile(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
     from cuda.core import Program, ProgramOptions
 
+    path = source_path(name)
     options = ProgramOptions(
         name=name,
         std="c++17",
         arch=architecture,
         define_macro=[(key, str(value)) for key, value in defines.items()],
+        include_path=str(path.parent),
     )
     try:
-        return bytes(Program(source(name), "c++", options).compile("cubin").code)
+        return bytes(Program(path.read_text(), "c++", options).compile("cubin").code)
     except Exception as error:  # cuda-core has no class of its own for this
         raise UnsupportedError(
             f"{name} does not compile for {architecture} with NVRTC {_nvrtc_version()}: {error}; "

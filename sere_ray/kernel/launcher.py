@@ -1,4 +1,4 @@
-"""Launch ``kernels/reroute.cu``: what it reads and writes on the device, and how it is called."""
+"""Launch the kernels: what they read and write on the device, and how they are called."""
 
 import struct
 from dataclasses import dataclass
@@ -18,6 +18,13 @@ MAX_TOP_K = 16
 MAX_ALIGNED_ROWS = 512
 """Most rows of a batch whose slots the kernel also sorts by expert; decode graphs end there."""
 
+MAX_ROUTED_ROWS = 64
+"""Most rows whose top-k the kernel computes, too; more rows need more than one block."""
+_FILES = {
+    "reroute": "reroute.cu",
+    "reroute_and_align": "reroute.cu",
+    "route_and_align": "route.cu",
+}
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _SETTINGS = struct.Struct("iiiif12x")
 _STEP = struct.Struct("iiii")
@@ -123,12 +130,14 @@ class RuleKernel:
         top_k: K.
         id_dtype: int32 or int64.
         unavailable: step 7 of the rule, with a mask of experts that are gone.
+        logit_dtype: of the gate's logits, for :meth:`route_and_align`.
     """
 
     num_experts: int
     top_k: int
     id_dtype: torch.dtype
     unavailable: bool = False
+    logit_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         """Refuse shapes that the kernel does not hold in a block."""
@@ -138,9 +147,16 @@ class RuleKernel:
                 f"up to {MAX_EXPERTS} experts and {MAX_TOP_K} slots"
             )
 
-    def defines(self, threads: int) -> dict[str, int]:
-        """Constants of ``reroute.cu``."""
-        return {
+    @property
+    def can_route(self) -> bool:
+        """Whether :meth:`route_and_align` takes this shape."""
+        power = self.num_experts == _power_of_two(self.num_experts)
+        logits = self.logit_dtype in (torch.bfloat16, torch.float32)
+        return power and 32 <= self.num_experts <= 256 and logits and not self.unavailable
+
+    def defines(self, name: str, threads: int) -> dict[str, int]:
+        """Constants of the file that holds a kernel."""
+        constants = {
             "E": self.num_experts,
             "K": self.top_k,
             "THREADS": threads,
@@ -148,16 +164,24 @@ class RuleKernel:
             "ID64": int(self.id_dtype == torch.int64),
             "UNAVAILABLE": int(self.unavailable),
         }
+        if _FILES[name] == "route.cu":
+            size = self.logit_dtype.itemsize
+            constants |= {"MAX_ROWS": MAX_ROUTED_ROWS, "LOGIT_BYTES": size}
+        return constants
 
-    def threads(self, rows: int) -> int:
+    def threads(self, name: str, rows: int) -> int:
         """Threads of the block: two sizes, so that two modules serve every batch."""
-        return 512 if rows * _power_of_two(self.top_k) <= 512 else 1024
+        lanes = _power_of_two(self.top_k)
+        if name == "route_and_align":
+            lanes = max(1, min(self.num_experts * self.logit_dtype.itemsize // 16, 32))
+        return 512 if rows * lanes <= 512 else 1024
 
     def load(self, device: torch.device) -> None:
         """Compile and load now: a module cannot be loaded while a graph is captured."""
-        for threads in (512, 1024):
-            for name in ("reroute", "reroute_and_align"):
-                _function(self, threads, device.index or 0, name)
+        for name in _FILES:
+            if name != "route_and_align" or self.can_route:
+                for threads in (512, 1024):
+                    _function(self, threads, device.index or 0, name)
 
     def reroute(
         self,
@@ -212,27 +236,80 @@ class RuleKernel:
             step: as for :meth:`reroute`.
             counters: as for :meth:`reroute`.
         """
-        slots = topk_ids.numel()
+        aligned, sorted_arguments = self._aligned(topk_ids, block_size)
+        arguments = self._arguments(
+            topk_ids, new_ids, topk_weights, tables, settings, step, counters, None
+        )
+        self._launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
+        return aligned
+
+    def route_and_align(
+        self,
+        logits: Tensor,
+        new_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        is_padding: Tensor | None,
+        renormalize: bool,
+        block_size: int,
+        tables: LayerTables,
+        settings: Settings,
+        step: StepInput,
+        counters: Tensor,
+    ) -> Aligned:
+        """Softmax and top-k of the gate, the rule, and the sorted slots, in one launch.
+
+        Args:
+            logits: ``[T, E]`` of ``logit_dtype``, contiguous, at most ``MAX_ROUTED_ROWS`` rows.
+            new_ids: ``[T, K]``, written.
+            topk_weights: ``float32 [T, K]``, written: bit for bit what vLLM's top-k kernel gives.
+            is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
+            renormalize: divide a row's weights by their sum.
+            block_size: as for :meth:`reroute_and_align`.
+            tables: as for :meth:`reroute`.
+            settings: as for :meth:`reroute`.
+            step: as for :meth:`reroute`.
+            counters: as for :meth:`reroute`.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        if logits.dtype != self.logit_dtype or not logits.is_contiguous() or not self.can_route:
+            raise ValueError(
+                f"logits must be contiguous {self.logit_dtype} of 32 to 256 experts, a power of "
+                f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
+            )
+        aligned, sorted_arguments = self._aligned(new_ids, block_size)
+        rule = self._arguments(
+            new_ids, new_ids, topk_weights, tables, settings, step, counters, None
+        )
+        routing = (
+            logits.data_ptr(),
+            is_padding.data_ptr() if is_padding is not None else 0,
+            np.int32(renormalize),
+            topk_weights.data_ptr(),
+            0,  # there are no ids yet
+        )
+        self._launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
+        return aligned
+
+    def _aligned(self, ids: Tensor, block_size: int) -> tuple[Aligned, tuple[Any, ...]]:
+        slots = ids.numel()
         # Each expert that is named wastes at most block_size - 1 places of its last block.
         capacity = slots + min(slots, self.num_experts) * (block_size - 1)
         blocks = -(-capacity // block_size)
 
         def empty(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+            return torch.empty(size, dtype=torch.int32, device=ids.device)
 
         aligned = Aligned(empty(blocks * block_size), empty(blocks), empty(1))
-        arguments = self._arguments(
-            topk_ids, new_ids, topk_weights, tables, settings, step, counters, None
-        )
-        arguments += (
+        return aligned, (
             np.int32(block_size.bit_length() - 1),
             aligned.sorted_slots.data_ptr(),
             np.int32(aligned.sorted_slots.numel()),
             aligned.block_expert.data_ptr(),
             aligned.padded_slots.data_ptr(),
         )
-        self._launch("reroute_and_align", topk_ids, arguments)
-        return aligned
 
     def _arguments(
         self,
@@ -275,7 +352,7 @@ class RuleKernel:
         from cuda.core import Stream, launch
 
         rows, device = topk_ids.shape[0], topk_ids.device.index
-        threads = self.threads(rows)
+        threads = self.threads(name, rows)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         launch(stream, _config(threads), _function(self, threads, device, name), *arguments)
 
@@ -296,7 +373,7 @@ def _function(kernel: RuleKernel, threads: int, device: int, name: str) -> Any:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
             "CUDA kernel needs 8.0 or higher (A100, L4, H100 ...)"
         )
-    cubin = compile_cubin("reroute.cu", kernel.defines(threads), f"sm_{major}{minor}")
+    cubin = compile_cubin(_FILES[name], kernel.defines(name, threads), f"sm_{major}{minor}")
     from cuda.core import Device, ObjectCode
 
     Device(device).set_current()

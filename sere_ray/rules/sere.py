@@ -15,6 +15,8 @@ REROUTABLE = 1
 """Row kind of a decode row: its secondary slots may be re-routed."""
 EXACT = 2
 """Row kind of a prefill row, or of a row whose request asked for exact routing."""
+UNNAMED = 255
+"""Entry of a rank vector for an expert that no row of the rank names; so K <= 254."""
 
 
 def reroute(
@@ -101,11 +103,43 @@ def make_plan(
 ) -> Plan:
     """Steps 1 to 4 and 7 of the specification; arguments as for :func:`reroute`."""
     _check(topk_ids, topk_weights, similarity, row_kind, unavailable)
-    num_slots, num_experts = topk_ids.shape[1], similarity.shape[0]
-    active = 0 < select_top_k < num_slots
-    itself = torch.arange(num_experts, device=topk_ids.device)
+    return plan_from_ranks(
+        lowest_slot_rank(topk_ids, topk_weights, similarity.shape[0], row_kind),
+        similarity,
+        num_slots=topk_ids.shape[1],
+        select_top_k=select_top_k,
+        threshold=threshold,
+        min_primary_experts=min_primary_experts,
+        unavailable=unavailable,
+    )
 
-    lowest_rank = lowest_slot_rank(topk_ids, topk_weights, num_experts, row_kind)
+
+def plan_from_ranks(
+    ranks: Tensor,
+    similarity: Tensor,
+    *,
+    num_slots: int,
+    select_top_k: int,
+    threshold: float | None = None,
+    min_primary_experts: int = 0,
+    unavailable: Tensor | None = None,
+) -> Plan:
+    """The same from the rank vector of all rows, wherever they are.
+
+    Args:
+        ranks: ``[E]``, a :func:`rank_vector`, or the elementwise minimum over several; every
+            value from ``num_slots`` on means that no row names the expert.
+        similarity: as for :func:`reroute`, and so are the others.
+        num_slots: K.
+        select_top_k: S.
+        threshold: rho.
+        min_primary_experts: m.
+        unavailable: ``[E]`` bool or None.
+    """
+    active = 0 < select_top_k < num_slots
+    itself = torch.arange(similarity.shape[0], device=similarity.device)
+
+    lowest_rank = ranks.long().clamp(max=num_slots)
     named = lowest_rank < num_slots
     if unavailable is not None:
         lowest_rank = lowest_rank.masked_fill(unavailable, num_slots)
@@ -148,8 +182,7 @@ def lowest_slot_rank(
 ) -> Tensor:
     """Steps 1 and 2: per expert, the best rank any row gives it; P_s = the entries below s.
 
-    An exact row counts as rank 0 for each of its experts, since they are read anyway. This is
-    the vector that expert-parallel ranks reduce with MIN.
+    An exact row counts as rank 0 for each of its experts, since they are read anyway.
 
     Returns:
         ``[E]`` int64: 0..K-1, or K where no re-routable or exact row names the expert.
@@ -166,6 +199,29 @@ def lowest_slot_rank(
     ids = torch.where(valid, topk_ids, num_experts).long().gather(1, order)
     lowest = torch.full((num_experts + 1,), num_slots, device=topk_ids.device)
     return lowest.scatter_reduce_(0, ids.flatten(), rank.flatten(), "amin")[:num_experts]
+
+
+def rank_vector(
+    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, row_kind: Tensor | None
+) -> Tensor:
+    """What expert-parallel ranks exchange: the same as one byte per expert, reduced with MIN.
+
+    Returns:
+        ``[E]`` uint8: 0..K-1, or ``UNNAMED``.
+    """
+    check_slots(topk_ids.shape[1])
+    lowest = lowest_slot_rank(topk_ids, topk_weights, num_experts, row_kind)
+    return lowest.masked_fill(lowest == topk_ids.shape[1], UNNAMED).to(torch.uint8)
+
+
+def check_slots(num_slots: int) -> None:
+    """Refuse a K whose ranks do not fit the byte of a rank vector.
+
+    Raises:
+        ValueError: K > 254.
+    """
+    if num_slots >= UNNAMED:
+        raise ValueError(f"topk_ids has {num_slots} slots; a rank vector holds up to {UNNAMED - 1}")
 
 
 def primary_set(lowest_rank: Tensor, select_top_k: int, floor: int, num_slots: int) -> Tensor:

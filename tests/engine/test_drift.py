@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.model_loader import base_loader
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.worker import gpu_model_runner, worker_base
+from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
@@ -79,6 +79,50 @@ def test_engine_core_seams():
 
 def test_rpc_reaches_methods_of_the_worker_by_name():
     assert "getattr(self.worker, attr)" in source(worker_base.WorkerWrapperBase.__getattr__)
+
+
+# --- expert parallelism on a CPU ------------------------------------------------------------------
+
+
+def test_cpu_experts_still_ignore_the_expert_map():
+    """If one of the first two fails, vLLM has learned it: remove the patch."""
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    assert source(CPUUnquantizedExperts.apply).count("expert_map") == 1
+    for name in ("all_gatherv", "reduce_scatterv"):
+        stock = original(getattr(CpuCommunicator, name))
+        assert stock is getattr(DeviceCommunicatorBase, name)
+        assert parameters(stock) == ["self", "input_", "dim", "sizes"]
+    kernel = modular_kernel.FusedMoEKernelModularImpl._fused_experts
+    call = source(kernel).partition("self.fused_experts.apply(")[2].partition(")")[0]
+    for name in ("output", "hidden_states", "topk_weights", "topk_ids", "expert_map"):
+        assert f"{name}=" in call
+
+
+def test_cpu_layers_are_called_through_a_replaceable_entry():
+    runner = moe_runner.MoERunner
+    assert "self._forward_entry = self._select_forward()" in source(runner.__init__)
+    assert "result = self._forward_entry(" in source(runner.forward)
+    assert "torch.ops.vllm.moe_forward_shared" in source(runner._select_forward)
+
+
+def test_a_pass_runs_on_all_ranks_or_on_none():
+    """What the exchange of `cpu_union` counts on: passes are agreed on before layers are."""
+    runner = gpu_model_runner.GPUModelRunner
+    agree = "self._determine_batch_execution_and_padding("
+    for function, forward in (
+        (runner.execute_model, "self._model_forward("),
+        (runner._dummy_run, "self.model("),
+    ):
+        assert source(function).index(agree) < source(function).index(forward)
+    assert "coordinate_batch_across_dp(" in source(runner._determine_batch_execution_and_padding)
+    assert "self.model_runner._dummy_run(" in source(gpu_worker.Worker.execute_dummy_batch)
+    assert "self._dummy_run(" in source(runner.profile_run)
 
 
 def test_observers_are_installed_once_and_call_the_original():

@@ -114,6 +114,8 @@ class Recorder:
     running: tuple | None = None
 
     def around(self, original):
+        from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+
         def recorded(state, *args):
             if original.__name__ == "align":
                 held = state.deferred
@@ -121,19 +123,26 @@ class Recorder:
                     return original(state, *args)
                 layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
             else:
-                layer, ids, weights = args
+                held, (layer, ids, weights) = None, args
             rows = ids.shape[0]
             if layer not in self.buffers:
                 shape = (self.rows, ids.shape[1])
                 self.buffers[layer] = tuple(
                     torch.full(shape, -9, dtype=kind, device=ids.device)
-                    for kind in (torch.int32, torch.float32, torch.int32)
+                    for kind in (torch.int32, torch.float32, torch.int32, torch.float32)
                 )
-            before, weight, after = self.buffers[layer]
-            before[:rows].copy_(ids)
-            weight[:rows].copy_(weights)
+            before, weight, after, weight_after = self.buffers[layer]
+            if held and held.logits is not None:  # not chosen yet: let vLLM's own kernel choose
+                gate = held.logits
+                chosen = fused_topk(gate, gate, ids.shape[1], held.renormalize)
+                before[:rows].copy_(chosen[1])
+                weight[:rows].copy_(chosen[0])
+            else:
+                before[:rows].copy_(ids)
+                weight[:rows].copy_(weights)
             result = original(state, *args)
             after[:rows].copy_(ids)
+            weight_after[:rows].copy_(weights)
             return result
 
         return recorded
@@ -174,7 +183,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
     graphs = COMPILED if architecture == "qwen3_moe" else GRAPHS
     options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
     with running_engine(folder, key, **options) as engine:
-        state = next(s for _, s in seam._states.values() if isinstance(s, CudaState) and s.attached)
+        _, state = list(seam._states.values())[-1]  # earlier engines of this process are there too
         recorder.finish()
         read_counters(engine, reset=True)
         recorder.steps.clear()
@@ -203,8 +212,9 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
             continue
         totals[kind] += (1, np.count_nonzero(kinds == REROUTABLE))
         for position, layer in enumerate(layers):
-            before, weights, after = (tensor.cpu() for tensor in copies[layer])
+            before, weights, after, weights_after = (tensor.cpu() for tensor in copies[layer])
             rows = len(kinds)
+            assert torch.equal(weights[:rows], weights_after[:rows])  # bit for bit
             # Rows behind a step's are a graph's padding, or left from a larger step.
             graphed += bool((before[rows] == -1).all())
             row_kind = torch.from_numpy(kinds)

@@ -8,6 +8,8 @@ import pytest
 PROGRAM = """
 import sys
 from tests.engine.conftest import generate, prompts, running_engine
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 from vllm.model_executor.model_loader import base_loader
@@ -22,6 +24,8 @@ with running_engine(sys.argv[1]) as engine:
 assert routers == {"CPURouter"}, routers
 assert before == (GPUModelRunner._model_forward, base_loader.process_weights_after_loading)
 assert not hasattr(WorkerBase, "sere_counters")
+assert not hasattr(CPUUnquantizedExperts.apply, "_sere_ray_original")
+assert "all_gatherv" not in vars(CpuCommunicator)
 from sere_ray.engine.seam import _states
 assert not _states
 print("untouched")

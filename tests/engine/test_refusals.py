@@ -1,5 +1,7 @@
 """What cannot work is refused before the model loads: key, value, what is allowed, what to do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -35,7 +37,7 @@ def moe(checkpoint):
         ({"min_primary_experts": -1}, ["sere.min_primary_experts = -1"]),
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
         ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere'"]),
-        ({"union": "local"}, ["sere.union = 'local'", "'global'"]),
+        ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
         ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "only null"]),
     ],
 )
@@ -162,8 +164,16 @@ def test_dense_model(moe, tmp_path, has_words):
         ({"enable_lora": True}, ["enable_lora = True", "without LoRA"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
         (
-            {"data_parallel_size": 2, "enable_expert_parallel": True},
-            ["data_parallel_size = 2", "enable_expert_parallel"],
+            {"data_parallel_size": 2},
+            ["data_parallel_size = 2", "add enable_expert_parallel = True"],
+        ),
+        (
+            {
+                "data_parallel_size": 2,
+                "enable_expert_parallel": True,
+                "tensor_parallel_size": 2,
+            },
+            ["data_parallel_size = 2", "tensor_parallel_size = 2", "use tensor_parallel_size = 1"],
         ),
     ],
 )
@@ -171,6 +181,34 @@ def test_options_this_version_does_not_support(moe, has_words, options, words):
     with pytest.raises(UnsupportedError) as error:
         configure(moe, sere_key(moe), **options)
     has_words(str(error.value), *words)
+
+
+def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words):
+    import vllm.platforms
+
+    config = configure(moe, sere_key(moe), data_parallel_size=2, enable_expert_parallel=True)
+    platform = SimpleNamespace(
+        is_rocm=lambda: False,
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        is_cuda_alike=lambda: True,
+        device_name="cuda",
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_options(config)
+    has_words(str(error.value), "data_parallel_size = 2", "GPU", "for CPUs only")
+
+
+@pytest.mark.parametrize("kernel", ["CPUExpertsFp8", "CPUExpertsInt8"])
+def test_quantised_experts_across_ranks_of_a_cpu(kernel, has_words):
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    from sere_ray.engine.cpu_expert_parallel import prepare_layer
+
+    with pytest.raises(UnsupportedError) as error:
+        prepare_layer(SimpleNamespace(layer_name="layers.3"), getattr(cpu_moe, kernel))
+    has_words(str(error.value), "enable_expert_parallel = True", "layers.3", kernel, "unquantised")
 
 
 def test_model_runner_v2(moe, monkeypatch, has_words):

@@ -10,6 +10,8 @@
 // waiting in a loop for another thread (hangs), fused multiply-add, half precision.
 #pragma once
 // Few and light headers: parsing them is most of the time that a kernel takes to compile.
+#include <math.h>
+
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -392,6 +394,7 @@ template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     using T = std::common_type_t<A, B>;
     return T(b) > T(a) ? T(b) : T(a);
 }
+
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }

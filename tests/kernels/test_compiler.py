@@ -16,12 +16,13 @@ from sere_ray.kernel import compiler
 from sere_ray.kernel.launcher import RuleKernel
 
 ROOT = Path(__file__).parents[2]
-DEFINES = RuleKernel(128, 8, torch.int32).defines(512)
+DEFINES = RuleKernel(128, 8, torch.int32).defines("reroute", 512)
 PROGRAM = """
 import hashlib, sys, torch, sere_ray
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import RuleKernel
-cubin = compile_cubin("reroute.cu", RuleKernel(128, 8, torch.int32).defines(512), "sm_90")
+defines = RuleKernel(128, 8, torch.int32).defines("reroute", 512)
+cubin = compile_cubin("reroute.cu", defines, "sm_90")
 print(sere_ray.__file__, cubin[:4] == b"\\x7fELF", hashlib.sha256(cubin).hexdigest())
 """
 
@@ -60,18 +61,24 @@ def test_processes_that_start_together_share_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100"])
-def test_architectures(architecture, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "name"), [("reroute.cu", "reroute"), ("route.cu", "route_and_align")]
+)
+def test_architectures(file, name, architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = compiler.compile_cubin("reroute.cu", DEFINES, architecture)
+    defines = RuleKernel(128, 8, torch.int32).defines(name, 512)
+    first = compiler.compile_cubin(file, defines, architecture)
     assert first[:4] == b"\x7fELF"
-    assert compiler.compile_cubin("reroute.cu", DEFINES, architecture) == first
+    assert compiler.compile_cubin(file, defines, architecture) == first
 
 
 def test_largest_shape_fits_a_block(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for unavailable in (False, True):
         kernel = RuleKernel(512, 16, torch.int64, unavailable)
-        assert compiler.compile_cubin("reroute.cu", kernel.defines(1024), "sm_80")
+        assert compiler.compile_cubin("reroute.cu", kernel.defines("reroute", 1024), "sm_80")
+    kernel = RuleKernel(256, 16, torch.int64, logit_dtype=torch.float32)
+    assert compiler.compile_cubin("route.cu", kernel.defines("route_and_align", 1024), "sm_80")
 
 
 def test_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplog):
@@ -103,7 +110,7 @@ def test_missing_package_is_named(package, monkeypatch, has_words):
 
 def test_missing_source(has_words):
     with pytest.raises(UnsupportedError) as error:
-        compiler.source("nothing.cu")
+        compiler.source_path("nothing.cu")
     has_words(str(error.value), "nothing.cu", "reinstall")
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import _STEP, RuleKernel
+from sere_ray.kernel.launcher import _FILES, _STEP, RuleKernel
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, compile_for_cpu, launch
@@ -24,18 +24,13 @@ from .kernel_cases import (
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
-SOURCE = Path(__file__).parents[2] / "kernels" / "reroute.cu"
+KERNELS = Path(__file__).parents[2] / "kernels"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
 @functools.cache
-def library(kernel: RuleKernel, threads: int, cache: Path):
-    return compile_for_cpu(SOURCE, kernel.defines(threads), cache)
+def library(kernel: RuleKernel, threads: int, cache: Path, name: str = "reroute"):
+    return compile_for_cpu(KERNELS / _FILES[name], kernel.defines(name, threads), cache)
 
 
 def arguments(case: Case, ids, new_ids, mode: str = "on"):

@@ -1,0 +1,140 @@
+// The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch of one block:
+// all that lies between the gate's logits and the expert GEMM of a decode step. See rule.cuh.
+//   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
+//   E is a power of two, 32..256
+#include "rule.cuh"
+
+namespace {
+
+#if LOGIT_BYTES == 2
+typedef unsigned short Logit;
+__device__ __forceinline__ float to_float(Logit bits) { return __uint_as_float(unsigned(bits) << 16); }
+#else
+typedef float Logit;
+__device__ __forceinline__ float to_float(Logit value) { return value; }
+#endif
+
+// How vLLM's topkGating lays a row over lanes. The sums below are in its order, so that the weights
+// are its weights, bit for bit.
+constexpr int PER_LOAD = 16 / sizeof(Logit);
+constexpr int LOADS = E > 32 * PER_LOAD ? E / (32 * PER_LOAD) : 1;
+constexpr int PER_THREAD = LOADS * PER_LOAD;
+constexpr int ROW_LANES = E / PER_THREAD;
+constexpr int ROWS_AT_ONCE = THREADS / ROW_LANES;
+
+struct __align__(16) Load {
+  Logit of[PER_LOAD];
+};
+
+struct Chosen {                                    // what the gate chooses, best first
+  int expert[MAX_ROWS][K];
+  float weight[MAX_ROWS][K];
+  float total[MAX_ROWS];
+};
+
+__device__ __forceinline__ void softmax(float (&p)[PER_THREAD], const Logit* logits, int lane) {
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) {
+    const Load load = reinterpret_cast<const Load*>(logits)[i * ROW_LANES + lane];
+#pragma unroll
+    for (int j = 0; j < PER_LOAD; ++j) p[i * PER_LOAD + j] = to_float(load.of[j]);
+  }
+  float most = p[0];
+#pragma unroll
+  for (int j = 1; j < PER_THREAD; ++j) most = fmaxf(most, p[j]);
+#pragma unroll
+  for (int mask = ROW_LANES / 2; mask > 0; mask /= 2) {
+    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, mask, ROW_LANES));
+  }
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    p[j] = expf(p[j] - most);
+    sum += p[j];
+  }
+#pragma unroll
+  for (int mask = ROW_LANES / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, mask, ROW_LANES);
+  const float scale = 1.0f / sum;
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) p[j] *= scale;
+}
+
+// The largest p of a row, of equal ones the first; it is taken out.
+__device__ __forceinline__ int take_best(float (&p)[PER_THREAD], int lane, float& best) {
+  best = p[0];
+  int expert = lane * PER_LOAD;
+#pragma unroll
+  for (int j = 1; j < PER_THREAD; ++j) {
+    if (p[j] > best) best = p[j], expert = (j / PER_LOAD * ROW_LANES + lane) * PER_LOAD + j % PER_LOAD;
+  }
+#pragma unroll
+  for (int mask = ROW_LANES / 2; mask > 0; mask /= 2) {
+    const float other = __shfl_xor_sync(ALL_LANES, best, mask, ROW_LANES);
+    const int other_expert = __shfl_xor_sync(ALL_LANES, expert, mask, ROW_LANES);
+    if (other > best || (other == best && other_expert < expert)) best = other, expert = other_expert;
+  }
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    if (expert == (j / PER_LOAD * ROW_LANES + lane) * PER_LOAD + j % PER_LOAD) p[j] = -1.0f;
+  }
+  return expert;
+}
+
+// Top-k of every row, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its rank.
+__device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Logit* logits, const bool* is_padding,
+                                       const Arguments& a, const Start& start) {
+  const int lane = threadIdx.x % ROW_LANES;
+#pragma unroll 1
+  for (int at = 0; at < a.num_rows; at += ROWS_AT_ONCE) {
+    if (at + threadIdx.x / 32 * 32 / ROW_LANES >= a.num_rows) break;  // the whole warp has no row
+    const int row = at + threadIdx.x / ROW_LANES;
+    const bool exists = row < a.num_rows;
+    const int kind = exists && row < start.step.num_rows ? a.row_kind[row] : PADDING;
+    const bool pads = exists && is_padding && is_padding[row];
+    float p[PER_THREAD];
+    softmax(p, logits + (exists ? row : 0) * E, lane);
+    float total = 0;
+#pragma unroll 1
+    for (int slot = 0; slot < K; ++slot) {
+      float weight;
+      const int expert = take_best(p, lane, weight);
+      if (lane == 0 && exists) {
+        total += weight;
+        chosen.expert[row][slot] = pads ? -1 : expert;
+        chosen.weight[row][slot] = weight;
+        if (!pads && kind != PADDING) atomicMin(&shared.lowest_rank[expert], kind == EXACT ? 0 : slot);
+      }
+    }
+    if (lane == 0 && exists) chosen.total[row] = total > 0 ? total : 1;
+  }
+}
+
+}  // namespace
+
+// Writes new_ids and topk_weights; RULE_PARAMETERS' ids are not read. At most MAX_ROWS rows.
+//   logits      [num_rows][E]
+//   is_padding  [num_rows] or null: such rows get ids of -1
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+route_and_align(const void* logits, const bool* is_padding, int renormalize, float* topk_weights, RULE_PARAMETERS,
+                SORTED_PARAMETERS) {
+  const Arguments a = RULE_ARGUMENTS;
+  const Sorted sorted = SORTED_ARGUMENTS;
+  __shared__ Shared shared;
+  __shared__ Counting counting;
+  __shared__ Chosen chosen;
+  Start start;
+  begin(start, shared, a);
+  begin_sorting(counting, sorted, num_rows);
+  __syncthreads();
+  choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start);
+
+  const auto load = [&](int row, int slot) {
+    const float weight = chosen.weight[row][slot];
+    topk_weights[row * K + slot] = renormalize ? weight / chosen.total[row] : weight;
+    const int expert = chosen.expert[row][slot];
+    const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
+    return Slot{Id(expert), weight, kind, expert >= 0};
+  };
+  apply_rule(shared, a, start, load, [&](int index, Id id) { count_slot(counting, shared, index, id); });
+  sort_slots(counting, shared, sorted, new_ids, num_rows);
+}

@@ -1,0 +1,399 @@
+// The SERE rule (docs/rule.md) for one thread block; sere_ray/rules/sere.py is the reference and must
+// give the same integers. No framework header: sere_ray/kernel/compiler.py compiles the .cu files
+// beside this one at run time, with these constants:
+//   E        experts of the layer, at most 512
+//   K        slots of a row, at most 16
+//   THREADS  threads of the block, a multiple of 32
+//   ID64     1 = topk_ids is int64, 0 = int32
+//   UNAVAILABLE  1 = experts may be gone (step 7 of the rule), 0 = the mask is not read
+//   MAX_ROWS     most rows of a kernel that sorts
+//
+// Everything that may change between two steps (settings, row kinds) is read from device memory,
+// so a captured CUDA graph follows it. Nothing here allocates or waits for the host.
+#pragma once
+
+#if ID64
+typedef long long Id;
+#else
+typedef int Id;
+#endif
+
+namespace {
+
+constexpr int PADDING = 0, EXACT = 2;              // row kinds; 1 = re-routable
+constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ constexpr int ceil_pow2(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+constexpr int WARPS = THREADS / 32;
+constexpr int GROUP = ceil_pow2(K);                // lanes of a row; K of them hold a slot
+constexpr int PER_LANE = ceil_pow2((E + 31) / 32); // experts of a lane: lane * PER_LANE + j
+constexpr int STRIDE = 32 * PER_LANE;              // E, padded
+constexpr int PER_WARP = (E + WARPS - 1) / WARPS;  // experts a warp finds stand-ins for: warp + i * WARPS
+
+#if E <= 256
+typedef unsigned char Expert;
+#else
+typedef unsigned short Expert;
+#endif
+constexpr int NEAR = E > 256 ? 32 : STRIDE < 128 ? STRIDE : 128;  // so many neighbours fit shared memory
+
+struct __align__(16) Settings {                    // written by the host between two steps
+  int mode;
+  int select_top_k;                                // S, 1..K; K = the identity
+  int min_primary_experts;                         // m, 0..E
+  int has_threshold;
+  float threshold;                                 // rho
+  int unused[3];
+};
+
+struct __align__(16) Step {                        // written by the host before every step
+  int num_rows;                                    // rows beyond it are padding
+  int num_reroutable;                              // 0: nothing to do in this step
+  int counter_row;                                 // decode-only and mixed steps are counted apart
+  int unused;
+};
+
+// What a launch can know before the earlier kernel is done: all that no kernel writes.
+struct Start {
+  Settings settings;
+  Step step;
+  bool has_work;
+};
+
+struct Slot {
+  Id id;
+  float weight;
+  int kind;
+  bool valid;
+};
+
+struct Shared {
+  union {
+    __align__(16) Expert near[E][NEAR];            // the start of a row of Arguments::neighbours; after that:
+    unsigned short order[MAX_ROWS * K];            // a slot's place among those of its expert
+  };
+  int lowest_rank[STRIDE];                         // best rank any row gives the expert, K = none
+  int target[STRIDE];                              // where a slot that names the expert goes
+  int is_read[STRIDE];                             // is it read after the rule
+};
+
+struct Arguments {
+  const Id* ids;                                 // [num_rows][K]
+  Id* new_ids;                                   // may be ids: every slot is read before it is written
+  const float* weights;                            // [num_rows][K]
+  int num_rows;
+  const Expert* neighbours;                        // [E][STRIDE]: of each expert all, most similar first
+  const float* similarity;                         // [E][E], read only under a threshold
+  const Settings* settings;
+  const Step* step;
+  const signed char* row_kind;                     // [num_rows]
+  unsigned long long* counters;                    // four of this layer; of the other counter row
+  int counter_stride;                              // this many further on
+  const unsigned char* unavailable;                // [E]
+};
+
+// Before this returns, nothing that an earlier kernel of the stream writes may be touched.
+// Inputs of the rule that no kernel writes are fetched before it, while the earlier one still runs.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ Slot load_slot(const Arguments& a, const Step& step, int row, int slot) {
+  Slot s = {-1, 0.0f, PADDING, false};
+  if (row < a.num_rows && slot < K) {
+    s.id = a.ids[row * K + slot];
+    s.weight = a.weights[row * K + slot];
+    const int kind = a.row_kind[row];              // not only where row < num_rows: both loads at once
+    s.kind = row < step.num_rows ? kind : PADDING;
+    s.valid = s.id >= 0 && s.id < E;
+  }
+  return s;
+}
+
+// Step 1: the rank of a valid slot in its row: by weight, equal weights by slot. The lanes of a row
+// are neighbours. Gates mostly return sorted rows; then a slot is its rank.
+__device__ __forceinline__ int rank_in_row(const Slot& s, int slot) {
+  const float weight_before = __shfl_up_sync(ALL_LANES, s.weight, 1, GROUP);
+  const bool valid_before = __shfl_up_sync(ALL_LANES, s.valid, 1, GROUP);
+  const bool in_order = slot == 0 || !s.valid || (valid_before && weight_before >= s.weight);
+  if (__all_sync(ALL_LANES, in_order)) return slot;
+  int rank = 0;
+#pragma unroll 1
+  for (int other = 0; other < K; ++other) {
+    const float weight = __shfl_sync(ALL_LANES, s.weight, other, GROUP);
+    const bool valid = __shfl_sync(ALL_LANES, s.valid, other, GROUP);
+    rank += valid && (weight > s.weight || (weight == s.weight && other < slot));
+  }
+  return rank;
+}
+
+// Steps 1 and 2 of one slot per thread.
+__device__ __forceinline__ void name_expert(Shared& shared, const Slot& s, int slot) {
+  const int rank = rank_in_row(s, slot);
+  if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_rank[s.id], s.kind == EXACT ? 0 : rank);
+}
+
+__device__ __forceinline__ int total_below(const int (&lowest)[PER_LANE], int size) {
+  int count = 0;
+  for (int j = 0; j < PER_LANE; ++j) count += lowest[j] < size;
+  return __reduce_add_sync(ALL_LANES, count);
+}
+
+// May a slot go to this expert? Members of P; if P is empty, whoever is left (step 7).
+__device__ __forceinline__ bool is_candidate(const Shared& shared, const Arguments& a, int v, int size, int num_primary) {
+  if (UNAVAILABLE && a.unavailable[v]) return false;
+  return num_primary > 0 ? shared.lowest_rank[v] < size : UNAVAILABLE;
+}
+
+// Step 4 for the experts of some lanes, by a warp: lane's is first + lane * WARPS. Each lane gets its
+// own's first candidate in the order of similarity, or -1.
+__device__ __forceinline__ int most_similar(const Shared& shared, const Arguments& a, unsigned lanes, int first,
+                                            int size, int num_primary) {
+  constexpr int AT_ONCE = 4;                       // independent chains of loads and votes
+  const int lane = threadIdx.x % 32;
+  int own = -1;
+  unsigned far = 0;                                // none of its 32 nearest is a candidate
+  while (lanes) {
+    int owner[AT_ONCE], v[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      owner[i] = __ffs(lanes) - 1;                 // -1: none is left
+      lanes &= lanes - 1;
+      v[i] = owner[i] < 0 ? 0 : shared.near[first + owner[i] * WARPS][lane];
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const unsigned hits = __ballot_sync(ALL_LANES, lane < E && is_candidate(shared, a, v[i], size, num_primary));
+      const int found = __shfl_sync(ALL_LANES, v[i], __ffs(hits | 1u << 31) - 1);
+      if (hits && lane == owner[i]) own = found;
+      if (!hits && owner[i] >= 0) far |= 1u << owner[i];
+    }
+  }
+#pragma unroll 1
+  for (; far && E > 32; far &= far - 1) {
+    const int owner = __ffs(far) - 1, u = first + owner * WARPS;
+#pragma unroll 1
+    for (int start = 32; start < E; start += 32) {
+      const int at = start + lane;
+      const int v = at >= E ? 0 : start < NEAR ? shared.near[u][at] : a.neighbours[u * STRIDE + at];
+      const unsigned hits = __ballot_sync(ALL_LANES, at < E && is_candidate(shared, a, v, size, num_primary));
+      const int found = __shfl_sync(ALL_LANES, v, __ffs(hits | 1u << 31) - 1);
+      if (hits && lane == owner) own = found;
+      if (hits) break;
+    }
+  }
+  return own;
+}
+
+// Steps 3, 4 and 7: fills shared.target. Every warp derives P for itself, so no barrier is needed.
+// Returns S_eff.
+__device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, const Settings& settings) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int lowest[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int v = lane * PER_LANE + j;
+    lowest[j] = UNAVAILABLE && v < E && a.unavailable[v] ? K : shared.lowest_rank[v];
+  }
+  int size = settings.select_top_k;
+  const int enough = min(settings.min_primary_experts, total_below(lowest, K));
+  int num_primary = total_below(lowest, size);
+  while (num_primary < enough) num_primary = total_below(lowest, ++size);
+
+#pragma unroll 1
+  for (int start = 0; start < PER_WARP; start += 32) {  // 32 experts of this warp, a lane each
+    const int own = warp + (start + lane) * WARPS;
+    const int rank = own < E ? shared.lowest_rank[own] : K;
+    const bool is_gone = UNAVAILABLE && own < E && a.unavailable[own];
+    const bool moves = is_gone || (rank >= size && rank < K && num_primary > 0);
+    const unsigned lanes = __ballot_sync(ALL_LANES, moves);
+    int v = lanes ? most_similar(shared, a, lanes, warp + start * WARPS, size, num_primary) : -1;
+    const bool refused = v >= 0 && !is_gone && settings.has_threshold && a.similarity[own * E + v] < settings.threshold;
+    if (v < 0 || refused) v = own;
+    if (own < E) {
+      shared.target[own] = v;
+      if (rank < K) shared.is_read[v] = 1;
+    }
+  }
+  return size;
+}
+
+__device__ __forceinline__ Id new_id(const Shared& shared, const Slot& s, const unsigned char* unavailable) {
+  if (!s.valid) return s.id;
+  if (s.kind == PADDING && !(UNAVAILABLE && unavailable[s.id])) return s.id;
+  return shared.target[s.id];
+}
+
+// Counters of the layer, by one warp: experts before and after, critical experts kept.
+__device__ __forceinline__ void count_experts(const Shared& shared, const Arguments& a, int size,
+                                              unsigned long long* counters) {
+  const int lane = threadIdx.x % 32;
+  int before = 0, after = 0, primary = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int v = lane * PER_LANE + j, rank = shared.lowest_rank[v];
+    before += rank < K;
+    after += shared.is_read[v];
+    primary += rank < size && !(UNAVAILABLE && v < E && a.unavailable[v]);
+  }
+  before = __reduce_add_sync(ALL_LANES, before);
+  after = __reduce_add_sync(ALL_LANES, after);
+  primary = __reduce_add_sync(ALL_LANES, primary);
+  if (lane == 0) atomicAdd(&counters[0], (unsigned long long)before);
+  if (lane == 1) atomicAdd(&counters[1], (unsigned long long)after);
+  if (lane == 3) atomicAdd(&counters[3], (unsigned long long)(after - primary));
+}
+
+// Copies 16 bytes to shared memory without waiting for them; finish_copies() waits.
+__device__ __forceinline__ void start_copy(void* to, const void* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ __forceinline__ void finish_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Does what can be done before the earlier kernel is done, then waits for it.
+__device__ __forceinline__ void begin(Start& start, Shared& shared, const Arguments& a) {
+  constexpr int CHUNK = 16 / sizeof(Expert), CHUNKS = NEAR / CHUNK;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < E * CHUNKS; i += THREADS) {
+    const int u = i / CHUNKS, at = i % CHUNKS * CHUNK;
+    start_copy(&shared.near[u][at], a.neighbours + u * STRIDE + at);
+  }
+  start.settings = *a.settings;
+  start.step = *a.step;
+  start.has_work = (start.settings.mode != OFF) & (UNAVAILABLE | (start.step.num_reroutable > 0));
+#pragma unroll 1
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
+    shared.lowest_rank[v] = K;
+    shared.is_read[v] = 0;
+  }
+  wait_for_earlier_kernels();
+}
+
+// Steps 3 to 7, once every expert's lowest rank is known to this thread's warp: what each slot becomes.
+// load(row, slot) gives a slot, then(slot index, final id) is told of it. Counts.
+template <class Load, class Then>
+__device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, const Start& start, Load load,
+                                           Then then) {
+  finish_copies();
+  __syncthreads();
+  int size = K;
+  if (start.has_work) {
+    size = find_targets(shared, a, start.settings);
+    __syncthreads();
+  }
+
+  const int slot = threadIdx.x % GROUP;
+  int changed = 0;
+#pragma unroll 1
+  for (int at = 0; at < a.num_rows * GROUP; at += THREADS) {
+    const int row = (at + threadIdx.x) / GROUP;
+    if (row >= a.num_rows || slot >= K) break;
+    const Slot s = load(row, slot);
+    Id id = s.id;
+    if (start.has_work) {
+      const Id moved = new_id(shared, s, a.unavailable);
+      changed += s.kind != PADDING && moved != s.id;
+      if (start.settings.mode != OBSERVE) id = moved;
+    }
+    if (a.new_ids != a.ids || id != s.id) a.new_ids[row * K + slot] = id;
+    then(row * K + slot, id);
+  }
+
+  if (start.has_work) {
+    unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
+    changed = __reduce_add_sync(ALL_LANES, changed);
+    if (threadIdx.x % 32 == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
+    if (threadIdx.x >= THREADS - 32) count_experts(shared, a, size, counters);
+  }
+}
+
+// What the expert GEMM asks of the final ids: the slots sorted by expert, those of each expert padded
+// with num_rows * K to whole blocks of 2^block_bits.
+struct Sorted {
+  int block_bits;
+  int* slots;                                      // [capacity]
+  int capacity;
+  int* block_expert;                               // [capacity >> block_bits]: whose slots a block holds
+  int* used;                                       // [1]: length of what is used of slots
+};
+
+struct Counting {
+  int slots_of[STRIDE];                            // of an expert; from sort_slots() on: where they start
+};
+
+__device__ __forceinline__ void begin_sorting(Counting& counting, const Sorted& sorted, int num_rows) {
+#pragma unroll 1
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) counting.slots_of[v] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < sorted.capacity; i += THREADS) sorted.slots[i] = num_rows * K;
+}
+
+__device__ __forceinline__ void count_slot(Counting& counting, Shared& shared, int index, Id id) {
+  if (id >= 0 && id < E) shared.order[index] = atomicAdd(&counting.slots_of[id], 1);
+}
+
+__device__ __forceinline__ void sort_slots(Counting& counting, const Shared& shared, const Sorted& sorted,
+                                           const Id* ids, int num_rows) {
+  __syncthreads();
+  if (threadIdx.x < 32) {                          // the blocks of an expert start behind those before it
+    int blocks[PER_LANE], of_lane = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      const int slots = counting.slots_of[threadIdx.x * PER_LANE + j];
+      blocks[j] = (slots + (1 << sorted.block_bits) - 1) >> sorted.block_bits;
+      of_lane += blocks[j];
+    }
+    int up_to_lane = of_lane;
+#pragma unroll 1
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(ALL_LANES, up_to_lane, distance);
+      if (threadIdx.x >= distance) up_to_lane += before;
+    }
+    if (threadIdx.x == 31) *sorted.used = up_to_lane << sorted.block_bits;
+    int block = up_to_lane - of_lane;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      const int expert = threadIdx.x * PER_LANE + j;
+      counting.slots_of[expert] = block << sorted.block_bits;
+#pragma unroll 1
+      for (int end = block + blocks[j]; block < end; ++block) sorted.block_expert[block] = expert;
+    }
+  }
+  __syncthreads();
+
+#pragma unroll 1
+  for (int index = threadIdx.x; index < num_rows * K; index += THREADS) {
+    const Id id = ids[index];
+    if (id >= 0 && id < E) sorted.slots[counting.slots_of[id] + shared.order[index]] = index;
+  }
+}
+
+}  // namespace
+
+#define RULE_PARAMETERS                                                                                  \
+  const Id *ids, Id *new_ids, const float *weights, int num_rows, const void *neighbours,                \
+      const float *similarity, const void *settings, const void *step, const signed char *row_kind,      \
+      unsigned long long *counters, int counter_stride, const unsigned char *unavailable
+#define RULE_ARGUMENTS                                                                                   \
+  {ids, new_ids, weights, num_rows, static_cast<const Expert*>(neighbours), similarity,                 \
+   static_cast<const Settings*>(settings), static_cast<const Step*>(step), row_kind, counters,           \
+   counter_stride, unavailable}
+#define SORTED_PARAMETERS int block_bits, int *sorted_slots, int sorted_capacity, int *block_expert, int *padded_slots
+#define SORTED_ARGUMENTS {block_bits, sorted_slots, sorted_capacity, block_expert, padded_slots}

@@ -1,0 +1,197 @@
+"""One union over the rows of all data-parallel ranks of a CPU engine.
+
+Under data and expert parallelism every rank routes its own rows. Two all-reduces (MIN) make all
+of them derive the same primary set:
+
+- once per pass, in its first MoE layer: :class:`Header`, a few numbers;
+- in every MoE layer, before rows are dispatched: one byte per expert, the lowest rank of a slot
+  in which a row names it.
+
+vLLM already runs a pass on all ranks or on none, since dispatch is a collective too: an idle rank
+runs dummy passes, warm-up included. So a dummy pass takes part here and names nothing, and a
+collective that is left out is left out by all ranks for a reason they share. Ledger, as in
+``seam.py``:
+
+=====================================  ==========================================================
+target                                 what, why, remove when
+=====================================  ==========================================================
+GPUModelRunner._dummy_run              Take part in the exchange. Why: a dummy pass calls the
+                                       model directly, past ``_model_forward``. Remove: as for
+                                       GPUModelRunner._model_forward.
+=====================================  ==========================================================
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sere_ray.artifact import SimilarityArtifact
+from sere_ray.config import Policy
+from sere_ray.engine.cpu_expert_parallel import Wrap
+from sere_ray.engine.cpu_state import CpuState
+from sere_ray.engine.state import DECODE_ONLY, MIXED
+from sere_ray.errors import PolicyError
+from sere_ray.rules import EXACT
+from sere_ray.rules.sere_cpu import lowest_ranks, reroute_by_ranks
+
+
+class Header(NamedTuple):
+    """What ranks agree on once per pass: the minimum over ranks of each field."""
+
+    version: int
+    """Policies set so far; the lowest is the newest that every rank knows."""
+    minus_version: int
+    checksum: int
+    """Of the artifact and of all policies set so far."""
+    minus_checksum: int
+    no_decode_row: int
+    """0 if the rank has a re-routable row, else 1."""
+    no_exact_row: int
+
+
+@dataclass
+class UnionCpuState(CpuState):
+    """Policies switch between two passes, at one that all ranks agree on.
+
+    Attributes:
+        group: the expert-parallel group, one rank per data-parallel rank.
+    """
+
+    group: dist.ProcessGroup
+
+    def __post_init__(self) -> None:
+        """Number the first policy 0."""
+        super().__post_init__()
+        self.version = 0
+        self.policies = {0: self.bound}
+        self.checksum = _checksum(self.artifact, self.bound.model_dump_json())
+        self.agreed = False
+        self.group_decodes = False
+        self.has_exact_row = False
+
+    def set_policy(self, value: object) -> Policy:
+        """Set the policy from the first pass on before which every rank was told.
+
+        All ranks must be told the same policies in the same order.
+
+        Raises:
+            PolicyError: as for the base class; the rank then keeps what it has.
+        """
+        running = self.bound
+        policy = super().set_policy(value)
+        self.version += 1
+        self.policies[self.version] = self.bound
+        self.checksum = zlib.crc32(self.bound.model_dump_json().encode(), self.checksum)
+        self.bound = running
+        return policy
+
+    def begin(self, kinds: NDArray[np.int8]) -> None:
+        """See the base class; ranks talk later, in the first layer, where all are in step."""
+        super().begin(kinds)
+        self.has_exact_row = bool((kinds == EXACT).any())
+        self.agreed = False
+
+    def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """See the base class; a collective call."""
+        if not self.agreed:
+            self._agree()
+        if self.bound.union == "local":
+            return super().reroute(layer, topk_ids, topk_weights)
+        if self.bound.mode == "off" or not self.group_decodes:
+            return topk_ids.clone()
+        similarity, kinds = self.similarity[layer], self.row_kind[: topk_ids.shape[0]]
+        ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
+        dist.all_reduce(ranks, dist.ReduceOp.MIN, group=self.group)
+        new_ids, counts = reroute_by_ranks(
+            topk_ids,
+            ranks,
+            similarity,
+            kinds,
+            select_top_k=self.bound.select_top_k,
+            threshold=self.bound.threshold,
+            min_primary_experts=self.bound.min_primary_experts,
+        )
+        self.counters[self.current_kind, self.position[layer]] += counts
+        return new_ids if self.bound.mode == "on" else topk_ids.clone()
+
+    def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
+        """Count a step on all ranks if it decodes a row on one of them."""
+        if self.bound.union == "local":
+            super().count_step(kind, decode_rows, seconds)
+        elif self.group_decodes:
+            self.add_step(self.current_kind, decode_rows, seconds)
+
+    def _agree(self) -> None:
+        """Exchange headers: the policy of this pass, and which kinds of rows it has anywhere."""
+        mine = Header(
+            self.version,
+            -self.version,
+            self.checksum,
+            -self.checksum,
+            int(self.decode_rows == 0),
+            int(not self.has_exact_row),
+        )
+        fields = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        dist.all_reduce(fields, dist.ReduceOp.MIN, group=self.group)
+        common = Header(*fields.tolist())
+        self._check(common)
+        self.policies = {v: p for v, p in self.policies.items() if v >= common.version}
+        self.bound = self.policies[common.version]
+        self.group_decodes = not common.no_decode_row
+        if self.bound.union == "global":
+            self.current_kind = DECODE_ONLY if common.no_exact_row else MIXED
+        self.agreed = True
+
+    def _check(self, common: Header) -> None:
+        """Raise on every rank alike, so that none is left waiting."""
+        same_version = common.version == -common.minus_version
+        if same_version and common.checksum != -common.minus_checksum:
+            raise PolicyError(
+                f"sere: data-parallel ranks differ in their policies (number {common.version}) or "
+                "in their similarity artifact; start all ranks with the same 'sere' key and set "
+                "the same policies on all of them, in the same order"
+            )
+
+
+def make_state(
+    vllm_config: Any, policy: Policy, artifact: SimilarityArtifact, top_k: int, max_rows: int
+) -> CpuState:
+    """The state of a CPU engine: with tensor parallelism alone every rank sees every row."""
+    if vllm_config.parallel_config.data_parallel_size == 1:
+        return CpuState(policy, artifact, top_k, max_rows)
+    from vllm.distributed import get_ep_group
+
+    return UnionCpuState(policy, artifact, top_k, max_rows, get_ep_group().device_group)
+
+
+def install(wrap: Wrap, find_state: Callable[[Any], object]) -> None:
+    """Put the patch in place.
+
+    Args:
+        wrap: as for :func:`sere_ray.engine.cpu_expert_parallel.install`.
+        find_state: the state of the engine with a given ``VllmConfig``, None without one.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def run_dummy(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+        state = find_state(runner.vllm_config)
+        if not isinstance(state, UnionCpuState):
+            return original(runner, *args, **kwargs)
+        with state.step(np.zeros(0, dtype=np.int8)):  # all rows are padding
+            return original(runner, *args, **kwargs)
+
+    wrap(GPUModelRunner, "_dummy_run", run_dummy)
+
+
+def _checksum(artifact: SimilarityArtifact, policy: str) -> int:
+    value = zlib.crc32(policy.encode())
+    for _, matrix in sorted(artifact.layers.items()):
+        value = zlib.crc32(matrix.contiguous().numpy().tobytes(), value)
+    return value

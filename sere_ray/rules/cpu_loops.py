@@ -1,0 +1,98 @@
+"""Scalar loops of the rule, compiled by numba and cached on disk for the next process.
+
+A module of its own, which :mod:`sere_ray.rules.sere_cpu` imports when it is first called: numba
+takes half a second to import.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from sere_ray.rules.sere import EXACT, PADDING, UNNAMED
+
+Counts = tuple[int, int, int, int]
+
+
+def _fill_ranks(ids: Any, weights: Any, kinds: Any, ranks: Any) -> None:
+    """Lower ``ranks``; steps 1 and 2 of the specification."""
+    (num_rows, num_slots), num_experts = ids.shape, ranks.shape[0]
+    for row in range(num_rows):
+        if kinds[row] == PADDING:
+            continue
+        for slot in range(num_slots):
+            expert = ids[row, slot]
+            if expert < 0 or expert >= num_experts:
+                continue
+            rank = 0
+            if kinds[row] != EXACT:
+                for other in range(num_slots):
+                    if ids[row, other] < 0 or ids[row, other] >= num_experts:
+                        continue
+                    ahead = weights[row, other] > weights[row, slot]
+                    tied = weights[row, other] == weights[row, slot] and other < slot
+                    rank += ahead or tied
+            if rank < ranks[expert]:
+                ranks[expert] = rank
+
+
+fill_ranks: Callable[..., None] = njit(cache=True, nogil=True)(_fill_ranks)
+
+
+def _apply_ranks(
+    ids: Any, ranks: Any, similarity: Any, kinds: Any, select_top_k: int, rho: Any, floor: int
+) -> Counts:
+    """Change ``ids`` in place; steps 3 to 5 of the specification."""
+    (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
+
+    lowest_rank = np.minimum(ranks, num_slots)
+    size_of = np.zeros(num_slots + 1, np.int64)  # size_of[s] = |P_s|
+    for expert in range(num_experts):
+        for size in range(lowest_rank[expert] + 1, num_slots + 1):
+            size_of[size] += 1
+    size = select_top_k
+    while size_of[size] < min(floor, size_of[num_slots]):
+        size += 1
+
+    target = np.arange(num_experts)
+    named = size_of[num_slots]
+    moved = 0
+    for expert in range(num_experts):
+        if not size <= lowest_rank[expert] < num_slots:
+            continue
+        stand_in = -1
+        for primary in range(num_experts):
+            if lowest_rank[primary] < size and (
+                stand_in < 0 or similarity[expert, primary] > similarity[expert, stand_in]
+            ):
+                stand_in = primary
+        if stand_in >= 0 and similarity[expert, stand_in] >= rho:
+            target[expert] = stand_in
+            moved += 1
+
+    slots_rerouted = 0
+    for row in range(num_rows):
+        if kinds[row] == PADDING:
+            continue
+        for slot in range(num_slots):
+            expert = ids[row, slot]
+            if 0 <= expert < num_experts and target[expert] != expert:
+                ids[row, slot] = target[expert]
+                slots_rerouted += 1
+    return named, named - moved, slots_rerouted, named - moved - size_of[size]
+
+
+apply_ranks: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks)
+
+
+def _reroute(
+    ids: Any, weights: Any, similarity: Any, kinds: Any, select_top_k: int, rho: Any, floor: int
+) -> Counts:
+    """Both of the above, where nothing comes between them."""
+    ranks = np.full(similarity.shape[0], UNNAMED, np.uint8)
+    fill_ranks(ids, weights, kinds, ranks)
+    return apply_ranks(ids, ranks, similarity, kinds, select_top_k, rho, floor)
+
+
+reroute: Callable[..., Counts] = njit(cache=True, nogil=True)(_reroute)

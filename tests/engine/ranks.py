@@ -1,0 +1,128 @@
+"""Data-parallel ranks: a process each, which runs an engine inside itself, as a test asks.
+
+The processes are new: a rank is chosen by environment variables, and torch's process groups live
+as long as their process.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import queue
+from contextlib import suppress
+
+RANKS = 2
+TIME_LIMIT = 150
+"""Seconds until a rank that hangs writes where, and dies."""
+
+
+def run_ranks(target, *arguments):
+    """Call ``target(rank, *arguments)`` in a process for each rank.
+
+    Returns:
+        What each call returns, by rank. Fails if one raises or hangs.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_run, args=(target, rank, arguments, results))
+        for rank in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = {}
+        while len(found) < RANKS:
+            rank, value = results.get(timeout=TIME_LIMIT + 10)
+            assert not isinstance(value, str), f"rank {rank}:\n{value}"
+            found[rank] = value
+        for process in processes:
+            process.join(30)
+    except queue.Empty:
+        raise AssertionError("a rank hangs; its stack is in the captured output") from None
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.kill()
+    return [found[rank] for rank in range(RANKS)]
+
+
+def _run(target, rank, arguments, results):
+    import traceback
+
+    faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
+    try:
+        results.put((rank, target(rank, *arguments)))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+def gloo_group(rank, port):
+    """The default process group, without vLLM."""
+    import torch.distributed as dist
+
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    return dist.group.WORLD
+
+
+def run_rounds(rank, port, folder, options, rounds):
+    """An engine of one rank, and per round: set a policy, generate, read what happened.
+
+    Args:
+        rank: of this process.
+        port: the same free port on all ranks.
+        folder: a checkpoint.
+        options: of the engine, the ``sere`` key among them.
+        rounds: dictionaries of ``policy``, ``requests`` (a list per rank), ``tokens`` (per rank).
+
+    Returns:
+        Per round ``answers``, ``counters`` and ``calls``: every call of the rule as (layer, ids,
+        weights, kinds, new ids).
+    """
+    _choose_rank(rank, port)
+    from sere_ray.engine.control import read_counters
+    from tests.engine.conftest import generate, running_engine
+
+    calls = _record()
+    report = []
+    with running_engine(folder, **options) as engine:
+        for task in rounds:
+            engine.collective_rpc("sere_set_policy", args=(task["policy"],))
+            read_counters(engine, reset=True)
+            calls.clear()
+            answers, _ = generate(engine, task["requests"][rank], tokens=task["tokens"][rank])
+            report.append(
+                {"answers": answers, "counters": read_counters(engine), "calls": list(calls)}
+            )
+    return report
+
+
+def _choose_rank(rank, port):
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_DP_RANK=str(rank),
+        VLLM_DP_RANK_LOCAL=str(rank),
+        VLLM_DP_SIZE=str(RANKS),
+        VLLM_DP_MASTER_IP="127.0.0.1",
+        VLLM_DP_MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+
+
+def _record():
+    from sere_ray.engine.cpu_union import UnionCpuState
+
+    calls = []
+    reroute = UnionCpuState.reroute
+
+    def record(self, layer, topk_ids, topk_weights):
+        new_ids = reroute(self, layer, topk_ids, topk_weights)
+        kinds = self.row_kind[: topk_ids.shape[0]].tolist()
+        calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
+        return new_ids
+
+    UnionCpuState.reroute = record
+    return calls

@@ -1,0 +1,227 @@
+"""What data-parallel ranks of a CPU engine exchange, in two gloo processes without an engine."""
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.config import Policy
+from sere_ray.engine.cpu_expert_parallel import _drop_foreign_slots, gather_rows, reduce_rows
+from sere_ray.engine.cpu_union import UnionCpuState
+from sere_ray.errors import PolicyError
+from sere_ray.rules import EXACT, PADDING, reroute
+from tests.engine.ranks import RANKS, gloo_group, run_ranks
+
+EXPERTS, TOP_K, LAYERS = 12, 3, 2
+SWITCHES, PASSES = 1000, 800
+
+
+def free_port():
+    from vllm.utils.network_utils import get_open_port
+
+    return get_open_port()
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def exchange_rows(rank, port, sizes, dtype):
+    """Gather every rank's rows, then reduce their multiples; checked in the process itself."""
+    group = gloo_group(rank, port)
+    for of_ranks in sizes:
+        rows = torch.arange(of_ranks[rank] * 5).view(-1, 5).to(dtype) + 100 * rank
+        gathered = gather_rows(rows, of_ranks, group)
+        expected = [
+            torch.arange(n * 5).view(-1, 5).to(dtype) + 100 * r for r, n in enumerate(of_ranks)
+        ]
+        assert torch.equal(gathered, torch.cat(expected))
+        reduced = reduce_rows(gathered * (rank + 1), of_ranks, group)
+        assert reduced.dtype == dtype
+        parts = [(rows * (r + 1)).float() for r in range(RANKS)]
+        assert torch.equal(reduced, torch.stack(parts).sum(dim=0).to(dtype))
+    even = torch.full((2, 3), rank + 1).to(dtype)
+    assert gather_rows(even, None, group)[:, 0].tolist() == [1, 1, 2, 2]
+    assert reduce_rows(torch.cat([even, even]), None, group).tolist() == [[3.0] * 3] * 2
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_uneven_ranks(dtype):
+    assert run_ranks(exchange_rows, free_port(), [(3, 3), (1, 4), (0, 2), (5, 0), (0, 0)], dtype)
+
+
+def test_foreign_slots_never_reach_the_kernel():
+    """Against a dense sum over the experts that live here."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(4, generator=generator)  # expert e multiplies its input by scale[e]
+    seen = []
+
+    def kernel(experts, *, output, hidden_states, topk_weights, topk_ids, expert_map):
+        assert expert_map is None
+        assert topk_ids.dtype == torch.int32
+        seen.append(topk_ids.numel())
+        factor = (topk_weights * scale[topk_ids.long()]).sum(dim=1, keepdim=True)
+        output.copy_(hidden_states * factor)
+
+    expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32)
+    expert_map[torch.tensor([7, 2, 11, 4])] = torch.arange(4, dtype=torch.int32)
+    for rows in (0, 1, 6, 40):
+        ids = torch.randint(-1, EXPERTS, (rows, TOP_K), generator=generator, dtype=torch.int32)
+        ids[: rows // 3] = 0  # rows without a slot here
+        weights = torch.rand((rows, TOP_K), generator=generator)
+        x = torch.randn((rows, 8), generator=generator)
+        output = torch.full((rows, 8), torch.nan)
+        seen.clear()
+        _drop_foreign_slots(
+            kernel,
+            None,
+            output=output,
+            hidden_states=x,
+            topk_weights=weights,
+            topk_ids=ids,
+            expert_map=expert_map,
+        )
+        mine = (ids >= 0) & (expert_map[ids.clamp(min=0).long()] >= 0)
+        local = expert_map[ids.clamp(min=0).long()].clamp(min=0).long()
+        factor = torch.where(mine, weights * scale[local], 0.0).sum(dim=1, keepdim=True)
+        assert torch.allclose(output, x * factor, atol=1e-6)
+        assert sum(seen) == int(mine.sum())
+
+
+# --- policies ------------------------------------------------------------------------------------
+
+
+def make_matrices(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        layer: torch.rand(EXPERTS, EXPERTS, generator=generator).fill_diagonal_(1.0)
+        for layer in range(LAYERS)
+    }
+
+
+def make_state(group, similarity_seed=0):
+    layers = make_matrices(similarity_seed)
+    metadata = ArtifactMetadata(
+        model_id="m",
+        architecture="A",
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        router_fingerprint=dict.fromkeys(layers, "0" * 32),
+        metric="random",
+        date="2026-11-22",
+    )
+    policy = Policy.parse({"similarity": "a.safetensors", "select_top_k": 1})
+    return UnionCpuState(policy, SimilarityArtifact(layers, metadata), TOP_K, 64, group)
+
+
+def switching_policies():
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "similarity": "a.safetensors",
+            "select_top_k": int(rng.integers(1, TOP_K + 1)),
+            "threshold": [None, 0.5, 0.9][rng.integers(3)],
+            "min_primary_experts": int(rng.integers(0, 6)),
+            "mode": ["on", "on", "on", "observe", "off"][rng.integers(5)],
+            "union": ["global", "global", "global", "local"][rng.integers(4)],
+        }
+        for _ in range(SWITCHES)
+    ]
+
+
+def switch_under_load(rank, port):
+    """1,000 switches, told to each rank between passes of its own choice.
+
+    Returns:
+        Per pass and layer: the policy that ran, ids, weights, kinds, new ids.
+    """
+    state = make_state(gloo_group(rank, port))
+    policies, told, calls = switching_policies(), 0, []
+    pace = np.random.default_rng(rank + 1)
+    generator = torch.Generator().manual_seed(rank)
+    for number in range(PASSES):
+        left = SWITCHES - told
+        for _ in range(left if number == PASSES - 5 else min(int(pace.integers(0, 4)), left)):
+            state.set_policy(policies[told])
+            told += 1
+        count = int(pace.integers(0, 6))
+        kinds = pace.integers(PADDING, EXACT + 1, size=count).astype(np.int8)
+        with state.step(kinds):
+            for layer in range(LAYERS):
+                scores = torch.rand((max(count, 1), EXPERTS), generator=generator)  # 0: a dummy row
+                weights, ids = scores.topk(TOP_K)
+                new_ids = state.reroute(layer, ids.to(torch.int32), weights)
+                kind = state.row_kind[: len(ids)].clone()
+                calls.append((state.bound, ids, weights, kind, new_ids.long()))
+    assert state.policies == {SWITCHES: state.bound}
+    return [(bound.model_dump(), *(t.tolist() for t in call)) for bound, *call in calls]
+
+
+def rule_of(policy, layer, ids, weights, kinds):
+    if policy["mode"] != "on":
+        return ids
+    return reroute(
+        torch.tensor(ids),
+        torch.tensor(weights),
+        make_matrices()[layer],
+        row_kind=torch.tensor(kinds, dtype=torch.int8),
+        select_top_k=policy["select_top_k"],
+        threshold=policy["threshold"],
+        min_primary_experts=policy["min_primary_experts"],
+    ).tolist()
+
+
+def test_a_thousand_switches_under_load():
+    """At every pass both ranks run the same policy, and give its rule on the rows of both."""
+    passes = run_ranks(switch_under_load, free_port())
+    policies = set()
+    for number, (one, two) in enumerate(zip(*passes, strict=True)):
+        policy, layer = one[0], number % LAYERS
+        assert two[0] == policy
+        policies.add(tuple(policy.values()))
+        if policy["union"] == "local":
+            for _, ids, weights, kinds, new_ids in (one, two):
+                assert new_ids == rule_of(policy, layer, ids, weights, kinds)
+        else:
+            ids, weights, kinds, new_ids = (a + b for a, b in zip(one[1:], two[1:], strict=True))
+            assert new_ids == rule_of(policy, layer, ids, weights, kinds)
+    assert len(policies) > 50
+
+
+def disagree(rank, port, what):
+    """Two ranks that differ raise, both, and in the pass in which that shows."""
+    group = gloo_group(rank, port)
+    state = make_state(group, similarity_seed=rank if what == "artifact" else 0)
+    ids, weights = torch.zeros((1, TOP_K), dtype=torch.int32), torch.ones(1, TOP_K)
+
+    def run_pass():
+        with state.step(np.ones(1, dtype=np.int8)):
+            state.reroute(0, ids, weights)
+
+    policy = state.policy.model_dump()
+    if what == "policy":
+        run_pass()
+        state.set_policy({**policy, "select_top_k": rank + 1})
+    if what == "order":
+        for select_top_k in (2, 3) if rank else (3, 2):
+            state.set_policy({**policy, "select_top_k": select_top_k})
+        state.set_policy(policy)
+    try:
+        run_pass()
+    except PolicyError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize("what", ["artifact", "policy", "order"])
+def test_ranks_that_differ_say_so(has_words, what):
+    for messages in run_ranks(disagree, free_port(), what):
+        assert len(messages) == 1, "the rank raised nothing"
+        has_words(messages[0], "differ in their policies", "similarity artifact", "same 'sere' key")
+
+
+def test_a_wrong_policy_leaves_the_rank_as_it_was():
+    state = make_state(None)
+    with pytest.raises(PolicyError):
+        state.set_policy({**state.policy.model_dump(), "select_top_k": 9})
+    assert (state.version, len(state.policies)) == (0, 1)

@@ -1,0 +1,206 @@
+"""Expert parallelism in real CPU engines: right tokens, one union over all ranks, no hang.
+
+All in float32: ranks add up the experts of a row in another order than one rank does, and in
+bf16 that alone flips near-ties of a random model's greedy answers.
+"""
+
+from itertools import chain
+
+import pytest
+
+from sere_ray.config import Policy
+from sere_ray.engine.control import set_policy
+from sere_ray.rules import EXACT, PADDING, REROUTABLE
+from tests.engine.conftest import artifact_path, generate, prompts, running_engine, sere_key
+from tests.engine.ranks import RANKS, run_ranks, run_rounds
+from tests.models import NUM_EXPERTS, TOP_K
+from tests.rules import oracle
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+EXPERT_COUNTERS = ("experts_before", "experts_after", "critical_kept")
+
+
+def free_port():
+    from vllm.utils.network_utils import get_open_port
+
+    return get_open_port()
+
+
+def parallel_rounds(folder, key, rounds, **options):
+    options = {"sere": key, "enable_expert_parallel": True, **options}
+    options |= {"dtype": "float32", "distributed_executor_backend": "uni"}
+    return run_ranks(run_rounds, free_port(), folder, options, rounds)
+
+
+def single_rank_answers(folder, key, policies, batches, **options):
+    """Answers of one engine without parallelism: per policy and batch of requests."""
+    with running_engine(folder, key, dtype="float32", **options) as engine:
+        answers = []
+        for policy in policies:
+            set_policy(engine, Policy.parse(policy))
+            answers.append([generate(engine, batch)[0] if batch else [] for batch in batches])
+    return answers
+
+
+# --- tensor parallel: every rank sees every row ------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen2_moe"])
+def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
+    checkpoint, architecture, monkeypatch
+):
+    folder = checkpoint(architecture)
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    policies = [key, {**key, "select_top_k": 1}]
+    expected = single_rank_answers(folder, key, policies, [prompts()])
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
+    with running_engine(folder, key, **options) as engine:
+        for policy, (answers,) in zip(policies, expected, strict=True):
+            set_policy(engine, Policy.parse(policy))
+            assert generate(engine, prompts())[0] == answers
+        counters = engine.collective_rpc("sere_counters", args=(True,))
+    for of_rank in counters:
+        for kind in ("decode_only", "mixed"):
+            of_rank[kind].pop("forward_seconds")
+    assert counters[0] == counters[1]
+    assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
+
+
+# --- data parallel: every rank has rows of its own ---------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v2"])
+def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture):
+    """Of DeepSeek all requests are on one rank: vLLM's CPU kernels of latent attention answer
+    otherwise in another batch, stock and without parallelism, too."""
+    folder = checkpoint(architecture)
+    requests = prompts()
+    split = {"qwen2_moe": [requests[:5], requests[5:]], "deepseek_v2": [requests, []]}[architecture]
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    policies = [key, {**key, "select_top_k": 1}]
+    rounds = [{"policy": p, "requests": split, "tokens": [12, 12]} for p in policies]
+    ranks = parallel_rounds(folder, key, rounds)
+    exact, _ = single_rank_answers(folder, key, policies, split)
+    _, (together,) = single_rank_answers(folder, key, policies, [requests])
+    assert [ranks[rank][0]["answers"] for rank in range(RANKS)] == exact
+    # Prompts of 8 requests fit into one step, so both engines form the same batches.
+    assert ranks[0][1]["answers"] + ranks[1][1]["answers"] == together
+
+
+@pytest.fixture(scope="module")
+def rounds(checkpoint):
+    """Uneven rounds of one pair of engines: ``(similarity, policy and ranks' reports by name)``."""
+    from sere_ray.artifact import SimilarityArtifact
+
+    folder = checkpoint("qwen3_moe")
+    key = sere_key(folder, select_top_k=1, threshold=0.7, min_primary_experts=3)
+    long, short = prompts(6, seed=1, length=(40, 90)), prompts(3, seed=2, length=(3, 9))
+    tasks = {
+        "one finishes early": (key, [long, short], [30, 4]),
+        "one is idle": (key, [short, []], [9, 9]),
+        "the other is idle": (key, [[], short], [9, 9]),
+        "local": ({**key, "union": "local"}, [long, short], [6, 12]),
+        "observe": ({**key, "mode": "observe"}, [short, long], [5, 5]),
+        "off": ({**key, "mode": "off"}, [short, long], [5, 5]),
+    }
+    reports = parallel_rounds(
+        folder,
+        key,
+        [{"policy": p, "requests": r, "tokens": t} for p, r, t in tasks.values()],
+        max_num_batched_tokens=64,  # prompts in chunks, so that steps are mixed
+    )
+    similarity = {
+        layer: matrix.tolist()
+        for layer, matrix in SimilarityArtifact.load(artifact_path(folder)).layers.items()
+    }
+    return similarity, {
+        name: (task[0], [reports[rank][i] for rank in range(RANKS)])
+        for i, (name, task) in enumerate(tasks.items())
+    }
+
+
+def expected_of(policy, similarity, layer, ids, weights, kinds):
+    return oracle.reroute(
+        ids,
+        weights,
+        similarity[layer],
+        num_slots=TOP_K,
+        row_kind=kinds,
+        select_top_k=policy["select_top_k"],
+        threshold=policy["threshold"],
+        min_primary_experts=policy["min_primary_experts"],
+    )
+
+
+def merged_calls(reports):
+    """Every call of the rule with the rows of all ranks: layer, ids, weights, kinds, new ids."""
+    for calls in zip(*(report["calls"] for report in reports), strict=True):
+        layers, *numbers = zip(*calls, strict=True)
+        assert len(set(layers)) == 1
+        yield layers[0], *(list(chain.from_iterable(of_ranks)) for of_ranks in numbers)
+
+
+@pytest.mark.parametrize("name", ["one finishes early", "one is idle", "the other is idle"])
+def test_union_is_that_of_all_rows(rounds, name):
+    similarity, reports = rounds
+    policy, ranks = reports[name]
+    sums, decode_rows = {}, {"decode_only": 0, "mixed": 0}
+    for layer, ids, weights, kinds, new_ids in merged_calls(ranks):
+        if REROUTABLE not in kinds:
+            assert new_ids == ids
+            continue
+        expected = expected_of(policy, similarity, layer, ids, weights, kinds)
+        assert new_ids == expected.ids
+        rows = [row for row, kind in zip(new_ids, kinds, strict=True) if kind != PADDING]
+        assert len({expert for row in rows for expert in row}) == expected.experts_after
+        kind = "mixed" if EXACT in kinds else "decode_only"
+        total = sums.setdefault((kind, layer), dict.fromkeys((*EXPERT_COUNTERS, "slots"), 0))
+        for counter in EXPERT_COUNTERS:
+            total[counter] += getattr(expected, counter)
+        total["slots"] += expected.slots_rerouted
+        decode_rows[kind] += kinds.count(REROUTABLE) if layer == 0 else 0
+    for kind in {kind for kind, _ in sums}:
+        counters = [report["counters"][kind] for report in ranks]
+        assert counters[0]["steps"] == counters[1]["steps"]
+        assert sum(of_rank["decode_rows"] for of_rank in counters) == decode_rows[kind]
+        for counter in EXPERT_COUNTERS:
+            recount = [sums[kind, layer][counter] for layer in range(4)]
+            assert [of_rank[counter] for of_rank in counters] == [recount] * RANKS
+        slots = zip(*(of_rank["slots_rerouted"] for of_rank in counters), strict=True)
+        assert list(map(sum, slots)) == [sums[kind, layer]["slots"] for layer in range(4)]
+
+
+def test_rounds_hold_what_they_are_for(rounds):
+    _, reports = rounds
+    kinds = [call[3] for report in reports["one finishes early"][1] for call in report["calls"]]
+    assert any(PADDING in k for k in kinds), "no rank ran a dummy pass"
+    assert any(EXACT in k and REROUTABLE in k for k in kinds), "no step was mixed"
+    assert [len(report["answers"]) for report in reports["one is idle"][1]] == [3, 0]
+    critical = sum(reports["one finishes early"][1][0]["counters"]["decode_only"]["critical_kept"])
+    assert critical > 0
+
+
+def test_local_union_is_that_of_the_own_rows(rounds):
+    similarity, reports = rounds
+    policy, ranks = reports["local"]
+    differs = 0
+    for report in ranks:
+        for layer, ids, weights, kinds, new_ids in report["calls"]:
+            expected = expected_of(policy, similarity, layer, ids, weights, kinds)
+            assert new_ids == (expected.ids if REROUTABLE in kinds else ids)
+    for layer, ids, weights, kinds, new_ids in merged_calls(ranks):
+        differs += new_ids != expected_of(policy, similarity, layer, ids, weights, kinds).ids
+    assert differs > 0
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_modes_that_change_nothing(rounds, mode):
+    _, reports = rounds
+    _, ranks = reports[mode]
+    for _, ids, _, _, new_ids in merged_calls(ranks):
+        assert new_ids == ids
+    counted = [sum(r["counters"]["decode_only"]["experts_before"]) for r in ranks]
+    assert counted[0] == counted[1]
+    assert (counted[0] > 0) == (mode == "observe")
+    assert max(max(row) for call in ranks[0]["calls"] for row in call[1]) < NUM_EXPERTS

@@ -44,6 +44,8 @@ dispatcher._rebind_kernels             A second engine in one process: vLLM look
                                        Remove: vLLM reads ``__dict__`` with a type check.
 =====================================  ==========================================================
 
+With ``enable_expert_parallel`` on a CPU also those of ``cpu_expert_parallel.py``, ``cpu_union.py``.
+
 On a GPU (V2 model runner) also:
 
 =====================================  ==========================================================

@@ -16,58 +16,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_layers import GPU, RandomLayers
 from rich.console import Console
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
 from sere_ray.kernel.compiler import compile_cubin
-from sere_ray.kernel.launcher import LayerTables, RuleKernel, Settings, StepInput
+from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.progress import progress
 from sere_ray.results import write_result
-from sere_ray.rules.sere import REROUTABLE, apply_plan, count, make_plan
+from sere_ray.rules.sere import apply_plan, count, make_plan
 
 LAYERS = 48
 SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8)]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 BLOCK_SIZE = 16
-GPU = torch.device("cuda", 0)
 
 Launch = Callable[[int], Any]
 """Enqueue one layer's work, given the layer."""
 
 
-class Layers:
-    """Inputs of every layer for one shape: what a gate returns, and random similarity."""
+class Layers(RandomLayers):
+    """The same with a place for new ids: each replay of a graph starts from the gate's."""
 
     def __init__(self, rows: int, num_experts: int, top_k: int, select_top_k: int) -> None:
-        g = torch.Generator().manual_seed(rows)
-        scores = torch.rand((LAYERS, rows, num_experts), generator=g)
-        top = scores.softmax(-1).topk(top_k, dim=-1)
-        self.ids = top.indices.int().to(GPU)
-        self.weights = top.values.to(GPU)
+        super().__init__(LAYERS, rows, num_experts, top_k, select_top_k)
         self.new_ids = torch.empty_like(self.ids)
-        similarity = torch.rand((LAYERS, num_experts, num_experts), generator=g)
-        self.tables = [LayerTables.build(matrix, GPU) for matrix in similarity]
-        self.settings = Settings(GPU)
-        policy = BoundPolicy(
-            mode="on", select_top_k=select_top_k, threshold=None, min_primary_experts=0
-        )
-        self.settings.write(policy, top_k=top_k, num_experts=num_experts)
-        self.step = StepInput(rows, GPU)
-        self.kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8)
-        self.step.write(self.kinds.numpy(), counter_row=0)
-        self.kinds = self.kinds.to(GPU)
-        self.counters = torch.zeros((2, LAYERS, 4), dtype=torch.int64, device=GPU)
-        self.select_top_k = select_top_k
-
-    def of(self, layer: int) -> dict[str, Any]:
-        """Arguments of a launch."""
-        return {
-            "tables": self.tables[layer],
-            "settings": self.settings,
-            "step": self.step,
-            "counters": self.counters[:, layer],
-        }
 
 
 def arms(
@@ -81,7 +54,7 @@ def arms(
         _reference(
             data.ids[layer],
             data.weights[layer],
-            data.tables[layer].similarity,
+            data.layers[layer].tables.similarity,
             data.kinds,
             data.select_top_k,
         )
@@ -89,14 +62,14 @@ def arms(
     found: dict[str, Launch] = {
         "empty_us": _empty_launch(kernel.threads("reroute", rows)),
         "added_us": lambda layer: kernel.reroute(
-            data.ids[layer], data.new_ids[layer], data.weights[layer], **data.of(layer)
+            data.ids[layer], data.new_ids[layer], data.weights[layer], data.layers[layer]
         ),
         "with_sorting_us": lambda layer: kernel.reroute_and_align(
             data.ids[layer],
             data.new_ids[layer],
             data.weights[layer],
+            data.layers[layer],
             block_size=BLOCK_SIZE,
-            **data.of(layer),
         ),
         "reference_us": reference,
         "published_us": _published_launch(rows, num_experts, top_k, data),
@@ -109,7 +82,7 @@ def arms(
         found["compiled_us"] = lambda layer: fast(
             data.ids[layer],
             data.weights[layer],
-            data.tables[layer].similarity,
+            data.layers[layer].tables.similarity,
             data.kinds,
             data.select_top_k,
         )
@@ -158,7 +131,7 @@ def _published_launch(rows: int, num_experts: int, top_k: int, data: Layers) -> 
     mask = torch.zeros((LAYERS, num_experts), dtype=torch.bool, device=GPU)
 
     def layer_of(layer: int) -> None:
-        is_primary, similarity = mask[layer], data.tables[layer].similarity
+        is_primary, similarity = mask[layer], data.layers[layer].tables.similarity
         ids = data.ids[layer].to(torch.int64)
         is_primary.zero_()
         is_primary.scatter_(0, ids[:, :size].flatten(), True)
@@ -247,7 +220,7 @@ def measure(
 def _bytes(rows: int, num_experts: int, top_k: int, data: Layers) -> int:
     """Bytes a launch reads and writes: ids twice, weights, row kinds, tables, counters."""
     slots = rows * top_k
-    neighbours = data.tables[0].neighbours
+    neighbours = data.layers[0].tables.neighbours
     return slots * (4 + 4 + 4) + rows + neighbours.numel() * neighbours.element_size() + 36 + 64
 
 

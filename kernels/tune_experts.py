@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_layers import GPU, RandomLayers
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
-from sere_ray.kernel.launcher import Aligned, LayerTables, RuleKernel, Settings, StepInput
+from sere_ray.kernel.launcher import Aligned, RuleKernel
 from sere_ray.results import write_result
-from sere_ray.rules.sere import REROUTABLE
 
-GPU = torch.device("cuda", 0)
 LAYERS = 4
 SHAPES = {  # experts, top-k, hidden size, width of an expert
     "qwen3-30b-a3b": (128, 8, 2048, 768),
@@ -115,25 +113,12 @@ class Experts:
         )
 
 
-class Batch:
+class Batch(RandomLayers):
     """A batch as the gate returns it, re-routed with one S, of each layer."""
 
     def __init__(self, experts: Experts, rows: int, select_top_k: int, layers: int) -> None:
-        g = torch.Generator().manual_seed(rows)
-        scores = torch.rand((layers, rows, experts.experts), generator=g)
-        top = scores.softmax(-1).topk(experts.top_k, dim=-1)
-        self.ids, self.weights = top.indices.int().to(GPU), top.values.to(GPU)
+        super().__init__(layers, rows, experts.experts, experts.top_k, select_top_k)
         self.kernel = RuleKernel(experts.experts, experts.top_k, torch.int32)
-        similarity = torch.rand((layers, experts.experts, experts.experts), generator=g)
-        self.tables = [LayerTables.build(matrix, GPU) for matrix in similarity]
-        self.settings, self.step = Settings(GPU), StepInput(rows, GPU)
-        policy = BoundPolicy(
-            mode="on", select_top_k=select_top_k, threshold=None, min_primary_experts=0
-        )
-        self.settings.write(policy, top_k=experts.top_k, num_experts=experts.experts)
-        kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8)
-        self.step.write(kinds.numpy(), counter_row=0)
-        self.counters = torch.zeros((2, 4), dtype=torch.int64, device=GPU)
         self._aligned: dict[int, list[Aligned]] = {}
 
     def aligned(self, block_size: int) -> list[Aligned]:
@@ -141,23 +126,16 @@ class Batch:
         if block_size not in self._aligned:
             self._aligned[block_size] = [
                 self.kernel.reroute_and_align(
-                    ids,
-                    ids.clone(),
-                    weights,
-                    block_size=block_size,
-                    tables=tables,
-                    settings=self.settings,
-                    step=self.step,
-                    counters=self.counters,
+                    ids, ids.clone(), weights, layer, block_size=block_size
                 )
-                for ids, weights, tables in zip(self.ids, self.weights, self.tables, strict=True)
+                for ids, weights, layer in zip(self.ids, self.weights, self.layers, strict=True)
             ]
         return self._aligned[block_size]
 
     @property
     def experts_read(self) -> float:
         """Mean over layers; they are counted at every alignment."""
-        return float(self.counters[0, 1]) / len(self.tables) / max(len(self._aligned), 1)
+        return float(self.counters[0, :, 1].float().mean()) / max(len(self._aligned), 1)
 
 
 def compile_share(shape: tuple[int, int, int, int], tiles: list[Tile]) -> None:

@@ -1,5 +1,8 @@
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +51,13 @@ def has_words():
         assert not missing, f"{message!r} does not name {missing}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def wheel_path(tmp_path_factory):
+    """The wheel of this repository, built once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(Path(__file__).parents[1])], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path

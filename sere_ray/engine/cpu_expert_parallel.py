@@ -27,17 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sere_ray.engine.state import Wrap
 from sere_ray.errors import UnsupportedError
-
-Wrap = Callable[[Any, str, Callable[..., Any]], None]
 
 
 def install(wrap: Wrap) -> None:
-    """Put the patches of the classes in place; calling it again does nothing.
-
-    Args:
-        wrap: replaces ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once.
-    """
+    """Put the patches of the classes in place; calling it again does nothing."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 

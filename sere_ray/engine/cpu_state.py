@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.rules import REROUTABLE, RuleCounts
-from sere_ray.rules.sere_cpu import reroute_and_count
+from sere_ray.rules.sere_cpu import StepCounts, reroute_and_count
 
 
 @dataclass
@@ -61,19 +62,31 @@ class CpuState(EngineState):
 
     def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Apply the policy to one layer of the running step and count; ``[T, K]`` ids."""
-        if self.bound.mode == "off" or not self.decode_rows:
+        if self.bound.mode == "off" or not self.has_decode_row():
             return topk_ids.clone()
-        new_ids, counts = reroute_and_count(
-            topk_ids,
-            topk_weights,
-            self.similarity[layer],
-            self.row_kind[: topk_ids.shape[0]],
-            select_top_k=self.bound.select_top_k,
-            threshold=self.bound.threshold,
-            min_primary_experts=self.bound.min_primary_experts,
-        )
+        kinds = self.row_kind[: topk_ids.shape[0]]
+        new_ids, counts = self.apply_rule(topk_ids, topk_weights, self.similarity[layer], kinds)
         self.counters[self.current_kind, self.position[layer]] += counts
         return new_ids if self.bound.mode == "on" else topk_ids.clone()
+
+    def has_decode_row(self) -> bool:
+        """Whether the running step has a row that may be re-routed."""
+        return self.decode_rows > 0
+
+    def apply_rule(
+        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+    ) -> tuple[Tensor, StepCounts]:
+        """New ids of a layer, and what changed."""
+        numbers = self.rule_numbers()
+        return reroute_and_count(topk_ids, topk_weights, similarity, kinds, **numbers)
+
+    def rule_numbers(self) -> dict[str, Any]:
+        """S, rho and m of the policy, as the rule takes them."""
+        return {
+            "select_top_k": self.bound.select_top_k,
+            "threshold": self.bound.threshold,
+            "min_primary_experts": self.bound.min_primary_experts,
+        }
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
         """See the base class."""

@@ -34,12 +34,11 @@ from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import Policy
-from sere_ray.engine.cpu_expert_parallel import Wrap
 from sere_ray.engine.cpu_state import CpuState
-from sere_ray.engine.state import DECODE_ONLY, MIXED
+from sere_ray.engine.state import DECODE_ONLY, MIXED, Wrap, find_state
 from sere_ray.errors import PolicyError
 from sere_ray.rules import EXACT
-from sere_ray.rules.sere_cpu import lowest_ranks, reroute_by_ranks
+from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
 
 
 class Header(NamedTuple):
@@ -102,24 +101,21 @@ class UnionCpuState(CpuState):
         """See the base class; a collective call."""
         if not self.agreed:
             self._agree()
+        return super().reroute(layer, topk_ids, topk_weights)
+
+    def has_decode_row(self) -> bool:
+        """See the base class; of any rank where the union is over all."""
+        return super().has_decode_row() if self.bound.union == "local" else self.group_decodes
+
+    def apply_rule(
+        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+    ) -> tuple[Tensor, StepCounts]:
+        """See the base class; collective where the union is over all ranks."""
         if self.bound.union == "local":
-            return super().reroute(layer, topk_ids, topk_weights)
-        if self.bound.mode == "off" or not self.group_decodes:
-            return topk_ids.clone()
-        similarity, kinds = self.similarity[layer], self.row_kind[: topk_ids.shape[0]]
+            return super().apply_rule(topk_ids, topk_weights, similarity, kinds)
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
         dist.all_reduce(ranks, dist.ReduceOp.MIN, group=self.group)
-        new_ids, counts = reroute_by_ranks(
-            topk_ids,
-            ranks,
-            similarity,
-            kinds,
-            select_top_k=self.bound.select_top_k,
-            threshold=self.bound.threshold,
-            min_primary_experts=self.bound.min_primary_experts,
-        )
-        self.counters[self.current_kind, self.position[layer]] += counts
-        return new_ids if self.bound.mode == "on" else topk_ids.clone()
+        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **self.rule_numbers())
 
     def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
         """Count a step on all ranks if it decodes a row on one of them."""
@@ -171,13 +167,8 @@ def make_state(
     return UnionCpuState(policy, artifact, top_k, max_rows, get_ep_group().device_group)
 
 
-def install(wrap: Wrap, find_state: Callable[[Any], object]) -> None:
-    """Put the patch in place.
-
-    Args:
-        wrap: as for :func:`sere_ray.engine.cpu_expert_parallel.install`.
-        find_state: the state of the engine with a given ``VllmConfig``, None without one.
-    """
+def install(wrap: Wrap) -> None:
+    """Put the patch in place; calling it again does nothing."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     def run_dummy(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:

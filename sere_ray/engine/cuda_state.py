@@ -1,12 +1,11 @@
 """Re-routing on a GPU: one kernel launch per layer, in eager passes and in captured graphs alike.
 
 Where vLLM's Triton experts sort the slots by expert right after routing, the launch does that
-too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then. In small
-batches it also computes the gate's top-k: :meth:`CudaState.defer_routing` holds the logits.
+too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.launcher import (
     MAX_ALIGNED_ROWS,
     Aligned,
+    DeviceLayer,
     LayerTables,
     RuleKernel,
     Settings,
@@ -25,20 +25,13 @@ from sere_ray.kernel.launcher import (
 )
 from sere_ray.rules import RuleCounts
 
-MAX_CHOSEN_ROWS = 0
-"""Most rows of a batch whose top-k shares the launch, up to the kernel's ``MAX_ROUTED_ROWS``. None
-yet: `route.cu` has not been measured on a GPU, and what is not measured is not used."""
-
 
 class Deferred(NamedTuple):
-    """A layer whose ids are still the gate's, or not even chosen."""
+    """A layer whose ids are still the gate's."""
 
     layer: int
     topk_ids: Tensor
     topk_weights: Tensor
-    logits: Tensor | None = None
-    is_padding: Tensor | None = None
-    renormalize: bool = False
 
 
 @dataclass
@@ -70,11 +63,9 @@ class CudaState(EngineState):
         self.kernel(torch.int32).load(self.device)
         self.apply_policy()
 
-    def kernel(
-        self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
-    ) -> RuleKernel:
-        """The kernel for ids, and where it chooses them logits, of these types."""
-        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
+    def kernel(self, id_dtype: torch.dtype) -> RuleKernel:
+        """The kernel for ids of this type."""
+        return RuleKernel(self.num_experts, self.top_k, id_dtype)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""
@@ -95,8 +86,8 @@ class CudaState(EngineState):
 
     def reroute_inplace(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Apply the policy to one layer of the running step and count."""
-        ids = _as_signed(topk_ids)
-        self.kernel(ids.dtype).reroute(ids, ids, topk_weights, **self._of_layer(layer))
+        kernel = self.kernel(topk_ids.dtype)
+        kernel.reroute(topk_ids, topk_ids, topk_weights, self.layer(layer))
 
     def defer(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Re-route when the experts sort these ids: :meth:`align`."""
@@ -105,45 +96,14 @@ class CudaState(EngineState):
         else:
             self.deferred = Deferred(layer, topk_ids, topk_weights)
 
-    def can_route(self, logits: Tensor) -> bool:
-        """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
-        kernel, (rows, experts) = self.kernel(torch.int32, logits.dtype), logits.shape
-        fits = rows <= MAX_CHOSEN_ROWS and experts == self.num_experts
-        return kernel.can_route and fits and logits.is_contiguous()
-
-    def defer_routing(
-        self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
-
-        Returns:
-            ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
-        """
-        shape = (logits.shape[0], self.top_k)
-        weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-        self.deferred = Deferred(layer, ids, weights, logits, is_padding, renormalize)
-        return weights, ids
-
     def align(self, topk_ids: Tensor, block_size: int) -> Aligned | None:
         """Re-route the deferred ids in place and sort them; None if these are not deferred."""
         held = self.deferred
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
-        if held.logits is not None:
-            return self.kernel(torch.int32, held.logits.dtype).route_and_align(
-                held.logits,
-                topk_ids,
-                held.topk_weights,
-                is_padding=held.is_padding,
-                renormalize=held.renormalize,
-                block_size=block_size,
-                **self._of_layer(held.layer),
-            )
-        ids = _as_signed(topk_ids)
-        return self.kernel(ids.dtype).reroute_and_align(
-            ids, ids, held.topk_weights, block_size=block_size, **self._of_layer(held.layer)
+        return self.kernel(topk_ids.dtype).reroute_and_align(
+            topk_ids, topk_ids, held.topk_weights, self.layer(held.layer), block_size=block_size
         )
 
     def check_nothing_deferred(self) -> None:
@@ -166,15 +126,7 @@ class CudaState(EngineState):
             self.counters.zero_()
         return counters
 
-    def _of_layer(self, layer: int) -> dict[str, Any]:
-        return {
-            "tables": self.tables[layer],
-            "settings": self.settings,
-            "step": self.step_input,
-            "counters": self.counters[:, self.position[layer]],
-        }
-
-
-def _as_signed(topk_ids: Tensor) -> Tensor:
-    """Some all-to-all back ends ask for uint32 ids; no expert has an id that large."""
-    return topk_ids.view(torch.int32) if topk_ids.dtype == torch.uint32 else topk_ids
+    def layer(self, layer: int) -> DeviceLayer:
+        """What a launch reads and writes of a decoder layer."""
+        counters = self.counters[:, self.position[layer]]
+        return DeviceLayer(self.tables[layer], self.settings, self.step_input, counters)

@@ -1,11 +1,13 @@
 """The worker's side of re-routing: one object per engine and process, created once."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import Policy
@@ -16,6 +18,10 @@ DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""
 MIXED = 1
 """Counter row of steps that also compute prompt rows."""
+Routing = tuple[Tensor, Tensor]
+"""``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""
+Wrap = Callable[[Any, str, Callable[..., Any]], None]
+"""Replaces ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once."""
 
 
 @dataclass
@@ -115,3 +121,22 @@ class EngineState(ABC):
         if reset:
             self.totals = (StepTotals(), StepTotals())
         return report
+
+
+_states: dict[int, tuple[Any, EngineState]] = {}
+"""By id() of an engine's VllmConfig, which is kept too: an id is free again once its object is."""
+
+
+def add_state(vllm_config: Any, state: EngineState) -> None:
+    """Keep the state of the engine with this configuration."""
+    _states[id(vllm_config)] = vllm_config, state
+
+
+def find_state(vllm_config: Any) -> EngineState | None:
+    """The state of the engine with this configuration; None without the ``sere`` key."""
+    return _states.get(id(vllm_config), (None, None))[1]
+
+
+def all_states() -> list[EngineState]:
+    """Of all engines this process has had, in the order of their start."""
+    return [state for _, state in _states.values()]

@@ -1,7 +1,7 @@
 """Compile ``kernels/*.cu`` at run time with NVRTC, and keep the machine code for the next process.
 
-Nothing is built at installation, so one wheel serves every torch and every GPU. Compiling takes
-half a second and needs no GPU.
+Nothing is built at installation, so one wheel serves every torch and every GPU. Compiling needs no
+GPU.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from torch import Tensor
 from sere_ray.config import BoundPolicy
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.compiler import compile_cubin
+from sere_ray.rules import REROUTABLE
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -28,7 +29,6 @@ _FILES = {
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _SETTINGS = struct.Struct("iiiif12x")
 _STEP = struct.Struct("iiii")
-_COUNTERS = 4
 
 
 class LayerTables(NamedTuple):
@@ -93,7 +93,7 @@ class StepInput:
         Returns:
             How many rows are re-routable.
         """
-        reroutable = int(np.count_nonzero(kinds == 1))
+        reroutable = int(np.count_nonzero(kinds == REROUTABLE))
         header = _STEP.pack(len(kinds), reroutable, counter_row, 0)
         _copy_to_device(header + kinds.tobytes(), self.buffer)
         return reroutable
@@ -108,6 +108,16 @@ def _copy_to_device(content: bytes, buffer: Tensor) -> None:
     if buffer.is_cuda:
         staged = staged.pin_memory()
     buffer[: len(content)].copy_(staged, non_blocking=True)
+
+
+class DeviceLayer(NamedTuple):
+    """What a launch reads and writes of one layer, beside ids and weights."""
+
+    tables: LayerTables
+    settings: Settings
+    step: StepInput
+    counters: Tensor
+    """int64 ``[2, 4]`` view: the layer's counters by step kind."""
 
 
 class Aligned(NamedTuple):
@@ -177,22 +187,18 @@ class RuleKernel:
         return 512 if rows * lanes <= 512 else 1024
 
     def load(self, device: torch.device) -> None:
-        """Compile and load now: a module cannot be loaded while a graph is captured."""
-        for name in _FILES:
-            if name != "route_and_align" or self.can_route:
-                for threads in (512, 1024):
-                    _function(self, threads, device.index or 0, name)
+        """Compile and load what the engine launches: a graph that is captured cannot."""
+        for name in ("reroute", "reroute_and_align"):
+            for threads in (512, 1024):
+                _function(self, threads, device.index or 0, name)
 
     def reroute(
         self,
         topk_ids: Tensor,
         new_ids: Tensor,
         topk_weights: Tensor,
+        layer: DeviceLayer,
         *,
-        tables: LayerTables,
-        settings: Settings,
-        step: StepInput,
-        counters: Tensor,
         unavailable: Tensor | None = None,
     ) -> None:
         """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
@@ -201,15 +207,10 @@ class RuleKernel:
             topk_ids: ``[T, K]`` contiguous.
             new_ids: ``[T, K]`` contiguous.
             topk_weights: ``float32 [T, K]`` contiguous.
-            tables: of this layer.
-            settings: of the engine.
-            step: row kinds of the running step.
-            counters: int64 ``[2, 4]`` view: this layer's counters by step kind.
+            layer: this layer's.
             unavailable: ``[E]`` bool, with a kernel that was made for it.
         """
-        arguments = self._arguments(
-            topk_ids, new_ids, topk_weights, tables, settings, step, counters, unavailable
-        )
+        arguments = self._arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
         self._launch("reroute", topk_ids, arguments)
 
     def reroute_and_align(
@@ -217,12 +218,9 @@ class RuleKernel:
         topk_ids: Tensor,
         new_ids: Tensor,
         topk_weights: Tensor,
+        layer: DeviceLayer,
         *,
         block_size: int,
-        tables: LayerTables,
-        settings: Settings,
-        step: StepInput,
-        counters: Tensor,
     ) -> Aligned:
         """Re-route and sort the slots by their new expert, in the same launch.
 
@@ -230,16 +228,11 @@ class RuleKernel:
             topk_ids: ``[T, K]`` contiguous, at most ``MAX_ALIGNED_ROWS`` rows.
             new_ids: as for :meth:`reroute`.
             topk_weights: as for :meth:`reroute`.
+            layer: as for :meth:`reroute`.
             block_size: a power of two, rows of an expert GEMM's tile.
-            tables: as for :meth:`reroute`.
-            settings: as for :meth:`reroute`.
-            step: as for :meth:`reroute`.
-            counters: as for :meth:`reroute`.
         """
-        aligned, sorted_arguments = self._aligned(topk_ids, block_size)
-        arguments = self._arguments(
-            topk_ids, new_ids, topk_weights, tables, settings, step, counters, None
-        )
+        aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
+        arguments = self._arguments(topk_ids, new_ids, topk_weights, layer, None)
         self._launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
         return aligned
 
@@ -248,14 +241,11 @@ class RuleKernel:
         logits: Tensor,
         new_ids: Tensor,
         topk_weights: Tensor,
+        layer: DeviceLayer,
         *,
         is_padding: Tensor | None,
         renormalize: bool,
         block_size: int,
-        tables: LayerTables,
-        settings: Settings,
-        step: StepInput,
-        counters: Tensor,
     ) -> Aligned:
         """Softmax and top-k of the gate, the rule, and the sorted slots, in one launch.
 
@@ -263,13 +253,10 @@ class RuleKernel:
             logits: ``[T, E]`` of ``logit_dtype``, contiguous, at most ``MAX_ROUTED_ROWS`` rows.
             new_ids: ``[T, K]``, written.
             topk_weights: ``float32 [T, K]``, written: bit for bit what vLLM's top-k kernel gives.
+            layer: as for :meth:`reroute`.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
             block_size: as for :meth:`reroute_and_align`.
-            tables: as for :meth:`reroute`.
-            settings: as for :meth:`reroute`.
-            step: as for :meth:`reroute`.
-            counters: as for :meth:`reroute`.
 
         Raises:
             ValueError: a tensor does not fit.
@@ -279,10 +266,8 @@ class RuleKernel:
                 f"logits must be contiguous {self.logit_dtype} of 32 to 256 experts, a power of "
                 f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
             )
-        aligned, sorted_arguments = self._aligned(new_ids, block_size)
-        rule = self._arguments(
-            new_ids, new_ids, topk_weights, tables, settings, step, counters, None
-        )
+        aligned, sorted_arguments = self.empty_alignment(new_ids, block_size)
+        rule = self._arguments(new_ids, new_ids, topk_weights, layer, None)
         routing = (
             logits.data_ptr(),
             is_padding.data_ptr() if is_padding is not None else 0,
@@ -293,7 +278,8 @@ class RuleKernel:
         self._launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
         return aligned
 
-    def _aligned(self, ids: Tensor, block_size: int) -> tuple[Aligned, tuple[Any, ...]]:
+    def empty_alignment(self, ids: Tensor, block_size: int) -> tuple[Aligned, tuple[Any, ...]]:
+        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it."""
         slots = ids.numel()
         # Each expert that is named wastes at most block_size - 1 places of its last block.
         capacity = slots + min(slots, self.num_experts) * (block_size - 1)
@@ -316,10 +302,7 @@ class RuleKernel:
         topk_ids: Tensor,
         new_ids: Tensor,
         topk_weights: Tensor,
-        tables: LayerTables,
-        settings: Settings,
-        step: StepInput,
-        counters: Tensor,
+        layer: DeviceLayer,
         unavailable: Tensor | None,
     ) -> tuple[Any, ...]:
         for name, tensor, dtype in (
@@ -332,19 +315,19 @@ class RuleKernel:
                     f"{name} must be a contiguous {dtype} CUDA tensor, got {tensor.dtype} "
                     f"{tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
                 )
-        step_address = step.buffer.data_ptr()
+        step_address = layer.step.buffer.data_ptr()
         return (
             topk_ids.data_ptr(),
             new_ids.data_ptr(),
             topk_weights.data_ptr(),
             np.int32(topk_ids.shape[0]),
-            tables.neighbours.data_ptr(),
-            tables.similarity.data_ptr(),
-            settings.buffer.data_ptr(),
+            layer.tables.neighbours.data_ptr(),
+            layer.tables.similarity.data_ptr(),
+            layer.settings.buffer.data_ptr(),
             step_address,
             step_address + _STEP.size,
-            counters.data_ptr(),
-            np.int32(counters.stride(0)),
+            layer.counters.data_ptr(),
+            np.int32(layer.counters.stride(0)),
             unavailable.data_ptr() if unavailable is not None else 0,
         )
 

@@ -66,10 +66,10 @@ def running_engine(folder, sere=None, **options):
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.triton_utils import dispatcher
 
-    from sere_ray.engine import seam
+    from sere_ray.engine import cpu_seam, seam
 
     # A stock engine may follow one that loaded numba into this process: see the ledger.
-    seam._wrap(dispatcher, "_rebind_kernels", seam._hide_llvmlite)
+    seam._wrap(dispatcher, "_rebind_kernels", cpu_seam.hide_llvmlite)
     defaults = {
         "max_model_len": 512,
         "max_num_seqs": 16,

@@ -8,9 +8,9 @@ import torch
 
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.config import Policy
-from sere_ray.engine import seam
 from sere_ray.engine.control import read_counters, set_policy
 from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.state import all_states
 from sere_ray.errors import UnsupportedError
 from sere_ray.rules import PADDING, REROUTABLE, sere
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
@@ -114,8 +114,6 @@ class Recorder:
     running: tuple | None = None
 
     def around(self, original):
-        from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
-
         def recorded(state, *args):
             if original.__name__ == "align":
                 held = state.deferred
@@ -123,7 +121,7 @@ class Recorder:
                     return original(state, *args)
                 layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
             else:
-                held, (layer, ids, weights) = None, args
+                layer, ids, weights = args
             rows = ids.shape[0]
             if layer not in self.buffers:
                 shape = (self.rows, ids.shape[1])
@@ -132,14 +130,8 @@ class Recorder:
                     for kind in (torch.int32, torch.float32, torch.int32, torch.float32)
                 )
             before, weight, after, weight_after = self.buffers[layer]
-            if held and held.logits is not None:  # not chosen yet: let vLLM's own kernel choose
-                gate = held.logits
-                chosen = fused_topk(gate, gate, ids.shape[1], held.renormalize)
-                before[:rows].copy_(chosen[1])
-                weight[:rows].copy_(chosen[0])
-            else:
-                before[:rows].copy_(ids)
-                weight[:rows].copy_(weights)
+            before[:rows].copy_(ids)
+            weight[:rows].copy_(weights)
             result = original(state, *args)
             after[:rows].copy_(ids)
             weight_after[:rows].copy_(weights)
@@ -183,7 +175,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
     graphs = COMPILED if architecture == "qwen3_moe" else GRAPHS
     options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
     with running_engine(folder, key, **options) as engine:
-        _, state = list(seam._states.values())[-1]  # earlier engines of this process are there too
+        state = all_states()[-1]  # earlier engines of this process are there, too
         recorder.finish()
         read_counters(engine, reset=True)
         recorder.steps.clear()

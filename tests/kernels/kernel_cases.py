@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from sere_ray.config import BoundPolicy
-from sere_ray.kernel.launcher import LayerTables, Settings, StepInput
+from sere_ray.kernel.launcher import (
+    Aligned,
+    DeviceLayer,
+    LayerTables,
+    RuleKernel,
+    Settings,
+    StepInput,
+)
 from sere_ray.rules.sere import REROUTABLE, count
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
@@ -60,26 +67,32 @@ def check(run: Run, case: Case) -> None:
     assert counts == expected_counts
 
 
-def device_inputs(
-    case: Case, device: torch.device, mode: str = "on"
-) -> tuple[LayerTables, Settings, StepInput]:
-    """Everything of a case but its ids and weights, where a launch reads it."""
+def device_layer(
+    case: Case, device: torch.device, mode: str = "on", counters: Tensor | None = None
+) -> DeviceLayer:
+    """Everything of a case but its ids and weights, where a launch reads and writes it."""
     settings = Settings(device)
     settings.write(policy(case, mode), top_k=case.slots, num_experts=case.experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
     step.write(case.kinds.numpy(), counter_row=1)
-    return LayerTables.build(case.similarity, device), settings, step
+    if counters is None:
+        counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
+    return DeviceLayer(LayerTables.build(case.similarity, device), settings, step, counters)
 
 
-def check_aligned(
-    new_ids: Tensor,
-    sorted_slots: Tensor,
-    block_expert: Tensor,
-    padded: int,
-    block: int,
-    experts: int,
-) -> None:
+def empty_alignment(kernel: RuleKernel, ids: Tensor, block: int) -> tuple[Aligned, list[object]]:
+    """Buffers of the size the launcher gives them, filled with -7, and the emulator's arguments."""
+    aligned, _ = kernel.empty_alignment(ids, block)
+    for tensor in aligned:
+        tensor.fill_(-7)
+    bits, capacity = block.bit_length() - 1, aligned.sorted_slots.numel()
+    return aligned, [bits, aligned.sorted_slots, capacity, *aligned[1:]]
+
+
+def check_aligned(new_ids: Tensor, aligned: Aligned, block: int, experts: int) -> None:
     """Every valid slot once, in a block of its expert; whole blocks; experts in order."""
+    sorted_slots, block_expert, used_length = (tensor.cpu() for tensor in aligned)
+    padded = int(used_length)
     slots = new_ids.numel()
     flat = new_ids.flatten().long().numpy()
     used = sorted_slots[:padded].numpy()

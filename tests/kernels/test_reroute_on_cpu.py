@@ -17,7 +17,8 @@ from .kernel_cases import (
     as_launched,
     check,
     check_aligned,
-    device_inputs,
+    device_layer,
+    empty_alignment,
     expected,
     odd_cases,
 )
@@ -34,26 +35,25 @@ def library(kernel: RuleKernel, threads: int, cache: Path, name: str = "reroute"
 
 
 def arguments(case: Case, ids, new_ids, mode: str = "on"):
-    tables, settings_, step = device_inputs(case, CPU, mode)
-    counters = torch.zeros((2, 4), dtype=torch.int64)
+    layer = device_layer(case, CPU, mode)
     # Rows that the kernel may not read are not there: bounds are checked.
-    step_and_kinds = step.buffer
+    step_and_kinds = layer.step.buffer
     return (
         (
             ids,
             new_ids,
             case.weights,
             ids.shape[0],
-            tables.neighbours,
-            tables.similarity,
-            settings_.buffer,
+            layer.tables.neighbours,
+            layer.tables.similarity,
+            layer.settings.buffer,
             step_and_kinds,
             step_and_kinds[_STEP.size :],
-            counters,
+            layer.counters,
             4,
             case.unavailable,
         ),
-        counters,
+        layer.counters,
     )
 
 
@@ -109,23 +109,16 @@ def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode:
     kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
     ids = case.ids.clone()
     packed, counters = arguments(case, ids, ids, mode)
-    capacity = ids.numel() + min(ids.numel(), case.experts) * (block - 1)
-    blocks = -(-capacity // block)
-    sorted_slots = torch.full((blocks * block,), -7, dtype=torch.int32)
-    block_expert, padded = (torch.full((n,), -7, dtype=torch.int32) for n in (max(blocks, 1), 1))
+    aligned, sorted_arguments = empty_alignment(kernel, ids, block)
     launch(
         library(kernel, threads, cache),
         "reroute_and_align",
         *packed,
-        block.bit_length() - 1,
-        sorted_slots,
-        blocks * block,
-        block_expert,
-        padded,
+        *sorted_arguments,
         threads=threads,
         seed=seed,
     )
-    check_aligned(ids, sorted_slots, block_expert, int(padded), block, case.experts)
+    check_aligned(ids, aligned, block, case.experts)
     return ids, tuple(counters[1].tolist())
 
 

@@ -16,7 +16,7 @@ from .kernel_cases import (
     as_launched,
     check,
     check_aligned,
-    device_inputs,
+    device_layer,
     expected,
     odd_cases,
     policy,
@@ -34,7 +34,6 @@ def kernel_of(case: Case) -> RuleKernel:
 
 
 def run(case: Case, *, inplace: bool, mode: str = "on"):
-    tables, settings_, step = device_inputs(case, GPU, mode)
     counters = torch.zeros((2, 3, 4), dtype=torch.int64, device=GPU)
     ids = case.ids.to(GPU)
     new_ids = ids if inplace else torch.full_like(ids, -7)
@@ -42,10 +41,7 @@ def run(case: Case, *, inplace: bool, mode: str = "on"):
         ids,
         new_ids,
         case.weights.to(GPU),
-        tables=tables,
-        settings=settings_,
-        step=step,
-        counters=counters[:, 1],
+        device_layer(case, GPU, mode, counters[:, 1]),
         unavailable=None if case.unavailable is None else case.unavailable.to(GPU),
     )
     counters = counters.cpu()
@@ -57,22 +53,17 @@ def run(case: Case, *, inplace: bool, mode: str = "on"):
 
 
 def align(case: Case, *, block: int, mode: str = "on"):
-    tables, settings_, step = device_inputs(case, GPU, mode)
-    counters = torch.zeros((2, 4), dtype=torch.int64, device=GPU)
+    layer = device_layer(case, GPU, mode)
     ids = case.ids.to(GPU)
     aligned = kernel_of(case).reroute_and_align(
         ids,
         ids,
         case.weights.to(GPU),
+        layer,
         block_size=block,
-        tables=tables,
-        settings=settings_,
-        step=step,
-        counters=counters,
     )
-    sorted_slots, block_expert, padded = (tensor.cpu() for tensor in aligned)
-    check_aligned(ids.cpu(), sorted_slots, block_expert, int(padded), block, case.experts)
-    return ids.cpu(), tuple(counters.cpu()[1].tolist())
+    check_aligned(ids.cpu(), aligned, block, case.experts)
+    return ids.cpu(), tuple(layer.counters.cpu()[1].tolist())
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
@@ -151,19 +142,18 @@ def test_captured_graph_follows_settings_and_row_kinds() -> None:
     base = as_launched(
         make_case(seed=1, rows=48, experts=128, slots=8, select_top_k=1, gate=True, kinds="none")
     )
-    tables, settings_, step = device_inputs(base, GPU)
+    layer = device_layer(base, GPU)
+    tables, settings_, step, counters = layer
     step.clear()
     kernel = kernel_of(base)
-    counters = torch.zeros((2, 4), dtype=torch.int64, device=GPU)
     ids, weights = base.ids.to(GPU), base.weights.to(GPU)
     new_ids, sorted_ids = torch.empty_like(ids), ids.clone()
     kernel.load(GPU)
-    inputs = {"tables": tables, "settings": settings_, "step": step, "counters": counters}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.reroute(ids, new_ids, weights, **inputs)
+        kernel.reroute(ids, new_ids, weights, layer)
         sorted_ids.copy_(ids)
-        aligned = kernel.reroute_and_align(sorted_ids, sorted_ids, weights, block_size=16, **inputs)
+        aligned = kernel.reroute_and_align(sorted_ids, sorted_ids, weights, layer, block_size=16)
     graph.replay()
     assert torch.equal(new_ids, ids)  # no step has begun
     for seed in range(30):
@@ -198,14 +188,7 @@ def test_captured_graph_follows_settings_and_row_kinds() -> None:
         twice = [2 * number for number in counts]  # both launches count
         assert counters[seed % 2].tolist() == twice
         assert not counters[1 - seed % 2].any()
-        check_aligned(
-            sorted_ids.cpu(),
-            aligned.sorted_slots.cpu(),
-            aligned.block_expert.cpu(),
-            int(aligned.padded_slots),
-            16,
-            128,
-        )
+        check_aligned(sorted_ids.cpu(), aligned, 16, 128)
 
 
 def test_step_input_is_copied_in_order() -> None:
@@ -230,11 +213,9 @@ def test_step_input_is_copied_in_order() -> None:
 
 def test_wrong_tensors_are_named() -> None:
     case = as_launched(make_case(seed=0, rows=3, experts=8, slots=4, select_top_k=1))
-    tables, settings_, step = device_inputs(case, GPU)
-    counters = torch.zeros((2, 4), dtype=torch.int64, device=GPU)
+    layer = device_layer(case, GPU)
     ids, weights = case.ids.to(GPU), case.weights.to(GPU)
-    inputs = {"tables": tables, "settings": settings_, "step": step, "counters": counters}
     with pytest.raises(ValueError, match="topk_weights must be a contiguous"):
-        kernel_of(case).reroute(ids, ids, weights.double(), **inputs)
+        kernel_of(case).reroute(ids, ids, weights.double(), layer)
     with pytest.raises(ValueError, match="topk_ids must be a contiguous"):
-        kernel_of(case).reroute(ids.t().contiguous().t(), ids, weights, **inputs)
+        kernel_of(case).reroute(ids.t().contiguous().t(), ids, weights, layer)

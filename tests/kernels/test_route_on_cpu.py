@@ -11,7 +11,7 @@ from sere_ray.rules.sere import REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, make_case
 
 from .emulator import COMPILER, launch
-from .kernel_cases import as_launched, check_aligned, expected
+from .kernel_cases import as_launched, check_aligned, empty_alignment, expected
 from .test_reroute_on_cpu import arguments, library
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
@@ -44,10 +44,7 @@ def route(
     new_ids = torch.full_like(case.ids, -7)
     weights = torch.full_like(case.weights, -7)
     rule, counters = arguments(case, case.ids, new_ids)
-    capacity = new_ids.numel() + min(new_ids.numel(), case.experts) * (block - 1)
-    blocks = -(-capacity // block)
-    sorted_slots = torch.full((blocks * block,), -7, dtype=torch.int32)
-    block_expert, padded = (torch.full((n,), -7, dtype=torch.int32) for n in (max(blocks, 1), 1))
+    aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
     launch(
         library(kernel, threads, cache, "route_and_align"),
         "route_and_align",
@@ -57,15 +54,11 @@ def route(
         weights,
         None,
         *rule[1:],
-        block.bit_length() - 1,
-        sorted_slots,
-        blocks * block,
-        block_expert,
-        padded,
+        *sorted_arguments,
         threads=threads,
         seed=seed,
     )
-    check_aligned(new_ids, sorted_slots, block_expert, int(padded), block, case.experts)
+    check_aligned(new_ids, aligned, block, case.experts)
     return new_ids, weights, tuple(counters[1].tolist())
 
 

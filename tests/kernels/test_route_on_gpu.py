@@ -6,7 +6,7 @@ import torch
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
-from .kernel_cases import as_launched, check_aligned, device_inputs, expected
+from .kernel_cases import as_launched, check_aligned, device_layer, expected
 from .test_route_on_cpu import SHAPES, gate_logits
 
 pytestmark = [
@@ -48,20 +48,16 @@ def test_vllms_choice_then_the_rule(experts, slots, dtype, renormalize) -> None:
         logits = gate_logits(rows, experts, dtype, seed, tied=seed % 4 == 3).to(GPU) * scale
         padding = (torch.arange(rows) % 5 == 4).to(GPU) if seed % 2 else None
         weights, ids = vllm_top_k(logits, slots, renormalize, padding)
-        tables, settings, step = device_inputs(case, GPU)
-        counters = torch.zeros((2, 4), dtype=torch.int64, device=GPU)
+        layer = device_layer(case, GPU)
         new_ids, new_weights = torch.full_like(ids, -7), torch.full_like(weights, -7)
         aligned = kernel.route_and_align(
             logits,
             new_ids,
             new_weights,
+            layer,
             is_padding=padding,
             renormalize=renormalize,
             block_size=16,
-            tables=tables,
-            settings=settings,
-            step=step,
-            counters=counters,
         )
         assert torch.equal(new_weights, weights), f"seed {seed}: weights differ"
         case = Case(
@@ -77,6 +73,5 @@ def test_vllms_choice_then_the_rule(experts, slots, dtype, renormalize) -> None:
         )
         wanted, counts = expected(case)
         assert_same_ids(new_ids.cpu(), wanted, f"seed {seed}")
-        assert tuple(counters[1].tolist()) == counts
-        sorted_slots, block_expert, used = (tensor.cpu() for tensor in aligned)
-        check_aligned(new_ids.cpu(), sorted_slots, block_expert, int(used), 16, experts)
+        assert tuple(layer.counters[1].tolist()) == counts
+        check_aligned(new_ids.cpu(), aligned, 16, experts)

@@ -1,0 +1,134 @@
+"""What an engine on a GPU (V2 model runner) changes beside ``seam.py``, and the ledger of it.
+
+=====================================  ==========================================================
+GPUModelRunner.prepare_inputs          Row kinds of a step go to the device before it is launched.
+                                       Why here: replay of a full graph passes through no forward
+                                       context. Remove: as for _model_forward.
+GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
+                                       Remove: as for _model_forward.
+triton_moe.try_get_optimal_moe_config  Tiles that were the fastest for S = 2 and S = 1 together
+                                       and not slower for S = K, where ``tiles/`` has some for the
+                                       model's shape and this GPU. Remove: vLLM ships such tiles.
+triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch, where stock
+                                       launches two to sort. Remove: a hook between routing and
+                                       sorting.
+=====================================  ==========================================================
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
+from sere_ray.engine.state import Routing, Wrap, all_states, find_state
+from sere_ray.engine.tiles import tile_for
+
+
+def install(wrap: Wrap) -> None:
+    """Put the patches in place; calling it again does nothing."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
+    wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
+    wrap(triton_moe, "try_get_optimal_moe_config", _choose_tile)
+    wrap(triton_moe, "_prepare_expert_assignment", _reroute_and_align)
+
+
+def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: Any) -> Routing:
+    """The gate's choice, re-routed in place: now, or when the experts sort it.
+
+    The layer is opaque to Dynamo here, so that this runs in every eager pass, and once for each
+    captured graph.
+    """
+    state: CudaState = router.sere_state
+    state.check_nothing_deferred()
+    topk_weights, topk_ids = original(*args, **kwargs)
+    if router.capture_fn is None and _sorts_as_expected(router.sere_runner()):
+        state.defer(router.sere_layer, topk_ids, topk_weights)
+    else:
+        state.reroute_inplace(router.sere_layer, topk_ids, topk_weights)
+    return topk_weights, topk_ids
+
+
+def _sorts_as_expected(runner: Any) -> bool:
+    """Do the experts of this layer sort the very ids that its router returns?"""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+        MoEPrepareAndFinalizeNoDPEPModular,
+    )
+
+    experts, kernel = runner.routed_experts, runner.routed_experts.quant_method.moe_kernel
+    return (
+        type(kernel.fused_experts) is TritonExperts
+        and type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNoDPEPModular
+        and experts.expert_map is None
+        and not experts.apply_router_weight_on_input
+        and runner.router.eplb_state is None
+    )
+
+
+def _send_row_kinds(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = original(runner, *args, **kwargs)
+    state = find_state(runner.vllm_config)
+    if isinstance(state, CudaState):
+        state.check_nothing_deferred()
+        if all("_warmup_" in name for name in batch.req_ids):  # vLLM's own requests at start
+            state.begin_dummy_step()
+            return batch
+        starts = batch.query_start_loc_np[: batch.num_reqs + 1]
+        state.begin_step(row_kinds(scheduled_kinds(batch.is_prefilling_np), starts))
+    return batch
+
+
+def _notice_dummy_pass(
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    intermediate_tensors: Any = None,
+    dummy_run: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    state = find_state(runner.vllm_config)
+    if dummy_run and isinstance(state, CudaState):
+        state.begin_dummy_step()
+    return original(runner, scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs)
+
+
+def _deferring() -> CudaState | None:
+    """The engine whose layer is being computed, if that layer is re-routed when it is sorted."""
+    states = (s for s in all_states() if isinstance(s, CudaState) and s.deferred)
+    return next(states, None)
+
+
+def _choose_tile(
+    original: Callable[..., Any],
+    w1_shape: tuple[int, ...],
+    w2_shape: tuple[int, ...],
+    top_k: int,
+    dtype: str | None,
+    rows: int,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, int]:
+    if _deferring():
+        tile = tile_for(w2_shape[0], w2_shape[2], dtype, rows)
+        if tile is not None:
+            return tile
+    config: dict[str, int] = original(w1_shape, w2_shape, top_k, dtype, rows, *args, **kwargs)
+    return config
+
+
+def _reroute_and_align(
+    original: Callable[..., Any],
+    topk_ids: Tensor,
+    config: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    state = _deferring()
+    aligned = state.align(topk_ids, config["BLOCK_SIZE_M"]) if state else None
+    return aligned or original(topk_ids, config, *args, **kwargs)

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sere_ray.kernel.compiler import compile_cubin
-from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from sere_ray.progress import progress
 from sere_ray.results import write_result
 from sere_ray.rules.sere import apply_plan, count, make_plan
@@ -40,7 +40,7 @@ class Layers(RandomLayers):
 
     def __init__(self, rows: int, num_experts: int, top_k: int, select_top_k: int) -> None:
         super().__init__(LAYERS, rows, num_experts, top_k, select_top_k)
-        self.new_ids = torch.empty_like(self.ids)
+        self.new_ids, self.new_weights = torch.empty_like(self.ids), torch.empty_like(self.weights)
 
 
 def arms(
@@ -74,9 +74,17 @@ def arms(
         "reference_us": reference,
         "published_us": _published_launch(rows, num_experts, top_k, data),
     }
-    sorting = _vllm_sorting_launch(num_experts, data)
-    if sorting:
-        found["vllm_sorting_us"] = sorting
+    if kernel.can_route and rows <= MAX_ROUTED_ROWS:
+        found["with_top_k_us"] = lambda layer: kernel.route_and_align(
+            data.logits[layer],
+            data.new_ids[layer],
+            data.new_weights[layer],
+            data.layers[layer],
+            is_padding=None,
+            renormalize=True,
+            block_size=BLOCK_SIZE,
+        )
+    found |= _vllm_launches(num_experts, data)
     if compiled:
         fast = torch.compile(_reference, dynamic=False)
         found["compiled_us"] = lambda layer: fast(
@@ -150,13 +158,28 @@ def _published_launch(rows: int, num_experts: int, top_k: int, data: Layers) -> 
     return layer_of
 
 
-def _vllm_sorting_launch(num_experts: int, data: Layers) -> Launch | None:
-    """What stock vLLM does after routing; `with_sorting_us` replaces it."""
+def _vllm_launches(num_experts: int, data: Layers) -> dict[str, Launch]:
+    """What stock vLLM launches, if it is here: `with_sorting_us` replaces the sorting.
+
+    `with_top_k_us` replaces the gate's top-k and the sorting.
+    """
     try:
+        from vllm import _custom_ops as ops
         from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     except ImportError:
-        return None
-    return lambda layer: moe_align_block_size(data.ids[layer], BLOCK_SIZE, num_experts)
+        return {}
+    indices = torch.empty_like(data.ids[0])
+
+    def sort(layer: int) -> None:
+        moe_align_block_size(data.ids[layer], BLOCK_SIZE, num_experts)
+
+    def choose_and_sort(layer: int) -> None:
+        ops.topk_softmax(
+            data.new_weights[layer], data.new_ids[layer], indices, data.logits[layer], True
+        )
+        sort(layer)
+
+    return {"vllm_sorting_us": sort, "vllm_top_k_us": choose_and_sort}
 
 
 def capture(launch: Launch) -> torch.cuda.CUDAGraph:
@@ -210,10 +233,12 @@ def measure(
         "times_published": round(medians["published_us"] / medians["added_us"], 2),
         "bytes": _bytes(rows, num_experts, top_k, data),
     }
-    if "vllm_sorting_us" in medians:
-        row["added_when_sorting_us"] = round(
-            medians["with_sorting_us"] - medians["vllm_sorting_us"], 3
-        )
+    for ours, stock, added_name in (
+        ("with_sorting_us", "vllm_sorting_us", "added_when_sorting_us"),
+        ("with_top_k_us", "vllm_top_k_us", "added_with_top_k_us"),
+    ):
+        if {ours, stock} <= medians.keys():
+            row[added_name] = round(medians[ours] - medians[stock], 3)
     return row
 
 
@@ -231,6 +256,8 @@ def plot(result: Path, picture: Path) -> None:
     document = json.loads(result.read_text())
     arms = {
         "published_us": "published structure, 6 launches",
+        "vllm_top_k_us": "vLLM: top-k, sort by expert, 3 launches",
+        "with_top_k_us": "ours: top-k, re-route and sort, 1 launch",
         "vllm_sorting_us": "vLLM: sort by expert, 2 launches",
         "with_sorting_us": "ours: re-route and sort, 1 launch",
         "added_us": "ours: re-route, 1 launch",

@@ -13,6 +13,7 @@ class RandomLayers:
     """What a gate returns for a batch in each of some layers, random similarity, and a policy.
 
     Attributes:
+        logits: ``[layers, T, E]`` bf16, of a gate.
         ids: ``[layers, T, K]`` int32; every expert is as likely, rows are sorted by weight.
         weights: ``[layers, T, K]`` float32.
         kinds: ``[T]`` int8: every row decodes.
@@ -25,6 +26,7 @@ class RandomLayers:
         g = torch.Generator().manual_seed(rows)
         scores = torch.rand((layers, rows, num_experts), generator=g)
         top = scores.softmax(-1).topk(top_k, dim=-1)
+        self.logits = scores.to(GPU, torch.bfloat16)
         self.ids, self.weights = top.indices.int().to(GPU), top.values.to(GPU)
         similarity = torch.rand((layers, num_experts, num_experts), generator=g)
         settings, step = Settings(GPU), StepInput(rows, GPU)

@@ -29,7 +29,7 @@ struct __align__(16) Load {
 struct Chosen {                                    // what the gate chooses, best first
   int expert[MAX_ROWS][K];
   float weight[MAX_ROWS][K];
-  float total[MAX_ROWS];
+  float scale[MAX_ROWS];                             // of the weights, where they are to sum to 1
 };
 
 __device__ __forceinline__ void softmax(float (&p)[PER_THREAD], const Logit* logits, int lane) {
@@ -56,7 +56,10 @@ __device__ __forceinline__ void softmax(float (&p)[PER_THREAD], const Logit* log
   for (int mask = ROW_LANES / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, mask, ROW_LANES);
   const float scale = 1.0f / sum;
 #pragma unroll
-  for (int j = 0; j < PER_THREAD; ++j) p[j] *= scale;
+  for (int j = 0; j < PER_THREAD; ++j) {
+    p[j] *= scale;
+    if (!isfinite(p[j])) p[j] = 0;
+  }
 }
 
 // The largest p of a row, of equal ones the first; it is taken out.
@@ -105,7 +108,7 @@ __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Log
         if (!pads && kind != PADDING) atomicMin(&shared.lowest_rank[expert], kind == EXACT ? 0 : slot);
       }
     }
-    if (lane == 0 && exists) chosen.total[row] = total > 0 ? total : 1;
+    if (lane == 0 && exists) chosen.scale[row] = 1.0f / (total > 0 ? total : 1);
   }
 }
 
@@ -130,7 +133,7 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
 
   const auto load = [&](int row, int slot) {
     const float weight = chosen.weight[row][slot];
-    topk_weights[row * K + slot] = renormalize ? weight / chosen.total[row] : weight;
+    topk_weights[row * K + slot] = renormalize ? weight * chosen.scale[row] : weight;
     const int expert = chosen.expert[row][slot];
     const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
     return Slot{Id(expert), weight, kind, expert >= 0};

@@ -1,11 +1,14 @@
-"""Tiles of vLLM's Triton expert GEMM for re-routed batches: few experts, more rows each.
+"""Tiles of the expert GEMMs with SiLU inside (sere_ray/engine/gate_up.py), against vLLM's launches.
 
-    python kernels/tune_experts.py --out docs/results/tiles-h200.json --folder sere_ray/engine/tiles
+    python kernels/tune_experts.py --out docs/results/experts-h200.json \\
+        --folder sere_ray/engine/tiles
 
-Stock chooses a tile from the number of rows alone. This times a layer's two GEMMs for every tile,
-on batches as the gate returns them (S = K) and as the rule leaves them (S = 2, 1), and writes for
-each number of rows the tile that is fastest for S = 2 and S = 1 together among those that are not
-slower than stock's for S = K: a captured graph must serve every S.
+Stock chooses a tile from the number of rows alone; re-routed batches have few experts with more
+rows each. Times are of a layer's experts and the sum over slots, in a graph of eight layers: with
+fewer, small batches would find weights in the L2 cache. Each GEMM is timed alone with every tile;
+the best of both are timed together, with and without overlap. Written for each number of rows: the
+pair that is fastest for S = 2 and S = 1 together among those that are not slower than stock for
+S = K, since a captured graph must serve every S.
 """
 
 import argparse
@@ -15,17 +18,20 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_layers import GPU, RandomLayers
 from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
+from sere_ray.engine.gate_up import Slots, Tile, down, gate_up
 from sere_ray.kernel.launcher import Aligned, RuleKernel
 from sere_ray.results import write_result
 
-LAYERS = 4
 SHAPES = {  # experts, top-k, hidden size, width of an expert
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "qwen1.5-moe-a2.7b": (60, 4, 2048, 1408),
@@ -33,33 +39,35 @@ SHAPES = {  # experts, top-k, hidden size, width of an expert
 }
 ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
 SLACK = 1.003
-"""So much slower than stock's tile may one be on a batch that is not re-routed: timing noise."""
+"""So much slower than stock may tiles be on a batch that is not re-routed: timing noise."""
+LAYERS, PROCESSES = 8, 14
+OVERLAPS = [(False, 0), (True, 0), (True, 256)]
+"""Start early or not; how much of the second GEMM's weights to fetch meanwhile."""
+REFERENCE = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
+"""A tile of stock whose bits ours must have."""
+Shape = tuple[int, int, int, int]
+VllmTile = dict[str, int]
+Pair = tuple[Tile, Tile]
 
-Tile = dict[str, int]
 
-
-def candidates() -> list[Tile]:
-    """Tiles that fit the shared memory of a multiprocessor and are not hopeless for decoding."""
+def candidates(gated: bool) -> list[Tile]:
+    """Each once with a program for every tile, once with as many as fit a multiprocessor."""
     found = []
-    for m, n, k, warps, stages in itertools.product(
-        (16, 32, 64), (32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5)
+    for n, k, warps, stages in itertools.product(
+        (32, 64, 128), (64, 128, 256), (4, 8), range(2, 6)
     ):
-        size = stages * (m * k + n * k) * 2
-        if size > 160_000 or size < 24_000 or (warps == 8) != (n == 256):
-            continue
-        if m == 64 and (n < 64 or stages > 3):
-            continue
-        found.append(
-            {
-                "BLOCK_SIZE_M": m,
-                "BLOCK_SIZE_N": n,
-                "BLOCK_SIZE_K": k,
-                "GROUP_SIZE_M": 1,
-                "num_warps": warps,
-                "num_stages": stages,
-            }
-        )
+        size = (stages - 1) * (16 + n) * k * 2
+        if 12_000 <= size <= 110_000 and (warps == 4 or n * k >= 128 * 128):
+            tile = Tile(16, n // 2 if gated else n, k, warps, stages)
+            resident = min(227_000 // (size + 1024), 24 // warps)
+            found += [tile, replace(tile, programs=resident)]
     return found
+
+
+def overlapped(pair: Pair, overlap: bool, ahead: int) -> Pair:
+    """The pair with another kind of overlap."""
+    first, second = (replace(tile, overlap=overlap) for tile in pair)
+    return first, replace(second, ahead=ahead)
 
 
 class Experts:
@@ -79,7 +87,7 @@ class Experts:
         self.activated = random(rows * top_k, width)
         self.out = random(rows, top_k, hidden)
 
-    def run(self, layer: int, rows: int, weights: Tensor, aligned: Aligned, tile: Tile) -> None:
+    def run(self, layer: int, rows: int, weights: Tensor, aligned: Aligned, tile: VllmTile) -> None:
         """What ``TritonExperts`` launches between sorting and summing."""
         from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_triton_kernel
         from vllm.triton_utils import tl
@@ -138,28 +146,47 @@ class Batch(RandomLayers):
         return float(self.counters[0, :, 1].float().mean()) / max(len(self._aligned), 1)
 
 
-def compile_share(shape: tuple[int, int, int, int], tiles: list[Tile]) -> None:
-    """Compile some tiles into Triton's cache; a process for each core."""
-    torch.cuda.set_device(GPU)
-    _, top_k, hidden, width = shape
-    experts = Experts(16, top_k, hidden, width, layers=1)
-    for rows, tile in itertools.product((1, 16), tiles):
-        batch = Batch(experts, rows, top_k, layers=1)
-        try:
-            experts.run(0, rows, batch.weights[0], batch.aligned(tile["BLOCK_SIZE_M"])[0], tile)
-        except Exception as error:  # a tile that does not fit this GPU is no candidate
-            print(tile, type(error).__name__, flush=True)
-    torch.cuda.synchronize()
+class Timer:
+    """A batch, re-routed with one S: vLLM's launches and ours on the same slots."""
 
+    def __init__(self, experts: Experts, rows: int, select_top_k: int) -> None:
+        self.experts, self.rows, layers = experts, rows, len(experts.w1)
+        self.batch = Batch(experts, rows, select_top_k, layers)
+        self.slots = [Slots(*aligned) for aligned in self.batch.aligned(16)]
+        self.out = experts.out[:rows]
+        self.summed = experts.x.new_empty(rows, experts.hidden)
 
-def layer_us(experts: Experts, batch: Batch, rows: int, tile: Tile, repeats: int) -> float:
-    """Microseconds of a layer's experts; infinite where the tile does not fit."""
-    aligned = batch.aligned(tile["BLOCK_SIZE_M"])
-    return graph_us(
-        lambda layer: experts.run(layer, rows, batch.weights[layer], aligned[layer], tile),
-        LAYERS,
-        repeats,
-    )
+    def stock(self, layer: int, tile: VllmTile) -> None:
+        """GEMM, SiLU, GEMM, sum."""
+        aligned = self.batch.aligned(tile["BLOCK_SIZE_M"])[layer]
+        self.experts.run(layer, self.rows, self.batch.weights[layer], aligned, tile)
+        ops.moe_sum(self.out, self.summed)
+
+    def fused(self, layer: int, first: Tile | None, second: Tile | None) -> None:
+        """One of the GEMMs, or both and the sum."""
+        experts, slots = self.experts, self.slots[layer]
+        activated = experts.activated[: self.rows * experts.top_k]
+        if first:
+            x = experts.x[: self.rows]
+            gate_up(x, experts.w1[layer], activated, slots, experts.top_k, first)
+        if second:
+            out = self.out.view(-1, experts.hidden)
+            down(activated, experts.w2[layer], self.batch.weights[layer], out, slots, second)
+        if first and second:
+            ops.moe_sum(self.out, self.summed)
+
+    def us(self, step: Callable[..., None], *tiles: Any) -> float:
+        """Microseconds of a layer; infinite where a tile does not fit."""
+        return graph_us(lambda layer: step(layer, *tiles), len(self.slots), repeats=5)
+
+    def check(self, pair: Pair) -> None:
+        """Our bits are vLLM's."""
+        self.stock(0, REFERENCE)
+        wanted = self.out.clone()
+        self.out.fill_(9)
+        self.fused(0, *pair)
+        if not torch.equal(self.out, wanted):
+            raise AssertionError(f"{self.rows} rows, {pair}: not vLLM's bits")
 
 
 def graph_us(step: Callable[[int], None], layers: int, repeats: int) -> float:
@@ -183,12 +210,12 @@ def graph_us(step: Callable[[int], None], layers: int, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def stock_tile(shape: tuple[int, int, int, int], rows: int) -> Tile:
+def stock_tile(shape: Shape, rows: int) -> VllmTile:
     """What stock vLLM would choose."""
     from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
 
     experts, top_k, hidden, width = shape
-    tile: Tile = dict(
+    tile: VllmTile = dict(
         try_get_optimal_moe_config(
             (experts, 2 * width, hidden), (experts, hidden, width), top_k, None, rows
         )
@@ -197,67 +224,98 @@ def stock_tile(shape: tuple[int, int, int, int], rows: int) -> Tile:
     return tile
 
 
-def tune(
-    shape: tuple[int, int, int, int], repeats: int
-) -> tuple[list[dict[str, Any]], dict[str, Tile]]:
-    """Rows of the result, and the chosen tiles by number of rows."""
-    experts = Experts(*shape, layers=LAYERS)
-    sizes = (shape[1], 2, 1)
-    result, chosen = [], {}
-    for rows in ROWS:
-        batches = {s: Batch(experts, rows, s, LAYERS) for s in sizes}
-        stock = stock_tile(shape, rows)
-        tiles = [stock, *candidates()]
-        times = {
-            s: [layer_us(experts, batches[s], rows, tile, repeats) for tile in tiles] for s in sizes
-        }
-        allowed = [i for i, us in enumerate(times[shape[1]]) if us <= SLACK * times[shape[1]][0]]
-        best = min(allowed, key=lambda i: times[2][i] + times[1][i])
-        chosen[str(rows)] = tiles[best]
-        for s in sizes:
-            fastest = min(range(len(tiles)), key=lambda i: times[s][i])
-            result.append(
-                {
-                    "rows": rows,
-                    "select_top_k": s,
-                    "experts_read": batches[s].experts_read,
-                    "stock_us": round(times[s][0], 2),
-                    "tuned_us": round(times[s][best], 2),
-                    "fastest_us": round(times[s][fastest], 2),
-                    "stock_tile": list(stock.values()),
-                    "tuned_tile": list(tiles[best].values()),
-                    "fastest_tile": list(tiles[fastest].values()),
-                }
-            )
-            print({k: v for k, v in result[-1].items() if "tile" not in k}, flush=True)
-    return result, chosen
+def compile_share(shape: Shape, all_rows: list[int], share: slice) -> None:
+    """Compile some of all tiles into Triton's cache; a process for each core."""
+    torch.cuda.set_device(GPU)
+    experts = Experts(16, *shape[1:], layers=1)
+    stock = [(rows, tile) for rows in all_rows for tile in (stock_tile(shape, rows), REFERENCE)]
+    for rows, tile in stock[share]:
+        Timer(experts, rows, shape[1]).stock(0, tile)
+    timer = Timer(experts, 16, shape[1])
+    pairs = list(zip(candidates(gated=True), candidates(gated=False), strict=True))
+    for pair, overlap in itertools.product(pairs[share], OVERLAPS):
+        timer.us(timer.fused, *overlapped(pair, *overlap))
+
+
+def finalists(times: dict[int, list[float]], tiles: list[Tile]) -> list[Tile]:
+    """The best for each S, and for S = 2 and S = 1 together."""
+    keys = [*times.values(), [a + b for a, b in zip(times[2], times[1], strict=True)]]
+    return list(dict.fromkeys(tiles[key.index(min(key))] for key in keys))
+
+
+def best(times: list[float], tiles: list[Tile]) -> list[float]:
+    """Of tiles with a program for each, and of those that take tile after tile."""
+    both = list(zip(times, tiles, strict=True))
+    return [round(min(us for us, t in both if bool(t.programs) == p), 2) for p in (0, 1)]
+
+
+def tune(shape: Shape, experts: Experts, rows: int) -> tuple[list[dict[str, Any]], Pair]:
+    """Results for each S, and the pair to use."""
+    top_k, sizes = shape[1], (shape[1], 2, 1)
+    timers = {s: Timer(experts, rows, s) for s in sizes}
+    firsts, seconds = candidates(gated=True), candidates(gated=False)
+    first_us = {s: [t.us(t.fused, tile, None) for tile in firsts] for s, t in timers.items()}
+    second_us = {s: [t.us(t.fused, None, tile) for tile in seconds] for s, t in timers.items()}
+    ends = itertools.product(finalists(first_us, firsts), finalists(second_us, seconds), OVERLAPS)
+    pairs = [overlapped((first, second), *overlap) for first, second, overlap in ends]
+    for pair in pairs:
+        timers[1].check(pair)
+    pair_us = {s: [t.us(t.fused, *pair) for pair in pairs] for s, t in timers.items()}
+    stock_us = {s: t.us(t.stock, stock_tile(shape, rows)) for s, t in timers.items()}
+    limit = max(SLACK * stock_us[top_k], min(pair_us[top_k]))
+    allowed = [i for i, us in enumerate(pair_us[top_k]) if us <= limit]
+    chosen = min(allowed, key=lambda i: pair_us[2][i] + pair_us[1][i])
+    result = []
+    for s, t in timers.items():
+        fastest = pair_us[s].index(min(pair_us[s]))
+        apart = [us for us, p in zip(pair_us[s], pairs, strict=True) if not p[0].overlap]
+        columns = {"experts_read": t.batch.experts_read, "stock_us": stock_us[s]}
+        columns |= {"chosen_us": pair_us[s][chosen], "fastest_us": pair_us[s][fastest]}
+        columns |= {"no_overlap_us": min(apart)}
+        row: dict[str, Any] = {"rows": rows, "select_top_k": s}
+        row |= {name: round(value, 2) for name, value in columns.items()}
+        row |= {"gate_up_us": best(first_us[s], firsts), "down_us": best(second_us[s], seconds)}
+        result.append({**row, "fastest": [asdict(tile) for tile in pairs[fastest]]})
+    return result, pairs[chosen]
+
+
+def report(rows: list[dict[str, Any]], pair: Pair) -> None:
+    """A line for each S; the chosen pair as n/k/warps/stages/programs of both GEMMs."""
+    tiles = " ".join("/".join(map(str, list(asdict(t).values())[1:6])) for t in pair)
+    overlap = f" +{pair[1].ahead}" if pair[0].overlap else ""
+    for row in rows:
+        values = [value for value in row.values() if isinstance(value, float)]
+        columns = "".join(f"{value:7.1f}" for value in values + row["gate_up_us"] + row["down_us"])
+        print(f"{row['rows']:4}{row['select_top_k']:2}{columns} {tiles}{overlap}", flush=True)
 
 
 def main() -> None:
     """Tune the named models and write tiles and timings."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--folder", type=Path, required=True, help="where tiles are written")
+    parser.add_argument("--folder", type=Path, help="where tiles are written, if anywhere")
     parser.add_argument("--models", default=",".join(SHAPES))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    all_rows, results = [int(rows) for rows in options.rows.split(",")], []
     for model in options.models.split(","):
         shape, start = SHAPES[model], time.perf_counter()
-        tiles = candidates()
-        context = multiprocessing.get_context("spawn")
-        shares = [(shape, tiles[i :: options.processes]) for i in range(options.processes)]
-        with context.Pool(options.processes) as pool:
+        shares = [(shape, all_rows, slice(i, None, PROCESSES)) for i in range(PROCESSES)]
+        with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
             pool.starmap(compile_share, shares)
-        print(f"{model}: {len(tiles)} tiles, {time.perf_counter() - start:.0f} s", flush=True)
-        rows, chosen = tune(shape, options.repeats)
-        results += [{"model": model, **row} for row in rows]
-        name = torch.cuda.get_device_name(GPU).replace(" ", "_")
-        file = options.folder / f"E={shape[0]},N={shape[3]},device_name={name}.json"
-        file.write_text(json.dumps(chosen, indent=1) + "\n")
-        write_result(options.out, {"tile": list(candidates()[0]), "rows": results})
+        print(f"{model}: compiled after {time.perf_counter() - start:.0f} s")
+        print("rows S  read  stock chosen   best  apart gate_up:grid,persistent down:same")
+        experts, chosen = Experts(*shape, layers=LAYERS), {}
+        for rows in all_rows:
+            found, pair = tune(shape, experts, rows)
+            report(found, pair)
+            results += [{"model": model, **row} for row in found]
+            chosen[rows] = {"gate_up": asdict(pair[0]), "down": asdict(pair[1])}
+        write_result(options.out, {"rows": results})
+        if options.folder:
+            name = get_config_file_name(shape[0], shape[3], None)
+            (options.folder / name).write_text(json.dumps(chosen, indent=1) + "\n")
+        print(f"{model}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

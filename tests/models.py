@@ -44,7 +44,13 @@ _CHAT_TEMPLATE = (
 
 
 def build_checkpoint(name: str, folder: Path) -> Path:
-    """Write config, bf16 weights and tokenizer of one of ``ARCHITECTURES`` into ``folder``."""
+    """Write config, bf16 weights and tokenizer into ``folder``.
+
+    Args:
+        name: one of ``ARCHITECTURES``, or ``qwen3_moe_64``: the kernel that also computes the
+            gate's top-k takes 32 to 256 experts.
+        folder: of the checkpoint.
+    """
     tokenizer = build_tokenizer()
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -103,12 +109,12 @@ def _common(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(common: dict[str, Any]) -> PreTrainedModel:
+def _qwen3_moe(common: dict[str, Any], num_experts: int = NUM_EXPERTS) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **common,
             head_dim=32,
-            num_experts=NUM_EXPERTS,
+            num_experts=num_experts,
             moe_intermediate_size=64,
             norm_topk_prob=True,
         )
@@ -190,6 +196,7 @@ def _set_selection_bias(model: PreTrainedModel) -> None:
 
 _BUILDERS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "qwen3_moe": _qwen3_moe,
+    "qwen3_moe_64": functools.partial(_qwen3_moe, num_experts=64),
     "qwen2_moe": _qwen2_moe,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,

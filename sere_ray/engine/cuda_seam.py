@@ -6,24 +6,25 @@ GPUModelRunner.prepare_inputs          Row kinds of a step go to the device befo
                                        context. Remove: as for _model_forward.
 GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
                                        Remove: as for _model_forward.
-triton_moe.try_get_optimal_moe_config  Tiles that were the fastest for S = 2 and S = 1 together
-                                       and not slower for S = K, where ``tiles/`` has some for the
-                                       model's shape and this GPU. Remove: vLLM ships such tiles.
 triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch, where stock
-                                       launches two to sort. Remove: a hook between routing and
-                                       sorting.
+                                       launches two to sort; in small batches the gate's top-k,
+                                       too. Remove: a hook between routing and sorting.
+TritonExperts.apply                    Gate-and-up GEMM with SiLU in its epilogue, where ``tiles/``
+                                       has tiles for the model's shape and this GPU. Remove: vLLM
+                                       has such a kernel.
 =====================================  ==========================================================
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.fused_experts import apply_experts
 from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
-from sere_ray.engine.tiles import tile_for
 
 
 def install(wrap: Wrap) -> None:
@@ -33,11 +34,18 @@ def install(wrap: Wrap) -> None:
 
     wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
     wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
-    wrap(triton_moe, "try_get_optimal_moe_config", _choose_tile)
     wrap(triton_moe, "_prepare_expert_assignment", _reroute_and_align)
+    wrap(triton_moe.TritonExperts, "apply", _compute_experts)
 
 
-def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: Any) -> Routing:
+def route(
+    router: Any,
+    original: Callable[..., Routing],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    indices_type: torch.dtype | None,
+    **kwargs: Any,
+) -> Routing:
     """The gate's choice, re-routed in place: now, or when the experts sort it.
 
     The layer is opaque to Dynamo here, so that this runs in every eager pass, and once for each
@@ -45,12 +53,33 @@ def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: A
     """
     state: CudaState = router.sere_state
     state.check_nothing_deferred()
-    topk_weights, topk_ids = original(*args, **kwargs)
-    if router.capture_fn is None and _sorts_as_expected(router.sere_runner()):
+    sorts = router.capture_fn is None and _sorts_as_expected(router.sere_runner())
+    chooses = _is_plain_softmax(router) and indices_type in (None, torch.int32)
+    if sorts and chooses and state.can_route(router_logits):
+        is_padding = _padding_mask(router_logits.shape[0])
+        return state.defer_routing(
+            router.sere_layer, router_logits, is_padding, renormalize=router.renormalize
+        )
+    topk_weights, topk_ids = original(hidden_states, router_logits, indices_type, **kwargs)
+    if sorts:
         state.defer(router.sere_layer, topk_ids, topk_weights)
     else:
         state.reroute_inplace(router.sere_layer, topk_ids, topk_weights)
     return topk_weights, topk_ids
+
+
+def _is_plain_softmax(router: Any) -> bool:
+    """Is the gate a softmax and a top-k, without groups and bias? `route.cu` knows that one."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+
+    return type(router).__bases__ == (FusedTopKRouter,) and router.scoring_func == "softmax"
+
+
+def _padding_mask(rows: int) -> Tensor | None:
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+
+    mask: Tensor | None = fused_topk_router._get_padding_mask(rows)
+    return mask
 
 
 def _sorts_as_expected(runner: Any) -> bool:
@@ -104,24 +133,6 @@ def _deferring() -> CudaState | None:
     return next(states, None)
 
 
-def _choose_tile(
-    original: Callable[..., Any],
-    w1_shape: tuple[int, ...],
-    w2_shape: tuple[int, ...],
-    top_k: int,
-    dtype: str | None,
-    rows: int,
-    *args: Any,
-    **kwargs: Any,
-) -> dict[str, int]:
-    if _deferring():
-        tile = tile_for(w2_shape[0], w2_shape[2], dtype, rows)
-        if tile is not None:
-            return tile
-    config: dict[str, int] = original(w1_shape, w2_shape, top_k, dtype, rows, *args, **kwargs)
-    return config
-
-
 def _reroute_and_align(
     original: Callable[..., Any],
     topk_ids: Tensor,
@@ -132,3 +143,9 @@ def _reroute_and_align(
     state = _deferring()
     aligned = state.align(topk_ids, config["BLOCK_SIZE_M"]) if state else None
     return aligned or original(topk_ids, config, *args, **kwargs)
+
+
+def _compute_experts(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any) -> Any:
+    if args or not _deferring():
+        return original(experts, *args, **kwargs)
+    return apply_experts(original, experts, **kwargs)

@@ -1,7 +1,8 @@
 """Re-routing on a GPU: one kernel launch per layer, in eager passes and in captured graphs alike.
 
 Where vLLM's Triton experts sort the slots by expert right after routing, the launch does that
-too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then.
+too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then. In small
+batches it also computes the gate's top-k: :meth:`CudaState.defer_routing` holds the logits.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.state import EngineState
+from sere_ray.engine.state import EngineState, Routing
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.launcher import (
     MAX_ALIGNED_ROWS,
+    MAX_ROUTED_ROWS,
     Aligned,
     DeviceLayer,
     LayerTables,
@@ -27,11 +29,14 @@ from sere_ray.rules import RuleCounts
 
 
 class Deferred(NamedTuple):
-    """A layer whose ids are still the gate's."""
+    """A layer whose ids are still the gate's, or not even chosen."""
 
     layer: int
     topk_ids: Tensor
     topk_weights: Tensor
+    logits: Tensor | None = None
+    is_padding: Tensor | None = None
+    renormalize: bool = False
 
 
 @dataclass
@@ -60,12 +65,15 @@ class CudaState(EngineState):
         shape = (2, len(self.layers), len(RuleCounts._fields))
         self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.deferred: Deferred | None = None
-        self.kernel(torch.int32).load(self.device)
+        for logits in (torch.bfloat16, torch.float32):
+            self.kernel(torch.int32, logits).load(self.device)
         self.apply_policy()
 
-    def kernel(self, id_dtype: torch.dtype) -> RuleKernel:
-        """The kernel for ids of this type."""
-        return RuleKernel(self.num_experts, self.top_k, id_dtype)
+    def kernel(
+        self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
+    ) -> RuleKernel:
+        """The kernel for ids of this type; where it chooses them, from logits of that type."""
+        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""
@@ -96,12 +104,48 @@ class CudaState(EngineState):
         else:
             self.deferred = Deferred(layer, topk_ids, topk_weights)
 
+    def can_route(self, logits: Tensor) -> bool:
+        """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
+        kernel, (rows, experts) = self.kernel(torch.int32, logits.dtype), logits.shape
+        fits = rows <= MAX_ROUTED_ROWS and experts == self.num_experts
+        return kernel.can_route and fits and logits.is_contiguous()
+
+    def defer_routing(
+        self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
+    ) -> Routing:
+        """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
+
+        Args:
+            layer: decoder layer.
+            logits: the gate's, ``[T, E]``.
+            is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
+            renormalize: divide a row's weights by their sum.
+
+        Returns:
+            ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
+        """
+        shape = (logits.shape[0], self.top_k)
+        weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
+        self.deferred = Deferred(layer, ids, weights, logits, is_padding, renormalize)
+        return weights, ids
+
     def align(self, topk_ids: Tensor, block_size: int) -> Aligned | None:
         """Re-route the deferred ids in place and sort them; None if these are not deferred."""
         held = self.deferred
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
+        if held.logits is not None:
+            return self.kernel(topk_ids.dtype, held.logits.dtype).route_and_align(
+                held.logits,
+                topk_ids,
+                held.topk_weights,
+                self.layer(held.layer),
+                is_padding=held.is_padding,
+                renormalize=held.renormalize,
+                block_size=block_size,
+            )
         return self.kernel(topk_ids.dtype).reroute_and_align(
             topk_ids, topk_ids, held.topk_weights, self.layer(held.layer), block_size=block_size
         )

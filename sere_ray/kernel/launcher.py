@@ -188,9 +188,10 @@ class RuleKernel:
 
     def load(self, device: torch.device) -> None:
         """Compile and load what the engine launches: a graph that is captured cannot."""
-        for name in ("reroute", "reroute_and_align"):
-            for threads in (512, 1024):
-                _function(self, threads, device.index or 0, name)
+        for name in _FILES:
+            if name != "route_and_align" or self.can_route:
+                for threads in (512, 1024):
+                    _function(self, threads, device.index or 0, name)
 
     def reroute(
         self,

@@ -180,7 +180,7 @@ def test_warm_up_requests_of_the_v2_runner_are_recognised():
     assert "_v2_mixed_warmup" in ast.unparse(tree_of("v1.worker.gpu.warmup"))
 
 
-def test_triton_experts_choose_a_tile_then_sort_by_module_global_names():
+def test_triton_experts_sort_by_a_module_global_name():
     module = "model_executor.layers.fused_moe.experts.triton_moe"
     experts = next(
         node
@@ -188,15 +188,24 @@ def test_triton_experts_choose_a_tile_then_sort_by_module_global_names():
         if isinstance(node, ast.ClassDef) and node.name == "TritonExperts"
     )
     body = ast.unparse(experts)
-    tile, sort = " try_get_optimal_moe_config(", " _prepare_expert_assignment("
-    assert 0 < body.index(tile) < body.index(sort)
+    sort = " _prepare_expert_assignment("
     assert body.count(sort) == 1
-    assert body.index(sort) < body.index("invoke_fused_moe_triton_kernel(")
+    assert 0 < body.index(sort) < body.index("invoke_fused_moe_triton_kernel(")
     fused = "model_executor.layers.fused_moe.fused_moe"
     node, _ = function_of(fused, "_prepare_expert_assignment")
     assert arguments_of(node)[:2] == ["topk_ids", "config"]
-    node, _ = function_of(fused, "try_get_optimal_moe_config")
-    assert arguments_of(node)[:5] == ["w1_shape", "w2_shape", "top_k", "dtype", "M"]
+
+
+def test_plain_gate_is_a_softmax_and_a_top_k():
+    """What `route_and_align` computes instead."""
+    folder = "model_executor.layers.fused_moe.router"
+    node, body = function_of(f"{folder}.fused_topk_router", "_compute_routing")
+    assert arguments_of(node)[:4] == ["self", "hidden_states", "router_logits", "indices_type"]
+    assert "renormalize=self.renormalize" in body
+    _, body = function_of(f"{folder}.fused_topk_router", "vllm_topk_softmax")
+    assert "is_padding=_get_padding_mask(topk_indices.shape[0])" in body
+    _, body = function_of(f"{folder}.base_router", "_select_experts")
+    assert "self._compute_routing(hidden_states, router_logits, topk_indices_dtype" in body
 
 
 def test_routing_without_parallelism_hands_ids_on_as_they_are():

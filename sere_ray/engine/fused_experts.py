@@ -1,0 +1,122 @@
+"""Decode batches of a layer through :mod:`sere_ray.engine.gate_up`, in the place of vLLM's GEMMs.
+
+Tiles are in ``tiles/*.json``, made by kernels/tune_experts.py, a file for each shape and GPU named
+as vLLM names its own. Where there is none, or a batch is anything but the plain bf16 case, vLLM's
+own code runs.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sere_ray.engine.gate_up import Tile
+
+_FOLDER = Path(__file__).parent / "tiles"
+
+
+class Tiles(NamedTuple):
+    """Of the two GEMMs of a batch, for slots sorted once."""
+
+    gate_up: "Tile"
+    down: "Tile"
+
+
+def apply_experts(original: Callable[..., Any], experts: Any, **call: Any) -> Any:
+    """In the place of ``TritonExperts.apply``: its sequence, with two launches for its three.
+
+    Args:
+        original: ``TritonExperts.apply``, which runs whatever is not covered here.
+        experts: its ``self``.
+        call: its arguments, all by name, as vLLM's modular kernel passes them.
+    """
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    w1, w2, ids = call["w1"], call["w2"], call["topk_ids"]
+    tiles = tiles_for(w2.shape[0], w2.shape[2], ids.shape[0])
+    if tiles is None or not (_is_plain(experts) and _is_plain_batch(call)):
+        return original(experts, **call)
+    from sere_ray.engine.gate_up import Slots, down, gate_up
+
+    (rows, top_k), (num_experts, hidden, width) = ids.shape, w2.shape
+    activated = triton_moe._resize_cache(call["workspace13"], (rows * top_k, width))
+    gathered = triton_moe._resize_cache(call["workspace2"], (rows, top_k, hidden))
+    # By vLLM's module, where the plugin has put a launch that also re-routes.
+    sort = triton_moe._prepare_expert_assignment
+    block = {"BLOCK_SIZE_M": tiles.gate_up.block_m}
+    slots = Slots(*sort(ids, block, rows, top_k, num_experts, None))
+    gate_up(call["hidden_states"], w1, activated, slots, top_k, tiles.gate_up)
+    out = gathered.view(rows * top_k, hidden)
+    down(activated, w2, call["topk_weights"], out, slots, tiles.down)
+    experts.moe_sum(gathered, call["output"])
+    return None
+
+
+def tiles_for(num_experts: int, width: int, rows: int) -> Tiles | None:
+    """Tiles of the nearest measured batch, None where vLLM's own GEMMs stand.
+
+    Args:
+        num_experts: E of the layer's weights.
+        width: of an expert.
+        rows: T.
+    """
+    from vllm import envs
+    from vllm.model_executor.layers.fused_moe import get_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    if envs.VLLM_TUNED_CONFIG_FOLDER is not None or envs.VLLM_BATCH_INVARIANT or get_config():
+        return None  # the user's choice
+    measured = _load(_FOLDER / get_config_file_name(num_experts, width, None))
+    if not measured or rows > max(measured):
+        return None
+    return measured[min(measured, key=lambda tuned: abs(tuned - rows))]
+
+
+@functools.cache
+def _load(file: Path) -> dict[int, Tiles]:
+    if not file.is_file():
+        return {}
+    from sere_ray.engine.gate_up import Tile
+
+    return {
+        int(rows): Tiles(Tile(**pair["gate_up"]), Tile(**pair["down"]))
+        for rows, pair in json.loads(file.read_text()).items()
+    }
+
+
+def _is_plain(experts: Any) -> bool:
+    """No quantisation, bias, clamp or LoRA, and not a subclass that computes something else."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    config = experts.quant_config
+    return (
+        type(experts) is TritonExperts
+        and config.quant_dtype is None
+        and config.weight_quant_dtype is None
+        and config.w1_bias is None
+        and config.w2_bias is None
+        and experts.activation_config.clamp_limit is None
+        and not experts.quantization_emulation
+        and experts._lora_context is None
+    )
+
+
+def _is_plain_batch(call: dict[str, Any]) -> bool:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    weights: Tensor = call["topk_weights"]
+    tensors: list[Tensor] = [call[name] for name in ("hidden_states", "w1", "w2")]
+    return (
+        all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
+        and weights.dtype == torch.float32
+        and weights.is_contiguous()
+        and call["activation"] == MoEActivation.SILU
+        and call["expert_map"] is None
+        and call["a1q_scale"] is None
+        and not call["apply_router_weight_on_input"]
+    )

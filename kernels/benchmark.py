@@ -2,8 +2,10 @@
 
     python kernels/benchmark.py --out kernel-h200.json --plot kernel-h200.png
 
-A graph holds one launch of an arm for each of 48 layers, each with ids, weights and tables of its
-own; its time over 48 is what the arm adds to a layer. Arms take turns, repeats are medians.
+A graph holds for each of 48 layers an empty kernel and one launch of an arm, with ids, weights and
+tables of the layer's own; the time beyond a graph of empty kernels only, over 48, is what the arm
+adds to a layer. (Without the empty kernels, our launches would overlap with each other.) Arms take
+turns; repeats are medians.
 """
 
 import argparse
@@ -190,8 +192,10 @@ def capture(launch: Launch) -> torch.cuda.CUDAGraph:
             launch(layer)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
+    empty = _empty_launch(32)
     with torch.cuda.graph(graph):
         for layer in range(LAYERS):
+            empty(layer)
             launch(layer)
     return graph
 
@@ -216,10 +220,12 @@ def measure(
         name: capture(launch)
         for name, launch in arms(rows, num_experts, top_k, data, compiled=compiled).items()
     }
+    nothing = capture(lambda layer: None)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(repeats + 1):
+        base = replay_us(nothing)
         for name, graph in graphs.items():
-            times[name].append(replay_us(graph))
+            times[name].append(replay_us(graph) - base)
     medians = {name: round(statistics.median(values[1:]), 3) for name, values in times.items()}
     added = times["added_us"][1:]
     row = {

@@ -106,6 +106,13 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 #endif
 }
 
+// The next kernel of the stream may be launched, if it waits for this one to end before it reads.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ __forceinline__ Slot load_slot(const Arguments& a, const Step& step, int row, int slot) {
   Slot s = {-1, 0.0f, PADDING, false};
   if (row < a.num_rows && slot < K) {
@@ -284,6 +291,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
     shared.is_read[v] = 0;
   }
   wait_for_earlier_kernels();
+  let_next_kernel_start();                         // not before: it would take the earlier kernel's room
 }
 
 // Steps 3 to 7, once every expert's lowest rank is known to this thread's warp: what each slot becomes.

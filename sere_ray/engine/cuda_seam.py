@@ -13,6 +13,8 @@ triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch
                                        launches two to sort. Remove: a hook between routing and
                                        sorting.
 =====================================  ==========================================================
+
+With data parallelism also those of ``cuda_union_seam.py``.
 """
 
 from collections.abc import Callable
@@ -130,5 +132,6 @@ def _reroute_and_align(
     **kwargs: Any,
 ) -> Any:
     state = _deferring()
-    aligned = state.align(topk_ids, config["BLOCK_SIZE_M"]) if state else None
+    skips_foreign = bool(kwargs.get("ignore_invalid_experts"))
+    aligned = state.align(topk_ids, config["BLOCK_SIZE_M"], skips_foreign) if state else None
     return aligned or original(topk_ids, config, *args, **kwargs)

@@ -73,7 +73,8 @@ def reroute_gathered_and_align(
     Returns:
         ``block_expert`` holds local expert ids.
     """
-    aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size)
+    most_local = -(-kernel.num_experts // placement.num_ranks)
+    aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size, experts=most_local)
     rule = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
     arguments = rule + _place(placement) + sorted_arguments
     kernel._launch("reroute_gathered_and_align", topk_ids, arguments, early=False)

@@ -299,11 +299,19 @@ class RuleKernel:
         self._launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
         return aligned
 
-    def empty_alignment(self, ids: Tensor, block_size: int) -> tuple[Aligned, tuple[Any, ...]]:
-        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it."""
+    def empty_alignment(
+        self, ids: Tensor, block_size: int, *, experts: int | None = None
+    ) -> tuple[Aligned, tuple[Any, ...]]:
+        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it.
+
+        Args:
+            ids: ``[T, K]``.
+            block_size: rows of the expert GEMM's tile.
+            experts: how many there are at most; None = E. The GEMM's grid grows with it.
+        """
         slots = ids.numel()
         # Each expert that is named wastes at most block_size - 1 places of its last block.
-        capacity = slots + min(slots, self.num_experts) * (block_size - 1)
+        capacity = slots + min(slots, experts or self.num_experts) * (block_size - 1)
         blocks = -(-capacity // block_size)
 
         def empty(size: int) -> Tensor:

@@ -86,9 +86,11 @@ def device_layer(
     return DeviceLayer(LayerTables.build(case.similarity, device), settings, step, counters)
 
 
-def empty_alignment(kernel: RuleKernel, ids: Tensor, block: int) -> tuple[Aligned, list[object]]:
+def empty_alignment(
+    kernel: RuleKernel, ids: Tensor, block: int, experts: int | None = None
+) -> tuple[Aligned, list[object]]:
     """Buffers of the size the launcher gives them, filled with -7, and the emulator's arguments."""
-    aligned, _ = kernel.empty_alignment(ids, block)
+    aligned, _ = kernel.empty_alignment(ids, block, experts=experts)
     for tensor in aligned:
         tensor.fill_(-7)
     bits, capacity = block.bit_length() - 1, aligned.sorted_slots.numel()

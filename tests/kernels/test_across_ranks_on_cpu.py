@@ -66,7 +66,9 @@ def gathered(case: Case, own: range, placement, *, cache, seed, block, mode="on"
     ids = case.ids.clone()
     counters = torch.zeros((2, 6), dtype=torch.int64)
     layer = device_layer(case, CPU, mode, counters=counters, own=own)
-    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
+    aligned, sorted_arguments = (
+        empty_alignment(kernel, ids, block, -(-case.experts // 2)) if block else (None, [])
+    )
     name = "reroute_gathered_and_align" if block else "reroute_gathered"
     others = [*placement, *sorted_arguments]
     run(name, case, ids, layer, *others, cache=cache, seed=seed, threads=threads)

@@ -141,13 +141,13 @@ def test_captured_graph_follows_row_kinds():
     layer = layer._replace(counters=counters, step=StepInput(32, GPU))
     source, weights = case.ids.to(GPU), case.weights.to(GPU)
     ids = source.clone()
-    across_ranks.load(kernel, GPU)
+    arguments = (kernel, ids, weights, layer, placement)
+    across_ranks.reroute_gathered_and_align(*arguments, block_size=16)  # loads the kernel
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ids.copy_(source)
-        aligned = across_ranks.reroute_gathered_and_align(
-            kernel, ids, weights, layer, placement, block_size=16
-        )
+        aligned = across_ranks.reroute_gathered_and_align(*arguments, block_size=16)
     for first, second in ((16, 16), (3, 9), (0, 5), (0, 0)):
         kinds = torch.zeros(32, dtype=torch.int8)
         kinds[:first] = kinds[16 : 16 + second] = sere.REROUTABLE

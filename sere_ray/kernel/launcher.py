@@ -25,11 +25,8 @@ _FILES = {
     "reroute": "reroute.cu",
     "reroute_and_align": "reroute.cu",
     "route_and_align": "route.cu",
-    "reroute_gathered": "across_ranks.cu",
-    "reroute_gathered_and_align": "across_ranks.cu",
-    "lowest_ranks": "across_ranks.cu",
-    "reroute_by_ranks": "across_ranks.cu",
 }
+_FILE_ACROSS_RANKS = "across_ranks.cu"
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _SETTINGS = struct.Struct("iiiif12x")
 _STEP = struct.Struct("iiiii12x")
@@ -195,7 +192,7 @@ class RuleKernel:
             "ID64": int(self.id_dtype == torch.int64),
             "UNAVAILABLE": int(self.unavailable),
         }
-        if _FILES[name] == "route.cu":
+        if _file(name) == "route.cu":
             size = self.logit_dtype.itemsize
             constants |= {"MAX_ROWS": MAX_ROUTED_ROWS, "LOGIT_BYTES": size}
         return constants
@@ -371,6 +368,11 @@ class RuleKernel:
         launch(stream, _config(threads, early), _function(self, threads, device, name), *arguments)
 
 
+def _file(name: str) -> str:
+    """Where a kernel is; those that no other file has are for several ranks."""
+    return _FILES.get(name, _FILE_ACROSS_RANKS)
+
+
 @cache
 def _config(threads: int, early: bool) -> Any:
     from cuda.core import LaunchConfig
@@ -388,7 +390,7 @@ def _function(kernel: RuleKernel, threads: int, device: int, name: str) -> Any:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
             "CUDA kernel needs 8.0 or higher (A100, L4, H100 ...)"
         )
-    cubin = compile_cubin(_FILES[name], kernel.defines(name, threads), f"sm_{major}{minor}")
+    cubin = compile_cubin(_file(name), kernel.defines(name, threads), f"sm_{major}{minor}")
     from cuda.core import Device, ObjectCode
 
     Device(device).set_current()

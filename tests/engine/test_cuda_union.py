@@ -109,7 +109,7 @@ def emulated(monkeypatch, tmp_path_factory):
 
     @functools.cache
     def library(kernel, name):
-        return compile_for_cpu(KERNELS / launcher._FILES[name], kernel.defines(name, 64), cache)
+        return compile_for_cpu(KERNELS / launcher._file(name), kernel.defines(name, 64), cache)
 
     def run(kernel, name, topk_ids, arguments, *, early=True):
         with one_at_a_time:

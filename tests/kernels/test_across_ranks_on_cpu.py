@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import _FILES, _STEP, RuleKernel
+from sere_ray.kernel.launcher import _STEP, RuleKernel, _file
 from sere_ray.rules import sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -34,7 +34,7 @@ SHAPES = [(128, 8), (60, 4), (300, 5), (9, 3)]
 
 @functools.cache
 def library(kernel: RuleKernel, name: str, threads: int, cache: Path):
-    return compile_for_cpu(KERNELS / _FILES[name], kernel.defines(name, threads), cache)
+    return compile_for_cpu(KERNELS / _file(name), kernel.defines(name, threads), cache)
 
 
 def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: int = 64):

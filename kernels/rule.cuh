@@ -56,7 +56,8 @@ struct __align__(16) Step {                        // written by the host before
   int num_rows;                                    // rows beyond it are padding
   int num_reroutable;                              // 0: nothing to do in this step
   int counter_row;                                 // decode-only and mixed steps are counted apart
-  int unused;
+  int own_begin, own_end;                          // rows whose slots are counted; others are other ranks'
+  int unused[3];
 };
 
 // What a launch can know before the earlier kernel is done: all that no kernel writes.
@@ -317,7 +318,8 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
     Id id = s.id;
     if (start.has_work) {
       const Id moved = new_id(shared, s, a.unavailable);
-      changed += s.kind != PADDING && moved != s.id;
+      const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
+      changed += is_own && s.kind != PADDING && moved != s.id;
       if (start.settings.mode != OBSERVE) id = moved;
     }
     if (a.new_ids != a.ids || id != s.id) a.new_ids[row * K + slot] = id;
@@ -330,6 +332,28 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
     if (threadIdx.x % 32 == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
     if (threadIdx.x >= THREADS - 32) count_experts(shared, a, size, counters);
   }
+}
+
+// The rule on the whole batch; then(slot index, final id) is told of every slot.
+template <bool ONLY_RULE, class Then>
+__device__ __forceinline__ void reroute_rows(Shared& shared, const Arguments& a, const Start& start, Then then) {
+  const int slots = a.num_rows * GROUP, slot = threadIdx.x % GROUP;
+  // The first slot of a thread, in a small batch its only one, stays in registers between the passes.
+  const Slot first = load_slot(a, start.step, threadIdx.x / GROUP, slot);
+  if (!start.has_work && ONLY_RULE && a.new_ids == a.ids) return;
+  __syncthreads();
+  if (start.has_work) {
+    Slot s = first;
+    for (int at = THREADS;; at += THREADS) {
+      name_expert(shared, s, slot);
+      if (at >= slots) break;
+      s = load_slot(a, start.step, (at + threadIdx.x) / GROUP, slot);
+    }
+  }
+  const auto load = [&](int row, int slot) {
+    return row == threadIdx.x / GROUP ? first : load_slot(a, start.step, row, slot);
+  };
+  apply_rule(shared, a, start, load, then);
 }
 
 // What the expert GEMM asks of the final ids: the slots sorted by expert, those of each expert padded
@@ -357,8 +381,10 @@ __device__ __forceinline__ void count_slot(Counting& counting, Shared& shared, i
   if (id >= 0 && id < E) shared.order[index] = atomicAdd(&counting.slots_of[id], 1);
 }
 
+// expert_of(slot index) gives what count_slot() was given.
+template <class ExpertOf>
 __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& shared, const Sorted& sorted,
-                                           const Id* ids, int num_rows) {
+                                           int num_rows, ExpertOf expert_of) {
   __syncthreads();
   if (threadIdx.x < 32) {                          // the blocks of an expert start behind those before it
     int blocks[PER_LANE], of_lane = 0;
@@ -388,9 +414,14 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
 
 #pragma unroll 1
   for (int index = threadIdx.x; index < num_rows * K; index += THREADS) {
-    const Id id = ids[index];
+    const Id id = expert_of(index);
     if (id >= 0 && id < E) sorted.slots[counting.slots_of[id] + shared.order[index]] = index;
   }
+}
+
+__device__ __forceinline__ void sort_slots(Counting& counting, const Shared& shared, const Sorted& sorted,
+                                           const Id* ids, int num_rows) {
+  sort_slots(counting, shared, sorted, num_rows, [&](int index) { return ids[index]; });
 }
 
 }  // namespace

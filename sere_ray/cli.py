@@ -241,6 +241,15 @@ def step_time(
         Path | None, typer.Option(help="Write the kernels of stock and S=1, too (GPU).")
     ] = None,
     profile_batch: Annotated[int, typer.Option(min=1, help="Its batch, one of --batches.")] = 16,
+    data_parallel_size: Annotated[
+        int, typer.Option(min=1, max=8, help="Ranks with data and expert parallelism, a GPU each.")
+    ] = 1,
+    rows_per_rank: Annotated[
+        str, typer.Option(help="With several ranks, in place of --batches.")
+    ] = "8,16,32,64",
+    union: Annotated[
+        str, typer.Option(help="With several ranks: of global, local, before-dispatch.")
+    ] = "global,local",
 ) -> None:
     """Decode step time: stock vLLM against this plugin, interleaved in one run.
 
@@ -252,6 +261,27 @@ def step_time(
         from sere_ray.evaluation.bench import run_step_time
         from sere_ray.evaluation.engines import on_gpu
 
+        if data_parallel_size > 1:
+            from sere_ray.evaluation.expert_parallel import run_expert_parallel
+
+            if batches or profile:
+                raise SereError("--batches, --profile: for one rank; use --rows-per-rank")
+            run_expert_parallel(
+                model,
+                out,
+                num_ranks=data_parallel_size,
+                ways=_names(union),
+                rows=_numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
+                repeats=repeats,
+                tokens=tokens or (64 if on_gpu() else 10),
+                routers=_names(router),
+                chosen=_names(arms) if arms else None,
+                compiled=not eager,
+                append=append,
+                console=console,
+            )
+            print(out)
+            return
         default = "1,2,4,8,16,32,64,128" if on_gpu() else "1,4,16"
         run_step_time(
             model,

@@ -97,21 +97,15 @@ def check_options(vllm_config: Any) -> None:
             "start without LoRA",
         ),
         (
-            not is_cpu and data_parallel and parallel.enable_expert_parallel,
-            f"data_parallel_size = {parallel.data_parallel_size} with enable_expert_parallel on a "
-            "GPU: the union over all ranks is written for CPUs only",
-            "use data_parallel_size = 1",
-        ),
-        (
-            is_cpu and data_parallel and not parallel.enable_expert_parallel,
+            data_parallel and not parallel.enable_expert_parallel,
             f"data_parallel_size = {parallel.data_parallel_size} without enable_expert_parallel: "
-            "the CPU build of vLLM cannot run it",
+            "not tested (and the CPU build of vLLM cannot run it)",
             "add enable_expert_parallel = True",
         ),
         (
-            is_cpu and data_parallel and parallel.tensor_parallel_size > 1,
+            data_parallel and parallel.tensor_parallel_size > 1,
             f"data_parallel_size = {parallel.data_parallel_size} with tensor_parallel_size = "
-            f"{parallel.tensor_parallel_size} on a CPU: rows of a rank are spread over its workers",
+            f"{parallel.tensor_parallel_size}: rows of a rank are spread over its workers",
             "use tensor_parallel_size = 1 or data_parallel_size = 1",
         ),
         (

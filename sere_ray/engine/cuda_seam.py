@@ -13,6 +13,8 @@ TritonExperts.apply                    Gate-and-up GEMM with SiLU in its epilogu
                                        has tiles for the model's shape and this GPU. Remove: vLLM
                                        has such a kernel.
 =====================================  ==========================================================
+
+With data parallelism also those of ``cuda_union_seam.py``.
 """
 
 from collections.abc import Callable
@@ -141,7 +143,8 @@ def _reroute_and_align(
     **kwargs: Any,
 ) -> Any:
     state = _deferring()
-    aligned = state.align(topk_ids, config["BLOCK_SIZE_M"]) if state else None
+    skips_foreign = bool(kwargs.get("ignore_invalid_experts"))
+    aligned = state.align(topk_ids, config["BLOCK_SIZE_M"], skips_foreign) if state else None
     return aligned or original(topk_ids, config, *args, **kwargs)
 
 

@@ -130,8 +130,16 @@ class CudaState(EngineState):
         self.deferred = Deferred(layer, ids, weights, logits, is_padding, renormalize)
         return weights, ids
 
-    def align(self, topk_ids: Tensor, block_size: int) -> Aligned | None:
-        """Re-route the deferred ids in place and sort them; None if these are not deferred."""
+    def align(
+        self, topk_ids: Tensor, block_size: int, skips_foreign: bool = False
+    ) -> Aligned | None:
+        """Re-route the deferred ids in place and sort them; None if these are not deferred.
+
+        Args:
+            topk_ids: ``[T, K]``.
+            block_size: rows of the expert GEMM's tile.
+            skips_foreign: slots of other ranks' experts are left out. Here there are none.
+        """
         held = self.deferred
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
@@ -165,7 +173,7 @@ class CudaState(EngineState):
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
         """See the base class; waits for the device."""
-        counters: NDArray[np.int64] = self.counters.cpu().numpy()
+        counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
         if reset:
             self.counters.zero_()
         return counters

@@ -44,7 +44,13 @@ from typing import Any
 
 import torch
 
-from sere_ray.engine import cpu_expert_parallel, cpu_seam, cpu_union, cuda_seam
+from sere_ray.engine import (
+    cpu_expert_parallel,
+    cpu_seam,
+    cpu_union,
+    cuda_seam,
+    cuda_union_seam,
+)
 from sere_ray.engine.checks import (
     check_config,
     check_routes_outside_kernel,
@@ -52,6 +58,7 @@ from sere_ray.engine.checks import (
 )
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.cuda_union import UnionCudaState
 from sere_ray.engine.state import EngineState, Routing, add_state, all_states, find_state
 from sere_ray.errors import UnsupportedError
 
@@ -81,6 +88,8 @@ def _install_patches(state: EngineState, vllm_config: Any) -> None:
         setattr(WorkerBase, method.__name__, method)
     if isinstance(state, CudaState):
         cuda_seam.install(_wrap)
+        if isinstance(state, UnionCudaState):
+            cuda_union_seam.install(_wrap)
     else:
         cpu_seam.install(_wrap, vllm_config)
 
@@ -132,7 +141,10 @@ def _make_state(vllm_config: Any) -> EngineState:
     device = torch.device("cuda", torch.cuda.current_device())
     logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
     num_experts = vllm_config.model_config.get_num_experts()
-    return CudaState(policy, artifact, top_k, num_experts, max_rows, device)
+    single = (policy, artifact, top_k, num_experts, max_rows, device)
+    if vllm_config.parallel_config.data_parallel_size == 1:
+        return CudaState(*single)
+    return UnionCudaState(*single, **cuda_union_seam.ranks_of_engine())
 
 
 def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,7 +173,8 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     router.sere_layer = layer
     if isinstance(state, CudaState):
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
-        router.__class__ = _rerouting_class(router.__class__, cuda_seam.route)
+        route = cuda_union_seam.route if isinstance(state, UnionCudaState) else cuda_seam.route
+        router.__class__ = _rerouting_class(router.__class__, route)
     else:
         router.__class__ = _rerouting_class(router.__class__, cpu_seam.route)
     state.attached[layer] = runner

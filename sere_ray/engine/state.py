@@ -84,11 +84,11 @@ class EngineState(ABC):
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
 
-    def set_policy(self, value: object) -> Policy:
-        """Replace the policy between two steps.
+    def check_policy(self, value: object) -> Policy:
+        """Validate a policy for this engine.
 
         Raises:
-            PolicyError: the new policy is not valid, or names another artifact. The old one stays.
+            PolicyError: it is not valid, or names another artifact.
         """
         policy = Policy.parse(value)
         if policy.similarity != self.policy.similarity:
@@ -96,6 +96,16 @@ class EngineState(ABC):
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
                 f"({self.policy.similarity!r}); restart it to use another one"
             )
+        policy.for_model(top_k=self.top_k)
+        return policy
+
+    def set_policy(self, value: object) -> Policy:
+        """Replace the policy between two steps.
+
+        Raises:
+            PolicyError: the new policy is not valid, or names another artifact. The old one stays.
+        """
+        policy = self.check_policy(value)
         self.bound = policy.for_model(top_k=self.top_k)
         self.policy = policy
         self.apply_policy()

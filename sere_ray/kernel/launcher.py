@@ -26,9 +26,10 @@ _FILES = {
     "reroute_and_align": "reroute.cu",
     "route_and_align": "route.cu",
 }
+_FILE_ACROSS_RANKS = "across_ranks.cu"
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _SETTINGS = struct.Struct("iiiif12x")
-_STEP = struct.Struct("iiii")
+_STEP = struct.Struct("iiiii12x")
 
 
 class LayerTables(NamedTuple):
@@ -83,20 +84,37 @@ class StepInput:
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.buffer = torch.zeros(_STEP.size + max_rows, dtype=torch.uint8, device=device)
 
-    def write(self, kinds: np.ndarray[Any, np.dtype[np.int8]], counter_row: int) -> int:
+    def write(
+        self,
+        kinds: np.ndarray[Any, np.dtype[np.int8]],
+        counter_row: int,
+        *,
+        own: range | None = None,
+        reroutable: int | None = None,
+    ) -> int:
         """Copy without waiting, from pinned memory that torch keeps until the copy is done.
 
         Args:
             kinds: ``[rows]`` int8; every later row of the pass is padding.
             counter_row: 0 or 1, where the step is counted.
+            own: rows whose slots are counted, where others are those of other ranks; None = all.
+            reroutable: how many rows of the step are re-routable on any rank, where ``kinds``
+                does not hold them all. With 0 the rule leaves the step alone.
 
         Returns:
-            How many rows are re-routable.
+            How many rows of ``kinds`` are re-routable.
         """
-        reroutable = int(np.count_nonzero(kinds == REROUTABLE))
-        header = _STEP.pack(len(kinds), reroutable, counter_row, 0)
+        found = int(np.count_nonzero(kinds == REROUTABLE))
+        own = range(len(kinds)) if own is None else own
+        header = _STEP.pack(
+            len(kinds),
+            found if reroutable is None else reroutable,
+            counter_row,
+            own.start,
+            own.stop,
+        )
         _copy_to_device(header + kinds.tobytes(), self.buffer)
-        return reroutable
+        return found
 
     def clear(self) -> None:
         """No row of the next pass is anybody's: warm-up, capture, an idle rank."""
@@ -117,7 +135,7 @@ class DeviceLayer(NamedTuple):
     settings: Settings
     step: StepInput
     counters: Tensor
-    """int64 ``[2, 4]`` view: the layer's counters by step kind."""
+    """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""
 
 
 class Aligned(NamedTuple):
@@ -174,7 +192,7 @@ class RuleKernel:
             "ID64": int(self.id_dtype == torch.int64),
             "UNAVAILABLE": int(self.unavailable),
         }
-        if _FILES[name] == "route.cu":
+        if _file(name) == "route.cu":
             size = self.logit_dtype.itemsize
             constants |= {"MAX_ROWS": MAX_ROUTED_ROWS, "LOGIT_BYTES": size}
         return constants
@@ -279,11 +297,19 @@ class RuleKernel:
         self._launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
         return aligned
 
-    def empty_alignment(self, ids: Tensor, block_size: int) -> tuple[Aligned, tuple[Any, ...]]:
-        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it."""
+    def empty_alignment(
+        self, ids: Tensor, block_size: int, *, experts: int | None = None
+    ) -> tuple[Aligned, tuple[Any, ...]]:
+        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it.
+
+        Args:
+            ids: ``[T, K]``.
+            block_size: rows of the expert GEMM's tile.
+            experts: how many there are at most; None = E. The GEMM's grid grows with it.
+        """
         slots = ids.numel()
         # Each expert that is named wastes at most block_size - 1 places of its last block.
-        capacity = slots + min(slots, self.num_experts) * (block_size - 1)
+        capacity = slots + min(slots, experts or self.num_experts) * (block_size - 1)
         blocks = -(-capacity // block_size)
 
         def empty(size: int) -> Tensor:
@@ -332,21 +358,29 @@ class RuleKernel:
             unavailable.data_ptr() if unavailable is not None else 0,
         )
 
-    def _launch(self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...]) -> None:
+    def _launch(
+        self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...], *, early: bool = True
+    ) -> None:
         from cuda.core import Stream, launch
 
         rows, device = topk_ids.shape[0], topk_ids.device.index
         threads = self.threads(name, rows)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        launch(stream, _config(threads), _function(self, threads, device, name), *arguments)
+        launch(stream, _config(threads, early), _function(self, threads, device, name), *arguments)
+
+
+def _file(name: str) -> str:
+    """Where a kernel is; those that no other file has are for several ranks."""
+    return _FILES.get(name, _FILE_ACROSS_RANKS)
 
 
 @cache
-def _config(threads: int) -> Any:
+def _config(threads: int, early: bool) -> Any:
     from cuda.core import LaunchConfig
 
-    # Programmatic: may start while the gate's top-k kernel still runs; see reroute.cu.
-    return LaunchConfig(grid=1, block=threads, programmatic_stream_serialization=True)
+    # Programmatic: may start while the gate's top-k kernel still runs; see rule.cuh. Not behind a
+    # collective, which never lets a kernel start early.
+    return LaunchConfig(grid=1, block=threads, programmatic_stream_serialization=early)
 
 
 @cache
@@ -357,7 +391,7 @@ def _function(kernel: RuleKernel, threads: int, device: int, name: str) -> Any:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
             "CUDA kernel needs 8.0 or higher (A100, L4, H100 ...)"
         )
-    cubin = compile_cubin(_FILES[name], kernel.defines(name, threads), f"sm_{major}{minor}")
+    cubin = compile_cubin(_file(name), kernel.defines(name, threads), f"sm_{major}{minor}")
     from cuda.core import Device, ObjectCode
 
     Device(device).set_current()

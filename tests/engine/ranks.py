@@ -15,7 +15,7 @@ TIME_LIMIT = 150
 """Seconds until a rank that hangs writes where, and dies."""
 
 
-def run_ranks(target, *arguments):
+def run_ranks(target, *arguments, time_limit=TIME_LIMIT):
     """Call ``target(rank, *arguments)`` in a process for each rank.
 
     Returns:
@@ -24,7 +24,7 @@ def run_ranks(target, *arguments):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=_run, args=(target, rank, arguments, results))
+        context.Process(target=_run, args=(target, rank, arguments, results, time_limit))
         for rank in range(RANKS)
     ]
     for process in processes:
@@ -32,7 +32,7 @@ def run_ranks(target, *arguments):
     try:
         found = {}
         while len(found) < RANKS:
-            rank, value = results.get(timeout=TIME_LIMIT + 10)
+            rank, value = results.get(timeout=time_limit + 10)
             assert not isinstance(value, str), f"rank {rank}:\n{value}"
             found[rank] = value
         for process in processes:
@@ -46,10 +46,10 @@ def run_ranks(target, *arguments):
     return [found[rank] for rank in range(RANKS)]
 
 
-def _run(target, rank, arguments, results):
+def _run(target, rank, arguments, results, time_limit):
     import traceback
 
-    faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
+    faulthandler.dump_traceback_later(time_limit, exit=True)
     try:
         results.put((rank, target(rank, *arguments)))
     except BaseException:

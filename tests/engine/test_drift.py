@@ -215,3 +215,49 @@ def test_routing_without_parallelism_hands_ids_on_as_they_are():
     kernel = "model_executor.layers.fused_moe.modular_kernel"
     _, body = function_of(kernel, "_prepare")
     assert "topk_ids = topk_ids if _expert_topk_ids is None else _expert_topk_ids" in body
+
+
+# --- expert parallelism on a GPU ------------------------------------------------------------------
+
+
+def test_a_pass_of_v2_is_agreed_on_by_one_sum_after_its_requests_are_known():
+    """What `cuda_union_seam` counts on: kinds first, then the sum, then everything of the pass."""
+    from vllm.v1.worker.gpu import dp_utils, model_runner
+
+    runner = model_runner.GPUModelRunner
+    assert parameters(runner.gather_batch_req_state) == ["self", "scheduler_output", "dummy_run"]
+    run = source(runner.execute_model)
+    steps = [
+        "self.gather_batch_req_state(",
+        "dispatch_cg_and_sync_dp(",
+        "self.prepare_inputs(",
+        "self.cudagraph_manager.run_fullgraph(",
+    ]
+    assert [run.index(step) for step in steps] == sorted(run.index(step) for step in steps)
+    assert run.count("dispatch_cg_and_sync_dp(") == 1
+    gather = source(runner.gather_batch_req_state)
+    for name in ("req_ids=", "num_scheduled_tokens=", "is_prefilling_np="):
+        assert name in gather
+    assert "return sync_cudagraph_and_dp_padding(" in source(dp_utils.dispatch_cg_and_sync_dp)
+    sync = source(dp_utils.sync_cudagraph_and_dp_padding)
+    assert sync.count("dist.") == 1
+    assert "dist.all_reduce(tensor, group=group)" in sync
+    assert 'dtype=torch.int32, device="cpu"' in sync
+
+
+def test_ids_of_all_ranks_are_gathered_in_rank_order_and_handed_to_the_experts():
+    from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import naive_dp_ep
+
+    prepare = naive_dp_ep.MoEPrepareAndFinalizeNaiveDPEPModular.prepare
+    assert "return a1q, a1q_scale, None, topk_ids, topk_weights" in source(prepare)
+    assert "get_ep_group().dispatch(" in source(prepare)
+    assert "return get_dp_group()" in source(AgRsAll2AllManager._get_comm_group)
+    assert "self.prepare_finalize.prepare(" in source(
+        modular_kernel.FusedMoEKernelModularImpl._prepare
+    )
+    apply = source(TritonExperts.apply)
+    assert "ignore_invalid_experts=skip_invalid," in apply
+    assert "self.moe_sum(intermediate_cache3, output, topk_ids, expert_map)" in apply

@@ -183,10 +183,23 @@ def test_options_this_version_does_not_support(moe, has_words, options, words):
     has_words(str(error.value), *words)
 
 
-def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enable_expert_parallel": False}, ["data_parallel_size = 2", "add enable_expert_paral"]),
+        ({"tensor_parallel_size": 2}, ["tensor_parallel_size = 2", "spread over its workers"]),
+        ({"enable_eplb": True}, ["enable_eplb = True"]),
+        ({"enable_dbo": True}, ["enable_dbo", "not supported"]),
+        ({}, None),
+    ],
+)
+def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options, words):
     import vllm.platforms
 
     config = configure(moe, sere_key(moe), data_parallel_size=2, enable_expert_parallel=True)
+    for name, value in options.items():  # a CPU's own checks would refuse some of them earlier
+        setattr(config.parallel_config, name, value)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     platform = SimpleNamespace(
         is_rocm=lambda: False,
         is_cpu=lambda: False,
@@ -195,9 +208,12 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words):
         device_name="cuda",
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    if words is None:
+        checks.check_options(config)
+        return
     with pytest.raises(UnsupportedError) as error:
         checks.check_options(config)
-    has_words(str(error.value), "data_parallel_size = 2", "GPU", "for CPUs only")
+    has_words(str(error.value), *words)
 
 
 @pytest.mark.parametrize("kernel", ["CPUExpertsFp8", "CPUExpertsInt8"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sere_ray.config import BoundPolicy
+from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import (
     Aligned,
     DeviceLayer,
@@ -16,7 +17,7 @@ from sere_ray.kernel.launcher import (
     Settings,
     StepInput,
 )
-from sere_ray.rules.sere import REROUTABLE, count
+from sere_ray.rules.sere import PADDING, REROUTABLE, count
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
 Counts = tuple[int, int, int, int]
@@ -68,21 +69,28 @@ def check(run: Run, case: Case) -> None:
 
 
 def device_layer(
-    case: Case, device: torch.device, mode: str = "on", counters: Tensor | None = None
+    case: Case,
+    device: torch.device,
+    mode: str = "on",
+    counters: Tensor | None = None,
+    own: range | None = None,
+    reroutable: int | None = None,
 ) -> DeviceLayer:
     """Everything of a case but its ids and weights, where a launch reads and writes it."""
     settings = Settings(device)
     settings.write(policy(case, mode), top_k=case.slots, num_experts=case.experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
-    step.write(case.kinds.numpy(), counter_row=1)
+    step.write(case.kinds.numpy(), counter_row=1, own=own, reroutable=reroutable)
     if counters is None:
         counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
     return DeviceLayer(LayerTables.build(case.similarity, device), settings, step, counters)
 
 
-def empty_alignment(kernel: RuleKernel, ids: Tensor, block: int) -> tuple[Aligned, list[object]]:
+def empty_alignment(
+    kernel: RuleKernel, ids: Tensor, block: int, experts: int | None = None
+) -> tuple[Aligned, list[object]]:
     """Buffers of the size the launcher gives them, filled with -7, and the emulator's arguments."""
-    aligned, _ = kernel.empty_alignment(ids, block)
+    aligned, _ = kernel.empty_alignment(ids, block, experts=experts)
     for tensor in aligned:
         tensor.fill_(-7)
     bits, capacity = block.bit_length() - 1, aligned.sorted_slots.numel()
@@ -122,3 +130,54 @@ def odd_cases(experts: int, slots: int) -> list[Case]:
         make_case(rows=5, unavailable="some", kinds="padding", **common),
         make_case(rows=64, gate=slots <= experts, tied=False, id_dtype=torch.int32, **common),
     ]
+
+
+# --- rows of two ranks ----------------------------------------------------------------------------
+
+
+def two_ranks(case: Case, split: float, round_robin: bool) -> list[tuple[range, Placement]]:
+    """For each of two ranks the rows that are its own, and where experts are."""
+    rows, experts = case.ids.shape[0], case.experts
+    first = round(split * rows)
+    numbers = torch.arange(experts)
+    owner = numbers % 2 if round_robin else (numbers >= (experts + 1) // 2).long()
+    found = []
+    for rank, own in enumerate((range(first), range(first, rows))):
+        mine = owner == rank
+        local_ids = torch.where(mine, mine.cumsum(0) - 1, -1).int()
+        found.append((own, Placement(local_ids, owner.to(torch.uint8), 2)))
+    return found
+
+
+def rows_of(case: Case, own: range) -> Case:
+    """The case of a rank that sees its own rows only."""
+    rows = slice(own.start, own.stop)
+    kinds = None if case.row_kind is None else case.row_kind[rows].contiguous()
+    ids, weights = case.ids[rows].contiguous(), case.weights[rows].contiguous()
+    return replace(case, ids=ids, weights=weights, row_kind=kinds)
+
+
+def own_slots(case: Case, new_ids: Tensor, own: range) -> int:
+    """Slots that changed in the rows of a rank."""
+    rows = slice(own.start, own.stop)
+    changed = (case.ids != new_ids)[rows] & (case.kinds != PADDING)[rows, None]
+    return int(changed.sum()) if (case.kinds == REROUTABLE).any() else 0
+
+
+def busiest(case: Case, new_ids: Tensor, placement: Placement) -> list[int]:
+    """Experts that the rank which reads the most reads, before and after the rule."""
+    found = []
+    for ids in (case.ids, new_ids):
+        named = ids[case.kinds != PADDING].flatten().long()
+        named = named[(named >= 0) & (named < case.experts)].unique()
+        found.append(int(placement.owner.long()[named].bincount(minlength=2).max()))
+    return found
+
+
+def check_local_alignment(new_ids: Tensor, aligned: Aligned, block: int, local_ids: Tensor) -> None:
+    """As :func:`check_aligned`, of one rank's experts under the names it gives them."""
+    experts = local_ids.shape[0]
+    ids = new_ids.cpu().long()
+    valid = (ids >= 0) & (ids < experts)
+    local = torch.where(valid, local_ids.cpu().long()[ids.clamp(0, experts - 1)], -1)
+    check_aligned(local, aligned, block, experts)

@@ -60,7 +60,12 @@ def test_processes_that_start_together_share_one_file(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
-    ("file", "name"), [("reroute.cu", "reroute"), ("route.cu", "route_and_align")]
+    ("file", "name"),
+    [
+        ("reroute.cu", "reroute"),
+        ("route.cu", "route_and_align"),
+        ("across_ranks.cu", "reroute_gathered_and_align"),
+    ],
 )
 def test_architectures(file, name, architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -75,6 +80,8 @@ def test_largest_shape_fits_a_block(tmp_path, monkeypatch):
     for unavailable in (False, True):
         kernel = RuleKernel(512, 16, torch.int64, unavailable)
         assert compiler.compile_cubin("reroute.cu", kernel.defines("reroute", 1024), "sm_80")
+    constants = RuleKernel(512, 16, torch.int64).defines("reroute_gathered", 1024)
+    assert compiler.compile_cubin("across_ranks.cu", constants, "sm_80")
     kernel = RuleKernel(256, 16, torch.int64, logit_dtype=torch.float32)
     assert compiler.compile_cubin("route.cu", kernel.defines("route_and_align", 1024), "sm_80")
 

@@ -1,0 +1,135 @@
+// The rule over the rows of all expert-parallel ranks, so that every rank derives the same ids. See rule.cuh.
+//
+// Where vLLM gathers the ids of all ranks before its experts run, each rank re-routes all of them:
+//   reroute_gathered, reroute_gathered_and_align
+// Elsewhere ranks exchange one byte an expert between two launches, and each re-routes its own rows:
+//   lowest_ranks, all-reduce MIN, reroute_by_ranks
+#include "rule.cuh"
+
+namespace {
+
+struct Placement {                                 // never written by a kernel
+  const int* local_ids;                            // [E]: what this rank calls the expert, -1 = it has it not
+  const unsigned char* owner;                      // [E]: the rank that has it
+  int num_ranks;
+};
+
+struct Places {
+  short local[STRIDE];
+  unsigned char owner[STRIDE];
+};
+
+__device__ __forceinline__ void load_places(Places& places, const Placement& placement) {
+#pragma unroll 1
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
+    places.local[v] = v < E ? placement.local_ids[v] : -1;
+    places.owner[v] = v < E ? placement.owner[v] : 255;
+  }
+}
+
+__device__ __forceinline__ Id local_id(const Places& places, Id id) {
+  return id >= 0 && id < E ? places.local[id] : -1;
+}
+
+// Two more counters, by one warp: of the rank that reads the most experts, how many; before and after.
+__device__ __forceinline__ void count_busiest(const Shared& shared, const Places& places, int num_ranks,
+                                              unsigned long long* counters) {
+  const int lane = threadIdx.x % 32;
+  int most_before = 0, most_after = 0;
+#pragma unroll 1
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    int before = 0, after = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      const int v = lane * PER_LANE + j;
+      const bool is_there = places.owner[v] == rank;
+      before += is_there && shared.lowest_rank[v] < K;
+      after += is_there && shared.is_read[v];
+    }
+    most_before = max(most_before, __reduce_add_sync(ALL_LANES, before));
+    most_after = max(most_after, __reduce_add_sync(ALL_LANES, after));
+  }
+  if (lane == 0) atomicAdd(&counters[4], (unsigned long long)most_before);
+  if (lane == 1) atomicAdd(&counters[5], (unsigned long long)most_after);
+}
+
+template <bool ONLY_RULE, class Then>
+__device__ __forceinline__ void reroute_and_count(Shared& shared, const Places& places, const Arguments& a,
+                                                  const Start& start, int num_ranks, Then then) {
+  reroute_rows<ONLY_RULE>(shared, a, start, then);
+  if (start.has_work && threadIdx.x < 32) {
+    count_busiest(shared, places, num_ranks, a.counters + start.step.counter_row * a.counter_stride);
+  }
+}
+
+}  // namespace
+
+#define PLACEMENT_PARAMETERS const int *local_ids, const unsigned char *owner, int num_ranks
+#define PLACEMENT_ARGUMENTS {local_ids, owner, num_ranks}
+
+// RULE_PARAMETERS are those of the rows of all ranks; counters has six numbers of this layer.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute_gathered(RULE_PARAMETERS, PLACEMENT_PARAMETERS) {
+  const Arguments a = RULE_ARGUMENTS;
+  __shared__ Shared shared;
+  __shared__ Places places;
+  load_places(places, PLACEMENT_ARGUMENTS);
+  Start start;
+  begin(start, shared, a);
+  reroute_and_count<true>(shared, places, a, start, num_ranks, [](int, Id) {});
+}
+
+// The same, and the slots of this rank's experts sorted by local expert; the others are left out. At most
+// MAX_ROWS rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+reroute_gathered_and_align(RULE_PARAMETERS, PLACEMENT_PARAMETERS, SORTED_PARAMETERS) {
+  const Arguments a = RULE_ARGUMENTS;
+  const Sorted sorted = SORTED_ARGUMENTS;
+  __shared__ Shared shared;
+  __shared__ Places places;
+  __shared__ Counting counting;
+  load_places(places, PLACEMENT_ARGUMENTS);
+  Start start;
+  begin(start, shared, a);
+  begin_sorting(counting, sorted, num_rows);
+  const auto count = [&](int index, Id id) { count_slot(counting, shared, index, local_id(places, id)); };
+  reroute_and_count<false>(shared, places, a, start, num_ranks, count);
+  sort_slots(counting, shared, sorted, num_rows, [&](int index) { return local_id(places, new_ids[index]); });
+}
+
+// Writes ranks, [E]: the lowest slot rank at which a row of this rank names the expert (0 if an exact row
+// does), 255 = none. Reads neither neighbours nor similarity.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) lowest_ranks(RULE_PARAMETERS, unsigned char* ranks) {
+  const Arguments a = RULE_ARGUMENTS;
+  __shared__ Shared shared;
+  const Step now = *a.step;
+  const bool has_work = a.settings->mode != OFF && now.num_reroutable > 0;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = K;
+  wait_for_earlier_kernels();
+  __syncthreads();
+  const int slot = threadIdx.x % GROUP, slots = has_work ? a.num_rows * GROUP : 0;
+#pragma unroll 1
+  for (int at = 0; at < slots; at += THREADS) {
+    name_expert(shared, load_slot(a, now, (at + threadIdx.x) / GROUP, slot), slot);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) {
+    const int rank = shared.lowest_rank[v];
+    ranks[v] = rank < K ? rank : 255;
+  }
+}
+
+// Re-routes this rank's rows by the minimum over ranks of what lowest_ranks wrote.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+reroute_by_ranks(RULE_PARAMETERS, const unsigned char* ranks) {
+  const Arguments a = RULE_ARGUMENTS;
+  __shared__ Shared shared;
+  Start start;
+  begin(start, shared, a);
+  if (!start.has_work && a.new_ids == a.ids) return;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = min((int)ranks[v], K);
+  const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
+  apply_rule(shared, a, start, load, [](int, Id) {});
+}

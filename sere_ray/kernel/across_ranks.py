@@ -1,0 +1,122 @@
+"""Launch the rule over the rows of several expert-parallel ranks: ``kernels/across_ranks.cu``."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sere_ray.kernel.launcher import Aligned, DeviceLayer, RuleKernel, _function
+
+KERNELS = ("reroute_gathered", "reroute_gathered_and_align", "lowest_ranks", "reroute_by_ranks")
+NUM_COUNTERS = 6
+"""Fields of :class:`sere_ray.rules.RuleCounts`, then experts that the busiest rank reads, before
+and after the rule."""
+
+
+class Placement(NamedTuple):
+    """Which rank holds which expert, in device memory."""
+
+    local_ids: Tensor
+    """``[E]`` int32: index among this rank's experts, -1 for those of other ranks."""
+    owner: Tensor
+    """``[E]`` uint8: the rank that holds the expert."""
+    num_ranks: int
+
+
+def load(kernel: RuleKernel, device: torch.device) -> None:
+    """Compile and load all of them: a graph that is captured cannot."""
+    for name in KERNELS:
+        for threads in (512, 1024):
+            _function(kernel, threads, device.index or 0, name)
+
+
+def reroute_gathered(
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    placement: Placement,
+) -> None:
+    """Re-route the rows of all ranks in place.
+
+    Args:
+        kernel: of the layer's shape.
+        topk_ids: ``[T, K]`` contiguous, of all ranks in rank order.
+        topk_weights: ``float32 [T, K]`` contiguous.
+        layer: this layer's, with row kinds of all ranks and ``NUM_COUNTERS`` counters.
+        placement: of the layer's experts.
+    """
+    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    kernel._launch("reroute_gathered", topk_ids, arguments + _place(placement), early=False)
+
+
+def reroute_gathered_and_align(
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    placement: Placement,
+    *,
+    block_size: int,
+) -> Aligned:
+    """The same, and the slots of this rank's experts sorted; slots of other ranks are left out.
+
+    Args:
+        kernel: as for :func:`reroute_gathered`.
+        topk_ids: ``[T, K]`` contiguous, at most ``MAX_ALIGNED_ROWS`` rows.
+        topk_weights: as for :func:`reroute_gathered`.
+        layer: as for :func:`reroute_gathered`.
+        placement: as for :func:`reroute_gathered`.
+        block_size: a power of two, rows of an expert GEMM's tile.
+
+    Returns:
+        ``block_expert`` holds local expert ids.
+    """
+    most_local = -(-kernel.num_experts // placement.num_ranks)
+    aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size, experts=most_local)
+    rule = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = rule + _place(placement) + sorted_arguments
+    kernel._launch("reroute_gathered_and_align", topk_ids, arguments, early=False)
+    return aligned
+
+
+def lowest_ranks(
+    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, ranks: Tensor
+) -> None:
+    """Steps 1 and 2 for the rows of this rank; equals :func:`sere_ray.rules.sere.rank_vector`.
+
+    Args:
+        kernel: of the layer's shape.
+        topk_ids: ``[T, K]`` contiguous, of this rank.
+        topk_weights: ``float32 [T, K]`` contiguous.
+        layer: this layer's, with row kinds of this rank.
+        ranks: ``[E]`` uint8, written. All 255 in a step that the rule leaves alone.
+    """
+    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    kernel._launch("lowest_ranks", topk_ids, (*arguments, ranks.data_ptr()))
+
+
+def reroute_by_ranks(
+    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, ranks: Tensor
+) -> None:
+    """Steps 3 to 5 for the rows of this rank, in place.
+
+    Args:
+        kernel: of the layer's shape.
+        topk_ids: ``[T, K]`` contiguous, of this rank.
+        topk_weights: ``float32 [T, K]`` contiguous.
+        layer: this layer's; experts are counted over all ranks, slots over these rows.
+        ranks: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_ranks` wrote.
+    """
+    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = (*arguments, ranks.data_ptr())
+    kernel._launch("reroute_by_ranks", topk_ids, arguments, early=False)
+
+
+def _place(placement: Placement) -> tuple[Any, ...]:
+    return (
+        placement.local_ids.data_ptr(),
+        placement.owner.data_ptr(),
+        np.int32(placement.num_ranks),
+    )

@@ -1,0 +1,187 @@
+"""What a data-parallel rank of a GPU engine does for ``test_gpu_expert_parallel.py``."""
+
+import os
+import random
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+PRIME = 1_000_003
+OPTIONS = {
+    "enable_expert_parallel": True,
+    "distributed_executor_backend": "uni",
+    # In one process with its engine core, a rank that drains its queue runs no pass, and the others
+    # wait for it: with uneven requests vLLM's in-process engines need one pass per step.
+    "async_scheduling": False,
+    "enforce_eager": False,
+    "max_num_batched_tokens": 64,  # prompts in chunks, so that steps are mixed
+    "max_num_seqs": 11,
+    "compilation_config": {
+        "mode": 0,  # no torch.compile: engines start in seconds
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
+    "kv_cache_memory_bytes": 1 << 28,
+}
+
+
+def choose_rank(rank):
+    from tests.engine.ranks import _choose_rank
+
+    _choose_rank(rank, 0)
+    os.environ.update(
+        VLLM_USE_FLASHINFER_SAMPLER="0",
+        NCCL_NVLS_ENABLE="0",  # NVLink multicast stays off
+        TORCH_SYMM_MEM_DISABLE_MULTICAST="1",
+        VLLM_ALLREDUCE_USE_SYMM_MEM="0",
+    )
+
+
+@contextmanager
+def engine_of(folder, key, port, *, before=False):
+    """An engine of this rank, on ports of its own: a second one would meet an old store."""
+    from vllm import envs
+
+    from sere_ray.engine.cuda_union_seam import before_dispatch
+    from tests.engine.conftest import running_engine
+
+    envs.disable_envs_cache()
+    os.environ["VLLM_DP_MASTER_PORT"] = str(port)
+    with (
+        before_dispatch() if before else nullcontext(),
+        running_engine(folder, key, **OPTIONS) as engine,
+    ):
+        yield engine
+
+
+class Recorder:
+    """What the gathered launches of a pass read and wrote, copied on the device in the graphs."""
+
+    def __init__(self):
+        self.buffers, self.passes, self.running, self.full = {}, [], None, True
+
+    def install(self):
+        from sere_ray.engine.cuda_union import UnionCudaState
+        from sere_ray.kernel import across_ranks
+
+        for name in ("reroute_gathered", "reroute_gathered_and_align"):
+            setattr(across_ranks, name, self.around(getattr(across_ranks, name)))
+        begin = UnionCudaState.begin_pass
+
+        def begin_pass(state, table, sizes):
+            self.finish()
+            begin(state, table, sizes)
+            self.running = state, state.bound.model_dump(), table.copy(), list(sizes)
+
+        UnionCudaState.begin_pass = begin_pass
+
+    def around(self, launch):
+        def recorded(kernel, ids, weights, layer, placement, **options):
+            rows, key = ids.shape[0], layer.tables.neighbours.data_ptr()
+            if key not in self.buffers:
+                shape = (256, ids.shape[1])
+                self.buffers[key] = tuple(
+                    torch.full(shape, -9, dtype=kind, device=ids.device)
+                    for kind in (torch.int32, torch.float32, torch.int32)
+                )
+            before, weight, after = self.buffers[key]
+            before[:rows].copy_(ids)
+            weight[:rows].copy_(weights)
+            result = launch(kernel, ids, weights, layer, placement, **options)
+            after[:rows].copy_(ids)
+            return result
+
+        return recorded
+
+    def finish(self):
+        """Take over the pass that was launched last, in stream order."""
+        if self.running is None:
+            return
+        (state, policy, table, sizes), self.running = self.running, None
+        rows, taken, sums = sum(sizes), {}, []
+        for layer in state.layers:
+            buffers = self.buffers.get(state.tables[layer].neighbours.data_ptr())
+            if buffers is None:
+                return  # another engine's, or the profile pass
+            after = buffers[2][:rows].long()
+            places = torch.arange(1, after.numel() + 1, device=after.device).view_as(after)
+            sums.append(((after + 2) * places % PRIME).sum())
+            if self.full or len(self.passes) % 50 == 0:
+                taken[layer] = tuple(buffer[:rows].clone() for buffer in buffers)
+        self.passes.append((policy, table, sizes, torch.stack(sums), taken))
+
+    def take(self):
+        """Everything since the last time, as numpy: policy, kinds, sizes, checksums, layers."""
+        from sere_ray.engine.rank_words import read_words
+
+        self.finish()
+        found = []
+        for policy, table, sizes, sums, taken in self.passes:
+            kinds = [read_words(column).kinds.tolist() for column in table.T]
+            layers = {i: tuple(t.cpu().tolist() for t in tensors) for i, tensors in taken.items()}
+            found.append((policy, kinds, sizes, sums.tolist(), layers))
+        self.passes.clear()
+        return found
+
+
+def exercise(rank, ports, folder, key, requests, tokens):
+    """Engines one after the other; what each answered and counted, and passes of some."""
+    choose_rank(rank)
+    from sere_ray.engine.control import read_counters
+    from tests.engine.conftest import generate
+
+    recorder, report = Recorder(), {}
+
+    def answers(engine, name, policy):
+        engine.collective_rpc("sere_set_policy", args=(policy,))
+        read_counters(engine, reset=True)
+        recorder.take()
+        given = generate(engine, requests[rank], tokens=tokens[rank])[0]
+        report[name] = {"answers": given, "counters": read_counters(engine)}
+
+    with engine_of(folder, None, ports[0]) as engine:
+        report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
+    recorder.install()
+    with engine_of(folder, key, ports[1]) as engine:
+        for name, changes in {
+            "S=K": {"select_top_k": 4},
+            "off": {"mode": "off"},
+            "observe": {"mode": "observe"},
+            "critical": {"threshold": 0.9, "min_primary_experts": 3},
+            "S=1": {},
+        }.items():
+            answers(engine, name, {**key, **changes})
+            if name in ("critical", "S=1"):
+                report[name]["passes"] = recorder.take()
+        recorder.full = False
+        switch_policies(engine, rank, key)
+        report["switches"] = recorder.take()
+    recorder.full = True
+    with engine_of(folder, key, ports[2], before=True) as engine:
+        answers(engine, "before", key)
+    local = {**key, "union": "local"}
+    with engine_of(folder, local, ports[3]) as engine:
+        answers(engine, "local observe", {**local, "mode": "observe"})
+        answers(engine, "local", local)
+    return report
+
+
+def switch_policies(engine, rank, key, switches=1000):
+    """Each rank sets the same policies in the same order, at steps of its own."""
+    from vllm import SamplingParams
+
+    from tests.engine.conftest import prompts
+
+    changes = [{}, {"select_top_k": 2}, {"threshold": 0.9}, {"mode": "off"}, {"select_top_k": 4}]
+    rng, done, core = random.Random(rank), 0, engine.llm_engine
+    sampling = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True, detokenize=False)
+    for turn in range(3):  # 3 x 400 passes
+        for number, request in enumerate(prompts(4 + 3 * rank, seed=turn)):
+            core.add_request(f"{turn}-{number}", request, sampling)
+        while core.has_unfinished_requests():
+            core.step()
+            for _ in range(min(rng.randint(0, 2), switches - done)):
+                policy = {**key, **changes[done % len(changes)]}
+                engine.collective_rpc("sere_set_policy", args=(policy,))
+                done += 1
+    assert done == switches

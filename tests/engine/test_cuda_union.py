@@ -1,0 +1,391 @@
+"""The union over ranks of a GPU engine, without a GPU: its kernels run in the emulator.
+
+Two ranks take turns at what vLLM lets them do in a pass. The engines themselves:
+``test_gpu_expert_parallel.py``.
+"""
+
+import functools
+import struct
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.config import Policy
+from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
+from sere_ray.engine.rank_words import read_words, write_words
+from sere_ray.errors import PolicyError, UnsupportedError
+from sere_ray.kernel import across_ranks, launcher
+from sere_ray.kernel.across_ranks import Placement
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, sere
+from tests.engine.ranks import RANKS, gloo_group, run_ranks
+from tests.kernels.emulator import COMPILER, KernelError, compile_for_cpu
+from tests.kernels.kernel_cases import check_local_alignment
+from tests.kernels.test_across_ranks_on_cpu import KERNELS
+
+E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
+RULE = "PPPqPPPPPPqP"
+SIGNATURES = {
+    "reroute": RULE,
+    "reroute_gathered": RULE + "PPq",
+    "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
+    "lowest_ranks": RULE + "P",
+    "reroute_by_ranks": RULE + "P",
+}
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 64])
+def test_words_are_read_as_they_were_written(rows):
+    kinds = np.random.default_rng(rows).choice([REROUTABLE, EXACT], rows).astype(np.int8)
+    words = write_words(7, 0xFFFFFFFE, kinds, 64)
+    assert words.shape == (3 + 2,)
+    assert words.dtype == np.int32
+    version, checksum, found = read_words(words)
+    assert (version, checksum) == (7, 0xFFFFFFFE)
+    assert found.dtype == np.int8
+    assert (found == kinds).all()
+
+
+def sync_pass(rank, port, tokens):
+    """vLLM's own agreement on a pass, with our words in it."""
+    gloo_group(rank, port)
+    import torch.distributed as dist
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu import dp_utils
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    from sere_ray.engine.cuda_union_seam import carried_along
+
+    class Group:
+        cpu_group = dist.group.WORLD
+
+    dp_utils.get_dp_group = Group
+    kinds = np.full(tokens[rank], REROUTABLE, np.int8)
+    mine = write_words(rank, 0xFFFFFFFF - rank, kinds, 40)
+    wanted = BatchExecutionDescriptor(CUDAGraphMode.NONE, tokens[rank], 1)
+    real = dp_utils.dist
+    with carried_along(mine, rank) as carried:
+        _, agreed = dp_utils.sync_cudagraph_and_dp_padding(
+            None, wanted, tokens[rank], 1, 1, RANKS, rank
+        )
+    assert dp_utils.dist is real
+    found = [read_words(column) for column in carried().T]
+    sizes = None if agreed is None else agreed.num_tokens_across_dp.tolist()
+    return [(w.version, w.checksum, w.kinds.tolist()) for w in found], sizes
+
+
+@pytest.mark.parametrize("tokens", [(3, 33), (0, 1), (0, 0)])
+def test_words_travel_in_the_table_that_vllm_sums(tokens):
+    from vllm.utils.network_utils import get_open_port
+
+    words = [(rank, 0xFFFFFFFF - rank, [REROUTABLE] * tokens[rank]) for rank in range(RANKS)]
+    expected = words, list(tokens) if any(tokens) else None
+    assert run_ranks(sync_pass, get_open_port(), tokens) == [expected] * RANKS
+
+
+def test_a_pass_without_that_sum_is_refused():
+    from sere_ray.engine.cuda_union_seam import carried_along
+
+    with (
+        carried_along(write_words(0, 0, NO_ROWS, 32), 0) as carried,
+        pytest.raises(UnsupportedError, match="did not agree on this pass"),
+    ):
+        carried()
+
+
+# --- passes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path_factory):
+    """Launches run in the emulator, one at a time: it is one GPU."""
+    cache, one_at_a_time = tmp_path_factory.getbasetemp() / "kernels", threading.Lock()
+
+    @functools.cache
+    def library(kernel, name):
+        return compile_for_cpu(KERNELS / launcher._file(name), kernel.defines(name, 64), cache)
+
+    def run(kernel, name, topk_ids, arguments, *, early=True):
+        with one_at_a_time:
+            function = getattr(library(kernel, name), f"launch_{name}")
+            function.restype = __import__("ctypes").c_char_p
+            kinds = SIGNATURES[name]
+            values = struct.pack(kinds, *(int(argument) for argument in arguments))
+            error = function(1, 64, 1, kinds.encode(), values).decode()
+        if error:
+            raise KernelError(f"{name}: {error}")
+
+    def arguments(kernel, topk_ids, new_ids, topk_weights, layer, unavailable):
+        step = layer.step.buffer.data_ptr()
+        return (
+            topk_ids.data_ptr(),
+            new_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            topk_ids.shape[0],
+            layer.tables.neighbours.data_ptr(),
+            layer.tables.similarity.data_ptr(),
+            layer.settings.buffer.data_ptr(),
+            step,
+            step + launcher._STEP.size,
+            layer.counters.data_ptr(),
+            layer.counters.stride(0),
+            0,
+        )
+
+    monkeypatch.setattr(RuleKernel, "_launch", run)
+    monkeypatch.setattr(RuleKernel, "_arguments", arguments)
+    monkeypatch.setattr(RuleKernel, "load", lambda kernel, device: None)
+    monkeypatch.setattr(across_ranks, "load", lambda kernel, device: None)
+
+
+class Group:
+    """Two ranks of one process, a thread each where they must meet."""
+
+    def __init__(self, before_dispatch=False, **keys):
+        generator = torch.Generator().manual_seed(1)
+        self.similarity = {i: torch.rand(E, E, generator=generator) for i in LAYERS}
+        metadata = ArtifactMetadata(
+            model_id="m",
+            architecture="a",
+            num_experts=E,
+            top_k=K,
+            router_fingerprint=dict.fromkeys(LAYERS, "0"),
+            metric="random",
+            date="2026-11-22",
+        )
+        self.key = {"similarity": "f", "select_top_k": 1, "min_primary_experts": 0, **keys}
+        self.barrier, self.vectors = threading.Barrier(RANKS, timeout=60), {}
+        self.states = [
+            UnionCudaState(
+                Policy.parse(self.key),
+                SimilarityArtifact(self.similarity, metadata),
+                K,
+                E,
+                MAX_ROWS,
+                torch.device("cpu"),
+                rank=rank,
+                num_ranks=RANKS,
+                exchange=functools.partial(self.exchange, rank),
+                before_dispatch=before_dispatch,
+            )
+            for rank in range(RANKS)
+        ]
+        owner = (torch.arange(E) >= E // 2).to(torch.uint8)
+        self.placements = []
+        for rank in range(RANKS):
+            mine = owner == rank
+            local_ids = torch.where(mine, mine.cumsum(0) - 1, -1).int()
+            self.placements.append(Placement(local_ids, owner, RANKS))
+
+    def exchange(self, rank, ranks):
+        self.vectors[rank] = ranks.clone()
+        self.barrier.wait()
+        lowest = torch.minimum(*self.vectors.values())
+        self.barrier.wait()
+        ranks.copy_(lowest)
+
+    def run_pass(self, kinds, sizes, *, seed=0, block=16, gathers=True):
+        """Returns per layer: gathered ids before, weights, ids after (of each rank)."""
+        for state, of_rank in zip(self.states, kinds, strict=True):
+            state.next_kinds = np.array(of_rank, dtype=np.int8)
+        table = np.stack([state.words() for state in self.states], axis=1)
+        for state in self.states:
+            state.begin_pass(table, list(sizes))
+        return {i: self.run_layer(i, kinds, sizes, seed, block, gathers) for i in LAYERS}
+
+    def run_layer(self, layer, kinds, sizes, seed, block, gathers):
+        generator = torch.Generator().manual_seed(seed * 100 + layer)
+        ids, weights = [], []
+        for rank, size in enumerate(sizes):
+            scores = torch.rand(size, E, generator=generator)
+            top = scores.topk(K, sorted=False)
+            chosen = top.indices.int()
+            chosen[len(kinds[rank]) :] = -1  # as vLLM marks padding
+            ids.append(chosen)
+            weights.append(top.values.contiguous())
+        before = torch.cat(ids)
+
+        def before_gather(rank):
+            self.states[rank].route_layer(
+                layer,
+                ids[rank],
+                weights[rank],
+                placement=self.placements[rank] if gathers else None,
+                sorts=block is not None,
+            )
+
+        threads = [threading.Thread(target=before_gather, args=(r,)) for r in range(RANKS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        all_weights, after = torch.cat(weights), []
+        for rank, state in enumerate(self.states):
+            gathered = torch.cat(ids)
+            if gathers:
+                state.take_gathered(gathered, all_weights)
+                if block:
+                    aligned = state.align(gathered, block, True)
+                    check_local_alignment(gathered, aligned, block, self.placements[rank].local_ids)
+            state.check_nothing_deferred()
+            after.append(gathered)
+        return before, all_weights, after
+
+
+def padded(kinds, sizes):
+    rows = [
+        np.pad(np.array(k, np.int8), (0, n - len(k))) for k, n in zip(kinds, sizes, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def rule_of(policy):
+    names = ("select_top_k", "threshold", "min_primary_experts")
+    return {name: policy.get(name) for name in names}
+
+
+D, X = REROUTABLE, EXACT
+PASSES = {
+    "full": ([[D] * 8, [D] * 8], [8, 8]),
+    "padded": ([[D] * 3, [D] * 7], [8, 8]),
+    "mixed": ([[D] * 3 + [X] * 5, [D] * 2], [8, 8]),
+    "uneven": ([[D] * 3, [D] * 30 + [X] * 4], [3, 34]),
+    "an idle rank": ([[D] * 5, []], [8, 8]),
+    "the other": ([[], [D] * 5], [1, 5]),
+    "prompts only": ([[X] * 5, [X] * 2], [5, 2]),
+    "nobody": ([[], []], [8, 8]),
+}
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", ["gathered", "unsorted", "before", "elsewhere"])
+@pytest.mark.parametrize("keys", [{}, {"threshold": 0.9, "min_primary_experts": 3}])
+def test_one_union_whatever_the_way(emulated, way, keys):
+    group = Group(before_dispatch=way == "before", **keys)
+    options = {"block": None if way == "unsorted" else 16, "gathers": way != "elsewhere"}
+    sums = {name: np.zeros((len(LAYERS), 4), np.int64) for name in ("decode_only", "mixed")}
+    steps, decode_rows = dict.fromkeys(sums, 0), dict.fromkeys(sums, 0)
+    for seed, (kinds, sizes) in enumerate(PASSES.values()):
+        row_kind = padded(kinds, sizes)
+        name = "mixed" if EXACT in row_kind else "decode_only"
+        active = REROUTABLE in row_kind
+        steps[name] += active
+        decode_rows[name] += int((row_kind == REROUTABLE).sum())
+        passed = group.run_pass(kinds, sizes, seed=seed, **options)
+        for position, (layer, (before, weights, after)) in enumerate(passed.items()):
+            similarity, rule = group.similarity[layer], rule_of(group.key)
+            new = before
+            if active:
+                arguments = (before, weights, similarity)
+                new = sere.reroute(*arguments, row_kind=row_kind, **rule)
+                plan = sere.make_plan(*arguments, row_kind=row_kind, **rule)
+                counts = sere.count(plan, before, new, row_kind)
+                sums[name][position] += [int(n) for n in counts]
+            for of_rank in after:
+                assert torch.equal(of_rank, new)
+    reports = [state.read_counters(reset=True) for state in group.states]
+    for name, expected in sums.items():
+        for report in reports:
+            assert report[name]["steps"] == steps[name]
+            for column in (0, 1, 3):
+                field = ("experts_before", "experts_after", "", "critical_kept")[column]
+                assert report[name][field] == expected[:, column].tolist()
+            if options["gathers"]:
+                gathered = report["gathered"][name]
+                assert gathered["steps"] == steps[name]
+                assert gathered["experts_read"] == expected[:, 1].tolist()
+                busiest = np.array(gathered["busiest_read"])
+                assert (busiest <= expected[:, 1]).all()
+                assert (2 * busiest >= expected[:, 1]).all()
+        slots = zip(*(report[name]["slots_rerouted"] for report in reports), strict=True)
+        assert list(map(sum, slots)) == expected[:, 2].tolist()
+        assert sum(report[name]["decode_rows"] for report in reports) == decode_rows[name]
+    cleared = group.states[0].read_counters(reset=False)
+    assert cleared["decode_only"]["steps"] == 0
+    assert not any(cleared["gathered"]["decode_only"]["experts_read"])
+
+
+@needs_compiler
+def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
+    group = Group(union="local")
+    kinds, sizes = PASSES["padded"]
+    row_kind = padded(kinds, sizes)
+    slots = np.zeros(RANKS, np.int64)
+    for position, (layer, (before, weights, after)) in enumerate(
+        group.run_pass(kinds, sizes).items()
+    ):
+        parts = []
+        for rank in range(RANKS):
+            rows = slice(rank * 8, rank * 8 + 8)
+            part = sere.reroute(
+                before[rows],
+                weights[rows],
+                group.similarity[layer],
+                row_kind=row_kind[rows],
+                **rule_of(group.key),
+            )
+            slots[rank] += int((part != before[rows]).sum())
+            parts.append(part)
+        new = torch.cat(parts)
+        for of_rank in after:
+            assert torch.equal(of_rank, new)
+        read = new[row_kind != PADDING].unique()
+        busiest = read.div(E // 2, rounding_mode="floor").bincount().max()
+        for state in group.states:
+            gathered = state.read_counters(reset=False)["gathered"]["decode_only"]
+            assert gathered["experts_read"][position] == len(read)
+            assert gathered["busiest_read"][position] == int(busiest)
+    for rank, state in enumerate(group.states):
+        report = state.read_counters(reset=False)
+        assert sum(report["decode_only"]["slots_rerouted"]) == slots[rank]
+
+
+@needs_compiler
+def test_policies_switch_in_the_same_pass_on_all_ranks(emulated):
+    group = Group()
+    kinds, sizes = PASSES["full"]
+    first, second = group.states
+    off = {**group.key, "mode": "off"}
+    first.set_policy(off)
+    changed = [not torch.equal(b, a[0]) for b, _, a in group.run_pass(kinds, sizes).values()]
+    assert all(changed), "the other rank was not told yet"
+    second.set_policy(off)
+    for before, _, after in group.run_pass(kinds, sizes).values():
+        for of_rank in after:
+            assert torch.equal(of_rank, before)
+    assert [len(state.policies) for state in group.states] == [1, 1]
+
+
+@needs_compiler
+def test_ranks_that_were_told_different_policies_all_raise(emulated):
+    group = Group()
+    for s, state in enumerate(group.states, start=1):
+        state.set_policy({**group.key, "select_top_k": s})
+    table = np.stack([state.words() for state in group.states], axis=1)
+    for state in group.states:
+        with pytest.raises(PolicyError, match="ranks differ in their policies"):
+            state.begin_pass(table, [1, 1])
+
+
+@needs_compiler
+def test_refusals_of_a_running_engine(emulated):
+    group = Group()
+    state = group.states[0]
+    with pytest.raises(PolicyError, match=r"sere.union = 'local': captured graphs hold 'global'"):
+        state.set_policy({**group.key, "union": "local"})
+    assert state.version == 0
+    group.run_pass(*PASSES["full"])
+    ids, weights = torch.zeros((1, K), dtype=torch.int32), torch.ones((1, K))
+    placement = group.placements[0]
+    with pytest.raises(UnsupportedError, match="in another way than layers before it"):
+        state.route_layer(0, ids, weights, placement=None, sorts=False)
+    state.route_layer(0, ids, weights, placement=placement, sorts=True)
+    with pytest.raises(UnsupportedError, match="layer 0 were not gathered"):
+        state.words()

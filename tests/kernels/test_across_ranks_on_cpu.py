@@ -1,0 +1,185 @@
+"""``kernels/across_ranks.cu``, run on the CPU: rows of two ranks against the reference on all."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere_ray.kernel.launcher import _STEP, RuleKernel, _file
+from sere_ray.rules import sere
+from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
+
+from .emulator import COMPILER, compile_for_cpu, launch
+from .kernel_cases import (
+    as_launched,
+    busiest,
+    check_local_alignment,
+    device_layer,
+    empty_alignment,
+    expected,
+    own_slots,
+    rows_of,
+    two_ranks,
+)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+CPU = torch.device("cpu")
+SHAPES = [(128, 8), (60, 4), (300, 5), (9, 3)]
+
+
+@functools.cache
+def library(kernel: RuleKernel, name: str, threads: int, cache: Path):
+    return compile_for_cpu(KERNELS / _file(name), kernel.defines(name, threads), cache)
+
+
+def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: int = 64):
+    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    launch(
+        library(kernel, name, threads, cache),
+        name,
+        ids,
+        ids,
+        case.weights,
+        ids.shape[0],
+        layer.tables.neighbours,
+        layer.tables.similarity,
+        layer.settings.buffer,
+        layer.step.buffer,
+        layer.step.buffer[_STEP.size :],
+        layer.counters,
+        layer.counters.stride(0),
+        None,
+        *others,
+        threads=threads,
+        seed=seed,
+    )
+
+
+def gathered(case: Case, own: range, placement, *, cache, seed, block, mode="on", threads=64):
+    """What a rank does with the gathered rows: new ids, counters, sorted slots if asked for."""
+    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    ids = case.ids.clone()
+    counters = torch.zeros((2, 6), dtype=torch.int64)
+    layer = device_layer(case, CPU, mode, counters=counters, own=own)
+    aligned, sorted_arguments = (
+        empty_alignment(kernel, ids, block, -(-case.experts // 2)) if block else (None, [])
+    )
+    name = "reroute_gathered_and_align" if block else "reroute_gathered"
+    others = [*placement, *sorted_arguments]
+    run(name, case, ids, layer, *others, cache=cache, seed=seed, threads=threads)
+    assert counters[0].tolist() == [0] * 6
+    return ids, counters[1].tolist(), aligned
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_every_rank_derives_the_ids_of_the_reference(experts, slots, cache):
+    @settings(RULES, max_examples=25)
+    @given(
+        case=cases(
+            experts=experts,
+            slots=slots,
+            gate=False,
+            unavailable="none",
+            rows=st.integers(0, 40) | st.sampled_from([511, 512]),
+        ),
+        split=st.floats(0, 1),
+        round_robin=st.booleans(),
+        seed=st.integers(0, 3),
+        block=st.sampled_from([None, 16, 64]),
+    )
+    def every(case: Case, split: float, round_robin: bool, seed: int, block: int | None) -> None:
+        check_ranks(as_launched(case), split, round_robin, cache=cache, seed=seed, block=block)
+
+    every()
+
+
+def check_ranks(case: Case, split: float, round_robin: bool, *, block, **options):
+    new, counts = expected(case)
+    for own, placement in two_ranks(case, split, round_robin):
+        ids, counters, aligned = gathered(case, own, placement, block=block, **options)
+        assert_same_ids(ids, new, "kernel")
+        assert counters[:2] == list(counts[:2])
+        assert counters[3] == counts[3]
+        assert counters[2] == own_slots(case, new, own)
+        assert counters[4:] == (busiest(case, new, placement) if counts[0] else [0, 0])
+        if aligned:
+            check_local_alignment(ids, aligned, block, placement.local_ids)
+
+
+@pytest.mark.parametrize("threads", [512, 1024])
+def test_block_sizes_as_launched(threads, cache):
+    for rows in (0, 1, 32, 130):
+        for kinds in ("decode", "mixed", "padding", "exact"):
+            case = make_case(
+                seed=rows, rows=rows, experts=128, slots=8, select_top_k=1, kinds=kinds, floor=8
+            )
+            for block in (None, 16):
+                options = {"cache": cache, "seed": 1, "block": block, "threads": threads}
+                check_ranks(as_launched(case), 0.5, False, **options)
+
+
+def test_identity_sorts_and_counts_what_is_read(cache):
+    """The launch of a rank whose rows were re-routed before they were gathered."""
+    case = as_launched(
+        make_case(seed=3, rows=20, experts=60, slots=4, select_top_k=4, kinds="mixed")
+    )
+    own, placement = two_ranks(case, 0.5, False)[0]
+    options = {"cache": cache, "seed": 0, "block": 16}
+    ids, counters, aligned = gathered(case, own, placement, mode="observe", **options)
+    assert torch.equal(ids, case.ids)
+    assert counters[0] == counters[1] == expected(case)[1][0]
+    assert counters[2] == 0
+    check_local_alignment(ids, aligned, 16, placement.local_ids)
+    ids, counters, aligned = gathered(case, own, placement, mode="off", **options)
+    assert torch.equal(ids, case.ids)
+    assert counters == [0] * 6
+    check_local_alignment(ids, aligned, 16, placement.local_ids)
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, cache):
+    @settings(RULES, max_examples=25)
+    @given(
+        case=cases(
+            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 40)
+        ),
+        split=st.floats(0, 1),
+        seed=st.integers(0, 3),
+    )
+    def every(case: Case, split: float, seed: int) -> None:
+        check_exchange(as_launched(case), split, cache=cache, seed=seed)
+
+    every()
+
+
+def check_exchange(case: Case, split: float, **options):
+    new, counts = expected(case)
+    reroutable = int((case.kinds == sere.REROUTABLE).sum())
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    vectors, parts = [], [rows_of(case, own) for own in owned]
+    for part in parts:
+        layer = device_layer(part, CPU, reroutable=reroutable)
+        ranks = torch.full((case.experts,), 77, dtype=torch.uint8)
+        ids = part.ids.clone()
+        run("lowest_ranks", part, ids, layer, ranks, **options)
+        assert torch.equal(ids, part.ids)
+        reference = sere.rank_vector(part.ids, part.weights, case.experts, part.kinds)
+        assert torch.equal(ranks, reference if reroutable else torch.full_like(ranks, 255))
+        vectors.append(ranks)
+    lowest = torch.minimum(*vectors)
+    slots = 0
+    for own, part in zip(owned, parts, strict=True):
+        layer = device_layer(part, CPU, reroutable=reroutable)
+        ids = part.ids.clone()
+        run("reroute_by_ranks", part, ids, layer, lowest, **options)
+        assert_same_ids(ids, new[own.start : own.stop], "kernel")
+        found = layer.counters[1].tolist()
+        assert found[:2] == list(counts[:2])
+        assert found[3] == counts[3]
+        slots += found[2]
+    assert slots == counts[2]

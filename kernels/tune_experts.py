@@ -34,6 +34,7 @@ from sere_ray.results import write_result
 
 SHAPES = {  # experts, top-k, hidden size, width of an expert
     "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "qwen3-30b-a3b on 2 ranks": (64, 4, 2048, 768),  # rows of both; half of their slots
     "qwen1.5-moe-a2.7b": (60, 4, 2048, 1408),
     "deepseek-v2-lite": (64, 6, 2048, 1408),
 }

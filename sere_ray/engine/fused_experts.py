@@ -48,12 +48,22 @@ def apply_experts(original: Callable[..., Any], experts: Any, **call: Any) -> An
     gathered = triton_moe._resize_cache(call["workspace2"], (rows, top_k, hidden))
     # By vLLM's module, where the plugin has put a launch that also re-routes.
     sort = triton_moe._prepare_expert_assignment
-    block = {"BLOCK_SIZE_M": tiles.gate_up.block_m}
-    slots = Slots(*sort(ids, block, rows, top_k, num_experts, None))
+    block, expert_map = {"BLOCK_SIZE_M": tiles.gate_up.block_m}, call["expert_map"]
+    slots = Slots(
+        *sort(
+            ids,
+            block,
+            rows,
+            top_k,
+            num_experts if expert_map is None else call["global_num_experts"],
+            expert_map,
+            ignore_invalid_experts=expert_map is not None,  # and moe_sum skips them
+        )
+    )
     gate_up(call["hidden_states"], w1, activated, slots, top_k, tiles.gate_up)
     out = gathered.view(rows * top_k, hidden)
     down(activated, w2, call["topk_weights"], out, slots, tiles.down)
-    experts.moe_sum(gathered, call["output"])
+    experts.moe_sum(gathered, call["output"], ids, expert_map)
     return None
 
 
@@ -116,7 +126,6 @@ def _is_plain_batch(call: dict[str, Any]) -> bool:
         and weights.dtype == torch.float32
         and weights.is_contiguous()
         and call["activation"] == MoEActivation.SILU
-        and call["expert_map"] is None
         and call["a1q_scale"] is None
         and not call["apply_router_weight_on_input"]
     )

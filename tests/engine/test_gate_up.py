@@ -239,7 +239,7 @@ def plain_experts():
     )
     experts.activation_config = SimpleNamespace(clamp_limit=None)
     experts.quantization_emulation = False
-    experts.moe_sum = lambda gathered, output: output.copy_(gathered.sum(1))
+    experts.moe_sum = lambda gathered, output, ids, expert_map: output.copy_(gathered.sum(1))
     return experts
 
 
@@ -274,9 +274,13 @@ def fused(monkeypatch):
 
     tiles = fused_experts.Tiles(Tile(16, 16, 64), Tile(16, 16, 64))
     monkeypatch.setattr(fused_experts, "tiles_for", lambda experts, width, rows: tiles)
-    monkeypatch.setattr(
-        triton_moe, "_prepare_expert_assignment", lambda ids, *_: (None, ids, torch.tensor([0]))
-    )
+
+    def sort(ids, block, rows, top_k, experts, expert_map, ignore_invalid_experts):
+        assert experts == 8
+        assert ignore_invalid_experts == (expert_map is not None)
+        return None, ids if expert_map is None else expert_map[ids], torch.tensor([0])
+
+    monkeypatch.setattr(triton_moe, "_prepare_expert_assignment", sort)
 
     def compute_gate_up(x, w1, activated, slots, top_k, tile):
         activated.copy_(reference_gate_up(x, w1, slots.block_expert))
@@ -307,6 +311,18 @@ def test_a_plain_batch_is_computed_here(fused):
     assert torch.equal(call["output"], wanted)
 
 
+def test_a_rank_computes_its_own_experts(fused):
+    """The reference gives zeros where an expert is -1."""
+    call, local = plain_call(), torch.tensor([-1, 0, -1, 1, -1, 2, -1, 3])
+    call |= {name: call[name][local >= 0].contiguous() for name in ("w1", "w2")}
+    call["expert_map"] = local
+    x, weights, ids = (call[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
+    activated = reference_gate_up(x, call["w1"], local[ids])
+    wanted = reference_down(activated, call["w2"], weights, local[ids]).view(*ids.shape, -1).sum(1)
+    assert fused(plain_experts(), call)
+    assert torch.equal(call["output"], wanted)
+
+
 def test_other_batches_are_left_to_vllm(fused):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
@@ -317,7 +333,6 @@ def test_other_batches_are_left_to_vllm(fused):
         {"w2": call["w2"].transpose(0, 1).contiguous().transpose(0, 1)},
         {"topk_weights": call["topk_weights"].bfloat16()},
         {"activation": MoEActivation.GELU},
-        {"expert_map": torch.arange(8)},
         {"a1q_scale": torch.ones(1)},
         {"apply_router_weight_on_input": True},
     ):

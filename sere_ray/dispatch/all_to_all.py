@@ -133,7 +133,7 @@ class AllToAll:
         total = torch.zeros(
             (sent.num_rows, partial.shape[1]), dtype=torch.float32, device=partial.device
         )
-        parts = zip(sent.rows.split(sent.sent), results.split(sent.sent), strict=True)
+        parts = zip(*(torch.split(t, sent.sent) for t in (sent.rows, results)), strict=True)
         for rows, result in parts:  # a row is there once for each rank: no order is left open
             total.index_add_(0, rows, result.float())
         return total.to(partial.dtype)

@@ -70,8 +70,9 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
 # --- data parallel: every rank has rows of its own ---------------------------------------------
 
 
+@pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v2"])
-def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture):
+def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture, dispatch):
     """Of DeepSeek all requests are on one rank: vLLM's CPU kernels of latent attention answer
     otherwise in another batch, stock and without parallelism, too."""
     folder = checkpoint(architecture)
@@ -80,7 +81,7 @@ def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture):
     key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
     policies = [key, {**key, "select_top_k": 1}]
     rounds = [{"policy": p, "requests": split, "tokens": [12, 12]} for p in policies]
-    ranks = parallel_rounds(folder, key, rounds)
+    ranks = parallel_rounds(folder, {**key, "dispatch": dispatch}, rounds)
     exact, _ = single_rank_answers(folder, key, policies, split)
     _, (together,) = single_rank_answers(folder, key, policies, [requests])
     assert [ranks[rank][0]["answers"] for rank in range(RANKS)] == exact

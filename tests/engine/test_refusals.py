@@ -245,8 +245,10 @@ def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_wo
             (sere_key(moe, select_top_k=9), ["select_top_k = 9", "1..4"]),
             (sere_key(moe, similarity="/other.safetensors"), ["/other.safetensors", "restart"]),
             ({**sere_key(moe), "tresh": 1}, ["sere.tresh"]),
+            (sere_key(moe, dispatch="all_to_all"), ["'all_to_all'", "'allgather'", "restart it"]),
         ):
             with pytest.raises(PolicyError) as error:
                 engine.collective_rpc("sere_set_policy", args=(policy,))
             has_words(str(error.value), *words)
         assert read_counters(engine)["policy"]["select_top_k"] == 1
+        engine.collective_rpc("sere_set_policy", args=(sere_key(moe, dispatch="allgather"),))

@@ -91,6 +91,10 @@ class UnionCpuState(CpuState):
         self.bound = running
         return policy
 
+    def home_rank(self) -> int:
+        """See the base class; every rank has rows of its own."""
+        return dist.get_rank(self.group)
+
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """See the base class; ranks talk later, in the first layer, where all are in step."""
         super().begin(kinds)
@@ -108,14 +112,16 @@ class UnionCpuState(CpuState):
         return super().has_decode_row() if self.bound.union == "local" else self.group_decodes
 
     def apply_rule(
-        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """See the base class; collective where the union is over all ranks."""
         if self.bound.union == "local":
-            return super().apply_rule(topk_ids, topk_weights, similarity, kinds)
+            return super().apply_rule(layer, topk_ids, topk_weights, kinds)
+        similarity = self.similarity[layer]
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
         dist.all_reduce(ranks, dist.ReduceOp.MIN, group=self.group)
-        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **self.rule_numbers())
+        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
 
     def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
         """Count a step on all ranks if it decodes a row on one of them."""

@@ -45,8 +45,12 @@ class Policy(BaseModel):
     mode: Mode = Field(
         "on", description="off = exact; observe = exact, but count what `on` would read"
     )
-    prefer_local_rank: None = Field(
-        None, description="reserved for expert parallelism; only null is allowed in this version"
+    prefer_local_rank: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="how much less similar a stand-in may be if it is on a rank that the row "
+        "visits anyway, 0..1; null = the most similar, wherever it is",
     )
 
     @classmethod
@@ -90,6 +94,7 @@ class Policy(BaseModel):
             threshold=self.threshold,
             min_primary_experts=floor,
             union=self.union,
+            prefer_local_rank=self.prefer_local_rank,
         )
 
     @property
@@ -137,6 +142,7 @@ class BoundPolicy(BaseModel):
     threshold: float | None
     min_primary_experts: int
     union: Union = "global"
+    prefer_local_rank: float | None = None
 
 
 def _explain(error: Any, where: str, model: type[BaseModel]) -> str:

@@ -84,6 +84,9 @@ def test_defaults_are_those_of_the_specification() -> None:
         ("union", "global"),
         ("union", "local"),
         ("prefer_local_rank", None),
+        ("prefer_local_rank", 0),
+        ("prefer_local_rank", 0.25),
+        ("prefer_local_rank", 1.0),
         ("similarity", "~/a b.safetensors"),
     ],
 )
@@ -126,7 +129,7 @@ policies = st.fixed_dictionaries(
         "min_primary_experts": st.none() | st.integers(0, 4096),
         "union": st.sampled_from(get_args(Union)),
         "mode": st.sampled_from(get_args(Mode)),
-        "prefer_local_rank": st.none(),
+        "prefer_local_rank": st.none() | st.floats(0, 1),
     },
 )
 
@@ -190,9 +193,11 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("rule", None, "'sere'", "which rule re-routes"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
-        ("prefer_local_rank", 0.1, "None", "only null"),
-        ("prefer_local_rank", False, "None", "only null"),
-        ("prefer_local_rank", 0, "None", "only null"),
+        ("prefer_local_rank", -0.1, "greater than or equal to 0", "visits anyway, 0..1"),
+        ("prefer_local_rank", 1.5, "less than or equal to 1", "visits anyway, 0..1"),
+        ("prefer_local_rank", NAN, "", "visits anyway, 0..1"),
+        ("prefer_local_rank", False, "number", "visits anyway, 0..1"),
+        ("prefer_local_rank", "0.1", "number", "visits anyway, 0..1"),
     ],
 )
 def test_refusal_names_key_value_what_is_allowed_and_what_it_is(
@@ -327,6 +332,12 @@ def test_mode_is_kept(mode: Literal["off", "observe", "on"]) -> None:
 @pytest.mark.parametrize("union", get_args(Union))
 def test_union_is_kept(union: Literal["global", "local"]) -> None:
     assert Policy.parse({**SMALLEST, "union": union}).for_model(top_k=2).union == union
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.0, 0.25])
+def test_tolerance_is_kept(tolerance: float | None) -> None:
+    policy = Policy.parse({**SMALLEST, "prefer_local_rank": tolerance})
+    assert policy.for_model(top_k=2).prefer_local_rank == tolerance
 
 
 def test_s_up_to_k() -> None:

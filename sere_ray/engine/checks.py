@@ -43,6 +43,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
+        check_cuda_policy(policy)
         check_compiler()
     model = vllm_config.model_config
     if not model.is_moe:
@@ -65,6 +66,19 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     )
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
     return policy, startup, artifact
+
+
+def check_cuda_policy(policy: Policy) -> None:
+    """Refuse what the CUDA kernel does not compute.
+
+    Raises:
+        UnsupportedError: names the key.
+    """
+    if policy.prefer_local_rank is not None:
+        raise UnsupportedError(
+            f"sere.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot choose "
+            "stand-ins by rank yet, a CPU engine can; only null is allowed on a GPU: leave it out"
+        )
 
 
 def check_options(vllm_config: Any) -> None:

@@ -98,6 +98,10 @@ class UnionCpuState(CpuState):
         self.bound = running
         return policy
 
+    def home_rank(self) -> int:
+        """See the base class; every rank has rows of its own."""
+        return dist.get_rank(self.group)
+
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """See the base class; ranks talk later, in the first layer, where all are in step."""
         super().begin(kinds)
@@ -119,25 +123,21 @@ class UnionCpuState(CpuState):
         return super().has_decode_row() if self.bound.union == "local" else self.group_decodes
 
     def apply_rule(
-        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """See the base class; collective where the union is over all ranks."""
         if self.bound.union == "local":
-            return super().apply_rule(topk_ids, topk_weights, similarity, kinds)
+            return super().apply_rule(layer, topk_ids, topk_weights, kinds)
+        similarity = self.similarity[layer]
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
         self._take_minimum(ranks)
-        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **self.rule_numbers())
+        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
 
     def loaded(self) -> None:
         """See the base class: put the all-to-all in."""
         if self.meter is not None:
-            replace_dispatch(
-                self.attached,
-                {l: tmp_owner(r) for l, r in self.attached.items()},
-                self.meter,
-                self.group,
-                self.greeting,
-            )
+            replace_dispatch(self.attached, self.owner, self.meter, self.group, self.greeting)
 
     def read_counters(self, *, reset: bool) -> dict[str, Any]:
         """See the base class; with ``dispatch: all_to_all`` also what it moved.
@@ -235,18 +235,3 @@ def _checksum(artifact: SimilarityArtifact, policy: str) -> int:
     for _, matrix in sorted(artifact.layers.items()):
         value = zlib.crc32(matrix.contiguous().numpy().tobytes(), value)
     return value
-
-
-def tmp_owner(runner):
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
-
-    manager = runner.routed_experts.expert_map_manager
-    num_experts = manager.global_num_experts
-    owner = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
-    for rank in range(manager.ep_size):
-        _, local_ids, _ = determine_expert_map(
-            manager.ep_size, rank, num_experts, manager.placement_strategy
-        )
-        if local_ids is not None:
-            owner[local_ids.cpu() >= 0] = rank
-    return owner

@@ -154,6 +154,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     check_routes_outside_kernel(runner.layer_name, runner.is_monolithic, backend)
     if isinstance(state, CpuState) and vllm_config.parallel_config.enable_expert_parallel:
         cpu_expert_parallel.prepare_layer(runner, kernel)
+        state.owner[layer] = cpu_expert_parallel.expert_owner(runner)
     if not isinstance(runner.router, BaseRouter):
         raise UnsupportedError(
             f"sere: layer {runner.layer_name!r} has its own router "

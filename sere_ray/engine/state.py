@@ -66,6 +66,13 @@ class EngineState(ABC):
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
         """``[2, layers, 4]``: step kind, layer, fields of :class:`RuleCounts`."""
 
+    def check_policy(self, policy: Policy) -> None:  # noqa: B027  (a CPU runs every policy)
+        """Refuse a policy that this path cannot run.
+
+        Raises:
+            UnsupportedError: names the key.
+        """
+
     def apply_policy(self) -> None:  # noqa: B027  (nothing to do where the policy is read per call)
         """Make ``self.bound`` the policy of everything that is computed from now on."""
 
@@ -95,6 +102,7 @@ class EngineState(ABC):
         Raises:
             PolicyError: the new policy is not valid, names another artifact or another setting
                 of the start. The old one stays.
+            UnsupportedError: this path cannot run it. The old one stays.
         """
         policy, startup = parse_key(value)
         for key in startup.model_fields_set:
@@ -109,6 +117,7 @@ class EngineState(ABC):
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
                 f"({self.policy.similarity!r}); restart it to use another one"
             )
+        self.check_policy(policy)
         self.bound = policy.for_model(top_k=self.top_k)
         self.policy = policy
         self.apply_policy()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sere_ray.config import Policy
 from sere_ray.engine import checks
 from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
@@ -38,7 +39,7 @@ def moe(checkpoint):
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
         ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere'"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
-        ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "only null"]),
+        ({"prefer_local_rank": 2}, ["sere.prefer_local_rank = 2", "less than or equal to 1"]),
     ],
 )
 def test_policy_mistakes(moe, has_words, changes, words):
@@ -198,6 +199,14 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words):
     with pytest.raises(UnsupportedError) as error:
         checks.check_options(config)
     has_words(str(error.value), "data_parallel_size = 2", "GPU", "for CPUs only")
+
+
+def test_a_policy_that_the_cuda_kernel_does_not_compute(has_words):
+    policy = {"similarity": "a.safetensors", "select_top_k": 1}
+    checks.check_cuda_policy(Policy.parse(policy))
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_cuda_policy(Policy.parse({**policy, "prefer_local_rank": 0.1}))
+    has_words(str(error.value), "prefer_local_rank = 0.1", "CUDA kernel", "only null", "leave it")
 
 
 @pytest.mark.parametrize("kernel", ["CPUExpertsFp8", "CPUExpertsInt8"])

@@ -138,7 +138,8 @@ class AllToAll:
             total.index_add_(0, rows, result.float())
         return total.to(partial.dtype)
 
-    def row_bytes(self, hidden_size: int, top_k: int, dtype: torch.dtype) -> dict[str, int]:
+    @staticmethod
+    def row_bytes(hidden_size: int, top_k: int, dtype: torch.dtype) -> dict[str, int]:
         """What one row takes on its way there (``dispatch``) and back (``combine``)."""
         there = hidden_size * dtype.itemsize + 8 * top_k
         return {

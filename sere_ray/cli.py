@@ -293,7 +293,7 @@ def dispatch_bytes(
     ] = 8,
     prefer_local_rank: Annotated[
         str, typer.Option(help="Tolerances to measure beside null, comma-separated.")
-    ] = "0.1,0.3,1.0",
+    ] = "0.02,0.05,0.1",
     similarity: Annotated[
         Path | None, typer.Option(help="Artifact of the demo model [calibrated first].")
     ] = None,

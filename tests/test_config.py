@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sere_ray import config
-from sere_ray.config import BoundPolicy, Mode, Policy, Union
+from sere_ray.config import BoundPolicy, Dispatch, Mode, Policy, Startup, Union, parse_key
 from sere_ray.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
@@ -362,6 +362,41 @@ def test_frozen() -> None:
                 setattr(thing, name, getattr(thing, name))
     assert len({policy, Policy.parse(SMALLEST)}) == 1
     assert len({bound, policy.for_model(top_k=8)}) == 1
+
+
+# --- what an engine takes at its start ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", get_args(Dispatch))
+def test_the_key_of_an_engine_holds_a_policy_and_more(dispatch: Dispatch) -> None:
+    policy, startup = parse_key({**SMALLEST, "dispatch": dispatch})
+    assert policy == Policy.parse(SMALLEST)
+    assert startup == Startup(dispatch=dispatch)
+
+
+def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:
+    assert parse_key(SMALLEST) == (Policy.parse(SMALLEST), Startup())
+    assert parse_key(Policy.parse(SMALLEST))[1].dispatch == "allgather"
+    assert not set(Startup.model_fields) & set(Policy.model_fields)
+
+
+def test_a_wrong_startup_value_names_what_is_allowed() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_key({**SMALLEST, "dispatch": "deepep"})
+    assert str(caught.value).startswith("sere.dispatch = 'deepep': ")
+    assert "'allgather' or 'all_to_all'" in str(caught.value)
+
+
+def test_a_policy_holds_nothing_of_the_start() -> None:
+    message = refusal_of("dispatch", "all_to_all")
+    assert "when an engine starts" in message
+    assert "leave it out" in message
+
+
+def test_a_misspelt_startup_key_is_recognised() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_key({**SMALLEST, "dispach": "all_to_all"})
+    assert "did you mean 'dispatch'?" in str(caught.value)
 
 
 def test_examples() -> None:

@@ -1,5 +1,6 @@
 """The ``sere-ray`` command. Parses, calls the library, prints; no logic of its own."""
 
+import math
 import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,17 @@ def _numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
     if len(numbers) != len(values):
         raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
     return numbers
+
+
+def _decimals(option: str, text: str) -> list[float]:
+    """The numbers from 0 to 1 of a comma-separated option."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= value <= 1 for value in values):
+        raise SereError(f"{option} = {text!r}: must be numbers from 0 to 1, comma-separated")
+    return values
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -295,6 +307,40 @@ def step_time(
             append=append,
             profile=profile,
             profile_batch=profile_batch,
+            console=console,
+        )
+    print(out)
+
+
+@bench_app.command("dispatch")
+def dispatch_bytes(
+    out: Out,
+    ranks: Annotated[
+        str, typer.Option(help="Sizes of the group, 2 to 8, comma-separated.")
+    ] = "2,4",
+    rows_per_rank: Annotated[
+        int, typer.Option(min=1, help="Decode rows of a rank; at most 32 over all ranks.")
+    ] = 8,
+    prefer_local_rank: Annotated[
+        str, typer.Option(help="Tolerances to measure beside null, comma-separated.")
+    ] = "0.02,0.05,0.1",
+    similarity: Annotated[
+        Path | None, typer.Option(help="Artifact of the demo model [calibrated first].")
+    ] = None,
+) -> None:
+    """Bytes between expert-parallel ranks: the demo model's routing through real gloo processes.
+
+    Example: sere-ray bench dispatch --ranks 2,4 --out dispatch-cpu.json
+    """
+    with _user_errors():
+        from sere_ray.evaluation.bench import run_dispatch
+
+        run_dispatch(
+            out,
+            group_sizes=_numbers("--ranks", ranks, range(2, 9)),
+            rows_per_rank=rows_per_rank,
+            tolerances=_decimals("--prefer-local-rank", prefer_local_rank),
+            similarity=similarity,
             console=console,
         )
     print(out)

@@ -1,7 +1,8 @@
 """The re-routing policy: one validated description, the same everywhere it is written.
 
 It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
-a result file. Key names and defaults are those of the specification (docs/rule.md).
+a result file. Key names and defaults are those of the specification (docs/rule.md). Beside the
+policy, vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from sere_ray.errors import PolicyError
 
 Mode = Literal["off", "observe", "on"]
 Union = Literal["global", "local"]
+Dispatch = Literal["allgather", "all_to_all"]
 
 
 class Policy(BaseModel):
@@ -43,8 +45,12 @@ class Policy(BaseModel):
     mode: Mode = Field(
         "on", description="off = exact; observe = exact, but count what `on` would read"
     )
-    prefer_local_rank: None = Field(
-        None, description="reserved for expert parallelism; only null is allowed in this version"
+    prefer_local_rank: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="how much less similar a stand-in may be if it is on a rank that the row "
+        "visits anyway, 0..1; null = the most similar, wherever it is",
     )
 
     @classmethod
@@ -68,7 +74,7 @@ class Policy(BaseModel):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            raise PolicyError("; ".join(_explain(e, where) for e in error.errors())) from None
+            raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
 
     def for_model(self, *, top_k: int, where: str = "sere") -> "BoundPolicy":
         """Check the policy against a model's K and fill the default floor.
@@ -88,12 +94,42 @@ class Policy(BaseModel):
             threshold=self.threshold,
             min_primary_experts=floor,
             union=self.union,
+            prefer_local_rank=self.prefer_local_rank,
         )
 
     @property
     def similarity_path(self) -> Path:
         """The artifact's path with ``~`` expanded."""
         return Path(self.similarity).expanduser()
+
+
+class Startup(BaseModel):
+    """What the ``sere`` key of an engine may hold beside the policy; no policy can change it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dispatch: Dispatch = Field(
+        default="allgather",
+        description="how rows reach other ranks under data and expert parallelism: every row to "
+        "all of them, or each only to those that hold its experts",
+    )
+
+
+def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
+    """Validate the value of vLLM's ``sere`` key: a policy, and what an engine takes at its start.
+
+    Raises:
+        PolicyError: as for :meth:`Policy.parse`.
+    """
+    if not isinstance(value, Mapping):
+        return Policy.parse(value, where=where), Startup()
+    given = {key: value[key] for key in Startup.model_fields if key in value}
+    policy = {key: value[key] for key in value if key not in given}
+    try:
+        startup = Startup.model_validate(given)
+    except ValidationError as error:
+        raise PolicyError("; ".join(_explain(e, where, Startup) for e in error.errors())) from None
+    return Policy.parse(policy, where=where), startup
 
 
 class BoundPolicy(BaseModel):
@@ -106,17 +142,26 @@ class BoundPolicy(BaseModel):
     threshold: float | None
     min_primary_experts: int
     union: Union = "global"
+    prefer_local_rank: float | None = None
 
 
-def _explain(error: Any, where: str) -> str:
+def _explain(error: Any, where: str, model: type[BaseModel]) -> str:
     path = ".".join([where, *(str(part) for part in error["loc"])])
     key = str(error["loc"][0]) if error["loc"] else ""
-    keys = list(Policy.model_fields)
+    keys = list(model.model_fields)
+    if key not in keys and key in Startup.model_fields:
+        return (
+            f"{path} = {error['input']!r}: is taken when an engine starts and is no part of a "
+            "policy; leave it out here"
+        )
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1)
+        near = difflib.get_close_matches(key, [*keys, *Startup.model_fields], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}"
-    about = Policy.model_fields[key].description
+        return (
+            f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}; "
+            f"at the start of an engine also {', '.join(Startup.model_fields)}"
+        )
+    about = model.model_fields[key].description
     if error["type"] == "missing":
         return f"{path} is missing: give it ({about})"
     message = error["msg"][0].lower() + error["msg"][1:]

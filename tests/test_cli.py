@@ -48,6 +48,7 @@ def test_help_shows_the_first_steps():
         ["artifact", "synthetic"],
         ["artifact", "import"],
         ["bench", "step-time"],
+        ["bench", "dispatch"],
         ["bench", "plot"],
     ],
 )
@@ -201,6 +202,22 @@ def test_a_taken_port(monkeypatch):
 def test_bench_refuses_before_it_starts(tmp_path, options, words):
     out = tmp_path / "out.json"
     assert_refused(run(app, ["bench", "step-time", "--out", str(out), *options]), words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ranks", "2,9"], ["--ranks", "2,9"]),
+        (["--ranks", "8"], ["--rows-per-rank = 8", "8 ranks need 64", "there are 32"]),
+        (["--prefer-local-rank", "0.1,2"], ["--prefer-local-rank", "0 to 1"]),
+        (["--prefer-local-rank", "x"], ["--prefer-local-rank = 'x'"]),
+        (["--similarity", "/nowhere/a.safetensors"], ["/nowhere/a.safetensors"]),
+    ],
+)
+def test_bench_dispatch_refuses_before_it_starts(tmp_path, options, words):
+    out = tmp_path / "out.json"
+    assert_refused(run(app, ["bench", "dispatch", "--out", str(out), *options]), words)
     assert not out.exists()
 
 

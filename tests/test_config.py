@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sere_ray import config
-from sere_ray.config import BoundPolicy, Mode, Policy, Union
+from sere_ray.config import BoundPolicy, Dispatch, Mode, Policy, Startup, Union, parse_key
 from sere_ray.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
@@ -84,6 +84,9 @@ def test_defaults_are_those_of_the_specification() -> None:
         ("union", "global"),
         ("union", "local"),
         ("prefer_local_rank", None),
+        ("prefer_local_rank", 0),
+        ("prefer_local_rank", 0.25),
+        ("prefer_local_rank", 1.0),
         ("similarity", "~/a b.safetensors"),
     ],
 )
@@ -126,7 +129,7 @@ policies = st.fixed_dictionaries(
         "min_primary_experts": st.none() | st.integers(0, 4096),
         "union": st.sampled_from(get_args(Union)),
         "mode": st.sampled_from(get_args(Mode)),
-        "prefer_local_rank": st.none(),
+        "prefer_local_rank": st.none() | st.floats(0, 1),
     },
 )
 
@@ -190,9 +193,11 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("rule", None, "'sere'", "which rule re-routes"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
-        ("prefer_local_rank", 0.1, "None", "only null"),
-        ("prefer_local_rank", False, "None", "only null"),
-        ("prefer_local_rank", 0, "None", "only null"),
+        ("prefer_local_rank", -0.1, "greater than or equal to 0", "visits anyway, 0..1"),
+        ("prefer_local_rank", 1.5, "less than or equal to 1", "visits anyway, 0..1"),
+        ("prefer_local_rank", NAN, "", "visits anyway, 0..1"),
+        ("prefer_local_rank", False, "number", "visits anyway, 0..1"),
+        ("prefer_local_rank", "0.1", "number", "visits anyway, 0..1"),
     ],
 )
 def test_refusal_names_key_value_what_is_allowed_and_what_it_is(
@@ -329,6 +334,12 @@ def test_union_is_kept(union: Literal["global", "local"]) -> None:
     assert Policy.parse({**SMALLEST, "union": union}).for_model(top_k=2).union == union
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.0, 0.25])
+def test_tolerance_is_kept(tolerance: float | None) -> None:
+    policy = Policy.parse({**SMALLEST, "prefer_local_rank": tolerance})
+    assert policy.for_model(top_k=2).prefer_local_rank == tolerance
+
+
 def test_s_up_to_k() -> None:
     policy = Policy.parse({**SMALLEST, "select_top_k": 8})
     assert policy.for_model(top_k=8).select_top_k == 8
@@ -351,6 +362,41 @@ def test_frozen() -> None:
                 setattr(thing, name, getattr(thing, name))
     assert len({policy, Policy.parse(SMALLEST)}) == 1
     assert len({bound, policy.for_model(top_k=8)}) == 1
+
+
+# --- what an engine takes at its start ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", get_args(Dispatch))
+def test_the_key_of_an_engine_holds_a_policy_and_more(dispatch: Dispatch) -> None:
+    policy, startup = parse_key({**SMALLEST, "dispatch": dispatch})
+    assert policy == Policy.parse(SMALLEST)
+    assert startup == Startup(dispatch=dispatch)
+
+
+def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:
+    assert parse_key(SMALLEST) == (Policy.parse(SMALLEST), Startup())
+    assert parse_key(Policy.parse(SMALLEST))[1].dispatch == "allgather"
+    assert not set(Startup.model_fields) & set(Policy.model_fields)
+
+
+def test_a_wrong_startup_value_names_what_is_allowed() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_key({**SMALLEST, "dispatch": "deepep"})
+    assert str(caught.value).startswith("sere.dispatch = 'deepep': ")
+    assert "'allgather' or 'all_to_all'" in str(caught.value)
+
+
+def test_a_policy_holds_nothing_of_the_start() -> None:
+    message = refusal_of("dispatch", "all_to_all")
+    assert "when an engine starts" in message
+    assert "leave it out" in message
+
+
+def test_a_misspelt_startup_key_is_recognised() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_key({**SMALLEST, "dispach": "all_to_all"})
+    assert "did you mean 'dispatch'?" in str(caught.value)
 
 
 def test_examples() -> None:

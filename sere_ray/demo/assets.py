@@ -11,6 +11,12 @@ CALIBRATION = _HERE / "data" / "calibration.jsonl"
 """Text of the training part, for similarity."""
 
 
+def model_config() -> dict[str, Any]:
+    """The demo model's ``config.json``."""
+    config: dict[str, Any] = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def heldout_texts() -> list[str]:
     """Source of standard-library modules that the model never saw."""
     return [record["text"] for record in _records("heldout.jsonl")]

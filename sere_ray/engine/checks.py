@@ -7,7 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.config import Policy
+from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import ArtifactError, UnsupportedError
 from sere_ray.kernel.compiler import check_compiler
 
@@ -23,24 +23,27 @@ def sere_config(vllm_config: Any) -> object | None:
     return additional.get(KEY) if isinstance(additional, dict) else None
 
 
-def check_config(vllm_config: Any) -> tuple[Policy, SimilarityArtifact]:
+def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]:
     """Everything that can be known before the model loads.
 
     Args:
         vllm_config: vLLM's complete configuration, with the ``sere`` key.
 
     Returns:
-        The policy and the artifact, both valid for the configured model.
+        The policy, what else the key holds, and the artifact; valid for the configured model.
 
     Raises:
         PolicyError: a key is unknown, misspelt or out of range.
         ArtifactError: the artifact is missing, damaged or of another model.
         UnsupportedError: the vLLM version, platform, model or another option cannot work.
     """
-    policy = Policy.parse(sere_config(vllm_config))
+    policy, startup = parse_key(sere_config(vllm_config))
     check_vllm_version(installed_vllm())
     check_options(vllm_config)
+    if startup.dispatch == "all_to_all":
+        check_all_to_all(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
+        check_cuda_policy(policy)
         check_compiler()
     model = vllm_config.model_config
     if not model.is_moe:
@@ -62,7 +65,20 @@ def check_config(vllm_config: Any) -> tuple[Policy, SimilarityArtifact]:
         path=policy.similarity,
     )
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
-    return policy, artifact
+    return policy, startup, artifact
+
+
+def check_cuda_policy(policy: Policy) -> None:
+    """Refuse what the CUDA kernel does not compute.
+
+    Raises:
+        UnsupportedError: names the key.
+    """
+    if policy.prefer_local_rank is not None:
+        raise UnsupportedError(
+            f"sere.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot choose "
+            "stand-ins by rank yet, a CPU engine can; only null is allowed on a GPU: leave it out"
+        )
 
 
 def check_options(vllm_config: Any) -> None:
@@ -135,6 +151,42 @@ def check_options(vllm_config: Any) -> None:
     for is_refused, what, remedy in refused:
         if is_refused:
             raise UnsupportedError(f"sere: {what}; {remedy}")
+
+
+def check_all_to_all(vllm_config: Any) -> None:
+    """Refuse ``dispatch: all_to_all`` where no rows are dispatched, or not by it.
+
+    Raises:
+        UnsupportedError: names the option, its value and what to do.
+    """
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    leaves_graphs = "vllm::moe_forward" in (compilation.splitting_ops or [])
+    mode = compilation.cudagraph_mode
+    refused = [
+        (
+            parallel.data_parallel_size == 1 or not parallel.enable_expert_parallel,
+            f"data_parallel_size = {parallel.data_parallel_size} with enable_expert_parallel = "
+            f"{parallel.enable_expert_parallel}: no rows travel between ranks",
+            "use it with data_parallel_size > 1 and enable_expert_parallel, or leave it out",
+        ),
+        (
+            parallel.all2all_backend != "allgather_reducescatter",
+            f"all2all_backend = {parallel.all2all_backend!r}: it takes the place of vLLM's "
+            "'allgather_reducescatter'",
+            "choose one of the two",
+        ),
+        (
+            not on_cpu and (mode.has_full_cudagraphs() or (bool(mode) and not leaves_graphs)),
+            f"cudagraph_mode = {mode.name if mode else mode}: the host waits for row counts in "
+            "every layer, which a captured graph cannot hold",
+            "add enforce_eager = True, or piecewise graphs with 'vllm::moe_forward' and "
+            "'vllm::moe_forward_shared' among splitting_ops",
+        ),
+    ]
+    for is_refused, what, remedy in refused:
+        if is_refused:
+            raise UnsupportedError(f"sere.dispatch = 'all_to_all': {what}; {remedy}")
 
 
 def installed_vllm() -> str:

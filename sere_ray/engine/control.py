@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from sere_ray.config import Policy
+from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
 
 
 class Engine(Protocol):
@@ -42,3 +43,25 @@ def experts_read(counters: dict[str, Any], field: str) -> float:
     per_layer: list[int] = decode[field]
     steps: int = max(decode["steps"], 1)
     return sum(per_layer) / len(per_layer) / steps
+
+
+def dispatch_report(counters: dict[str, Any], kind: str = "decode_only") -> dict[str, Any]:
+    """Bytes, destination ranks and experts read of one rank's dispatch, over all layers.
+
+    Args:
+        counters: of :func:`read_counters`, of an engine with ``dispatch: all_to_all``.
+        kind: ``decode_only`` or ``mixed``.
+
+    Returns:
+        See :func:`sere_ray.dispatch.mean_report`.
+
+    Raises:
+        KeyError: the engine dispatches otherwise.
+    """
+    of_group, of_kind = counters["dispatch"], counters[kind]["dispatch"]
+    return mean_report(
+        [sum(of_kind[name]) for name in DISPATCH_COUNTS],
+        calls=sum(of_kind["calls"]),
+        ranks=of_group["ranks"],
+        row_bytes=of_group["row_bytes"],
+    )

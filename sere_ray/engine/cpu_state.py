@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.state import DECODE_ONLY, EngineState
-from sere_ray.rules import REROUTABLE, RuleCounts
+from sere_ray.rules import NO_RANK, REROUTABLE, LocalRanks, RuleCounts
 from sere_ray.rules.sere_cpu import StepCounts, reroute_and_count
 
 
@@ -23,9 +23,12 @@ class CpuState(EngineState):
 
     Attributes:
         max_rows: most rows of a forward pass.
+        owner: decoder layer index -> ``[E]`` int64, the rank that holds each expert; no entry
+            where one rank holds them all.
     """
 
     max_rows: int
+    owner: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Allocate everything a step writes to, and compile the rule."""
@@ -35,7 +38,20 @@ class CpuState(EngineState):
         self.counters = np.zeros((2, len(self.layers), len(RuleCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.decode_rows = 0
-        _compile_rule(self.top_k)
+        _compile_rule(self.top_k, local=False)
+        self.apply_policy()
+
+    def apply_policy(self) -> None:
+        """Compile what the policy needs now, so that no step waits for it."""
+        if self.bound.prefer_local_rank is not None:
+            _compile_rule(self.top_k, local=True)
+
+    def home_rank(self) -> int:
+        """The rank of every row here: none, since tensor-parallel ranks hold the same rows.
+
+        All of them must give the same ids, so none may prefer itself.
+        """
+        return NO_RANK
 
     @contextmanager
     def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:
@@ -65,7 +81,7 @@ class CpuState(EngineState):
         if self.bound.mode == "off" or not self.has_decode_row():
             return topk_ids.clone()
         kinds = self.row_kind[: topk_ids.shape[0]]
-        new_ids, counts = self.apply_rule(topk_ids, topk_weights, self.similarity[layer], kinds)
+        new_ids, counts = self.apply_rule(layer, topk_ids, topk_weights, kinds)
         self.counters[self.current_kind, self.position[layer]] += counts
         return new_ids if self.bound.mode == "on" else topk_ids.clone()
 
@@ -74,18 +90,24 @@ class CpuState(EngineState):
         return self.decode_rows > 0
 
     def apply_rule(
-        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """New ids of a layer, and what changed."""
-        numbers = self.rule_numbers()
-        return reroute_and_count(topk_ids, topk_weights, similarity, kinds, **numbers)
+        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        return reroute_and_count(topk_ids, topk_weights, self.similarity[layer], kinds, **arguments)
 
-    def rule_numbers(self) -> dict[str, Any]:
-        """S, rho and m of the policy, as the rule takes them."""
+    def rule_arguments(self, layer: int, num_rows: int) -> dict[str, Any]:
+        """The policy as the rule takes it, for that many rows of this layer."""
+        tolerance, owner = self.bound.prefer_local_rank, self.owner.get(layer)
+        local = None
+        if tolerance is not None and owner is not None:
+            home = torch.full((num_rows,), self.home_rank(), dtype=torch.int64, device="cpu")
+            local = LocalRanks(owner, home, tolerance)
         return {
             "select_top_k": self.bound.select_top_k,
             "threshold": self.bound.threshold,
             "min_primary_experts": self.bound.min_primary_experts,
+            "local": local,
         }
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
@@ -104,9 +126,10 @@ def active_state() -> CpuState | None:
     return _active.get()
 
 
-def _compile_rule(top_k: int) -> None:
+def _compile_rule(top_k: int, *, local: bool) -> None:
     """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
     ids = torch.zeros((1, top_k), dtype=torch.int32)
+    zero = torch.zeros(1, dtype=torch.int64)
     reroute_and_count(
         ids,
         ids.float(),
@@ -115,4 +138,5 @@ def _compile_rule(top_k: int) -> None:
         select_top_k=1,
         threshold=None,
         min_primary_experts=0,
+        local=LocalRanks(zero, zero, 0.0) if local else None,
     )

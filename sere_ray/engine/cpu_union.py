@@ -33,11 +33,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.config import Policy
+from sere_ray.config import Policy, Startup
+from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_state import CpuState
+from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
 from sere_ray.engine.state import DECODE_ONLY, MIXED, Wrap, find_state
 from sere_ray.errors import PolicyError
-from sere_ray.rules import EXACT
+from sere_ray.rules import EXACT, PADDING
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
 
 
@@ -61,9 +63,11 @@ class UnionCpuState(CpuState):
 
     Attributes:
         group: the expert-parallel group, one rank per data-parallel rank.
+        greeting: how to name ranks that are gone; None leaves torch's errors as they are.
     """
 
     group: dist.ProcessGroup
+    greeting: Greeting | None = None
 
     def __post_init__(self) -> None:
         """Number the first policy 0."""
@@ -74,6 +78,9 @@ class UnionCpuState(CpuState):
         self.agreed = False
         self.group_decodes = False
         self.has_exact_row = False
+        self.meter: DispatchMeter | None = None
+        if self.startup.dispatch == "all_to_all":
+            self.meter = DispatchMeter(len(self.layers), torch.device("cpu"))
 
     def set_policy(self, value: object) -> Policy:
         """Set the policy from the first pass on before which every rank was told.
@@ -91,6 +98,10 @@ class UnionCpuState(CpuState):
         self.bound = running
         return policy
 
+    def home_rank(self) -> int:
+        """See the base class; every rank has rows of its own."""
+        return dist.get_rank(self.group)
+
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """See the base class; ranks talk later, in the first layer, where all are in step."""
         super().begin(kinds)
@@ -101,6 +112,10 @@ class UnionCpuState(CpuState):
         """See the base class; a collective call."""
         if not self.agreed:
             self._agree()
+        if self.meter is not None:
+            is_padding = self.row_kind[: topk_ids.shape[0]] == PADDING
+            counter = (self.current_kind, self.position[layer]) if self.has_decode_row() else None
+            self.meter.routed = Routed(topk_ids, is_padding, counter)
         return super().reroute(layer, topk_ids, topk_weights)
 
     def has_decode_row(self) -> bool:
@@ -108,14 +123,36 @@ class UnionCpuState(CpuState):
         return super().has_decode_row() if self.bound.union == "local" else self.group_decodes
 
     def apply_rule(
-        self, topk_ids: Tensor, topk_weights: Tensor, similarity: Tensor, kinds: Tensor
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """See the base class; collective where the union is over all ranks."""
         if self.bound.union == "local":
-            return super().apply_rule(topk_ids, topk_weights, similarity, kinds)
+            return super().apply_rule(layer, topk_ids, topk_weights, kinds)
+        similarity = self.similarity[layer]
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
-        dist.all_reduce(ranks, dist.ReduceOp.MIN, group=self.group)
-        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **self.rule_numbers())
+        self._take_minimum(ranks)
+        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
+
+    def loaded(self) -> None:
+        """See the base class: put the all-to-all in."""
+        if self.meter is not None:
+            replace_dispatch(self.attached, self.owner, self.meter, self.group, self.greeting)
+
+    def read_counters(self, *, reset: bool) -> dict[str, Any]:
+        """See the base class; with ``dispatch: all_to_all`` also what it moved.
+
+        Returns:
+            As the base class, and ``"dispatch": {"ranks", "row_bytes"}`` at the top; under each
+            step kind ``"dispatch"``, see :meth:`DispatchMeter.read`. It counts what the other
+            counters of a kind count.
+        """
+        report = super().read_counters(reset=reset)
+        if self.meter is not None:
+            report["dispatch"] = {"ranks": self.meter.ranks, "row_bytes": self.meter.row_bytes}
+            kinds = self.meter.read(reset=reset)
+            report["decode_only"]["dispatch"], report["mixed"]["dispatch"] = kinds
+        return report
 
     def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
         """Count a step on all ranks if it decodes a row on one of them."""
@@ -135,7 +172,7 @@ class UnionCpuState(CpuState):
             int(not self.has_exact_row),
         )
         fields = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        dist.all_reduce(fields, dist.ReduceOp.MIN, group=self.group)
+        self._take_minimum(fields)
         common = Header(*fields.tolist())
         self._check(common)
         self.policies = {v: p for v, p in self.policies.items() if v >= common.version}
@@ -144,6 +181,10 @@ class UnionCpuState(CpuState):
         if self.bound.union == "global":
             self.current_kind = DECODE_ONLY if common.no_exact_row else MIXED
         self.agreed = True
+
+    def _take_minimum(self, numbers: Tensor) -> None:
+        with naming_missing_ranks(self.group, self.greeting):
+            dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
 
     def _check(self, common: Header) -> None:
         """Raise on every rank alike, so that none is left waiting."""
@@ -157,14 +198,22 @@ class UnionCpuState(CpuState):
 
 
 def make_state(
-    vllm_config: Any, policy: Policy, artifact: SimilarityArtifact, top_k: int, max_rows: int
+    vllm_config: Any,
+    policy: Policy,
+    startup: Startup,
+    artifact: SimilarityArtifact,
+    top_k: int,
+    max_rows: int,
 ) -> CpuState:
     """The state of a CPU engine: with tensor parallelism alone every rank sees every row."""
     if vllm_config.parallel_config.data_parallel_size == 1:
-        return CpuState(policy, artifact, top_k, max_rows)
+        return CpuState(policy, artifact, top_k, max_rows, startup=startup)
     from vllm.distributed import get_ep_group
 
-    return UnionCpuState(policy, artifact, top_k, max_rows, get_ep_group().device_group)
+    ranks = get_ep_group()
+    greeting = Greeting(ranks.cpu_group, group_timeout(vllm_config))
+    group = ranks.device_group
+    return UnionCpuState(policy, artifact, top_k, max_rows, group, greeting, startup=startup)
 
 
 def install(wrap: Wrap) -> None:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.config import Policy
+from sere_ray.engine.checks import check_cuda_policy
 from sere_ray.engine.state import EngineState, Routing
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.launcher import (
@@ -74,6 +76,10 @@ class CudaState(EngineState):
     ) -> RuleKernel:
         """The kernel for ids of this type; where it chooses them, from logits of that type."""
         return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
+
+    def check_supported(self, policy: Policy) -> None:
+        """See the base class."""
+        check_cuda_policy(policy)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""

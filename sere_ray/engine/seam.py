@@ -29,7 +29,9 @@ BaseRouter subclass of each instance   ``_compute_routing`` ends in re-routing, 
                                        ``sere_ray::reroute``, on a GPU by a launch in place.
                                        Remove: as for MoERunner.
 base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
-loading                                checkpoint's values. Remove: a hook after weight loading.
+loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
+                                       take vLLM's all-gather out of each layer's kernel, see
+                                       ``dispatch.py``. Remove: a hook after weight loading.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name. Remove:
                                        ``worker_extension_cls`` takes several classes.
 =====================================  ==========================================================
@@ -132,12 +134,12 @@ def _get_state(vllm_config: Any) -> EngineState:
 
 
 def _make_state(vllm_config: Any) -> EngineState:
-    policy, artifact = check_config(vllm_config)
+    policy, startup, artifact = check_config(vllm_config)
     top_k = vllm_config.model_config.get_num_experts_per_tok()
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     if vllm_config.device_config.device_type == "cpu":
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
-        return cpu_union.make_state(vllm_config, policy, artifact, top_k, max_rows)
+        return cpu_union.make_state(vllm_config, policy, startup, artifact, top_k, max_rows)
     device = torch.device("cuda", torch.cuda.current_device())
     logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
     num_experts = vllm_config.model_config.get_num_experts()
@@ -164,6 +166,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     check_routes_outside_kernel(runner.layer_name, runner.is_monolithic, backend)
     if isinstance(state, CpuState) and vllm_config.parallel_config.enable_expert_parallel:
         cpu_expert_parallel.prepare_layer(runner, kernel)
+        state.owner[layer] = cpu_expert_parallel.expert_owner(runner)
     if not isinstance(runner.router, BaseRouter):
         raise UnsupportedError(
             f"sere: layer {runner.layer_name!r} has its own router "
@@ -200,10 +203,12 @@ def _check_loaded(
     original: Callable[..., Any], model: Any, model_config: Any, *args: Any, **kwargs: Any
 ) -> None:
     modules = set(model.modules())
-    for state in all_states():
-        if modules.intersection(state.attached.values()):
-            _check_router_weights(state, model)
+    states = [s for s in all_states() if modules.intersection(s.attached.values())]
+    for state in states:
+        _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
+    for state in states:
+        state.loaded()
 
 
 def _check_router_weights(state: EngineState, model: Any) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.config import Policy
+from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import PolicyError
 from sere_ray.rules import REROUTABLE, RuleCounts
 
@@ -42,6 +42,7 @@ class EngineState(ABC):
         policy: what the user wrote, last validated.
         artifact: the similarity artifact.
         top_k: K of the model.
+        startup: what the engine was started with and keeps.
         layers: decoder layer indices, in the order of the counters.
         attached: decoder layer index -> vLLM's runner of that layer.
         totals: host-side totals by step kind.
@@ -50,6 +51,7 @@ class EngineState(ABC):
     policy: Policy
     artifact: SimilarityArtifact
     top_k: int
+    startup: Startup = field(default_factory=Startup, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
     totals: tuple[StepTotals, StepTotals] = field(init=False)
 
@@ -64,8 +66,18 @@ class EngineState(ABC):
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
         """``[2, layers, 4]``: step kind, layer, fields of :class:`RuleCounts`."""
 
+    def check_supported(self, policy: Policy) -> None:  # noqa: B027  (a CPU runs every policy)
+        """Refuse a policy that this path cannot run.
+
+        Raises:
+            UnsupportedError: names the key.
+        """
+
     def apply_policy(self) -> None:  # noqa: B027  (nothing to do where the policy is read per call)
         """Make ``self.bound`` the policy of everything that is computed from now on."""
+
+    def loaded(self) -> None:  # noqa: B027
+        """Do what is left to do once the model's weights are loaded."""
 
     def step_kind(self, kinds: NDArray[np.int8]) -> int:
         """Counter row of a step with these row kinds."""
@@ -88,14 +100,23 @@ class EngineState(ABC):
         """Validate a policy for this engine.
 
         Raises:
-            PolicyError: it is not valid, or names another artifact.
+            PolicyError: it is not valid, names another artifact or another setting of the start.
+            UnsupportedError: this path cannot run it.
         """
-        policy = Policy.parse(value)
+        policy, startup = parse_key(value)
+        for key in startup.model_fields_set:
+            new, running = getattr(startup, key), getattr(self.startup, key)
+            if new != running:
+                raise PolicyError(
+                    f"sere.{key} = {new!r}: a running engine keeps what it was started with "
+                    f"({running!r}); restart it to change it"
+                )
         if policy.similarity != self.policy.similarity:
             raise PolicyError(
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
                 f"({self.policy.similarity!r}); restart it to use another one"
             )
+        self.check_supported(policy)
         policy.for_model(top_k=self.top_k)
         return policy
 
@@ -103,7 +124,8 @@ class EngineState(ABC):
         """Replace the policy between two steps.
 
         Raises:
-            PolicyError: the new policy is not valid, or names another artifact. The old one stays.
+            PolicyError: as for :meth:`check_policy`. The old policy stays.
+            UnsupportedError: likewise.
         """
         policy = self.check_policy(value)
         self.bound = policy.for_model(top_k=self.top_k)

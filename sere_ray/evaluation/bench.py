@@ -1,16 +1,25 @@
-"""The step-time benchmark as a command: checks, result file, profile."""
+"""Benchmarks as commands: checks, settings, result files."""
 
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
+from sere_ray.artifact import SimilarityArtifact
+from sere_ray.calibration import calibrate
+from sere_ray.config import BoundPolicy, Policy
+from sere_ray.demo import assets
+from sere_ray.demo.quality import SEQUENCES
+from sere_ray.demo.settings import TOP_K, bound
 from sere_ray.errors import SereError
+from sere_ray.evaluation.dispatch import Setting, measure_dispatch
 from sere_ray.evaluation.engines import on_gpu
 from sere_ray.evaluation.kernels import profile_arms
 from sere_ray.evaluation.models import get_model
 from sere_ray.evaluation.routing import ROUTERS, Router
 from sere_ray.evaluation.step_time import ROW_KEY, Bench, Plan, measure
+from sere_ray.progress import progress
 from sere_ray.results import check_continues, load_result, write_result
 
 
@@ -76,3 +85,70 @@ def run_step_time(
             write_result(profile, {"rows": profile_arms(bench, router, profile_batch)})
 
     measure(plan, console=console, save=save, then=write_profile)
+
+
+def run_dispatch(
+    out: Path,
+    *,
+    group_sizes: list[int],
+    rows_per_rank: int,
+    tolerances: list[float],
+    similarity: Path | None,
+    console: Console,
+) -> None:
+    """Measure what travels between ranks, and write the result.
+
+    Args:
+        out: the result file; replaced in one step.
+        group_sizes: numbers of ranks, each a process.
+        rows_per_rank: decode rows of every rank.
+        tolerances: values of ``prefer_local_rank`` beside null.
+        similarity: artifact of the demo model; None calibrates one first.
+        console: where progress goes.
+
+    Raises:
+        SereError: there is too little held-out text for that many rows, or an artifact is wrong.
+    """
+    for size in group_sizes:
+        if size * rows_per_rank > SEQUENCES:
+            raise SereError(
+                f"--rows-per-rank = {rows_per_rank}: {size} ranks need {size * rows_per_rank} "
+                f"held-out texts and there are {SEQUENCES}; give fewer rows or ranks"
+            )
+    artifact = _demo_artifact(similarity, console)
+    variants = [(TOP_K, None), *((size, t) for size in (2, 1) for t in (None, *tolerances))]
+    settings = [
+        Setting(size, _demo_policy(select_top_k, tolerance))
+        for size in group_sizes
+        for select_top_k, tolerance in variants
+    ]
+    with progress(console, len(settings), task="dispatch", unit="settings") as advance:
+        rows = measure_dispatch(settings, artifact.layers, rows_per_rank, lambda: advance(1))
+    write_result(
+        out, {"model": "demo", "per": "MoE layer and decode step, all ranks", "rows": rows}
+    )
+
+
+def _demo_policy(select_top_k: int, prefer_local_rank: float | None) -> BoundPolicy:
+    keys = {"select_top_k": select_top_k, "prefer_local_rank": prefer_local_rank}
+    return bound(Policy.parse({"similarity": "-", **keys}))
+
+
+def _demo_artifact(path: Path | None, console: Console) -> SimilarityArtifact:
+    if path is not None:
+        artifact = SimilarityArtifact.load(path)
+        config = assets.model_config()
+        artifact.check_model(
+            architecture=config["architectures"][0],
+            num_experts=config["num_experts"],
+            top_k=TOP_K,
+            path=str(path),
+        )
+        return artifact
+    with tempfile.TemporaryDirectory(prefix="sere-dispatch-") as folder:
+        return calibrate(
+            str(assets.MODEL),
+            data=str(assets.CALIBRATION),
+            out=Path(folder) / "demo.safetensors",
+            console=console,
+        )

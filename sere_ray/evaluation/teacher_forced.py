@@ -6,10 +6,10 @@ are exact (prefill), every later position is one decode step whose batch is the 
 position. KV entries are the re-routed ones, as they would be in a server.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sere_ray.calibration.collect import MoELayer, find_moe_layers
 from sere_ray.config import BoundPolicy
-from sere_ray.rules import REROUTABLE
+from sere_ray.rules import REROUTABLE, LocalRanks
 from sere_ray.rules.sere_cpu import reroute_and_count
 
 
@@ -31,6 +31,19 @@ class Reads:
     experts_after: int = 0
 
 
+class LayerRows(NamedTuple):
+    """What one layer computed: D decode steps of B rows."""
+
+    hidden_states: Tensor
+    """``[D, B, H]``, its input."""
+    gate_ids: Tensor
+    """``[D, B, K]``, before the rule."""
+    topk_ids: Tensor
+    """``[D, B, K]``, after it."""
+    topk_weights: Tensor
+    """``[D, B, K]``."""
+
+
 @dataclass
 class Rerouter:
     """Applies a policy to the rows of one batch inside a Hugging Face model.
@@ -39,11 +52,17 @@ class Rerouter:
         policy: the rule's numbers; mode ``off`` and ``observe`` leave the model exact.
         similarity: decoder layer index -> ``float32 [E, E]``.
         prompt_tokens: positions before this one are exact.
+        owner: ``[E]`` int64, rank of every expert, where the rows are those of several ranks.
+        home: ``[B]`` int64, rank of every row, likewise.
+        on_layer: takes every layer's rows, of decode steps alone.
     """
 
     policy: BoundPolicy
     similarity: Mapping[int, Tensor]
     prompt_tokens: int
+    owner: Tensor | None = None
+    home: Tensor | None = None
+    on_layer: Callable[[int, LayerRows], None] | None = None
     reads: Reads = field(default_factory=Reads)
     _shape: tuple[int, int] = (0, 0)
 
@@ -66,9 +85,22 @@ class Rerouter:
         def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden_states, topk_ids, topk_weights = arguments
             new_ids = self._reroute(layer, topk_ids, topk_weights)
+            if self.on_layer is not None:
+                fields = (hidden_states, topk_ids, new_ids, topk_weights)
+                self.on_layer(layer, LayerRows(*map(self._decode_steps, fields)))
             return (hidden_states, new_ids, topk_weights)
 
         return change_choice
+
+    def _decode_steps(self, rows: Tensor) -> Tensor:
+        """``[D, B, n]`` of ``[B * L, n]``."""
+        return rows.view(*self._shape, -1)[:, self.prompt_tokens :].transpose(0, 1).contiguous()
+
+    def _local_ranks(self) -> LocalRanks | None:
+        tolerance = self.policy.prefer_local_rank
+        if tolerance is None or self.owner is None or self.home is None:
+            return None
+        return LocalRanks(self.owner, self.home, tolerance)
 
     def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         batch, length = self._shape
@@ -84,6 +116,7 @@ class Rerouter:
                 select_top_k=self.policy.select_top_k,
                 threshold=self.policy.threshold,
                 min_primary_experts=self.policy.min_primary_experts,
+                local=self._local_ranks(),
             )
             self.reads.layer_steps += 1
             self.reads.experts_before += counts.experts_before

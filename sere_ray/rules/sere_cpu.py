@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.rules.local_rank import LocalRanks
 from sere_ray.rules.sere import UNNAMED, check_slots
 
 
@@ -36,12 +37,26 @@ def reroute_and_count(
     select_top_k: int,
     threshold: float | None,
     min_primary_experts: int,
+    local: LocalRanks | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Apply the rule and count; arguments as for :func:`sere_ray.reroute`, all on the CPU.
+
+    With ``local`` it is the variant :func:`sere_ray.rules.reroute_local`.
 
     Returns:
         ``[T, K]`` new tensor of the dtype of ``topk_ids``, and what changed.
     """
+    if local is not None:
+        return reroute_by_ranks(
+            topk_ids,
+            lowest_ranks(topk_ids, topk_weights, row_kind, similarity.shape[0]),
+            similarity,
+            row_kind,
+            select_top_k=select_top_k,
+            threshold=threshold,
+            min_primary_experts=min_primary_experts,
+            local=local,
+        )
     check_slots(topk_ids.shape[1])
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
     counts = _loops().reroute(
@@ -82,8 +97,11 @@ def reroute_by_ranks(
     select_top_k: int,
     threshold: float | None,
     min_primary_experts: int,
+    local: LocalRanks | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Steps 3 to 5 for these rows; equals ``plan_from_ranks`` and ``apply_plan``.
+
+    With ``local`` it is ``apply_plan_local`` instead.
 
     Args:
         topk_ids: ``[T, K]``.
@@ -93,18 +111,23 @@ def reroute_by_ranks(
         select_top_k: S.
         threshold: rho.
         min_primary_experts: m.
+        local: placement of the experts and home ranks of these rows.
 
     Returns:
         New ids, and what changed: experts are those of all ranks, slots those of these rows.
     """
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
-    counts = _loops().apply_ranks(
+    arguments = (
         new_ids.numpy(),
         ranks.numpy(),
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
     )
+    if local is None:
+        return new_ids, StepCounts(*_loops().apply_ranks(*arguments))
+    owner, home = local.owner.numpy(), local.home.numpy()
+    counts = _loops().apply_ranks_local(*arguments, owner, home, np.float32(local.tolerance))
     return new_ids, StepCounts(*counts)
 
 

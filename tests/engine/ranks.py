@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import queue
+import time
 from contextlib import suppress
 
 RANKS = 2
@@ -15,8 +16,14 @@ TIME_LIMIT = 150
 """Seconds until a rank that hangs writes where, and dies."""
 
 
-def run_ranks(target, *arguments, time_limit=TIME_LIMIT):
+def run_ranks(target, *arguments, time_limit=TIME_LIMIT, lost=()):
     """Call ``target(rank, *arguments)`` in a process for each rank.
+
+    Args:
+        target: a function of a module.
+        arguments: of it.
+        time_limit: seconds a rank may take.
+        lost: ranks that will not answer; they may hang. The others must end by themselves.
 
     Returns:
         What each call returns, by rank. Fails if one raises or hangs.
@@ -31,19 +38,20 @@ def run_ranks(target, *arguments, time_limit=TIME_LIMIT):
         process.start()
     try:
         found = {}
-        while len(found) < RANKS:
+        while len(found) < RANKS - len(lost):
             rank, value = results.get(timeout=time_limit + 10)
             assert not isinstance(value, str), f"rank {rank}:\n{value}"
             found[rank] = value
-        for process in processes:
-            process.join(30)
+        for rank in found:
+            processes[rank].join(30)
+            assert processes[rank].exitcode is not None, f"rank {rank} does not end"
     except queue.Empty:
         raise AssertionError("a rank hangs; its stack is in the captured output") from None
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
                 process.kill()
-    return [found[rank] for rank in range(RANKS)]
+    return [found[rank] for rank in sorted(found)]
 
 
 def _run(target, rank, arguments, results, time_limit):
@@ -96,6 +104,35 @@ def run_rounds(rank, port, folder, options, rounds):
                 {"answers": answers, "counters": read_counters(engine), "calls": list(calls)}
             )
     return report
+
+
+def lose_rank(rank, port, folder, options, request, how, lost):
+    """An engine of one rank; the lost one gets a signal in the middle of its 30th layer.
+
+    Returns:
+        Message and seconds of the failure at a rank that is left.
+    """
+    _choose_rank(rank, port)
+    from sere_ray.dispatch import AllToAll, MissingRankError
+    from tests.engine.conftest import generate, running_engine
+
+    dispatch, calls = AllToAll.dispatch, []
+
+    def dispatch_or_die(*arguments, **keywords):
+        calls.append(time.monotonic())
+        if rank == lost and len(calls) == 30:
+            os.kill(os.getpid(), how)
+        return dispatch(*arguments, **keywords)
+
+    with running_engine(folder, **options) as engine:
+        generate(engine, [request], tokens=2)  # first calls compile
+        calls.clear()
+        AllToAll.dispatch = dispatch_or_die
+        try:
+            generate(engine, [request], tokens=40)
+        except MissingRankError as error:
+            return str(error), time.monotonic() - calls[-1]
+    return "nothing was raised", 0.0
 
 
 def _choose_rank(rank, port):

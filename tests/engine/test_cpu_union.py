@@ -1,12 +1,19 @@
 """What data-parallel ranks of a CPU engine exchange, in two gloo processes without an engine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
 from sere_ray.config import Policy
-from sere_ray.engine.cpu_expert_parallel import _drop_foreign_slots, gather_rows, reduce_rows
+from sere_ray.engine.cpu_expert_parallel import (
+    _drop_foreign_slots,
+    expert_owner,
+    gather_rows,
+    reduce_rows,
+)
 from sere_ray.engine.cpu_union import UnionCpuState
 from sere_ray.errors import PolicyError
 from sere_ray.rules import EXACT, PADDING, reroute
@@ -48,6 +55,21 @@ def exchange_rows(rank, port, sizes, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_uneven_ranks(dtype):
     assert run_ranks(exchange_rows, free_port(), [(3, 3), (1, 4), (0, 2), (5, 0), (0, 0)], dtype)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "placement", "owner"),
+    [
+        (3, "linear", [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        (3, "round_robin", [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]),
+        (1, "linear", [0] * 10),
+    ],
+)
+def test_owner_of_each_expert(ranks, placement, owner):
+    """vLLM gives experts that are left over to the first ranks."""
+    manager = SimpleNamespace(global_num_experts=10, ep_size=ranks, placement_strategy=placement)
+    runner = SimpleNamespace(routed_experts=SimpleNamespace(expert_map_manager=manager))
+    assert expert_owner(runner).tolist() == owner
 
 
 def test_foreign_slots_never_reach_the_kernel():

@@ -111,6 +111,41 @@ def test_cpu_layers_are_called_through_a_replaceable_entry():
     assert "torch.ops.vllm.moe_forward_shared" in source(runner._select_forward)
 
 
+def test_kernels_are_made_of_a_back_end_and_experts():
+    """`dispatch.py` puts its own back end beside the same experts."""
+    from vllm.model_executor.layers.fused_moe import all2all_utils, modular_kernel
+
+    kernel = modular_kernel.FusedMoEKernel
+    assert parameters(kernel.__init__) == ["self", "prepare_finalize", "fused_experts"]
+    implementation = source(modular_kernel.FusedMoEKernelModularImpl)
+    assert "self.prepare_finalize.prepare(" in implementation
+    assert "self.prepare_finalize.finalize(" in implementation
+    assert "if M_full == 0:" in implementation  # a rank that no row reaches
+    back_end = modular_kernel.FusedMoEPrepareAndFinalizeModular
+    assert parameters(back_end.prepare) == [
+        "self",
+        "a1",
+        "topk_weights",
+        "topk_ids",
+        "num_experts",
+        "expert_map",
+        "apply_router_weight_on_input",
+        "quant_config",
+        "defer_input_quant",
+    ]
+    assert parameters(back_end.finalize) == [
+        "self",
+        "output",
+        "fused_expert_output",
+        "topk_weights",
+        "topk_ids",
+        "apply_router_weight_on_input",
+        "weight_and_reduce_impl",
+    ]
+    made = source(all2all_utils.maybe_make_prepare_finalize)
+    assert "moe.use_ag_rs_all2all_kernels and allow_new_interface" in made
+
+
 def test_a_pass_runs_on_all_ranks_or_on_none():
     """What the exchange of `cpu_union` counts on: passes are agreed on before layers are."""
     runner = gpu_model_runner.GPUModelRunner

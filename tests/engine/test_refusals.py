@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sere_ray.config import Policy
 from sere_ray.engine import checks
 from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
@@ -38,7 +39,7 @@ def moe(checkpoint):
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
         ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere'"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
-        ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "only null"]),
+        ({"prefer_local_rank": 2}, ["sere.prefer_local_rank = 2", "less than or equal to 1"]),
     ],
 )
 def test_policy_mistakes(moe, has_words, changes, words):
@@ -216,6 +217,14 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     has_words(str(error.value), *words)
 
 
+def test_a_policy_that_the_cuda_kernel_does_not_compute(has_words):
+    policy = {"similarity": "a.safetensors", "select_top_k": 1}
+    checks.check_cuda_policy(Policy.parse(policy))
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_cuda_policy(Policy.parse({**policy, "prefer_local_rank": 0.1}))
+    has_words(str(error.value), "prefer_local_rank = 0.1", "CUDA kernel", "only null", "leave it")
+
+
 @pytest.mark.parametrize("kernel", ["CPUExpertsFp8", "CPUExpertsInt8"])
 def test_quantised_experts_across_ranks_of_a_cpu(kernel, has_words):
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -261,8 +270,10 @@ def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_wo
             (sere_key(moe, select_top_k=9), ["select_top_k = 9", "1..4"]),
             (sere_key(moe, similarity="/other.safetensors"), ["/other.safetensors", "restart"]),
             ({**sere_key(moe), "tresh": 1}, ["sere.tresh"]),
+            (sere_key(moe, dispatch="all_to_all"), ["'all_to_all'", "'allgather'", "restart it"]),
         ):
             with pytest.raises(PolicyError) as error:
                 engine.collective_rpc("sere_set_policy", args=(policy,))
             has_words(str(error.value), *words)
         assert read_counters(engine)["policy"]["select_top_k"] == 1
+        engine.collective_rpc("sere_set_policy", args=(sere_key(moe, dispatch="allgather"),))

@@ -71,6 +71,13 @@ class CudaState(EngineState):
         """Copy the policy's numbers to the device, behind every step launched so far."""
         self.settings.write(self.bound, top_k=self.top_k, num_experts=self.num_experts)
 
+    def apply_artifact(self) -> None:
+        """Copy the matrices to where captured graphs read them, behind every step launched."""
+        for layer, tables in self.tables.items():
+            new = LayerTables.build(self.artifact.layers[layer], self.device)
+            for old_values, values in zip(tables, new, strict=True):
+                old_values.copy_(values)
+
     def begin_step(self, kinds: NDArray[np.int8]) -> None:
         """Row kinds of the pass that is launched next on this stream.
 

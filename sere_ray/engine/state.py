@@ -67,6 +67,10 @@ class EngineState(ABC):
     def apply_policy(self) -> None:  # noqa: B027  (nothing to do where the policy is read per call)
         """Make ``self.bound`` the policy of everything that is computed from now on."""
 
+    @abstractmethod
+    def apply_artifact(self) -> None:
+        """Make ``self.artifact`` that of everything that is computed from now on."""
+
     def step_kind(self, kinds: NDArray[np.int8]) -> int:
         """Counter row of a step with these row kinds."""
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
@@ -84,20 +88,31 @@ class EngineState(ABC):
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
 
-    def set_policy(self, value: object) -> Policy:
-        """Replace the policy between two steps.
+    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
+        """Replace the policy, and with it the artifact, between two steps.
+
+        Args:
+            value: the new policy.
+            artifact: content of the file that ``similarity`` names; None keeps the running one.
 
         Raises:
-            PolicyError: the new policy is not valid, or names another artifact. The old one stays.
+            PolicyError: the new policy is not valid, or names another artifact without giving it.
+            ArtifactError: the artifact is damaged or of other weights. In either case all stays
+                as it was.
         """
         policy = Policy.parse(value)
-        if policy.similarity != self.policy.similarity:
+        if artifact is None and policy.similarity != self.policy.similarity:
             raise PolicyError(
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
-                f"({self.policy.similarity!r}); restart it to use another one"
+                f"({self.policy.similarity!r}) unless it is given the new one"
             )
-        self.bound = policy.for_model(top_k=self.top_k)
-        self.policy = policy
+        bound = policy.for_model(top_k=self.top_k)
+        if artifact is not None:
+            new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
+            new.check_replaces(self.artifact, path=policy.similarity)
+            self.artifact = new
+            self.apply_artifact()
+        self.bound, self.policy = bound, policy
         self.apply_policy()
         return policy
 

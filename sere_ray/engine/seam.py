@@ -248,9 +248,9 @@ def _notice_policy_change(
 
 
 def _salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
-    version = getattr(core, "sere_policy_version", 0)
-    if sere_config(core.vllm_config) is not None and asks_exact(request.sampling_params):
-        request.cache_salt = f"{request.cache_salt or ''}|sere-exact"  # the same in every version
-    elif version:
-        request.cache_salt = f"{request.cache_salt or ''}|sere-policy-{version}"
+    if sere_config(core.vllm_config) is not None:
+        exact = asks_exact(request.sampling_params)  # the same blocks under every policy
+        version = getattr(core, "sere_policy_version", 0)
+        made_by = "exact" if exact else f"policy-{version}"
+        request.cache_salt = f"{request.cache_salt or ''}|sere-{made_by}"
     return original(core, request)

@@ -14,6 +14,7 @@ from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.serve.access import PRINCIPAL, Refusal
 from sere_ray.serve.locate import RouterUnavailableError, find_router
+from sere_ray.serve.openai_ingress import answer, http_error
 
 REPORTED = (401, 403, 413, 422, 429, 503)
 
@@ -84,7 +85,7 @@ def control_app() -> FastAPI:
         responses={status: {"model": ErrorBody} for status in REPORTED},
     )
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Refusal, _refused)
 
     @app.get("/policy")
@@ -141,16 +142,10 @@ def _who(request: Request) -> str:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return Response(error.body(), error.status, error.headers, "application/json")
+    return answer(error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
     return await _refused(request, Refusal(422, "invalid_parameter", "; ".join(lines)))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    refusal = Refusal(error.status_code, "http_error", str(error.detail))
-    return await _refused(request, refusal)

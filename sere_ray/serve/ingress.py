@@ -9,13 +9,15 @@ from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAM
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.ingress.ingress import init
 from ray.serve.llm import build_llm_deployment, build_openai_app
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.llm.ingress import make_fastapi_ingress
+from starlette.exceptions import HTTPException
 
 from sere_ray.errors import SereError
 from sere_ray.serve.access import AccessConfig, AccessLayer
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.control_api import control_app
 from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
+from sere_ray.serve.openai_ingress import SereIngress, http_error
 
 ROUTES = {
     "models": lambda app: app.get("/v1/models"),
@@ -50,8 +52,9 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     # No page of another origin may talk to the server: browsers are no clients of it.
     app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
     protect(app, config.access, keys, control=config.sere is not None)
-    ingress = make_fastapi_ingress(OpenAiIngress, endpoint_map=ROUTES, app=app)
-    options = OpenAiIngress.get_deployment_options([llm])
+    app.add_exception_handler(HTTPException, http_error)
+    ingress = make_fastapi_ingress(SereIngress, endpoint_map=ROUTES, app=app)
+    options = SereIngress.get_deployment_options([llm])
     if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
         options["ray_actor_options"] = {"num_cpus": 0.5}
     model_id = config.model_id

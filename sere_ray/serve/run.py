@@ -24,8 +24,6 @@ def run_file(path: Path, console: Console) -> None:
     """
     document = load_file(path)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     http = document.get("http_options") or {}
     start_ray()
     import ray
@@ -48,10 +46,15 @@ def run_file(path: Path, console: Console) -> None:
                 )
         host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
         console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
-        stop.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has set its own while starting
+            signal.signal(number, lambda *_: stop.set())
+        while not stop.wait(1.0):
+            pass
         console.print("draining: requests under way finish, new ones are refused")
         for name in names:
             serve.delete(name)
+    except KeyboardInterrupt:
+        console.print("stopped while starting")
     finally:
         logging.disable(logging.NOTSET)
         ray.shutdown()  # the instance is ours alone: Serve ends with it

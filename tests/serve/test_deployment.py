@@ -288,6 +288,12 @@ def test_a_killed_rank_ends_its_requests_and_the_gang_comes_back(served):
         thread.join(60)
         assert not thread.is_alive(), "a client hangs"
     print("requests under way:", sorted(results))
+    assert {status for status, _ in results} == {503}
+    assert max(seconds for _, seconds in results) < 20
+    status, answer, headers = served.complete(max_tokens=4)
+    assert status == 503
+    assert "again" in answer["error"]["message"]
+    assert "retry-after" in {name.lower() for name in headers}
 
     def answers():
         try:

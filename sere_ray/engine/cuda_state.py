@@ -60,6 +60,7 @@ class CudaState(EngineState):
         shape = (2, len(self.layers), len(RuleCounts._fields))
         self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.deferred: Deferred | None = None
+        self.exact_requests: set[str] = set()
         self.kernel(torch.int32).load(self.device)
         self.apply_policy()
 

@@ -8,6 +8,9 @@ from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.serve.access import AccessConfig
 
+BACK_DOORS = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
+"""Switches of vLLM that a served engine must never have."""
+
 
 class ServeConfig(BaseModel):
     """One model behind the OpenAI routes.
@@ -47,6 +50,14 @@ class ServeConfig(BaseModel):
         for key in ("data_parallel_size", "additional_config"):
             if key in value:
                 raise ValueError(f"{key} is set by the keys data_parallel_size and sere")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _no_back_doors(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in BACK_DOORS:
+            if name in value:
+                raise ValueError(f"{name} lets clients run code in the engines; leave it out")
         return value
 
     @field_validator("sere", mode="before")

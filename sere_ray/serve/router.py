@@ -121,6 +121,7 @@ class SereRouter:
         self._reports_wanted: set[str] = set()
         self._counters: dict[str, dict[str, Any]] = {}
         self._left: dict[str, set[str]] = {}
+        self._saved = True
         self._audit: deque[dict[str, Any]] = deque(maxlen=AUDIT_ENTRIES)
         state = store.load()
         if state is None:
@@ -145,6 +146,7 @@ class SereRouter:
 
         A gang restarts as a whole and under a new id.
         """
+        self._save_again()
         if gang not in self._gang_start:
             self._forget_gangs()
             self._gang_start[gang] = self._update(self._versions[-1], with_content=True)
@@ -156,6 +158,7 @@ class SereRouter:
         seen = self._members.get(member.replica)
         news = seen is None or seen.member != member
         self._members[member.replica] = _Seen(member, time.monotonic())
+        self._save_again()
         if member.counters is not None:
             self._counters[member.replica] = member.counters
             self._reports_wanted.discard(member.replica)
@@ -169,14 +172,21 @@ class SereRouter:
         return self._order(member)
 
     async def leave(self, replica: str, gang: str, gang_size: int) -> None:
-        """A replica has no requests left: wait until its gang has none, at most
-        ``DRAIN_SECONDS``."""
+        """A replica stops and has no requests left: wait until its gang has none, at most
+        ``DRAIN_SECONDS``.
+
+        When the last one leaves, the deployment ends: the same file, deployed again, starts with
+        its own policy. (A dead replica does not take its leave.)
+        """
         self._members.pop(replica, None)
         left = self._left.setdefault(gang, set())
         left.add(replica)
         async with self._news:
             self._news.notify_all()
             await self._until(lambda: len(left) == gang_size, DRAIN_SECONDS)
+        if not self._attached():
+            self._store.forget()
+            self._saved = False
 
     # --- control -------------------------------------------------------------------------------
 
@@ -380,9 +390,15 @@ class SereRouter:
     def _refuse(self, what: str, who: str, reason: str) -> None:
         self._audit.append({"time": _now(), "who": who, "what": what, "refused": reason[:500]})
 
+    def _save_again(self) -> None:
+        """There is a replica after all."""
+        if not self._saved:
+            self._save()
+
     def _save(self, new: ArtifactFile | None = None) -> None:
         if new is not None:
             self._store.save_blob(new.sha256, new.content)
+        self._saved = True
         self._store.save(
             {"versions": self._versions, "audit": list(self._audit), "name": self._file.name},
             blobs={v["sha256"] for v in self._versions},

@@ -62,15 +62,19 @@ class Follower:
         """Return when the whole gang runs the newest version; then follow in the background."""
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
+                if self.failure is not None:
+                    raise RuntimeError(f"sere-ray: {self.failure}")
                 await asyncio.sleep(0.05)
         self._task = asyncio.get_running_loop().create_task(self._follow(engine))
 
-    async def close(self) -> None:
-        """Stop following, and return when no rank of the gang has a request left."""
+    async def close(self, *, wait: bool) -> None:
+        """Stop following; with ``wait``, return when no rank of the gang has a request left."""
         if self._task is not None:
             self._task.cancel()
         try:
-            await _router().leave.remote(self.replica, self.gang, self.gang_size)
+            left = _router().leave.remote(self.replica, self.gang, self.gang_size)
+            if wait:
+                await left
         except Exception as error:
             logger.info("sere-ray: no router to take leave of (%s)", type(error).__name__)
         self._folder.cleanup()
@@ -161,8 +165,15 @@ class _Following:
         # Serve calls this when the replica's own requests are done. Its engine still takes part
         # in the steps of its siblings.
         if self.follower is not None:
-            await self.follower.close()
+            await self.follower.close(wait=await self._is_healthy())
         await super().__del__()  # type: ignore[misc]
+
+    async def _is_healthy(self) -> bool:
+        try:
+            await self.check_health()
+        except Exception:
+            return False
+        return True
 
     async def __serve_build_asgi_app__(self) -> Any:
         """The engine's own routes, for direct streaming: behind the access layer, too."""

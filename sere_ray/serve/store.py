@@ -47,6 +47,10 @@ class Store:
             if key.removeprefix(prefix).decode() not in blobs:
                 self._delete(key)
 
+    def forget(self) -> None:
+        """Drop the state, but no blob."""
+        self._delete(self._key("state"))
+
     def load_blob(self, sha256: str) -> bytes:
         """Content that was saved under this hash."""
         content = self._get(self._key(f"blob/{sha256}"))
@@ -67,7 +71,7 @@ def memory_store(name: str, values: dict[bytes, bytes]) -> Store:
         name,
         values.get,
         values.__setitem__,
-        values.pop,
+        lambda key: values.pop(key, None),
         lambda prefix: [key for key in values if key.startswith(prefix)],
     )
 

@@ -34,6 +34,11 @@ def test_without_a_policy_the_engine_is_stock():
         ({"data_parallel_size": 0}, SereError, ["data_parallel_size = 0", "greater than or equal"]),
         ({"engine": {"data_parallel_size": 2}}, SereError, ["data_parallel_size is set by"]),
         ({"engine": {"additional_config": {}}}, SereError, ["additional_config is set by"]),
+        (
+            {"env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}},
+            SereError,
+            ["VLLM_ALLOW_INSECURE_SERIALIZATION lets clients run code"],
+        ),
         ({"access": {"max_body": 1}}, SereError, ["access.max_body = 1", "not permitted"]),
         ({"access": {"max_body_bytes": 1}}, SereError, ["access.max_body_bytes = 1"]),
         ({"model": ""}, SereError, ["model = ''", "at least 1"]),

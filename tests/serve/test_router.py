@@ -267,6 +267,37 @@ def test_a_restarted_router_goes_on_where_the_old_one_stopped(make_router, folde
     run(scenario())
 
 
+def test_ranks_of_a_gang_stop_together_and_the_state_ends_with_the_last(make_router):
+    async def scenario():
+        router, ranks = make_router(), [Replica(str(r), "g", 2, r) for r in range(2)]
+        for replica in ranks:
+            await replica.join(router)
+            await replica.step(router)
+        await router.set_policy({"select_top_k": 1}, "test", timeout_s=0)
+        first = asyncio.create_task(router.leave("0", "g", 2))
+        await asyncio.sleep(0.05)
+        assert not first.done(), "its sibling still has requests"
+        assert (await make_router().policy())["version"] == 1
+        await router.leave("1", "g", 2)
+        await first
+        assert (await make_router().policy())["policy"]["select_top_k"] == 2, "not the file's"
+
+    run(scenario())
+
+
+def test_a_gang_that_restarts_finds_the_state_again(make_router):
+    async def scenario():
+        router, replica = make_router(), Replica("r")
+        await replica.join(router)
+        await replica.step(router)
+        await router.set_policy({"select_top_k": 1}, "test", timeout_s=0)
+        await router.leave("r", "g", 1)
+        await Replica("new", "h").join(router)
+        assert (await make_router().policy())["version"] == 1
+
+    run(scenario())
+
+
 def test_a_replica_that_is_too_far_behind_or_ahead_starts_anew(make_router):
     async def scenario():
         router, replica = make_router(), Replica("r")

@@ -86,6 +86,61 @@ class SimilarityArtifact:
         _check_content(artifact, path)
         return artifact
 
+    @classmethod
+    def from_bytes(cls, content: bytes, *, name: str) -> "SimilarityArtifact":
+        """Read and check the content of a file that came over the network.
+
+        Args:
+            content: of the file.
+            name: of the file, for messages.
+
+        Raises:
+            ArtifactError: as :meth:`load`.
+        """
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(content)
+            file.flush()
+            try:
+                return cls.load(file.name)
+            except ArtifactError as error:
+                raise ArtifactError(str(error).replace(file.name, name)) from None
+
+    def check_replaces(self, running: "SimilarityArtifact", *, path: str) -> None:
+        """Refuse an artifact that was not calibrated on the weights which ``running`` fits.
+
+        The engine has compared the running artifact with the gates it loaded, so equal
+        fingerprints mean the same gates.
+
+        Raises:
+            ArtifactError: names the property, both values and what to do.
+        """
+        metadata = running.metadata
+        self.check_model(
+            architecture=metadata.architecture,
+            num_experts=metadata.num_experts,
+            top_k=metadata.top_k,
+            path=path,
+        )
+        pairs: list[tuple[str, object, object]] = [
+            ("synthetic", self.metadata.synthetic, metadata.synthetic),
+            ("layers", _ranges(sorted(self.layers)), _ranges(sorted(running.layers))),
+        ]
+        pairs += [
+            (
+                f"router fingerprint of layer {layer}",
+                self.metadata.router_fingerprint.get(layer),
+                metadata.router_fingerprint.get(layer),
+            )
+            for layer in sorted(running.layers)
+        ]
+        for what, new, old in pairs:
+            if new != old:
+                raise ArtifactError(
+                    f"{path}: {what} = {new!r}, but the running artifact has {old!r}; it belongs "
+                    f"to other weights ({self.metadata.model_id!r}): run `sere-ray calibrate` on "
+                    "the model you serve"
+                )
+
     def check_model(self, *, architecture: str, num_experts: int, top_k: int, path: str) -> None:
         """Refuse an artifact of another model, as far as the model's config tells.
 

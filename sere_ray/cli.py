@@ -2,15 +2,15 @@
 
 import math
 import sys
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from sere_ray import __version__
+from sere_ray import __version__, cli_serve
+from sere_ray.cli_common import console, user_errors
 from sere_ray.errors import SereError
 
 app = typer.Typer(
@@ -36,19 +36,11 @@ artifact_app = typer.Typer(no_args_is_help=True, help="Look at, import or make u
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
 app.add_typer(artifact_app, name="artifact")
 app.add_typer(bench_app, name="bench")
-console = Console(stderr=True)
+app.add_typer(cli_serve.policy_app, name="policy")
+for command in (cli_serve.serve, cli_serve.stats, cli_serve.key):
+    app.command()(command)
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Print what the user has to fix as one line, exit code 2, no traceback."""
-    try:
-        yield
-    except SereError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def _numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
@@ -111,7 +103,7 @@ def calibrate(
 
     Example: sere-ray calibrate Qwen/Qwen3-30B-A3B --data fineweb-edu.parquet --out q3.safetensors
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.calibration import calibrate as run
 
         run(
@@ -141,7 +133,7 @@ def inspect(
 
     Example: sere-ray artifact inspect demo.safetensors
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.artifact_report import describe, draw_heat_maps
 
         picture = png or file.with_suffix(".png")
@@ -160,7 +152,7 @@ def synthetic(
 
     Example: sere-ray artifact synthetic --config config.json --out random.safetensors
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.calibration.synthetic import synthetic_artifact
 
         synthetic_artifact(config, seed=seed).save(out)
@@ -182,7 +174,7 @@ def import_(
 
     Example: sere-ray artifact import similarity_matrices.pt --model ./qwen3 --out q3.safetensors
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.artifact_import import import_matrices
 
         import_matrices(source, model, metric).save(out)
@@ -203,7 +195,7 @@ def demo(
 
     Example: sere-ray demo --json demo.json --html demo.html
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.demo.run import run_demo
 
         run_demo(
@@ -269,7 +261,7 @@ def step_time(
 
     Example: sere-ray bench step-time --out step-time-cpu.json
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.evaluation.bench import run_step_time
         from sere_ray.evaluation.engines import on_gpu
 
@@ -332,7 +324,7 @@ def dispatch_bytes(
 
     Example: sere-ray bench dispatch --ranks 2,4 --out dispatch-cpu.json
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.evaluation.bench import run_dispatch
 
         run_dispatch(
@@ -355,7 +347,7 @@ def plot(
 
     Example: sere-ray bench plot step-time.json step-time.png
     """
-    with _user_errors():
+    with user_errors():
         from sere_ray.evaluation.plot import draw_step_time
         from sere_ray.results import load_result
 

@@ -8,8 +8,9 @@ from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.demo.settings import problems_at
 from sere_ray.demo.traffic import Served, send
-from sere_ray.engine.control import Engine, experts_read, read_counters, set_policy
+from sere_ray.engine.control import experts_read
 from sere_ray.evaluation.teacher_forced import Quality
+from sere_ray.serve.client import Deployment
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measure_runs(
     policies: list[Policy],
     concurrencies: Sequence[int],
     quality: Mapping[tuple[Policy, int], Quality],
-    engine: Engine,
+    deployment: Deployment,
     base_url: str,
     model_id: str,
     on_point: Callable[[], object],
@@ -57,9 +58,9 @@ def measure_runs(
             problems: list[tuple[str, str]] = problems,
             concurrency: int = concurrency,
         ) -> tuple[Served, dict[str, Any]]:
-            set_policy(engine, policy)
-            read_counters(engine, reset=True)
-            return send(base_url, model_id, problems, concurrency), read_counters(engine)
+            deployment.set_policy(policy)
+            deployment.read_counters()
+            return send(base_url, model_id, problems, concurrency), deployment.read_counters()
 
         for policy in policies:
             served, counters = traffic(policy)

@@ -14,7 +14,7 @@ from sere_ray.demo import assets
 from sere_ray.demo.measure import Run, measure_runs
 from sere_ray.demo.quality import measure_quality
 from sere_ray.demo.report import print_table, write_html
-from sere_ray.demo.serving import HOST, MODEL_ID, served
+from sere_ray.demo.serving import HOST, MODEL_ID, RANKS, served
 from sere_ray.demo.settings import policies
 from sere_ray.errors import SereError
 from sere_ray.progress import progress
@@ -49,7 +49,10 @@ def run_demo(
         with progress(console, points, task="   teacher-forced", unit="settings") as advance:
             quality = measure_quality(settings, concurrencies, artifact, lambda: advance(1))
 
-        console.print("[bold]3. serve[/]: Ray Serve and vLLM on CPU, one to two minutes")
+        console.print(
+            f"[bold]3. serve[/]: Ray Serve and vLLM on CPU, {RANKS} ranks that share the experts, "
+            "one to two minutes"
+        )
         start = time.perf_counter()
         with served(
             settings[0],
@@ -57,7 +60,7 @@ def run_demo(
             max_streams=max(concurrencies),
             compiled=compiled,
             console=console,
-        ) as engine:
+        ) as deployment:
             console.print(f"   up after {time.perf_counter() - start:.0f} s")
             console.print("[bold]4. traffic[/]: arithmetic through the endpoint")
             with progress(console, points, task="   requests", unit="settings") as advance:
@@ -65,7 +68,7 @@ def run_demo(
                     settings,
                     concurrencies,
                     quality,
-                    engine,
+                    deployment,
                     f"http://{HOST}:{port}/v1",
                     MODEL_ID,
                     lambda: advance(1),

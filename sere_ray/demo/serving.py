@@ -9,39 +9,35 @@ from rich.console import Console
 from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.progress import waiting
-from sere_ray.serve.control import ReplicaEngine
+from sere_ray.serve.client import Deployment
+from sere_ray.serve.run import start_ray
 
 HOST = "127.0.0.1"
 MODEL_ID = "sere-demo"
 APP = "sere-demo"
+RANKS = 2
+"""Data-parallel ranks; each holds half of the experts."""
 
 
 @contextmanager
 def served(
     policy: Policy, port: int, *, max_streams: int, compiled: bool, console: Console
-) -> Iterator[ReplicaEngine]:
-    """Start Ray, Serve and one vLLM engine; yields the engine's control; stops all at the end."""
+) -> Iterator[Deployment]:
+    """Start Ray, Serve and one gang of vLLM engines; yields its control; stops all at the end."""
     import ray
     from ray import serve
 
     # vLLM and Ray Serve LLM log to this process's terminal as they are imported here.
     logging.disable(logging.INFO)
     from sere_ray.serve import build_app
-    from sere_ray.serve.app import deployment_name
 
-    # Logical CPUs: the replica, its placement group and the ingress each ask for one.
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
-    )
+    start_ray(runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}})
     try:
         serve.start(http_options={"host": HOST, "port": port})
         arguments = {
             "model": str(assets.MODEL),
             "model_id": MODEL_ID,
+            "data_parallel_size": RANKS,
             "sere": policy,
             "engine": {
                 "max_model_len": 512,
@@ -49,9 +45,9 @@ def served(
                 "enforce_eager": not compiled,
             },
         }
-        with waiting(console, "starting the engine"):
+        with waiting(console, "starting the engines"):
             serve.run(build_app(arguments), name=APP, blocking=False)
-        yield ReplicaEngine(deployment_name(MODEL_ID), APP)
+        yield Deployment(f"http://{HOST}:{port}")
     finally:
         logging.disable(logging.NOTSET)
         ray.shutdown()  # the instance is ours alone: Serve ends with it

@@ -159,10 +159,7 @@ def check_all_to_all(vllm_config: Any) -> None:
     Raises:
         UnsupportedError: names the option, its value and what to do.
     """
-    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    leaves_graphs = "vllm::moe_forward" in (compilation.splitting_ops or [])
-    mode = compilation.cudagraph_mode
+    parallel = vllm_config.parallel_config
     refused = [
         (
             parallel.data_parallel_size == 1 or not parallel.enable_expert_parallel,
@@ -177,11 +174,10 @@ def check_all_to_all(vllm_config: Any) -> None:
             "choose one of the two",
         ),
         (
-            not on_cpu and (mode.has_full_cudagraphs() or (bool(mode) and not leaves_graphs)),
-            f"cudagraph_mode = {mode.name if mode else mode}: the host waits for row counts in "
-            "every layer, which a captured graph cannot hold",
-            "add enforce_eager = True, or piecewise graphs with 'vllm::moe_forward' and "
-            "'vllm::moe_forward_shared' among splitting_ops",
+            vllm_config.device_config.device_type != "cpu",
+            "this is built for CPU engines: the host reads row counts in every layer, which a "
+            "captured graph cannot hold",
+            "leave it out: on GPUs vLLM's all-gather is re-routed by one launch",
         ),
     ]
     for is_refused, what, remedy in refused:

@@ -25,6 +25,8 @@ from sere_ray.engine import cpu_expert_parallel, cpu_union
 from sere_ray.engine.cpu_state import CpuState, active_state
 from sere_ray.engine.row_kinds import request_kinds, row_kinds
 from sere_ray.engine.state import Routing, Wrap, find_state
+from sere_ray.rules import EXACT
+from sere_ray.tiers import asks_exact
 
 
 def install(wrap: Wrap, vllm_config: Any) -> None:
@@ -83,5 +85,8 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
         batch.num_prompt_tokens[:count],
         batch.num_tokens_no_spec[:count],
     )
+    for i, request in enumerate(batch.req_ids[:count]):
+        if asks_exact(runner.requests[request].sampling_params):
+            kinds[i] = EXACT
     with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
         return original(runner, *args, **kwargs)

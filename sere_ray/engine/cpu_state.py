@@ -33,7 +33,7 @@ class CpuState(EngineState):
     def __post_init__(self) -> None:
         """Allocate everything a step writes to, and compile the rule."""
         super().__post_init__()
-        self.similarity = {layer: self.artifact.layers[layer].cpu() for layer in self.layers}
+        self.apply_artifact()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
         self.counters = np.zeros((2, len(self.layers), len(RuleCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
@@ -52,6 +52,10 @@ class CpuState(EngineState):
         All of them must give the same ids, so none may prefer itself.
         """
         return NO_RANK
+
+    def apply_artifact(self) -> None:
+        """See the base class."""
+        self.similarity = {layer: self.artifact.layers[layer].cpu() for layer in self.layers}
 
     @contextmanager
     def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.config import Policy, Startup
+from sere_ray.config import BoundPolicy, Policy, Startup
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
@@ -57,9 +57,16 @@ class Header(NamedTuple):
     no_exact_row: int
 
 
+class Staged(NamedTuple):
+    """What a version runs."""
+
+    bound: BoundPolicy
+    similarity: dict[int, Tensor]
+
+
 @dataclass
 class UnionCpuState(CpuState):
-    """Policies switch between two passes, at one that all ranks agree on.
+    """Policy and matrices switch between two passes, at one that all ranks agree on.
 
     Attributes:
         group: the expert-parallel group, one rank per data-parallel rank.
@@ -73,7 +80,7 @@ class UnionCpuState(CpuState):
         """Number the first policy 0."""
         super().__post_init__()
         self.version = 0
-        self.policies = {0: self.bound}
+        self.staged = {0: Staged(self.bound, self.similarity)}
         self.checksum = _checksum(self.artifact, self.bound.model_dump_json())
         self.agreed = False
         self.group_decodes = False
@@ -82,20 +89,26 @@ class UnionCpuState(CpuState):
         if self.startup.dispatch == "all_to_all":
             self.meter = DispatchMeter(len(self.layers), torch.device("cpu"))
 
-    def set_policy(self, value: object) -> Policy:
-        """Set the policy from the first pass on before which every rank was told.
+    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
+        """Set policy and artifact from the first pass on before which every rank was told.
 
-        All ranks must be told the same policies in the same order.
+        All ranks must be told the same in the same order.
 
         Raises:
             PolicyError: as for the base class; the rank then keeps what it has.
+            ArtifactError: likewise.
         """
-        running = self.bound
-        policy = super().set_policy(value)
-        self.version += 1
-        self.policies[self.version] = self.bound
-        self.checksum = zlib.crc32(self.bound.model_dump_json().encode(), self.checksum)
-        self.bound = running
+        bound, similarity = self.bound, self.similarity
+        newest = self.staged[self.version]
+        self.similarity = newest.similarity
+        try:
+            policy = super().set_policy(value, artifact)
+            self.version += 1
+            self.staged[self.version] = Staged(self.bound, self.similarity)
+            self.checksum = zlib.crc32(self.bound.model_dump_json().encode(), self.checksum)
+            self.checksum = zlib.crc32(artifact or b"", self.checksum)
+        finally:
+            self.bound, self.similarity = bound, similarity
         return policy
 
     def home_rank(self) -> int:
@@ -175,8 +188,8 @@ class UnionCpuState(CpuState):
         self._take_minimum(fields)
         common = Header(*fields.tolist())
         self._check(common)
-        self.policies = {v: p for v, p in self.policies.items() if v >= common.version}
-        self.bound = self.policies[common.version]
+        self.staged = {v: s for v, s in self.staged.items() if v >= common.version}
+        self.bound, self.similarity = self.staged[common.version]
         self.group_decodes = not common.no_decode_row
         if self.bound.union == "global":
             self.current_kind = DECODE_ONLY if common.no_exact_row else MIXED

@@ -4,6 +4,8 @@
 GPUModelRunner.prepare_inputs          Row kinds of a step go to the device before it is launched.
                                        Why here: replay of a full graph passes through no forward
                                        context. Remove: as for _model_forward.
+GPUModelRunner.add_requests            Remember which requests ask for exact routing. Why: the
+                                       runner keeps no sampling parameters. Remove: it does.
 GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
                                        Remove: as for _model_forward.
 triton_moe._prepare_expert_assignment  Re-route and sort by expert in one launch, where stock
@@ -20,13 +22,17 @@ With data parallelism also those of ``cuda_union_seam.py``.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.cuda_state import CudaState
 from sere_ray.engine.fused_experts import apply_experts
 from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
+from sere_ray.rules import EXACT
+from sere_ray.tiers import asks_exact
 
 
 def install(wrap: Wrap) -> None:
@@ -35,6 +41,7 @@ def install(wrap: Wrap) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
+    wrap(GPUModelRunner, "add_requests", _notice_exact_requests)
     wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
     wrap(triton_moe, "_prepare_expert_assignment", _reroute_and_align)
     wrap(triton_moe.TritonExperts, "apply", _compute_experts)
@@ -110,8 +117,30 @@ def _send_row_kinds(original: Callable[..., Any], runner: Any, *args: Any, **kwa
             state.begin_dummy_step()
             return batch
         starts = batch.query_start_loc_np[: batch.num_reqs + 1]
-        state.begin_step(row_kinds(scheduled_kinds(batch.is_prefilling_np), starts))
+        state.begin_step(row_kinds(request_kinds(state, batch), starts))
     return batch
+
+
+def request_kinds(state: CudaState, batch: Any) -> NDArray[np.int8]:
+    """Kind of each scheduled request's rows, from what the runner knows of the batch."""
+    kinds = scheduled_kinds(batch.is_prefilling_np)
+    for i, request in enumerate(batch.req_ids if state.exact_requests else ()):
+        if request in state.exact_requests:
+            kinds[i] = EXACT
+    return kinds
+
+
+def _notice_exact_requests(
+    original: Callable[..., Any], runner: Any, scheduler_output: Any
+) -> None:
+    original(runner, scheduler_output)
+    state = find_state(runner.vllm_config)
+    if isinstance(state, CudaState):
+        for new in scheduler_output.scheduled_new_reqs:
+            if asks_exact(new.sampling_params):
+                state.exact_requests.add(new.req_id)
+        if state.exact_requests:
+            state.exact_requests &= runner.req_states.req_id_to_index.keys()
 
 
 def _notice_dummy_pass(

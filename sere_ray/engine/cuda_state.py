@@ -29,6 +29,10 @@ from sere_ray.kernel.launcher import (
 )
 from sere_ray.rules import RuleCounts
 
+MAX_ROUTED_LOGITS = 4096
+"""Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses more
+slowly than vLLM's many (docs/results/kernel-h200.json, `added_with_top_k_us`)."""
+
 
 class Deferred(NamedTuple):
     """A layer whose ids are still the gate's, or not even chosen."""
@@ -67,6 +71,7 @@ class CudaState(EngineState):
         shape = (2, len(self.layers), len(RuleCounts._fields))
         self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.deferred: Deferred | None = None
+        self.exact_requests: set[str] = set()
         for logits in (torch.bfloat16, torch.float32):
             self.kernel(torch.int32, logits).load(self.device)
         self.apply_policy()
@@ -84,6 +89,13 @@ class CudaState(EngineState):
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""
         self.settings.write(self.bound, top_k=self.top_k, num_experts=self.num_experts)
+
+    def apply_artifact(self) -> None:
+        """Copy the matrices to where captured graphs read them, behind every step launched."""
+        for layer, tables in self.tables.items():
+            new = LayerTables.build(self.artifact.layers[layer], self.device)
+            for old_values, values in zip(tables, new, strict=True):
+                old_values.copy_(values)
 
     def begin_step(self, kinds: NDArray[np.int8]) -> None:
         """Row kinds of the pass that is launched next on this stream.
@@ -113,7 +125,8 @@ class CudaState(EngineState):
     def can_route(self, logits: Tensor) -> bool:
         """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
         kernel, (rows, experts) = self.kernel(torch.int32, logits.dtype), logits.shape
-        fits = rows <= MAX_ROUTED_ROWS and experts == self.num_experts
+        fits = rows <= MAX_ROUTED_ROWS and rows * experts <= MAX_ROUTED_LOGITS
+        fits = fits and experts == self.num_experts
         return kernel.can_route and fits and logits.is_contiguous()
 
     def defer_routing(

@@ -97,16 +97,21 @@ class UnionCudaState(CudaState):
         )
         self.identity.write(sorts_only, top_k=self.top_k, num_experts=self.num_experts)
 
-    def set_policy(self, value: object) -> Policy:
+    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
         """Set the policy from the first pass on before which every rank was told.
 
         All ranks must be told the same policies in the same order.
 
         Raises:
-            PolicyError: the new policy is not valid, or changes ``union``: graphs hold where it
-                is taken. The rank then keeps what it has.
+            PolicyError: the new policy is not valid, changes ``union`` (graphs hold where it is
+                taken) or comes with an artifact. The rank then keeps what it has.
         """
-        policy = self.check_policy(value)
+        policy = self.check_policy(value, artifact)
+        if artifact is not None:
+            raise PolicyError(
+                f"sere.similarity = {policy.similarity!r}: data-parallel engines on GPUs keep the "
+                f"artifact they were started with ({self.policy.similarity!r}); restart them"
+            )
         if policy.union != self.policy.union:
             raise PolicyError(
                 f"sere.union = {policy.union!r}: captured graphs hold {self.policy.union!r}; "

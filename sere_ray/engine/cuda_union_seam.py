@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.engine.cuda_seam import request_kinds
 from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
-from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
+from sere_ray.engine.row_kinds import row_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.across_ranks import Placement
@@ -109,17 +110,17 @@ def _note_kinds(
     _stepping.clear()
     state = find_state(runner.vllm_config)
     if isinstance(state, UnionCudaState):
-        state.next_kinds = _kinds_of(result[0])
+        state.next_kinds = _kinds_of(state, result[0])
         _stepping.append(state)
     return result
 
 
-def _kinds_of(batch: Any) -> NDArray[np.int8]:
+def _kinds_of(state: UnionCudaState, batch: Any) -> NDArray[np.int8]:
     """None is a dummy pass; vLLM's own requests at start are nobody's, too."""
     if batch is None or all("_warmup_" in name for name in batch.req_ids):
         return NO_ROWS
     starts = np.cumsum([0, *batch.num_scheduled_tokens])
-    return row_kinds(scheduled_kinds(batch.is_prefilling_np), starts)
+    return row_kinds(request_kinds(state, batch), starts)
 
 
 def _sync(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

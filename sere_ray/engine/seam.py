@@ -14,8 +14,9 @@ MoERunner.__init__                     Attach the rule to each layer's router, a
                                        below in place. Why: the runner holds its router by
                                        reference, so it must be changed as it is built. Remove:
                                        vLLM offers a hook after ``_compute_routing``.
-EngineCore.preprocess_add_request      Add the policy version to ``cache_salt``, so that blocks
-                                       computed under one policy are never found under another.
+EngineCore.preprocess_add_request      Add the policy version, or the exact tier, to
+                                       ``cache_salt``, so that blocks computed under one policy
+                                       are never found under another, nor by exact requests.
                                        Remove: prefix caching takes an engine-wide salt.
 EngineCore.collective_rpc              Notice a policy change and raise that version. Remove: as
                                        above.
@@ -63,6 +64,7 @@ from sere_ray.engine.cuda_state import CudaState
 from sere_ray.engine.cuda_union import UnionCudaState
 from sere_ray.engine.state import EngineState, Routing, add_state, all_states, find_state
 from sere_ray.errors import UnsupportedError
+from sere_ray.tiers import asks_exact
 
 logger = logging.getLogger("vllm.sere_ray")
 _MARK = "_sere_ray_original"
@@ -86,7 +88,7 @@ def _install_patches(state: EngineState, vllm_config: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
-    for method in (sere_counters, sere_set_policy):
+    for method in (sere_counters, sere_set_policy, sere_settle):
         setattr(WorkerBase, method.__name__, method)
     if isinstance(state, CudaState):
         cuda_seam.install(_wrap)
@@ -240,9 +242,15 @@ def sere_counters(worker: Any, reset: bool = True) -> dict[str, Any]:
     return _get_state(worker.vllm_config).read_counters(reset=reset)
 
 
-def sere_set_policy(worker: Any, policy: dict[str, Any]) -> dict[str, Any]:
-    """Set the policy of this worker from the next step on."""
-    return _get_state(worker.vllm_config).set_policy(policy).model_dump()
+def sere_set_policy(
+    worker: Any, policy: dict[str, Any], artifact: bytes | None = None
+) -> dict[str, Any]:
+    """Set the policy of this worker from the next step on; see :meth:`EngineState.set_policy`."""
+    return _get_state(worker.vllm_config).set_policy(policy, artifact).model_dump()
+
+
+def sere_settle(worker: Any) -> None:
+    """Nothing here: the engine core notices that all ranks were told the last policy."""
 
 
 # --- engine core: KV blocks of one policy are never found under another -------------------------
@@ -252,13 +260,15 @@ def _notice_policy_change(
     original: Callable[..., Any], core: Any, method: Any, *args: Any, **kwargs: Any
 ) -> Any:
     result = original(core, method, *args, **kwargs)
-    if method == sere_set_policy.__name__:
+    if method in (sere_set_policy.__name__, sere_settle.__name__):
         core.sere_policy_version = getattr(core, "sere_policy_version", 0) + 1
     return result
 
 
 def _salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
-    version = getattr(core, "sere_policy_version", 0)
-    if version:
-        request.cache_salt = f"{request.cache_salt or ''}|sere-policy-{version}"
+    if sere_config(core.vllm_config) is not None:
+        exact = asks_exact(request.sampling_params)  # the same blocks under every policy
+        version = getattr(core, "sere_policy_version", 0)
+        made_by = "exact" if exact else f"policy-{version}"
+        request.cache_salt = f"{request.cache_salt or ''}|sere-{made_by}"
     return original(core, request)

@@ -79,6 +79,10 @@ class EngineState(ABC):
     def loaded(self) -> None:  # noqa: B027
         """Do what is left to do once the model's weights are loaded."""
 
+    @abstractmethod
+    def apply_artifact(self) -> None:
+        """Make ``self.artifact`` that of everything that is computed from now on."""
+
     def step_kind(self, kinds: NDArray[np.int8]) -> int:
         """Counter row of a step with these row kinds."""
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
@@ -96,11 +100,16 @@ class EngineState(ABC):
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
 
-    def check_policy(self, value: object) -> Policy:
+    def check_policy(self, value: object, artifact: bytes | None = None) -> Policy:
         """Validate a policy for this engine.
 
+        Args:
+            value: the policy.
+            artifact: content of the file that ``similarity`` names; None keeps the running one.
+
         Raises:
-            PolicyError: it is not valid, names another artifact or another setting of the start.
+            PolicyError: it is not valid, names another artifact without giving it, or another
+                setting of the start.
             UnsupportedError: this path cannot run it.
         """
         policy, startup = parse_key(value)
@@ -111,25 +120,36 @@ class EngineState(ABC):
                     f"sere.{key} = {new!r}: a running engine keeps what it was started with "
                     f"({running!r}); restart it to change it"
                 )
-        if policy.similarity != self.policy.similarity:
+        if artifact is None and policy.similarity != self.policy.similarity:
             raise PolicyError(
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
-                f"({self.policy.similarity!r}); restart it to use another one"
+                f"({self.policy.similarity!r}) unless it is given the new one"
             )
         self.check_supported(policy)
         policy.for_model(top_k=self.top_k)
         return policy
 
-    def set_policy(self, value: object) -> Policy:
-        """Replace the policy between two steps.
+    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
+        """Replace the policy, and with it the artifact, between two steps.
+
+        Args:
+            value: the new policy.
+            artifact: content of the file that ``similarity`` names; None keeps the running one.
 
         Raises:
-            PolicyError: as for :meth:`check_policy`. The old policy stays.
+            PolicyError: as for :meth:`check_policy`.
             UnsupportedError: likewise.
+            ArtifactError: the artifact is damaged or of other weights. In any case all stays as
+                it was.
         """
-        policy = self.check_policy(value)
-        self.bound = policy.for_model(top_k=self.top_k)
-        self.policy = policy
+        policy = self.check_policy(value, artifact)
+        bound = policy.for_model(top_k=self.top_k)
+        if artifact is not None:
+            new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
+            new.check_replaces(self.artifact, path=policy.similarity)
+            self.artifact = new
+            self.apply_artifact()
+        self.bound, self.policy = bound, policy
         self.apply_policy()
         return policy
 

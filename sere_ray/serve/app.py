@@ -1,13 +1,20 @@
 """Builds the application; ``import_path: sere_ray.serve:build_app`` of ``deploy/*.yaml``."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from sere_ray.serve.config import ServeConfig
 
-ENGINE_DEFAULTS: dict[str, Any] = {
-    "gpu_memory_utilization": 0.2,  # on CPU: the share of memory that must be free at the start
-    "kv_cache_memory_bytes": 1 << 28,
+ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "gpu_memory_utilization": 0.05,  # here: the share of memory that must be free at the start
+        "kv_cache_memory_bytes": 1 << 28,
+    },
+    "gpu": {},
 }
+DRAIN_SECONDS = 60.0
+"""How long requests under way may take to finish when a deployment stops."""
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -17,33 +24,72 @@ def build_app(args: dict[str, Any]) -> Any:
         args: fields of :class:`ServeConfig`.
 
     Returns:
-        A ``ray.serve.Application`` with one replica, which is one vLLM engine.
+        A ``ray.serve.Application``: an ingress, and ``num_replicas`` gangs of
+        ``data_parallel_size`` replicas, each a vLLM engine with its shard of the experts.
 
     Raises:
         SereError: a field is unknown or out of range.
     """
     config = ServeConfig.parse(args)
-    from ray.serve.llm import LLMConfig, build_openai_app  # pulls vLLM in: only when needed
+    from sere_ray.serve.ingress import ingress_app  # pulls vLLM in: only when needed
 
-    llm = LLMConfig(
-        model_loading_config={"model_id": config.model_id, "model_source": config.model},
-        accelerator_config={"kind": config.device},
-        placement_group_config={"bundles": [{"CPU": 1}]},
-        deployment_config={"num_replicas": 1},
-        engine_kwargs=engine_arguments(config),
+    return ingress_app(config, llm_config(config))
+
+
+def llm_config(config: ServeConfig) -> Any:
+    """Ray's description of the engines."""
+    from ray.serve.llm import LLMConfig
+
+    from sere_ray.serve import server
+
+    gangs = config.data_parallel_size > 1
+    # Two ranks and the ingress fit into the two cores that Ray counts on a small machine.
+    bundle = {"CPU": 0.5} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
+    environment = server.share_cores(config.data_parallel_size) if config.device == "cpu" else {}
+    options: dict[str, Any] = {
         # Ray's default holds tokens back for 50 ms to send them together.
-        experimental_configs={"stream_batching_interval_ms": 0},
+        "stream_batching_interval_ms": 0,
+    }
+    if config.sere is not None:
+        options[server.OPTIONS] = {
+            "policy": {**config.sere.model_dump(), "similarity": local(config.sere.similarity)},
+            "folder": None if config.artifacts is None else local(config.artifacts),
+            "max_artifact_bytes": config.max_artifact_bytes,
+        }
+    return LLMConfig(
+        model_loading_config={"model_id": config.model_id, "model_source": local(config.model)},
+        accelerator_config={"kind": config.device},
+        placement_group_config={"bundles": [bundle]},
+        deployment_config={
+            "num_replicas": config.num_replicas,
+            "ray_actor_options": {"num_cpus": 0},  # the bundle holds what a rank needs
+            "health_check_period_s": 2,
+            "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        },
+        server_cls=server.SereGangServer if gangs else server.SereServer,
+        engine_kwargs=engine_arguments(config),
+        experimental_configs=options,
+        callback_config={"callback_class": server.SkipDownload},
+        runtime_env={"env_vars": {**environment, **config.env}},
         log_engine_metrics=False,
     )
-    return build_openai_app({"llm_configs": [llm]})
 
 
 def engine_arguments(config: ServeConfig) -> dict[str, Any]:
     """vLLM engine arguments of a configuration; the user's win over ours."""
-    additional = {"sere": config.sere.model_dump()} if config.sere else {}
-    return {**ENGINE_DEFAULTS, "additional_config": additional, **config.engine}
+    arguments: dict[str, Any] = {
+        **ENGINE_DEFAULTS[config.device],
+        "additional_config": {"sere": config.sere.model_dump()} if config.sere else {},
+    }
+    if config.data_parallel_size > 1:
+        arguments |= {
+            "data_parallel_size": config.data_parallel_size,
+            "enable_expert_parallel": True,
+        }
+    return {**arguments, **config.engine}
 
 
-def deployment_name(model_id: str) -> str:
-    """Name of the Serve deployment that holds the engine of a model."""
-    return "LLMServer:" + model_id.replace("/", "--").replace(".", "_")
+def local(path: str) -> str:
+    """An absolute path, if ``path`` is one on this machine; else (a hub name) as it is."""
+    expanded = Path(path).expanduser()
+    return os.path.abspath(expanded) if expanded.exists() else path

@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
+from sere_ray.serve.access import AccessConfig
+
+BACK_DOORS = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
+"""Switches of vLLM that a served engine must never have."""
 
 
 class ServeConfig(BaseModel):
@@ -20,11 +24,41 @@ class ServeConfig(BaseModel):
 
     model: str = Field(min_length=1, description="checkpoint folder or hub name")
     model_id: str = Field(min_length=1, description="name under which clients ask for the model")
-    device: Literal["cpu"] = Field("cpu", description="what the replica runs on")
+    device: Literal["cpu", "gpu"] = Field("cpu", description="what a rank runs on")
+    data_parallel_size: int = Field(
+        1, ge=1, le=64, description="ranks of a gang; each holds its shard of the experts"
+    )
+    num_replicas: int = Field(1, ge=1, le=64, description="gangs; each holds the whole model")
     sere: Policy | None = Field(None, description="re-routing policy; null = stock vLLM")
     engine: dict[str, Any] = Field(
         default_factory=dict, description="further vLLM engine arguments, such as max_model_len"
     )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="environment variables of the engines"
+    )
+    artifacts: str | None = Field(
+        None, description="folder, on the router actor's node, of artifacts that may be swapped in"
+    )
+    max_artifact_bytes: int = Field(64 << 20, ge=1, le=1 << 30, description="size limit of one")
+    access: AccessConfig = Field(
+        default_factory=lambda: AccessConfig.model_validate({}), description="keys and limits"
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _own_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in ("data_parallel_size", "additional_config"):
+            if key in value:
+                raise ValueError(f"{key} is set by the keys data_parallel_size and sere")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _no_back_doors(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in BACK_DOORS:
+            if name in value:
+                raise ValueError(f"{name} lets clients run code in the engines; leave it out")
+        return value
 
     @field_validator("sere", mode="before")
     @classmethod

@@ -15,12 +15,13 @@ from sere_ray.engine.cpu_expert_parallel import (
     reduce_rows,
 )
 from sere_ray.engine.cpu_union import UnionCpuState
-from sere_ray.errors import PolicyError
+from sere_ray.errors import ArtifactError, PolicyError
 from sere_ray.rules import EXACT, PADDING, reroute
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 2
 SWITCHES, PASSES = 1000, 800
+ARTIFACTS = 3
 
 
 def free_port():
@@ -121,19 +122,29 @@ def make_matrices(seed=0):
     }
 
 
-def make_state(group, similarity_seed=0):
-    layers = make_matrices(similarity_seed)
+def make_artifact(seed=0, fingerprint="0"):
+    layers = make_matrices(seed)
     metadata = ArtifactMetadata(
         model_id="m",
         architecture="A",
         num_experts=EXPERTS,
         top_k=TOP_K,
-        router_fingerprint=dict.fromkeys(layers, "0" * 32),
+        router_fingerprint=dict.fromkeys(layers, fingerprint * 32),
         metric="random",
         date="2026-11-22",
     )
+    return SimilarityArtifact(layers, metadata)
+
+
+def artifact_bytes(folder, **kwargs):
+    path = folder / "new.safetensors"
+    make_artifact(**kwargs).save(path)
+    return path.read_bytes()
+
+
+def make_state(group, similarity_seed=0):
     policy = Policy.parse({"similarity": "a.safetensors", "select_top_k": 1})
-    return UnionCpuState(policy, SimilarityArtifact(layers, metadata), TOP_K, 64, group)
+    return UnionCpuState(policy, make_artifact(similarity_seed), TOP_K, 64, group)
 
 
 def switching_policies():
@@ -151,20 +162,25 @@ def switching_policies():
     ]
 
 
-def switch_under_load(rank, port):
-    """1,000 switches, told to each rank between passes of its own choice.
+def switch_under_load(rank, port, folder):
+    """1,000 switches, every fifth with another artifact, told to each rank between passes of its
+    own choice.
 
     Returns:
         Per pass and layer: the policy that ran, ids, weights, kinds, new ids.
     """
     state = make_state(gloo_group(rank, port))
+    (folder / str(rank)).mkdir()
+    contents = [artifact_bytes(folder / str(rank), seed=seed) for seed in range(ARTIFACTS)]
+    seeds = {make_matrices(seed)[0][0, 1].item(): seed for seed in range(ARTIFACTS)}
     policies, told, calls = switching_policies(), 0, []
     pace = np.random.default_rng(rank + 1)
     generator = torch.Generator().manual_seed(rank)
     for number in range(PASSES):
         left = SWITCHES - told
         for _ in range(left if number == PASSES - 5 else min(int(pace.integers(0, 4)), left)):
-            state.set_policy(policies[told])
+            artifact = contents[told % ARTIFACTS] if told % 5 == 0 else None
+            state.set_policy(policies[told], artifact)
             told += 1
         count = int(pace.integers(0, 6))
         kinds = pace.integers(PADDING, EXACT + 1, size=count).astype(np.int8)
@@ -174,9 +190,14 @@ def switch_under_load(rank, port):
                 weights, ids = scores.topk(TOP_K)
                 new_ids = state.reroute(layer, ids.to(torch.int32), weights)
                 kind = state.row_kind[: len(ids)].clone()
-                calls.append((state.bound, ids, weights, kind, new_ids.long()))
-    assert state.policies == {SWITCHES: state.bound}
-    return [(bound.model_dump(), *(t.tolist() for t in call)) for bound, *call in calls]
+                seed = seeds[state.similarity[0][0, 1].item()]
+                calls.append((state.bound, seed, ids, weights, kind, new_ids.long()))
+    assert list(state.staged) == [SWITCHES]
+    assert state.staged[SWITCHES].bound == state.bound
+    return [
+        ({**bound.model_dump(), "seed": seed}, *(t.tolist() for t in call))
+        for bound, seed, *call in calls
+    ]
 
 
 def rule_of(policy, layer, ids, weights, kinds):
@@ -185,7 +206,7 @@ def rule_of(policy, layer, ids, weights, kinds):
     return reroute(
         torch.tensor(ids),
         torch.tensor(weights),
-        make_matrices()[layer],
+        make_matrices(policy["seed"])[layer],
         row_kind=torch.tensor(kinds, dtype=torch.int8),
         select_top_k=policy["select_top_k"],
         threshold=policy["threshold"],
@@ -193,9 +214,10 @@ def rule_of(policy, layer, ids, weights, kinds):
     ).tolist()
 
 
-def test_a_thousand_switches_under_load():
-    """At every pass both ranks run the same policy, and give its rule on the rows of both."""
-    passes = run_ranks(switch_under_load, free_port())
+def test_a_thousand_switches_under_load(tmp_path):
+    """At every pass both ranks run the same policy and matrices, and give their rule on the rows
+    of both."""
+    passes = run_ranks(switch_under_load, free_port(), tmp_path)
     policies = set()
     for number, (one, two) in enumerate(zip(*passes, strict=True)):
         policy, layer = one[0], number % LAYERS
@@ -208,6 +230,7 @@ def test_a_thousand_switches_under_load():
             ids, weights, kinds, new_ids = (a + b for a, b in zip(one[1:], two[1:], strict=True))
             assert new_ids == rule_of(policy, layer, ids, weights, kinds)
     assert len(policies) > 50
+    assert {seed for *_, seed in policies} == set(range(ARTIFACTS))
 
 
 def disagree(rank, port, what):
@@ -242,8 +265,18 @@ def test_ranks_that_differ_say_so(has_words, what):
         has_words(messages[0], "differ in their policies", "similarity artifact", "same 'sere' key")
 
 
-def test_a_wrong_policy_leaves_the_rank_as_it_was():
+def test_a_wrong_policy_or_artifact_leaves_the_rank_as_it_was(tmp_path, has_words):
     state = make_state(None)
+    policy, artifact, similarity = state.policy.model_dump(), state.artifact, state.similarity
     with pytest.raises(PolicyError):
-        state.set_policy({**state.policy.model_dump(), "select_top_k": 9})
-    assert (state.version, len(state.policies)) == (0, 1)
+        state.set_policy({**policy, "select_top_k": 9}, artifact_bytes(tmp_path, seed=1))
+    with pytest.raises(ArtifactError) as caught:
+        state.set_policy(policy, artifact_bytes(tmp_path, seed=1, fingerprint="1"))
+    has_words(str(caught.value), "a.safetensors", "router fingerprint of layer 0", "1111", "0000")
+    with pytest.raises(ArtifactError):
+        state.set_policy(policy, b"not an artifact")
+    with pytest.raises(PolicyError):
+        state.set_policy({**policy, "similarity": "b.safetensors"})
+    assert (state.version, len(state.staged)) == (0, 1)
+    assert state.artifact is artifact
+    assert state.similarity is similarity

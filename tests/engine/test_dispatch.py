@@ -172,34 +172,18 @@ def test_where_no_rows_are_dispatched_by_it(checkpoint, has_words, options, word
     has_words(str(error.value), "sere.dispatch = 'all_to_all'", *words)
 
 
-def gpu_config(mode, splitting_ops):
-    from vllm.config import CUDAGraphMode
-
-    return SimpleNamespace(
+def test_gpus_are_refused(has_words):
+    config = SimpleNamespace(
         parallel_config=SimpleNamespace(
             data_parallel_size=2,
             enable_expert_parallel=True,
             all2all_backend="allgather_reducescatter",
         ),
-        compilation_config=SimpleNamespace(
-            cudagraph_mode=CUDAGraphMode[mode], splitting_ops=splitting_ops
-        ),
         device_config=SimpleNamespace(device_type="cuda"),
     )
-
-
-@pytest.mark.parametrize("mode", ["FULL", "FULL_DECODE_ONLY", "PIECEWISE"])
-def test_graphs_that_would_capture_it(mode, has_words):
     with pytest.raises(UnsupportedError) as error:
-        checks.check_all_to_all(gpu_config(mode, ["vllm::unified_attention"]))
-    has_words(str(error.value), f"cudagraph_mode = {mode}", "enforce_eager", "splitting_ops")
-
-
-@pytest.mark.parametrize(
-    ("mode", "splitting_ops"), [("NONE", None), ("PIECEWISE", ["vllm::moe_forward"])]
-)
-def test_graphs_that_leave_it_out(mode, splitting_ops):
-    checks.check_all_to_all(gpu_config(mode, splitting_ops))
+        checks.check_all_to_all(config)
+    has_words(str(error.value), "sere.dispatch = 'all_to_all'", "CPU engines", "captured graph")
 
 
 def test_a_wrong_value(checkpoint, has_words):

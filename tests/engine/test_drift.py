@@ -9,13 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vllm.config import VllmConfig
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.model_loader import base_loader
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from sere_ray.engine import seam
 
@@ -75,6 +79,19 @@ def test_kernels_are_rebound_by_module_global_name():
 def test_engine_core_seams():
     assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
     assert parameters(EngineCore.collective_rpc)[:2] == ["self", "method"]
+
+
+def test_the_tier_of_a_request_is_found():
+    assert {"cache_salt", "sampling_params"} <= set(EngineCoreRequest.__struct_fields__)
+    assert "extra_args" in SamplingParams.__struct_fields__
+    assert isinstance(InputBatch.req_ids, property)
+    assert "sampling_params" in CachedRequestState.__dataclass_fields__
+    assert "self.requests: dict[str, CachedRequestState]" in source(
+        gpu_model_runner.GPUModelRunner.__init__
+    )
+    for request in (ChatCompletionRequest, CompletionRequest):
+        assert "vllm_xargs" in request.model_fields
+        assert "= self.vllm_xargs if self.vllm_xargs else {}" in source(request.to_sampling_params)
 
 
 def test_rpc_reaches_methods_of_the_worker_by_name():
@@ -207,6 +224,16 @@ def test_v2_runner_prepares_real_batches_before_every_launch():
     _, body = function_of(runner, "prepare_inputs")
     for name in ("req_ids", "num_reqs", "query_start_loc_np", "is_prefilling_np"):
         assert f"{name}=" in body
+
+
+def test_v2_runner_adds_requests_with_their_sampling_parameters():
+    node, body = function_of("v1.worker.gpu.model_runner", "add_requests")
+    assert arguments_of(node) == ["self", "scheduler_output"]
+    for part in ("in scheduler_output.scheduled_new_reqs", "new_req_data.sampling_params"):
+        assert part in body
+    assert "self.req_states.req_id_to_index[req_id]" in body
+    _, body = function_of("v1.worker.gpu.model_runner", "execute_model")
+    assert body.index("self.add_requests(scheduler_output)") < body.index("self.prepare_inputs(")
 
 
 def test_warm_up_requests_of_the_v2_runner_are_recognised():

@@ -8,7 +8,8 @@ import yaml
 from sere_ray.demo import assets
 from sere_ray.errors import PolicyError, SereError
 from sere_ray.serve import ServeConfig
-from sere_ray.serve.app import engine_arguments
+from sere_ray.serve.app import engine_arguments, llm_config
+from sere_ray.serve.run import load_file
 
 VALID = {"model": "/m", "model_id": "m"}
 
@@ -30,6 +31,16 @@ def test_without_a_policy_the_engine_is_stock():
     [
         ({"modell": "x"}, SereError, ["modell = 'x'", "not permitted"]),
         ({"device": "tpu"}, SereError, ["device = 'tpu'", "'cpu'"]),
+        ({"data_parallel_size": 0}, SereError, ["data_parallel_size = 0", "greater than or equal"]),
+        ({"engine": {"data_parallel_size": 2}}, SereError, ["data_parallel_size is set by"]),
+        ({"engine": {"additional_config": {}}}, SereError, ["additional_config is set by"]),
+        (
+            {"env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}},
+            SereError,
+            ["VLLM_ALLOW_INSECURE_SERIALIZATION lets clients run code"],
+        ),
+        ({"access": {"max_body": 1}}, SereError, ["access.max_body = 1", "not permitted"]),
+        ({"access": {"max_body_bytes": 1}}, SereError, ["access.max_body_bytes = 1"]),
         ({"model": ""}, SereError, ["model = ''", "at least 1"]),
         ({"sere": {"select_top_k": 2}}, PolicyError, ["sere.similarity is missing"]),
     ],
@@ -52,4 +63,63 @@ def test_deployment_files_are_valid():
         for application in document["applications"]:
             assert application["import_path"] == "sere_ray.serve:build_app"
             config = ServeConfig.parse(application["args"])
+            load_file(file)
             assert (root / config.model).resolve() == assets.MODEL.resolve()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", ["not YAML"]),
+        ("- 1", ["not a Ray Serve file"]),
+        ("applications: [{import_path: 'a:b', args: {}}]", ["import_path = 'a:b'", "serve run"]),
+        (
+            "applications: [{import_path: 'sere_ray.serve:build_app', args: {model: m}}]",
+            ["model_id", "required"],
+        ),
+    ],
+)
+def test_mistakes_in_a_deployment_file(tmp_path, has_words, text, words):
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    with pytest.raises(SereError) as caught:
+        load_file(file)
+    has_words(str(caught.value), *words)
+    with pytest.raises(SereError) as caught:
+        load_file(tmp_path / "missing.yaml")
+    has_words(str(caught.value), "missing.yaml", "No such file")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_one_file_shape_for_one_rank_and_gangs_on_cpu_and_gpu(device):
+    """The engines of a file, without starting them."""
+    from sere_ray.serve import server
+
+    base = {"model": str(assets.MODEL), "model_id": "m", "device": device}
+    one = llm_config(ServeConfig.parse(base))
+    gang = llm_config(ServeConfig.parse({**base, "data_parallel_size": 2, "num_replicas": 3}))
+    assert (one.server_cls, gang.server_cls) == (server.SereServer, server.SereGangServer)
+    assert "data_parallel_size" not in one.engine_kwargs
+    assert gang.engine_kwargs["data_parallel_size"] == 2
+    assert gang.engine_kwargs["enable_expert_parallel"] is True
+    assert gang.deployment_config["num_replicas"] == 3
+    (bundle,) = gang.placement_group_config["bundles"]
+    assert bundle.get("GPU", 0) == (device == "gpu")
+    # two ranks and the ingress fit into two cores
+    assert device == "gpu" or 2 * bundle["CPU"] + 0.5 <= 2
+
+
+def test_a_file_without_policy_has_no_router_actor():
+    from sere_ray.serve import server
+
+    config = ServeConfig.parse({"model": str(assets.MODEL), "model_id": "m"})
+    assert server.OPTIONS not in llm_config(config).experimental_configs
+
+
+def test_behind_haproxy_nobody_is_served_without_keys(monkeypatch, has_words):
+    from sere_ray.serve import build_app
+
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(SereError) as caught:
+        build_app({"model": str(assets.MODEL), "model_id": "m"})
+    has_words(str(caught.value), "access.keys_file", "HAProxy", "sere-ray key")

@@ -1,0 +1,5 @@
+"""``python -m sere_ray`` is the command ``sere-ray``."""
+
+from sere_ray.cli import app
+
+app(prog_name="sere-ray")

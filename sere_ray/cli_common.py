@@ -1,0 +1,21 @@
+"""What every command of the command line shares."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+from sere_ray.errors import SereError
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what the user has to fix as one line, exit code 2, no traceback."""
+    try:
+        yield
+    except SereError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,98 @@
+"""The commands around a deployment: serve, policy, stats, key."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sere_ray.cli_common import console, user_errors
+from sere_ray.errors import SereError
+
+Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_ADMIN_TOKEN.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy of a deployment.")
+
+
+def serve(
+    config: Annotated[Path, typer.Option(help="A file such as deploy/demo-cpu.yaml.")],
+) -> None:
+    """Run a deployment on this machine until Ctrl-C or SIGTERM; then requests under way finish.
+
+    On a Ray cluster use `serve deploy FILE` instead: the file is the same.
+
+    Example: sere-ray serve --config deploy/demo-cpu.yaml
+    """
+    with user_errors():
+        from sere_ray.serve.run import run_file
+
+        run_file(config, console)
+
+
+def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
+    """Draw an API key or admin token: prints it, and the line for `access.keys_file`.
+
+    Example: sere-ray key team-a
+    """
+    from sere_ray.serve.keys import digest, new_key
+
+    value = new_key()
+    console.print("Give this to its holder; it is not stored anywhere:", highlight=False)
+    print(value)
+    console.print("Add this to the key file, below `keys:` or `admin:`:", highlight=False)
+    print(f"  - {{name: {name}, sha256: {digest(value)}}}")
+
+
+@policy_app.command("get")
+def policy_get(url: Url = DEFAULT_URL) -> None:
+    """Print the policy, its version, and how many replicas run it, as JSON.
+
+    Example: sere-ray policy get
+    """
+    with user_errors():
+        from sere_ray.serve.client import request
+
+        print(json.dumps(request(url, "policy"), indent=2))
+
+
+@policy_app.command("set")
+def policy_set(
+    changes: Annotated[list[str], typer.Argument(help="KEY=VALUE ..., of the policy's keys.")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Change keys of the policy without a restart, on all replicas.
+
+    Example: sere-ray policy set select_top_k=1 threshold=0.3 mode=on
+    """
+    with user_errors():
+        from sere_ray.serve.client import request
+
+        print(json.dumps(request(url, "policy", change=_changes(changes)), indent=2))
+
+
+def stats(
+    url: Url = DEFAULT_URL,
+    watch: Annotated[
+        float | None, typer.Option(min=0.5, help="Seconds: print what happened in each interval.")
+    ] = None,
+) -> None:
+    """Print what re-routing does: experts read, slots re-routed, step time.
+
+    Example: sere-ray stats --watch 2
+    """
+    with user_errors():
+        from sere_ray.serve.client import print_stats
+
+        print_stats(url, watch)
+
+
+def _changes(pairs: list[str]) -> dict[str, Any]:
+    """``["mode=on", "threshold=null"]`` as a mapping; values are YAML, but on and off are words."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise SereError(f"{pair!r}: must be KEY=VALUE, such as select_top_k=1")
+        changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
+    return changes

@@ -1,0 +1,58 @@
+"""Artifact files as the router actor reads them and replicas keep them."""
+
+import hashlib
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sere_ray.artifact import SimilarityArtifact, atomic_path
+from sere_ray.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """The content of an artifact's file."""
+
+    name: str
+    """As the policy's ``similarity`` gives it."""
+    sha256: str
+    content: bytes
+
+    def parse(self) -> SimilarityArtifact:
+        """Read and check.
+
+        Raises:
+            ArtifactError: as :meth:`SimilarityArtifact.load`.
+        """
+        return SimilarityArtifact.from_bytes(self.content, name=self.name)
+
+
+def read_artifact(path: Path, max_bytes: int) -> ArtifactFile:
+    """Read a regular file of at most ``max_bytes``.
+
+    Raises:
+        ArtifactError: missing, unreadable, no regular file or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ArtifactError(f"{path}: not a regular file")
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: {error.strerror}, on the node of the router actor; `sere-ray calibrate` "
+            "makes an artifact"
+        ) from None
+    if len(content) > max_bytes:
+        raise ArtifactError(
+            f"{path}: larger than max_artifact_bytes = {max_bytes}; raise it in the deployment file"
+        )
+    return ArtifactFile(str(path), hashlib.sha256(content).hexdigest(), content)
+
+
+def keep_artifact(folder: Path, sha256: str, content: bytes) -> Path:
+    """Write content under its hash, where an engine that starts reads it."""
+    path = folder / f"{sha256}.safetensors"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path

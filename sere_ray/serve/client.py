@@ -1,0 +1,108 @@
+"""Client of the control API, for the command line and the demo."""
+
+import json
+import os
+import time
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from sere_ray.config import Policy
+from sere_ray.errors import SereError
+from sere_ray.serve.keys import ADMIN_TOKEN
+from sere_ray.serve.stats import difference
+
+TIMEOUT_SECONDS = 30.0
+
+
+def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[str, Any]:
+    """GET ``/sere/{what}``, or PUT a change.
+
+    Raises:
+        SereError: the server is not there or refuses; with its own words.
+    """
+    headers = {"Content-Type": "application/json"}
+    if token := os.environ.get(ADMIN_TOKEN):
+        headers["Authorization"] = f"Bearer {token}"
+    address = f"{url.rstrip('/')}/sere/{what}"
+    body = None if change is None else json.dumps(change).encode()
+    method = "GET" if change is None else "PUT"
+    try:
+        with urlopen(
+            Request(address, body, headers, method=method), timeout=TIMEOUT_SECONDS
+        ) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except HTTPError as error:
+        raise SereError(f"{address}: {error.code}: {_message(error)}") from None
+    except (URLError, TimeoutError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise SereError(f"{address}: {reason}; is the deployment up, and --url right?") from None
+
+
+class Deployment:
+    """A running deployment, as one engine.
+
+    Args:
+        url: of its HTTP side.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._last: dict[str, Any] | None = None
+
+    def set_policy(self, policy: Policy) -> None:
+        """Set a policy on all replicas; its artifact is the one that runs.
+
+        Raises:
+            SereError: refused, or not all replicas follow within the server's time limit.
+        """
+        status = request(self._url, "policy", policy.model_dump(exclude={"similarity"}))
+        if status["replicas_settled"] < status["replicas"]:
+            raise SereError(f"{self._url}: not all replicas follow: {status}")
+
+    def read_counters(self) -> dict[str, Any]:
+        """Totals since the last call, as :func:`sere_ray.serve.stats.totals`."""
+        now = request(self._url, "stats")["total"]
+        counted = now if self._last is None else difference(now, self._last)
+        self._last = now
+        return counted
+
+
+def print_stats(url: str, interval: float | None) -> None:
+    """Print totals since the engines' start, or of each interval until Ctrl-C."""
+    last = request(url, "stats")
+    if interval is None:
+        print(_line(last["total"]["decode_only"], last))
+        return
+    try:
+        while True:
+            time.sleep(interval)
+            now = request(url, "stats")
+            print(_line(difference(now["total"], last["total"])["decode_only"], now), flush=True)
+            last = now
+    except KeyboardInterrupt:
+        return
+
+
+def _line(decode: dict[str, Any], stats: dict[str, Any]) -> str:
+    """One line on steps in which every row decodes; experts are means per layer."""
+    policy = stats["policy"]
+    steps = max(decode["steps"], 1)
+    layer_steps = steps * max(len(decode["experts_before"]), 1)
+    seconds = decode["forward_seconds"]
+    timed = "" if seconds is None else f"  {seconds / steps * 1e3:.2f} ms/step"
+    return (
+        f"version {stats['version']} ({policy['mode']}, S={policy['select_top_k']})  "
+        f"{stats['replicas_settled']}/{stats['replicas']} ranks  "
+        f"{decode['steps']} steps  {decode['decode_rows'] / steps:.1f} rows/step  "
+        f"experts {sum(decode['experts_before']) / layer_steps:.1f} -> "
+        f"{sum(decode['experts_after']) / layer_steps:.1f}{timed}"
+    )
+
+
+def _message(error: HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)

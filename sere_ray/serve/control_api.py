@@ -1,0 +1,151 @@
+"""The control API, under ``/sere/``: policy, artifact, counters and audit log of a deployment."""
+
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from ray.exceptions import RayActorError, RayTaskError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from sere_ray import __version__
+from sere_ray.config import Policy
+from sere_ray.errors import SereError
+from sere_ray.serve.access import PRINCIPAL, Refusal
+from sere_ray.serve.locate import RouterUnavailableError, find_router
+from sere_ray.serve.openai_ingress import answer, http_error
+
+REPORTED = (401, 403, 413, 422, 429, 503)
+
+
+def _change_schema() -> dict[str, Any]:
+    schema = Policy.model_json_schema()
+    schema.pop("required")
+    schema["properties"].pop("similarity")
+    return {**schema, "title": "PolicyChange", "description": "keys to change; others stay"}
+
+
+PolicyChange = Annotated[dict[str, Any], WithJsonSchema(_change_schema())]
+
+
+class Status(BaseModel):
+    """The newest version and how far it got."""
+
+    version: int
+    policy: dict[str, Any]
+    replicas: int = Field(description="replicas (ranks) that follow the router")
+    replicas_settled: int = Field(description="of these: ranks whose whole gang runs this version")
+
+
+class Stats(Status):
+    """Counters since the start of each engine; see ``sere_ray.serve.stats`` for the totals."""
+
+    total: dict[str, Any]
+    per_replica: list[dict[str, Any]]
+
+
+class ArtifactInfo(BaseModel):
+    """The running artifact."""
+
+    name: str
+    sha256: str
+    bytes: int
+    layers: list[int]
+    metadata: dict[str, Any]
+
+
+class ArtifactChoice(BaseModel):
+    """A file of the configured folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=255)
+
+
+class Audit(BaseModel):
+    """Changes and refused changes, oldest first."""
+
+    entries: list[dict[str, Any]]
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error form."""
+
+    error: dict[str, Any]
+
+
+def control_app() -> FastAPI:
+    """The application to mount under ``/sere``; its OpenAPI document is ``/sere/openapi.json``."""
+    app = FastAPI(
+        title="sere-ray control",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        responses={status: {"model": ErrorBody} for status in REPORTED},
+    )
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Refusal, _refused)
+
+    @app.get("/policy")
+    async def get_policy() -> Status:
+        return Status(**await _ask("policy"))
+
+    @app.put("/policy")
+    async def put_policy(change: Annotated[PolicyChange, Body()], request: Request) -> Status:
+        return Status(**await _ask("set_policy", change, _who(request)))
+
+    @app.get("/stats")
+    async def get_stats() -> Stats:
+        return Stats(**await _ask("stats"))
+
+    @app.get("/artifact")
+    async def get_artifact() -> ArtifactInfo:
+        return ArtifactInfo(**await _ask("artifact"))
+
+    @app.put("/artifact")
+    async def put_artifact(choice: ArtifactChoice, request: Request) -> ArtifactInfo:
+        return ArtifactInfo(**await _ask("set_artifact", choice.name, _who(request)))
+
+    @app.get("/audit")
+    async def get_audit() -> Audit:
+        return Audit(entries=await _ask("audit"))
+
+    return app
+
+
+async def _ask(method: str, *args: Any) -> Any:
+    """Call the router actor of this application.
+
+    Raises:
+        Refusal: what it refuses (422), or that it is not there (503).
+    """
+    from ray import serve
+
+    try:
+        router = find_router(serve.get_replica_context().app_name)
+        return await getattr(router, method).remote(*args)
+    except RayTaskError as error:
+        if isinstance(error.cause, SereError):
+            raise Refusal(422, "refused", str(error.cause)) from None
+        raise
+    except (RayActorError, RouterUnavailableError):
+        raise Refusal(
+            503, "router_unavailable", "The router actor is restarting.", {"retry-after": "5"}
+        ) from None
+
+
+def _who(request: Request) -> str:
+    return str(request.scope.get(PRINCIPAL, "unknown"))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return answer(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    return await _refused(request, Refusal(422, "invalid_parameter", "; ".join(lines)))

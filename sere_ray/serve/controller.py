@@ -1,0 +1,106 @@
+"""Mode ``auto``: hold a target by moving along a list of policies, as little as the load demands.
+
+Pure: no clock, no Ray, no engine. One observation per interval goes in, a level comes out; level 0
+is exact routing, higher levels re-route more.
+
+- **Up** one level when the time per output token has been above the target for ``patience``
+  intervals in a row.
+- **Down** one level when it has been clearly below the target *and* the load clearly below that at
+  which the level was entered, for ``patience`` intervals. The second condition is what keeps it
+  from oscillating: at a constant load the time falls because of the level, so the time alone would
+  undo every step.
+- **Floor**: where the re-routed share of slots is above the limit, down at once, and that level and
+  those above it stay closed until the load has changed clearly.
+- An interval without a request leads straight to exact: there is nothing to save.
+"""
+
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Target(BaseModel):
+    """What to hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tpot_ms: float = Field(gt=0, description="p90 of the time per output token, milliseconds")
+    max_rerouted_share: float = Field(
+        1.0, ge=0, le=1, description="quality floor: most slots of decode rows that may move"
+    )
+    margin: float = Field(0.15, gt=0, lt=1, description="how much below counts as clearly below")
+    patience: int = Field(3, ge=1, description="intervals in a row before a level changes")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One interval."""
+
+    tpot_ms: float | None
+    """p90; None if no token was produced."""
+    load: float
+    """Decode rows per step, over the gang."""
+    rerouted_share: float
+    """Re-routed slots over all slots of decode rows."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Level from now on, and why it changed (empty: it did not)."""
+
+    level: int
+    reason: str = ""
+
+
+@dataclass
+class Controller:
+    """Chooses a level.
+
+    Args:
+        target: what to hold.
+        levels: how many there are, exact included.
+    """
+
+    target: Target
+    levels: int
+    level: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Start exact."""
+        assert self.levels >= 1
+        self._entered_at = [0.0] * self.levels
+        self._slow = self._fast = 0
+        self._closed_from = self.levels
+        self._closed_at = 0.0
+
+    def observe(self, seen: Observation) -> Decision:
+        """Take one interval into account."""
+        if seen.tpot_ms is None:
+            return self._go(0, "idle") if self.level else Decision(0)
+        target, margin = self.target, self.target.margin
+        if self._closed_from < self.levels and abs(seen.load - self._closed_at) > (
+            margin * self._closed_at
+        ):
+            self._closed_from = self.levels
+        if self.level and seen.rerouted_share > target.max_rerouted_share:
+            self._closed_from, self._closed_at = self.level, seen.load
+            return self._go(
+                self.level - 1,
+                f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}",
+            )
+        is_slow = seen.tpot_ms > target.tpot_ms
+        is_fast = seen.tpot_ms < (1 - margin) * target.tpot_ms
+        has_eased = seen.load < (1 - margin) * self._entered_at[self.level]
+        self._slow = self._slow + 1 if is_slow else 0
+        self._fast = self._fast + 1 if is_fast and has_eased else 0
+        next_level = self.level + 1
+        if self._slow >= target.patience and next_level < min(self.levels, self._closed_from):
+            self._entered_at[next_level] = seen.load
+            return self._go(next_level, f"p90 {seen.tpot_ms:.1f} ms > {target.tpot_ms:.1f} ms")
+        if self.level and self._fast >= target.patience:
+            return self._go(self.level - 1, f"load fell to {seen.load:.1f} rows")
+        return Decision(self.level)
+
+    def _go(self, level: int, reason: str) -> Decision:
+        self.level, self._slow, self._fast = level, 0, 0
+        return Decision(level, reason)

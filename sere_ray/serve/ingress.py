@@ -1,0 +1,72 @@
+"""The HTTP side: OpenAI routes and the control API behind the access layer."""
+
+import os
+from typing import Any
+
+from fastapi.middleware.cors import CORSMiddleware
+from ray import serve
+from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.llm._internal.serve.core.ingress.ingress import init
+from ray.serve.llm import build_llm_deployment, build_openai_app
+from ray.serve.llm.ingress import make_fastapi_ingress
+from starlette.exceptions import HTTPException
+
+from sere_ray.errors import SereError
+from sere_ray.serve.access import AccessConfig, AccessLayer
+from sere_ray.serve.config import ServeConfig
+from sere_ray.serve.control_api import control_app
+from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
+from sere_ray.serve.openai_ingress import SereIngress, http_error
+
+ROUTES = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+}
+"""What is served of Ray's ingress: what is tested, and nothing else."""
+ACCESS = "sere_access"
+"""Key of ``LLMConfig.experimental_configs`` that holds the arguments of :func:`protect`."""
+
+
+def ingress_app(config: ServeConfig, llm: Any) -> Any:
+    """The application.
+
+    Where Ray streams directly, the engine's own server answers and is protected there.
+
+    Raises:
+        SereError: the key file is not valid, or a proxy would hide who asks while nobody has a key.
+    """
+    keys = from_environment()
+    ring = KeyRing(config.access.keys_file, keys)
+    if ring.is_open and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise SereError(
+            "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
+            "client looks local; give keys (`sere-ray key NAME`)"
+        )
+    if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
+        llm.experimental_configs[ACCESS] = (config.access, keys, config.sere is not None)
+        return build_openai_app({"llm_configs": [llm]})
+    app = init()
+    # No page of another origin may talk to the server: browsers are no clients of it.
+    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
+    protect(app, config.access, keys, control=config.sere is not None)
+    app.add_exception_handler(HTTPException, http_error)
+    ingress = make_fastapi_ingress(SereIngress, endpoint_map=ROUTES, app=app)
+    options = SereIngress.get_deployment_options([llm])
+    if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
+        options["ray_actor_options"] = {"num_cpus": 0.5}
+    model_id = config.model_id
+    return serve.deployment(ingress, **options).bind(
+        llm_deployments={model_id: build_llm_deployment(llm)},
+        model_cards={model_id: to_model_metadata(model_id, llm)},
+    )
+
+
+def protect(app: Any, access: AccessConfig, keys: KeyFile, *, control: bool) -> None:
+    """Put the access layer around a FastAPI application and mount the control API in it."""
+    if control:
+        app.mount("/sere", control_app())
+    app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
+    app.add_middleware(AccessLayer, config=access, fixed=keys)

@@ -1,0 +1,59 @@
+"""Find the router actor of an application, from any process of the cluster.
+
+``serve.get_deployment_actor`` works only in replicas of the deployment that owns the actor, and the
+actor's name holds a code version. So the actor publishes its name.
+"""
+
+from typing import Any
+
+from sere_ray.errors import SereError
+
+ACTOR = "sere_router"
+"""Name of the actor within its deployment."""
+_NAMESPACE = b"sere_ray"
+
+
+class RouterUnavailableError(SereError):
+    """The router actor is not running: the deployment is starting, or the actor is restarting."""
+
+
+def own_actor_name() -> tuple[str, str]:
+    """Application and full name of the deployment actor that this process is."""
+    import ray
+    from ray import serve
+
+    context = serve.get_deployment_actor_context()
+    name = ray.get_runtime_context().get_actor_name()
+    assert name is not None
+    return context.app_name, name
+
+
+def publish(app: str, name: str) -> None:
+    """Make ``name`` the router of an application."""
+    from ray.experimental import internal_kv as kv
+
+    kv._internal_kv_put(_key(app), name.encode(), namespace=_NAMESPACE)
+
+
+def find_router(app: str) -> Any:
+    """The actor's handle; not to be kept, since a restarted actor has a new one.
+
+    Raises:
+        RouterUnavailableError: there is none now.
+    """
+    import ray
+    from ray.experimental import internal_kv as kv
+
+    name = kv._internal_kv_get(_key(app), namespace=_NAMESPACE)
+    try:
+        if name is not None:
+            return ray.get_actor(name.decode(), namespace="serve")
+    except ValueError:
+        pass
+    raise RouterUnavailableError(
+        f"application {app!r}: its router actor is not running; try again in a few seconds"
+    )
+
+
+def _key(app: str) -> bytes:
+    return f"router/{app}".encode()

@@ -1,0 +1,84 @@
+"""Ray's OpenAI ingress, with clear answers when a gang is lost.
+
+Ray answers 500 while a dead engine is noticed, lets requests wait without limit while no replica
+runs, and cuts a stream off. Here: 503 at once, and an error event at the end of a stream.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.llm.ingress import OpenAiIngress
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sere_ray.serve.access import Refusal
+
+LOST = Refusal(
+    503,
+    "engine_lost",
+    "The engine of this request was lost and restarts; send the request again.",
+    {"retry-after": "5"},
+)
+NOBODY = Refusal(
+    503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
+)
+
+
+class SereIngress(OpenAiIngress):  # type: ignore[misc]
+    """See the module."""
+
+    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+        try:
+            return await super()._process_llm_request(*args, **kwargs)  # type: ignore[no-any-return]
+        except Refusal as refusal:
+            return answer(refusal)
+
+    async def _get_response(self, *, body: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        model_id = await self._get_model_id(body.model)
+        if has_no_replica(self._get_configured_serve_handle(model_id)):
+            raise NOBODY
+        started = False
+        try:
+            async for response in super()._get_response(body=body, **kwargs):
+                started = True
+                yield response
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            if not started:
+                raise LOST from None
+            yield f"data: {LOST.body().decode()}\n\n"
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error means that the engine is gone, not that the request is bad."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    kinds = (EngineDeadError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+    return isinstance(error, kinds)
+
+
+def has_no_replica(handle: Any) -> bool:
+    """Whether the deployment behind a handle was running and no replica is left.
+
+    Reaches into the handle, as Ray's own ``broadcast`` does: there is no public way to ask.
+    """
+    router = getattr(handle, "_router", None)
+    inner = getattr(router, "_asyncio_router", router)
+    requests = getattr(inner, "request_router", None)
+    return requests is not None and not requests.curr_replicas
+
+
+def answer(refusal: Refusal) -> Response:
+    """A refusal as an answer."""
+    return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such path or model) in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    code = "not_found" if error.status_code == 404 else "http_error"
+    return answer(Refusal(error.status_code, code, str(error.detail)))

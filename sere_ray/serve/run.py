@@ -1,0 +1,102 @@
+"""``sere-ray serve``: a deployment file on a Ray instance of its own, until a signal."""
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from sere_ray.errors import SereError
+from sere_ray.progress import waiting
+from sere_ray.serve.config import ServeConfig
+
+IMPORT_PATH = "sere_ray.serve:build_app"
+
+
+def run_file(path: Path, console: Console) -> None:
+    """Serve the applications of a file until SIGINT or SIGTERM; then drain and end Ray.
+
+    Raises:
+        SereError: the file is not valid.
+    """
+    document = load_file(path)
+    stop = threading.Event()
+    http = document.get("http_options") or {}
+    start_ray()
+    import ray
+    from ray import serve
+
+    try:
+        logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
+        from sere_ray.serve import build_app
+
+        serve.start(http_options={"host": "127.0.0.1", "port": 8000, **http})
+        names = []
+        for application in document["applications"]:
+            names.append(application.get("name", "default"))
+            with waiting(console, f"starting {names[-1]}"):
+                serve.run(
+                    build_app(application["args"]),
+                    name=names[-1],
+                    route_prefix=application.get("route_prefix", "/"),
+                    blocking=False,
+                )
+        host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
+        console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
+        for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has set its own while starting
+            signal.signal(number, lambda *_: stop.set())
+        while not stop.wait(1.0):
+            pass
+        console.print("draining: requests under way finish, new ones are refused")
+        for name in names:
+            serve.delete(name)
+    except KeyboardInterrupt:
+        console.print("stopped while starting")
+    finally:
+        logging.disable(logging.NOTSET)
+        ray.shutdown()  # the instance is ours alone: Serve ends with it
+
+
+def start_ray(**options: Any) -> None:
+    """A Ray instance of our own: it is never somebody else's that runs on this machine."""
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        **options,
+    )
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A deployment file, with every application's arguments checked.
+
+    Raises:
+        SereError: not there, not YAML, or a mistake in it.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SereError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise SereError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        ServeDeploySchema.model_validate(document)
+    except (ValidationError, TypeError) as error:
+        raise SereError(f"{path}: not a Ray Serve file: {' '.join(str(error).split())}") from None
+    for application in document["applications"]:
+        if application["import_path"] != IMPORT_PATH:
+            raise SereError(
+                f"{path}: import_path = {application['import_path']!r}: `sere-ray serve` runs "
+                f"{IMPORT_PATH}; use `serve run` for other applications"
+            )
+        ServeConfig.parse(application.get("args") or {})
+    return dict(document)

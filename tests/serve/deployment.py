@@ -1,0 +1,191 @@
+"""A deployment as a user runs it: `sere-ray serve`, a Ray instance of its own, real engines."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import psutil
+import yaml
+
+from sere_ray.demo import assets
+from sere_ray.serve.keys import digest
+from tests.engine.conftest import random_artifact
+
+MODEL_ID = "sere-demo"
+API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
+START_SECONDS = 300
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def save_artifacts(folder):
+    """``a`` and ``b`` fit the demo model, ``foreign`` does not."""
+    artifact = random_artifact(assets.MODEL)
+    artifact.save(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes(b"")
+    changed = {layer: matrix.sqrt() for layer, matrix in artifact.layers.items()}
+    type(artifact)(changed, artifact.metadata).save(folder / "b.safetensors")
+    others = dict.fromkeys(artifact.layers, "0" * 32)
+    metadata = artifact.metadata.model_copy(update={"router_fingerprint": others})
+    type(artifact)(artifact.layers, metadata).save(folder / "foreign.safetensors")
+
+
+def save_keys(path):
+    keys = [
+        {"name": "all", "sha256": digest(API_KEY)},
+        {"name": "plain", "sha256": digest(NO_TIER_KEY), "tiers": ["default"]},
+        {"name": "exact", "sha256": digest(EXACT_KEY), "default_tier": "exact"},
+    ]
+    admin = [{"name": "ops", "sha256": digest(ADMIN)}]
+    path.write_text(yaml.safe_dump({"keys": keys, "admin": admin}))
+
+
+class Served:
+    """The process, and its HTTP side."""
+
+    def __init__(self, process, url, log):
+        self.process, self.url, self.log = process, url, log
+
+    def request(self, method, path, body=None, key=None, headers=None, timeout=60):
+        """``(status, JSON or text, headers)``."""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        sent = {"content-type": "application/json", **(headers or {})}
+        if key is not None:
+            sent["authorization"] = f"Bearer {key}"
+        try:
+            with urlopen(
+                Request(self.url + path, data, sent, method=method), timeout=timeout
+            ) as response:
+                return response.status, json.load(response), dict(response.headers)
+        except HTTPError as error:
+            text = error.read().decode()
+            try:
+                return error.code, json.loads(text), dict(error.headers)
+            except ValueError:
+                return error.code, text, dict(error.headers)
+
+    def complete(self, prompt="Work out 23 + 48 - 17.", key=API_KEY, headers=None, **body):
+        body = {
+            "model": MODEL_ID,
+            "prompt": prompt,
+            "max_tokens": 16,
+            "temperature": 0,
+            "ignore_eos": True,
+            **body,
+        }
+        return self.request("POST", "/v1/completions", body, key, headers)
+
+    def sere(self, what, change=None):
+        """GET or PUT with the admin's token; must succeed."""
+        method = "GET" if change is None else "PUT"
+        status, answer, _ = self.request(method, f"/sere/{what}", change, ADMIN)
+        assert status == 200, answer
+        return answer
+
+    def cli(self, *arguments):
+        command = [sys.executable, "-m", "sere_ray", *arguments, "--url", self.url]
+        environment = {**os.environ, "SERE_ADMIN_TOKEN": ADMIN}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def processes(self, name):
+        """Processes of this deployment whose title starts with ``name``."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if process.cmdline() and process.cmdline()[0].startswith(name):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@contextmanager
+def deployed(folder, *, keys=True, environment=None, **arguments):
+    """Run a deployment file from ``folder``; ends every process that it started."""
+    port = free_port()
+    save_artifacts(folder)
+    access = {"max_body_bytes": 100_000}
+    if keys:
+        save_keys(folder / "keys.yaml")
+        access["keys_file"] = str(folder / "keys.yaml")
+    args = {
+        "model": str(assets.MODEL),
+        "model_id": MODEL_ID,
+        "sere": {"similarity": str(folder / "a.safetensors"), "select_top_k": 1},
+        "artifacts": str(folder),
+        "access": access,
+        "env": {"HF_HUB_OFFLINE": "1"},
+        "engine": {
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "kv_cache_memory_bytes": 1 << 26,
+        },
+        **arguments,
+    }
+    application = {"name": "app", "import_path": "sere_ray.serve:build_app", "args": args}
+    document = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
+    file = folder / "deployment.yaml"
+    file.write_text(yaml.safe_dump(document))
+    log = folder / "log"
+    variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sere_ray", "serve", "--config", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**variables, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
+            start_new_session=True,
+        )
+    served = Served(process, f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "serving app on" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield served
+    finally:
+        stop(process)
+
+
+def stop(process):
+    """End a deployment and whatever it left."""
+    if process.poll() is not None:
+        return
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(90)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+
+
+def wait_for(condition, seconds, what):
+    """Poll until it holds; returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+    return time.monotonic() - start

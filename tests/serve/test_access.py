@@ -1,0 +1,324 @@
+"""The access layer in front of a stand-in application: what reaches it, and what does not."""
+
+import asyncio
+import json
+import os
+
+import pytest
+import yaml
+
+from sere_ray.errors import SereError
+from sere_ray.serve.access import PRINCIPAL, AccessConfig, AccessLayer
+from sere_ray.serve.keys import KeyFile, KeyRing, digest, from_environment, new_key
+
+KEYS = {
+    "keys": [
+        {"name": "all", "sha256": digest("k-all")},
+        {"name": "plain", "sha256": digest("k-plain"), "tiers": ["default"]},
+        {"name": "exact", "sha256": digest("k-exact"), "default_tier": "exact"},
+    ],
+    "admin": [{"name": "ops", "sha256": digest("t-ops")}],
+}
+
+
+class Inner:
+    """Answers 200 with what it was asked, once it may."""
+
+    def __init__(self):
+        self.requests, self.may_answer = [], asyncio.Event()
+        self.may_answer.set()
+
+    async def __call__(self, scope, receive, send):
+        message = await receive() if scope["method"] == "POST" else {}
+        self.requests.append((scope, json.loads(message.get("body") or b"null")))
+        await self.may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+def layer(inner, *, keys=KEYS, **limits):
+    config = AccessConfig.model_validate({"max_body_bytes": 1024, **limits})
+    return AccessLayer(inner, config=config, fixed=KeyFile.model_validate(keys or {}))
+
+
+async def ask(app, method="GET", path="/v1/models", *, key=None, body=b"", headers=(), **scope):
+    """``(status, body, headers)``."""
+    sent = [(b"host", b"127.0.0.1:8000"), *headers]
+    if key is not None:
+        sent.append((b"authorization", f"Bearer {key}".encode()))
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "root_path": "",
+        "headers": sent,
+        "client": ("127.0.0.1", 4000),
+        **scope,
+    }
+    parts = [body[i : i + 300] for i in range(0, len(body), 300)] or [b""]
+    messages = iter(
+        [
+            {"type": "http.request", "body": part, "more_body": i + 1 < len(parts)}
+            for i, part in enumerate(parts)
+        ]
+    )
+    answer = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        answer.append(message)
+
+    await app(scope, receive, send)
+    content = b"".join(message.get("body", b"") for message in answer)
+    return answer[0]["status"], json.loads(content or b"null"), dict(answer[0]["headers"])
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def completion(inner, key, body=None, headers=(), **limits):
+    content = json.dumps(body or {"prompt": "a"}).encode()
+    app = layer(inner, **limits)
+    return run(ask(app, "POST", "/v1/completions", key=key, body=content, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status"),
+    [
+        ("/v1/models", "k-all", 200),
+        ("/v1/models", "K-ALL", 401),
+        ("/v1/models", "", 401),
+        ("/v1/models", None, 401),
+        ("/v1/models", "t-ops", 401),
+        ("/sere/policy", "t-ops", 200),
+        ("/sere/policy", "k-all", 403),
+        ("/sere/policy", None, 401),
+        ("/v1", "k-all", 404),
+        ("/sere", "t-ops", 404),
+        ("/metrics", "t-ops", 404),
+        ("//sere/policy", "k-all", 404),
+        ("/V1/models", "k-all", 404),
+    ],
+)
+def test_which_key_opens_what(path, key, status):
+    inner = Inner()
+    found, answer, _ = run(ask(layer(inner), path=path, key=key))
+    assert found == status
+    assert len(inner.requests) == (status == 200)
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_path_that_names_another_only_when_normalised_is_a_matter_of_its_prefix():
+    """/v1/../sere/policy is handed on as it stands, and no route has that name."""
+    inner = Inner()
+    run(ask(layer(inner), path="/v1/../sere/policy", key="k-all"))
+    assert inner.requests[0][0]["path"] == "/v1/../sere/policy"
+
+
+def test_the_prefix_of_an_application_does_not_count():
+    inner = Inner()
+    assert run(ask(layer(inner), path="/app/v1/models", root_path="/app", key="k-all"))[0] == 200
+    assert run(ask(layer(inner), path="/app/sere/policy", root_path="/app", key="k-all"))[0] == 403
+
+
+def test_the_holder_is_known_and_the_key_is_not_in_any_answer():
+    inner = Inner()
+    run(ask(layer(inner), key="k-plain"))
+    assert inner.requests[0][0][PRINCIPAL] == "plain"
+    _, answer, headers = run(ask(layer(inner), key="sk-secret"))
+    assert "secret" not in json.dumps(answer)
+    assert headers[b"www-authenticate"] == b"Bearer"
+
+
+def test_websockets_are_refused():
+    sent = []
+
+    async def scenario():
+        async def send(message):
+            sent.append(message["type"])
+
+        await layer(Inner())({"type": "websocket", "path": "/v1/models"}, None, send)
+
+    run(scenario())
+    assert sent == ["websocket.close"]
+
+
+@pytest.mark.parametrize(
+    ("client", "host", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000", 200),
+        ("127.0.0.1", "localhost:8000", 200),
+        ("::1", "[::1]:8000", 200),
+        ("10.0.0.7", "127.0.0.1:8000", 403),
+        ("127.0.0.1", "evil.example:8000", 403),  # DNS rebinding
+        ("127.0.0.1", "", 403),
+        (None, "127.0.0.1", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/sere/policy"])
+def test_without_any_key_only_this_machine_is_served(client, host, status, path):
+    app = layer(Inner(), keys=None)
+    peer = None if client is None else (client, 1)
+    headers = [(b"host", host.encode())]
+    assert run(ask(app, path=path, client=peer, headers=headers))[0] == status
+
+
+def test_with_api_keys_but_no_admin_nobody_is_one():
+    app = layer(Inner(), keys={"keys": KEYS["keys"]})
+    assert run(ask(app, path="/sere/policy"))[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("key", "header", "body", "tier"),
+    [
+        ("k-all", None, None, None),
+        ("k-all", "exact", None, "exact"),
+        ("k-all", None, "exact", "exact"),
+        ("k-all", "default", "exact", None),
+        ("k-exact", None, None, "exact"),
+        ("k-exact", "default", None, None),
+        ("k-exact", None, "default", None),
+        ("k-plain", "default", None, None),
+    ],
+)
+def test_tier(key, header, body, tier):
+    inner = Inner()
+    headers = [] if header is None else [(b"x-sere-tier", header.encode())]
+    xargs = {"other": 1} if body is None else {"other": 1, "sere_tier": body}
+    status, *_ = completion(inner, key, {"prompt": "a", "vllm_xargs": xargs}, headers)
+    assert status == 200
+    scope, received = inner.requests[0]
+    expected = {"other": 1} if tier is None else {"other": 1, "sere_tier": tier}
+    assert received == {"prompt": "a", "vllm_xargs": expected}
+    assert dict(scope["headers"])[b"content-length"] == str(len(json.dumps(received))).encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "header", "body", "status", "code"),
+    [
+        ("k-plain", "exact", {}, 403, "tier_not_permitted"),
+        ("k-plain", None, {"vllm_xargs": {"sere_tier": "exact"}}, 403, "tier_not_permitted"),
+        ("k-all", "best", {}, 422, "invalid_tier"),
+        ("k-all", None, {"vllm_xargs": {"sere_tier": ["exact"]}}, 422, "invalid_tier"),
+        ("k-all", None, {"vllm_xargs": "exact"}, 422, "invalid_parameter"),
+    ],
+)
+def test_tier_refused(key, header, body, status, code):
+    inner = Inner()
+    headers = [] if header is None else [(b"x-sere-tier", header.encode())]
+    found, answer, _ = completion(inner, key, {"prompt": "a", **body}, headers)
+    assert (found, answer["error"]["code"], inner.requests) == (status, code, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b'{"a": 1}', [], 200),
+        (b"{", [], 400),
+        (b"", [], 400),
+        (b'"text"', [], 400),
+        (b"[" * 900, [], 400),
+        (b'{"a": "' + b"x" * 1024 + b'"}', [], 413),
+        (b"{}", [(b"content-length", b"99999999999")], 413),
+    ],
+)
+def test_body(body, headers, status):
+    inner = Inner()
+    found, *_ = run(
+        ask(layer(inner), "POST", "/v1/completions", key="k-all", body=body, headers=headers)
+    )
+    assert found == status
+    assert len(inner.requests) == (status == 200)
+
+
+def test_concurrency_is_bounded_per_key_and_over_all():
+    async def scenario():
+        inner = Inner()
+        inner.may_answer.clear()
+        app = layer(inner, max_concurrent_requests=3, max_concurrent_per_key=2)
+        waiting = [asyncio.create_task(ask(app, key="k-all")) for _ in range(2)]
+        await asyncio.sleep(0)
+        status, answer, headers = await ask(app, key="k-all")
+        assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert headers[b"retry-after"] == b"1"
+        waiting.append(asyncio.create_task(ask(app, key="k-plain")))
+        await asyncio.sleep(0)
+        assert (await ask(app, key="k-exact"))[0] == 429
+        inner.may_answer.set()
+        assert [status for status, *_ in await asyncio.gather(*waiting)] == [200] * 3
+        assert (await ask(app, key="k-all"))[0] == 200
+
+    run(scenario())
+
+
+def test_a_failing_application_gives_its_place_back():
+    async def scenario():
+        async def broken(scope, receive, send):
+            raise RuntimeError("broken")
+
+        app = layer(broken, max_concurrent_per_key=1)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                await ask(app, key="k-all")
+
+    run(scenario())
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def test_the_key_file_is_read_again_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("sere_ray.serve.keys.RELOAD_SECONDS", 0)
+    path = tmp_path / "keys.yaml"
+    path.write_text(yaml.safe_dump(KEYS))
+    ring = KeyRing(str(path), KeyFile())
+    assert ring.api_key("k-all").name == "all"
+    path.write_text(yaml.safe_dump({"keys": KEYS["keys"][1:]}))
+    os.utime(path, ns=(1, 1))
+    assert ring.api_key("k-all") is None
+    path.write_text("keys: [broken")
+    os.utime(path, ns=(2, 2))
+    assert ring.api_key("k-plain").name == "plain", "a broken file must change nothing"
+    path.write_text("")
+    os.utime(path, ns=(3, 3))
+    assert ring.api_key("k-plain") is None
+    assert not ring.is_open, "an empty file locks everybody out; it opens nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"keys": [{"name": "a", "sha256": "sk-plain-text"}]}, ["keys.0.sha256", "pattern"]),
+        ({"keys": [{"name": "a b", "sha256": "0" * 64}]}, ["keys.0.name"]),
+        ({"key": []}, ["key", "not permitted"]),
+        (
+            {"keys": [{"name": "a", "sha256": "0" * 64, "tiers": ["exact"]}]},
+            ["default_tier 'default' is not among tiers"],
+        ),
+    ],
+)
+def test_mistakes_in_the_key_file(tmp_path, has_words, content, words):
+    path = tmp_path / "keys.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SereError) as caught:
+        KeyFile.load(path)
+    has_words(str(caught.value), "keys.yaml", *words)
+    assert "sk-plain-text" not in str(caught.value)
+
+
+def test_keys_of_the_environment_are_hashed_at_once(monkeypatch):
+    monkeypatch.setenv("SERE_API_KEY", "k-env")
+    monkeypatch.delenv("SERE_ADMIN_TOKEN", raising=False)
+    keys = from_environment()
+    assert "k-env" not in repr(keys)
+    assert KeyRing(None, keys).api_key("k-env").name == "env"
+    assert keys.admin == ()
+
+
+def test_new_keys_differ():
+    assert new_key() != new_key()
+    assert len(new_key()) > 40

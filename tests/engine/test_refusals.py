@@ -268,7 +268,7 @@ def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_wo
     with running_engine(moe, sere_key(moe)) as engine:
         for policy, words in (
             (sere_key(moe, select_top_k=9), ["select_top_k = 9", "1..4"]),
-            (sere_key(moe, similarity="/other.safetensors"), ["/other.safetensors", "restart"]),
+            (sere_key(moe, similarity="/other.safetensors"), ["/other.safetensors", "restart it"]),
             ({**sere_key(moe), "tresh": 1}, ["sere.tresh"]),
             (sere_key(moe, dispatch="all_to_all"), ["'all_to_all'", "'allgather'", "restart it"]),
         ):

@@ -30,8 +30,8 @@ from sere_ray.kernel.launcher import (
 from sere_ray.rules import RuleCounts
 
 MAX_ROUTED_LOGITS = 4096
-"""Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses more
-slowly than vLLM's many (docs/results/kernel-h200.json, `added_with_top_k_us`)."""
+"""Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses
+more slowly than vLLM's many (`added_with_top_k_us` in docs/results/kernel-h200.json)."""
 
 
 class Deferred(NamedTuple):

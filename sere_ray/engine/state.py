@@ -123,7 +123,7 @@ class EngineState(ABC):
         if artifact is None and policy.similarity != self.policy.similarity:
             raise PolicyError(
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
-                f"({self.policy.similarity!r}) unless it is sent the new one; send it, or restart it"
+                f"({self.policy.similarity!r}); send it the new one, or restart it"
             )
         self.check_supported(policy)
         policy.for_model(top_k=self.top_k)

@@ -269,15 +269,16 @@ def plot(result: Path, picture: Path) -> None:
         "added_us": "ours: re-route, 1 launch",
         "empty_us": "an empty kernel",
     }
-    figure = Figure(figsize=(3.4 * len(SHAPES), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(SHAPES) + 2.5, 3.6), layout="constrained")
     for axes, (num_experts, top_k) in zip(
         figure.subplots(1, len(SHAPES), sharey=True), SHAPES, strict=True
     ):
         rows = [row for row in document["rows"] if row["num_experts"] == num_experts]
-        for name, label in arms.items():
+        for color, (name, label) in enumerate(arms.items()):
             points = [(row["rows"], row[name]) for row in rows if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+                line = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+                line[0].set_color(f"C{color}")
         axes.set(title=f"{num_experts} experts, top-{top_k}", xlabel="rows")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -285,7 +286,7 @@ def plot(result: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("microseconds a layer, in a graph")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.suptitle(f"{document['machine']['gpu']}, warm cache")
     figure.savefig(picture, dpi=110)
 

@@ -113,6 +113,11 @@ class Startup(BaseModel):
         description="how rows reach other ranks under data and expert parallelism: every row to "
         "all of them, or each only to those that hold its experts",
     )
+    check_ranks: bool = Field(
+        default=False,
+        description="for debugging, slow: in every layer the ranks compare where each expert's "
+        "slots go, and all raise if two of them differ",
+    )
 
 
 def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:

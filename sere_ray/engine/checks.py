@@ -43,6 +43,10 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
+        if startup.check_ranks:
+            raise UnsupportedError(
+                "sere.check_ranks = True: ranks are compared on CPU engines only; leave it out"
+            )
         check_cuda_policy(policy)
         check_compiler()
     model = vllm_config.model_config

@@ -38,8 +38,8 @@ from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
 from sere_ray.engine.state import DECODE_ONLY, MIXED, Wrap, find_state
-from sere_ray.errors import PolicyError
-from sere_ray.rules import EXACT, PADDING
+from sere_ray.errors import PolicyError, SereError
+from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
 
 
@@ -145,7 +145,26 @@ class UnionCpuState(CpuState):
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
         self._take_minimum(ranks)
         arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        if self.startup.check_ranks:
+            self._compare(layer, ranks, **{**arguments, "local": None})
         return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
+
+    def _compare(self, layer: int, ranks: Tensor, **arguments: Any) -> None:
+        """Raise on every rank alike if one of them sends a slot of some expert elsewhere."""
+        slots = -(-len(ranks) // self.top_k) * self.top_k
+        experts = torch.arange(slots, dtype=torch.int32, device="cpu").view(-1, self.top_k)
+        experts[experts >= len(ranks)] = -1
+        kinds = torch.full((len(experts),), REROUTABLE, dtype=torch.int8, device="cpu")
+        targets, _ = reroute_by_ranks(experts, ranks, self.similarity[layer], kinds, **arguments)
+        checksum = zlib.crc32(targets.numpy().tobytes())
+        fields = torch.tensor([checksum, -checksum], dtype=torch.int64, device="cpu")
+        self._take_minimum(fields)
+        if fields[0] != -fields[1]:
+            raise SereError(
+                f"sere.check_ranks: ranks re-route layer {layer} differently under policy number "
+                f"{min(self.staged)}; their answers are wrong from here on: restart them, and "
+                "report this"
+            )
 
     def loaded(self) -> None:
         """See the base class: put the all-to-all in."""

@@ -79,7 +79,7 @@ def engine_arguments(config: ServeConfig) -> dict[str, Any]:
     """vLLM engine arguments of a configuration; the user's win over ours."""
     arguments: dict[str, Any] = {
         **ENGINE_DEFAULTS[config.device],
-        "additional_config": {"sere": config.sere.model_dump()} if config.sere else {},
+        "additional_config": {"sere": config.engine_key} if config.sere else {},
     }
     if config.data_parallel_size > 1:
         arguments |= {

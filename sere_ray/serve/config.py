@@ -1,10 +1,18 @@
 """What a deployment serves: one validated description, in ``deploy/*.yaml`` and in Python."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from sere_ray.config import Policy
+from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import SereError
 from sere_ray.serve.access import AccessConfig
 
@@ -30,6 +38,9 @@ class ServeConfig(BaseModel):
     )
     num_replicas: int = Field(1, ge=1, le=64, description="gangs; each holds the whole model")
     sere: Policy | None = Field(None, description="re-routing policy; null = stock vLLM")
+    startup: Startup = Field(
+        default_factory=Startup, description="keys written under `sere` beside the policy"
+    )
     engine: dict[str, Any] = Field(
         default_factory=dict, description="further vLLM engine arguments, such as max_model_len"
     )
@@ -60,10 +71,24 @@ class ServeConfig(BaseModel):
                 raise ValueError(f"{name} lets clients run code in the engines; leave it out")
         return value
 
-    @field_validator("sere", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _policy(cls, value: object) -> Policy | None:
-        return None if value is None else Policy.parse(value)
+    def _split_key(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        if "startup" in value:
+            raise ValueError("startup: write its keys under `sere`, beside the policy")
+        if value.get("sere") is None:
+            return value
+        policy, startup = parse_key(value["sere"])
+        return {**value, "sere": policy, "startup": startup}
+
+    @property
+    def engine_key(self) -> dict[str, Any]:
+        """The value of vLLM's ``sere`` key; empty without a policy."""
+        if self.sere is None:
+            return {}
+        return {**self.sere.model_dump(), **self.startup.model_dump(exclude_unset=True)}
 
     @classmethod
     def parse(cls, value: object) -> "ServeConfig":

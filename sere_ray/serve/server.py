@@ -17,6 +17,7 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
+from sere_ray.config import Startup
 from sere_ray.serve.artifacts import keep_artifact
 from sere_ray.serve.locate import ACTOR
 from sere_ray.serve.router import Member, Update
@@ -150,7 +151,8 @@ class _Following:
         if "sere" not in additional:
             return await super().start()  # type: ignore[misc,no-any-return]
         self.follower = _follower()
-        additional["sere"] = await self.follower.join()
+        startup = {k: v for k, v in additional["sere"].items() if k in Startup.model_fields}
+        additional["sere"] = {**await self.follower.join(), **startup}
         config.update_engine_kwargs(additional_config=additional)
         await super().start()  # type: ignore[misc]
         await self.follower.catch_up(self.engine)

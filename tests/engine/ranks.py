@@ -106,6 +106,33 @@ def run_rounds(rank, port, folder, options, rounds):
     return report
 
 
+def run_forced(rank, port, folder, options, policies, requests, answers):
+    """An engine of one rank; log-probabilities along the given answers, per policy.
+
+    Args:
+        rank: of this process.
+        port: the same free port on all ranks.
+        folder: a checkpoint.
+        options: of the engine, the ``sere`` key among them.
+        policies: set one after the other.
+        requests: a list per rank.
+        answers: token ids per request, a list per rank.
+
+    Returns:
+        ``[requests, positions, vocabulary]`` float32 arrays.
+    """
+    _choose_rank(rank, port)
+    from tests.engine import forced
+    from tests.engine.conftest import running_engine
+
+    found = []
+    with running_engine(folder, **{**options, **forced.OPTIONS}) as engine:
+        for policy in policies:
+            engine.collective_rpc("sere_set_policy", args=(policy,))
+            found.append(forced.log_probs(engine, requests[rank], answers[rank]).numpy())
+    return found
+
+
 def lose_rank(rank, port, folder, options, request, how, lost):
     """An engine of one rank; the lost one gets a signal in the middle of its 30th layer.
 

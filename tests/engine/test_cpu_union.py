@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
-from sere_ray.config import Policy
+from sere_ray.config import Policy, Startup
 from sere_ray.engine.cpu_expert_parallel import (
     _drop_foreign_slots,
     expert_owner,
@@ -15,7 +15,7 @@ from sere_ray.engine.cpu_expert_parallel import (
     reduce_rows,
 )
 from sere_ray.engine.cpu_union import UnionCpuState
-from sere_ray.errors import ArtifactError, PolicyError
+from sere_ray.errors import ArtifactError, PolicyError, SereError
 from sere_ray.rules import EXACT, PADDING, reroute
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
@@ -142,9 +142,10 @@ def artifact_bytes(folder, **kwargs):
     return path.read_bytes()
 
 
-def make_state(group, similarity_seed=0):
+def make_state(group, similarity_seed=0, **startup):
     policy = Policy.parse({"similarity": "a.safetensors", "select_top_k": 1})
-    return UnionCpuState(policy, make_artifact(similarity_seed), TOP_K, 64, group)
+    artifact, startup = make_artifact(similarity_seed), Startup(**startup)
+    return UnionCpuState(policy, artifact, TOP_K, 64, group, startup=startup)
 
 
 def switching_policies():
@@ -263,6 +264,29 @@ def test_ranks_that_differ_say_so(has_words, what):
     for messages in run_ranks(disagree, free_port(), what):
         assert len(messages) == 1, "the rank raised nothing"
         has_words(messages[0], "differ in their policies", "similarity artifact", "same 'sere' key")
+
+
+def damage(rank, port):
+    """A torn matrix on one rank: what the ranks say, with the check and without."""
+    group, messages = gloo_group(rank, port), []
+    for check_ranks in (True, False):
+        state = make_state(group, check_ranks=check_ranks)
+        weights, ids = torch.rand((5, EXPERTS), generator=torch.manual_seed(rank)).topk(TOP_K)
+        for layer in (0, 1):
+            if rank and layer:
+                state.similarity[layer] = state.similarity[layer].flip(1).contiguous()
+            try:
+                with state.step(np.ones(5, dtype=np.int8)):
+                    state.reroute(layer, ids.int(), weights)
+            except SereError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_are_told_to_compare_notice_a_torn_matrix(has_words):
+    for messages in run_ranks(damage, free_port()):
+        assert len(messages) == 1, "with the check, in the second layer"
+        has_words(messages[0], "sere.check_ranks", "layer 1", "restart")
 
 
 def test_a_wrong_policy_or_artifact_leaves_the_rank_as_it_was(tmp_path, has_words):

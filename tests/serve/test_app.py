@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.errors import PolicyError, SereError
 from sere_ray.serve import ServeConfig
@@ -20,6 +21,13 @@ def test_policy_becomes_the_engine_option_and_the_users_arguments_win():
     arguments = engine_arguments(config)
     assert arguments["additional_config"]["sere"]["select_top_k"] == 2
     assert arguments["gpu_memory_utilization"] == 0.5
+
+
+def test_the_key_of_a_file_may_hold_what_an_engine_takes_at_its_start():
+    key = {"similarity": "a.safetensors", "select_top_k": 2, "dispatch": "all_to_all"}
+    config = ServeConfig.parse({**VALID, "sere": key})
+    assert config.sere == Policy.parse({k: v for k, v in key.items() if k != "dispatch"})
+    assert engine_arguments(config)["additional_config"]["sere"]["dispatch"] == "all_to_all"
 
 
 def test_without_a_policy_the_engine_is_stock():
@@ -41,7 +49,13 @@ def test_without_a_policy_the_engine_is_stock():
         ),
         ({"access": {"max_body": 1}}, SereError, ["access.max_body = 1", "not permitted"]),
         ({"access": {"max_body_bytes": 1}}, SereError, ["access.max_body_bytes = 1"]),
+        ({"startup": {}}, SereError, ["startup: write its keys under `sere`"]),
         ({"model": ""}, SereError, ["model = ''", "at least 1"]),
+        (
+            {"sere": {"similarity": "a", "select_top_k": 2, "dispatch": "x"}},
+            PolicyError,
+            ["sere.dispatch = 'x'"],
+        ),
         ({"sere": {"select_top_k": 2}}, PolicyError, ["sere.similarity is missing"]),
     ],
 )

@@ -1,0 +1,96 @@
+"""What several CPU ranks think is what one thinks: log-probabilities along given answers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.config import Policy
+from sere_ray.engine.control import set_policy
+from tests.engine import forced
+from tests.engine.conftest import prompts, running_engine, sere_key
+from tests.engine.ranks import run_forced, run_ranks
+from tests.engine.test_expert_parallel import free_port
+from tests.models import TOP_K
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+REQUESTS = prompts(16, seed=3, length=(5, 30))
+POSITIONS = 64
+
+
+def answers():
+    rng = random.Random(4)
+    return [[rng.randrange(10, 900) for _ in range(POSITIONS)] for _ in REQUESTS]
+
+
+def policies(folder):
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    return [key, {**key, "select_top_k": 1}]
+
+
+def of_one_engine(folder, dtype, **options):
+    """Per policy ``[requests, positions, vocabulary]``."""
+    found, settings = [], policies(folder)
+    options |= {"dtype": dtype, **forced.OPTIONS}
+    with running_engine(folder, settings[0], **options) as engine:
+        for policy in settings:
+            set_policy(engine, Policy.parse(policy))
+            found.append(forced.log_probs(engine, REQUESTS, answers()))
+    return found
+
+
+def of_data_parallel_ranks(folder, dtype, dispatch):
+    first, second = slice(0, 9), slice(9, None)
+    settings = policies(folder)
+    options = {"sere": {**settings[0], "dispatch": dispatch}, "enable_expert_parallel": True}
+    options |= {"dtype": dtype, "distributed_executor_backend": "uni"}
+    split = [[rows[first], rows[second]] for rows in (REQUESTS, answers())]
+    ranks = run_ranks(run_forced, free_port(), folder, options, settings, *split)
+    return [torch.from_numpy(np.concatenate(of_ranks)) for of_ranks in zip(*ranks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint):
+    return checkpoint("qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Of one engine, in both types; `stock` is S = K."""
+    return {dtype: of_one_engine(folder, dtype) for dtype in ("float32", "bfloat16")}
+
+
+def check_float32(found, alone):
+    """Per policy; the first prompt token's row is of the same kind in all engines."""
+    for policy, (mine, one) in enumerate(zip(found, alone["float32"], strict=True)):
+        worst = (mine - one).abs().amax(-1).flatten()
+        near = (worst <= 1e-3).float().mean().item()
+        print(f"policy {policy}: {near:.2%} within 1e-3, worst {worst.max():.1e}")
+        assert near == 1.0  # 99.9 % would do if the others were near-ties in the gate's top-k
+    assert (alone["float32"][0] - alone["float32"][1]).abs().max() > 0.01, "re-routing did nothing"
+
+
+@pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
+def test_data_parallel_float32(folder, alone, dispatch):
+    check_float32(of_data_parallel_ranks(folder, "float32", dispatch), alone)
+
+
+def test_tensor_parallel_float32(folder, alone, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    check_float32(of_one_engine(folder, "float32", **options), alone)
+
+
+def test_data_parallel_bfloat16(folder, alone):
+    """Rounding moves a forced token's log-probability up as often as down."""
+    found = of_data_parallel_ranks(folder, "bfloat16", "all_to_all")
+    index = torch.tensor(answers())[..., None]
+    for mine, one in zip(found, alone["bfloat16"], strict=True):
+        difference = (mine - one).gather(-1, index).double().mean((1, 2))  # per request
+        draws = torch.randint(len(REQUESTS), (4000, len(REQUESTS)), generator=torch.manual_seed(0))
+        low, high = difference[draws].mean(1).quantile(torch.tensor([0.005, 0.995]).double())
+        kl = (one.exp() * (one - mine)).sum(-1).mean()
+        print(f"mean difference {difference.mean():.1e} [{low:.1e}, {high:.1e}], KL {kl:.1e} nats")
+        assert low <= 0 <= high
+        assert kl < 0.01

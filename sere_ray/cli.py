@@ -271,17 +271,33 @@ def step_time(
 
 
 @bench_app.command()
+def failover(out: Out) -> None:
+    """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
+
+    Takes about 20 minutes on two cores. The file is written after every number of ranks.
+
+    Example: sere-ray bench failover --out failover.json
+    """
+    with _user_errors():
+        from sere_ray.evaluation.failover import run_failover
+        from sere_ray.results import write_result
+
+        run_failover(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@bench_app.command()
 def plot(
-    result: Annotated[Path, typer.Argument(help="A result file of `bench step-time`.")],
+    result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],
     picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
 ) -> None:
-    """Draw speedup and step time by batch size; a column for each model and router.
+    """Draw a result file of `bench step-time`, `failover` or `scale`.
 
     Example: sere-ray bench plot step-time.json step-time.png
     """
     with _user_errors():
-        from sere_ray.evaluation.plot import draw_step_time
+        from sere_ray.evaluation.plot import draw
         from sere_ray.results import load_result
 
-        draw_step_time(load_result(result), picture)
+        draw(load_result(result), picture)
     print(picture)

@@ -6,7 +6,7 @@ are exact (prefill), every later position is one decode step whose batch is the 
 position. KV entries are the re-routed ones, as they would be in a server.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,33 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from sere_ray.calibration.collect import MoELayer, find_moe_layers
+from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.config import BoundPolicy
 from sere_ray.rules import REROUTABLE
 from sere_ray.rules.sere_cpu import reroute_and_count
+
+Choice = tuple[Tensor, Tensor]
+"""``topk_ids`` and ``topk_weights``, ``[T, K]`` each."""
+
+
+@contextmanager
+def changed_choices(
+    model: PreTrainedModel, change: Callable[[int, Tensor, Tensor], Choice]
+) -> Iterator[None]:
+    """Let ``change(layer, topk_ids, topk_weights)`` stand between every gate and its experts."""
+
+    def hook(layer: int) -> Any:
+        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_states, topk_ids, topk_weights = arguments
+            return (hidden_states, *change(layer, topk_ids, topk_weights))
+
+        return change_choice
+
+    with ExitStack() as stack:
+        for index, layer in find_moe_layers(model).items():
+            handle = layer.experts.register_forward_pre_hook(hook(index))
+            stack.callback(handle.remove)
+        yield
 
 
 @dataclass
@@ -50,27 +73,11 @@ class Rerouter:
     def forward(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of ``input_ids [B, L]`` under the policy."""
         self._shape = (input_ids.shape[0], input_ids.shape[1])
-        with torch.inference_mode(), self._hooked(find_moe_layers(model)):
+        with torch.inference_mode(), changed_choices(model, self._reroute):
             logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
         return logits
 
-    @contextmanager
-    def _hooked(self, layers: Mapping[int, MoELayer]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for index, layer in layers.items():
-                handle = layer.experts.register_forward_pre_hook(self._hook(index))
-                stack.callback(handle.remove)
-            yield
-
-    def _hook(self, layer: int) -> Any:
-        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden_states, topk_ids, topk_weights = arguments
-            new_ids = self._reroute(layer, topk_ids, topk_weights)
-            return (hidden_states, new_ids, topk_weights)
-
-        return change_choice
-
-    def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Choice:
         batch, length = self._shape
         ids = topk_ids.view(batch, length, -1).clone()
         weights = topk_weights.view(batch, length, -1)
@@ -90,7 +97,7 @@ class Rerouter:
             self.reads.experts_after += counts.experts_after
             if self.policy.mode == "on":
                 ids[:, position] = new_ids
-        return ids.view_as(topk_ids)
+        return ids.view_as(topk_ids), topk_weights
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def step_time(
 def failover(out: Out) -> None:
     """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
 
-    Takes about 20 minutes on two cores. The file is written after every number of ranks.
+    Takes a few minutes on two cores. The file is written after every number of ranks.
 
     Example: sere-ray bench failover --out failover.json
     """
@@ -283,6 +283,20 @@ def failover(out: Out) -> None:
         from sere_ray.results import write_result
 
         run_failover(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@bench_app.command()
+def scale(out: Out) -> None:
+    """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
+
+    Example: sere-ray bench scale --out scale-simulated.json
+    """
+    with _user_errors():
+        from sere_ray.evaluation.scale import run_scale
+        from sere_ray.results import write_result
+
+        run_scale(lambda content: write_result(out, content), console=console)
     print(out)
 
 

@@ -77,20 +77,21 @@ class Failover:
         batch, length = input_ids.shape
 
         def change(layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Choice:
-            ids = topk_ids.view(batch, length, -1).clone()
-            weights = topk_weights.view(batch, length, -1).clone()
+            ids = topk_ids.view(batch, length, -1)
+            weights = topk_weights.view(batch, length, -1)
+            all_ids, all_weights = torch.empty_like(ids), torch.empty_like(weights)
             steps = [slice(0, self.prompt_tokens)]
             steps += [slice(p, p + 1) for p in range(self.prompt_tokens, length)]
             for step in steps:
                 new_ids, new_weights = self.replace(
                     layer, ids[:, step].flatten(0, 1), weights[:, step].flatten(0, 1)
                 )
-                ids[:, step] = new_ids.view_as(ids[:, step])
-                weights[:, step] = new_weights.view_as(weights[:, step])
+                all_ids[:, step] = new_ids.view_as(ids[:, step])
+                all_weights[:, step] = new_weights.view_as(weights[:, step])
                 if step.start:
                     self.layer_steps += 1
                     self.experts_read += len(new_ids[new_weights > 0].unique())
-            return ids.view_as(topk_ids), weights.view_as(topk_weights)
+            return all_ids.view_as(topk_ids), all_weights.view_as(topk_weights)
 
         with torch.inference_mode(), changed_choices(model, change):
             logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
@@ -129,7 +130,7 @@ def score(
     *,
     batch: int,
     prompt_tokens: int,
-) -> tuple[NDArray[np.float64], ...]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Per text the sums of KL(exact || changed), top-1 agreement and loss.
 
     Args:
@@ -153,7 +154,8 @@ def score(
         )
         agreement = (logits.argmax(-1) == before.argmax(-1)).double()
         sums.append(torch.stack((divergence.sum((1, 2)), agreement.sum(1), loss.sum(1))))
-    return tuple(torch.cat(sums, dim=1).numpy())
+    kl, agree, nll = torch.cat(sums, dim=1).numpy()
+    return kl, agree, nll
 
 
 def run_failover(

@@ -1,0 +1,101 @@
+"""Pictures of what happens over many ranks: experts that are gone, and simulated scale."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+
+
+def draw_failover(document: dict[str, Any]) -> "Figure":
+    """KL, top-1 agreement and perplexity by the share of experts gone; bars: over the masks."""
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
+    exact = next(row for row in rows if row["method"] == "exact")
+    lines: dict[tuple[str, int], Rows] = {}
+    for row in rows:
+        if row is not exact:
+            lines.setdefault((row["method"], row["batch"]), []).append(row)
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = (
+        ("kl_mean", "kl", "KL to the exact model, nats", True),
+        ("top1_agreement", "top1", "top-1 agreement", False),
+        ("perplexity", "perplexity", "perplexity of held-out text", True),
+    )
+    for axes, (field, prefix, label, logarithmic) in zip(
+        figure.subplots(1, 3), panels, strict=True
+    ):
+        shift = 0.86
+        for number, ((method, batch), points) in enumerate(lines.items()):
+            shares = [row["gone"] * (shift + 0.04 * number) for row in points]
+            means = [row[field] for row in points]
+            low = [m - row[f"{prefix}_min_mask"] for m, row in zip(means, points, strict=True)]
+            high = [row[f"{prefix}_max_mask"] - m for m, row in zip(means, points, strict=True)]
+            spread = [[max(value, 0) for value in side] for side in (low, high)]
+            style = {"linestyle": "--" if batch == 1 else "-", "marker": "o", "markersize": 4}
+            name = f"{method}, batch {batch}"
+            axes.errorbar(shares, means, yerr=spread, capsize=2, label=name, **style)
+        if field == "perplexity":
+            axes.axhline(exact[field], color="black", linewidth=0.8, label="exact")
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ["1/8", "1/4", "1/2"])
+        axes.set_xlabel("share of experts gone; bars: least and greatest over the ranks")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle("demo model, teacher-forced, with one rank of 8, 4 or 2 gone", fontsize=11)
+    return figure
+
+
+def draw_scale(document: dict[str, Any]) -> "Figure":
+    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates."""
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, int], Rows] = {}
+    for row in document["rows"]:
+        if row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
+            panels.setdefault((row["shape"], row["ranks"]), []).append(row)
+    fields = (
+        ("experts_read_max_rank", "experts read, busiest rank"),
+        ("destination_ranks_mean", "destination ranks of a row"),
+        ("kib_per_row", "KiB of a row, there and back"),
+    )
+    figure = Figure(figsize=(3.6 * len(panels), 9.6), layout="constrained")
+    grid = figure.subplots(len(fields), len(panels), squeeze=False)
+    for column, ((shape, ranks), own) in enumerate(panels.items()):
+        grid[0][column].set_title(f"{shape}, {ranks} ranks", fontsize=9)
+        lines: dict[str, Rows] = {}
+        for row in own:
+            lines.setdefault(_name(row), []).append(row)
+        for line, (field, label) in enumerate(fields):
+            axes = grid[line][column]
+            for name, points in lines.items():
+                style = {"linestyle": ":" if "local union" in name else "-", "marker": "."}
+                counts = [row["rows_per_rank"] for row in points]
+                axes.plot(counts, [row[field] for row in points], label=name, **style)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.set_xlabel("rows per rank")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            if column == 0:
+                axes.set_ylabel(label)
+    figure.axes[0].legend(fontsize=6)
+    figure.suptitle("simulated, skewed gates, floor K; no time is measured", fontsize=11)
+    return figure
+
+
+def _name(row: dict[str, Any]) -> str:
+    parts = [f"S={row['select_top_k']}"]
+    if row["threshold"] is not None:
+        parts.append(f"rho={row['threshold']}")
+    if row["prefer_local_rank"] is not None:
+        parts.append(f"prefer_local_rank={row['prefer_local_rank']}")
+    if row["union"] == "local":
+        parts.append("local union")
+    return ", ".join(parts)

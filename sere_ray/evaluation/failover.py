@@ -90,7 +90,7 @@ class Failover:
                 all_weights[:, step] = new_weights.view_as(weights[:, step])
                 if step.start:
                     self.layer_steps += 1
-                    self.experts_read += len(new_ids[new_weights > 0].unique())
+                    self.experts_read += len(set(new_ids[new_weights > 0].tolist()))
             return all_ids.view_as(topk_ids), all_weights.view_as(topk_weights)
 
         with torch.inference_mode(), changed_choices(model, change):

@@ -126,7 +126,8 @@ def reroute_ranks(ids: Tensor, similarity: Tensor, arm: Arm, *, ranks: int) -> T
 
     masked = torch.where(primary[:, None, :], similarity, -torch.inf)  # [G, E, E]
     best, nearest = masked.max(dim=2)
-    stays = primary if arm.threshold is None else primary | (best < np.float32(arm.threshold))
+    rho = torch.tensor(-torch.inf if arm.threshold is None else arm.threshold).float()
+    stays = primary | (best < rho)
     target = torch.where(stays, torch.arange(num_experts), nearest)
     new_ids = target.flatten()[entry]
     if arm.prefer_local_rank is None:
@@ -135,8 +136,7 @@ def reroute_ranks(ids: Tensor, similarity: Tensor, arm: Arm, *, ranks: int) -> T
     bar = best - torch.tensor(arm.prefer_local_rank, dtype=torch.float32)
     is_nearest = torch.arange(num_experts) == nearest[:, :, None]
     masked[(masked <= bar[:, :, None]) & ~is_nearest] = -torch.inf
-    if arm.threshold is not None:
-        masked[masked < np.float32(arm.threshold)] = -torch.inf
+    masked[masked < rho] = -torch.inf
     per_rank = num_experts // ranks
     likeness, place = masked.view(groups * num_experts, ranks, per_rank).max(dim=2)
     home = torch.arange(num_rows)[:, None] // (num_rows // ranks)

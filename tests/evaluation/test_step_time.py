@@ -229,5 +229,5 @@ def test_picture(tmp_path, bench):
     assert "<svg" in (tmp_path / "a.svg").read_text()
     with pytest.raises(SereError, match=r"\.png or \.svg"):
         draw(document, tmp_path / "a.pdf")
-    with pytest.raises(SereError, match="no rows with a speedup"):
+    with pytest.raises(SereError, match="not a result of"):
         draw({**document, "rows": [{"model": "m"}]}, tmp_path / "b.png")

@@ -20,35 +20,30 @@ def draw_failover(document: dict[str, Any]) -> "Figure":
             lines.setdefault((row["method"], row["batch"]), []).append(row)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = (
-        ("kl_mean", "kl", "KL to the exact model, nats", True),
-        ("top1_agreement", "top1", "top-1 agreement", False),
-        ("perplexity", "perplexity", "perplexity of held-out text", True),
+        ("kl_mean", "kl", "KL to the exact model, nats"),
+        ("top1_agreement", "top1", "top-1 agreement"),
+        ("perplexity", "perplexity", "perplexity of held-out text"),
     )
-    for axes, (field, prefix, label, logarithmic) in zip(
-        figure.subplots(1, 3), panels, strict=True
-    ):
-        shift = 0.86
+    shares = sorted({row["gone"] for row in rows if row["gone"]})
+    for axes, (field, prefix, label) in zip(figure.subplots(1, 3), panels, strict=True):
         for number, ((method, batch), points) in enumerate(lines.items()):
-            shares = [row["gone"] * (shift + 0.04 * number) for row in points]
+            places = [shares.index(row["gone"]) + 0.1 * (number - 3) for row in points]
             means = [row[field] for row in points]
             low = [m - row[f"{prefix}_min_mask"] for m, row in zip(means, points, strict=True)]
             high = [row[f"{prefix}_max_mask"] - m for m, row in zip(means, points, strict=True)]
             spread = [[max(value, 0) for value in side] for side in (low, high)]
-            style = {"linestyle": "--" if batch == 1 else "-", "marker": "o", "markersize": 4}
+            style = {"linestyle": "none", "marker": "s" if batch == 1 else "o", "markersize": 5}
             name = f"{method}, batch {batch}"
-            axes.errorbar(shares, means, yerr=spread, capsize=2, label=name, **style)
+            axes.errorbar(places, means, yerr=spread, capsize=2, label=name, **style)
         if field == "perplexity":
             axes.axhline(exact[field], color="black", linewidth=0.8, label="exact")
-        axes.set_xscale("log", base=2)
-        axes.minorticks_off()
-        if logarithmic:
-            axes.set_yscale("log")
-        axes.set_xticks([1 / 8, 1 / 4, 1 / 2], ["1/8", "1/4", "1/2"])
-        axes.set_xlabel("share of experts gone; bars: least and greatest over the ranks")
+        axes.set_xticks(range(len(shares)), [f"1/{round(1 / share)}" for share in shares])
+        axes.set_xlabel("share of experts gone")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3, axis="y")
     figure.axes[0].legend(fontsize=7)
-    figure.suptitle("demo model, teacher-forced, with one rank of 8, 4 or 2 gone", fontsize=11)
+    title = "demo model, teacher-forced, one rank of 8, 4 or 2 gone; bars: from rank to rank"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from sere_ray.evaluation.routing import ROUTERS, Router, expert_scales
 from sere_ray.progress import progress
 
-RANKS = (8, 16, 32, 64, 128, 256)
+RANKS = (8, 16, 64, 256)
 ROWS_PER_RANK = (1, 4, 16, 64, 256)
 THRESHOLD = 0.6
 """Above it lie the similarities of a fifth to a third of all pairs of `random_similarity`."""
 TOLERANCES = (0.1, 1.0)
 """Of ``prefer_local_rank``; 1 = any stand-in on a visited rank."""
-SAMPLED_ROWS = 8192
-"""Samples of a point are drawn until they have so many rows, at least 3 and at most 64."""
+SAMPLED_ROWS = 2048
+"""Samples of a point are drawn until they have so many rows, at least 2 and at most 24."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def points() -> Iterator[tuple[Shape, Router, int, int]]:
 def simulate(shape: Shape, router: Router, ranks: int, rows_per_rank: int) -> list[dict[str, Any]]:
     """All arms on the same rows: means over samples, each with a layer's gate of its own."""
     rows = ranks * rows_per_rank
-    samples = min(max(SAMPLED_ROWS // rows, 3), 64)
+    samples = min(max(SAMPLED_ROWS // rows, 2), 24)
     found: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms(shape.top_k)}
     for sample in range(samples):
         generator = torch.Generator().manual_seed(sample)
@@ -225,11 +225,11 @@ def simulate(shape: Shape, router: Router, ranks: int, rows_per_rank: int) -> li
 
 
 def run_scale(save: Callable[[dict[str, Any]], None], *, console: Console) -> None:
-    """Simulate every point and ``save`` the content once."""
+    """Simulate every point; ``save`` gets the content after each."""
     rows: list[dict[str, Any]] = []
     todo = list(points())
     with progress(console, len(todo), task="scale", unit="points") as advance:
         for point in todo:
             rows += simulate(*point)
+            save({"simulated": True, "shapes": [vars(shape) for shape in SHAPES], "rows": rows})
             advance(1)
-    save({"simulated": True, "shapes": [vars(shape) for shape in SHAPES], "rows": rows})

@@ -53,7 +53,8 @@ def draw_scale(document: dict[str, Any]) -> "Figure":
 
     panels: dict[tuple[str, int], Rows] = {}
     for row in document["rows"]:
-        if row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
+        shown = row["prefer_local_rank"] != 1 and (row["threshold"] is None or _is_one(row))
+        if shown and row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
             panels.setdefault((row["shape"], row["ranks"]), []).append(row)
     fields = (
         ("experts_read_max_rank", "experts read, busiest rank"),
@@ -80,9 +81,14 @@ def draw_scale(document: dict[str, Any]) -> "Figure":
             axes.grid(alpha=0.3)
             if column == 0:
                 axes.set_ylabel(label)
-    figure.axes[0].legend(fontsize=6)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("simulated, skewed gates, floor K; no time is measured", fontsize=11)
     return figure
+
+
+def _is_one(row: dict[str, Any]) -> bool:
+    return bool(row["select_top_k"] == 1)
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -339,17 +339,47 @@ def dispatch_bytes(
 
 
 @bench_app.command()
+def failover(out: Out) -> None:
+    """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
+
+    Takes a few minutes on two cores. The file is written after every number of ranks.
+
+    Example: sere-ray bench failover --out failover.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.failover import run_failover
+        from sere_ray.results import write_result
+
+        run_failover(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@bench_app.command()
+def scale(out: Out) -> None:
+    """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
+
+    Example: sere-ray bench scale --out scale-simulated.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.scale import run_scale
+        from sere_ray.results import write_result
+
+        run_scale(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@bench_app.command()
 def plot(
-    result: Annotated[Path, typer.Argument(help="A result file of `bench step-time`.")],
+    result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],
     picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
 ) -> None:
-    """Draw speedup and step time by batch size; a column for each model and router.
+    """Draw a result file of `bench step-time`, `failover` or `scale`.
 
     Example: sere-ray bench plot step-time.json step-time.png
     """
     with user_errors():
-        from sere_ray.evaluation.plot import draw_step_time
+        from sere_ray.evaluation.plot import draw
         from sere_ray.results import load_result
 
-        draw_step_time(load_result(result), picture)
+        draw(load_result(result), picture)
     print(picture)

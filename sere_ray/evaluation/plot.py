@@ -1,33 +1,53 @@
-"""A picture of a step-time result: speedup and step time by batch size."""
+"""A picture of a result file."""
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sere_ray.artifact import atomic_path
 from sere_ray.errors import SereError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Rows = list[dict[str, Any]]
 
 
-def draw_step_time(document: dict[str, Any], picture: Path) -> None:
-    """Write a PNG or SVG: a column for each model and router; dashed lines are the floor.
+def draw(document: dict[str, Any], picture: Path) -> None:
+    """Write a PNG or SVG.
 
     Args:
-        document: a result file of ``sere-ray bench step-time``.
+        document: a result file of ``sere-ray bench step-time``, ``failover`` or ``scale``.
         picture: file to write; its suffix says the format.
 
     Raises:
         SereError: the document is another kind of result, or the suffix another format.
     """
-    from matplotlib.figure import Figure
+    from sere_ray.evaluation.plot_ranks import draw_failover, draw_scale
 
+    kinds: list[tuple[set[str], Callable[[dict[str, Any]], Figure]]] = [
+        ({"model", "batch", "arm", "speedup"}, draw_step_time),
+        ({"gone", "method", "kl_mean"}, draw_failover),
+        ({"ranks", "rows_per_rank", "destination_ranks_mean", "samples"}, draw_scale),
+    ]
     rows = document.get("rows") or [{}]
-    if not all({"model", "batch", "arm", "speedup"} <= row.keys() for row in rows):
-        raise SereError("not a result of `sere-ray bench step-time`: no rows with a speedup")
+    found = [make for fields, make in kinds if all(fields <= row.keys() for row in rows)]
+    if not found:
+        raise SereError("not a result of `sere-ray bench step-time`, `failover` or `scale`")
     kind = picture.suffix.removeprefix(".")
     if kind not in ("png", "svg"):
         raise SereError(f"{picture}: must end in .png or .svg")
+    figure = found[0](document)
+    with atomic_path(picture) as temporary:
+        figure.savefig(temporary, format=kind, dpi=130)
+
+
+def draw_step_time(document: dict[str, Any]) -> "Figure":
+    """A column for each model and router; dashed lines are the floor."""
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
     panels: dict[tuple[str, str], Rows] = {}
     for row in rows:
         panels.setdefault((row["model"], row.get("router", "uniform")), []).append(row)
@@ -41,8 +61,7 @@ def draw_step_time(document: dict[str, Any], picture: Path) -> None:
         )
     machine = document["machine"]
     figure.suptitle(f"decode step on {machine.get('gpu', machine.get('cpu'))}", fontsize=11)
-    with atomic_path(picture) as temporary:
-        figure.savefig(temporary, format=kind, dpi=130)
+    return figure
 
 
 def _draw_speedup(axes: Any, rows: Rows) -> None:

@@ -16,10 +16,34 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from sere_ray.calibration.collect import MoELayer, find_moe_layers
+from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.config import BoundPolicy
 from sere_ray.rules import REROUTABLE, LocalRanks
 from sere_ray.rules.sere_cpu import reroute_and_count
+
+Choice = tuple[Tensor, Tensor]
+"""``topk_ids`` and ``topk_weights``, ``[T, K]`` each."""
+
+
+@contextmanager
+def changed_choices(
+    model: PreTrainedModel, change: Callable[[int, Tensor, Tensor, Tensor], Choice]
+) -> Iterator[None]:
+    """Let ``change(layer, hidden_states, topk_ids, topk_weights)`` stand between every gate and
+    its experts."""
+
+    def hook(layer: int) -> Any:
+        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_states, topk_ids, topk_weights = arguments
+            return (hidden_states, *change(layer, hidden_states, topk_ids, topk_weights))
+
+        return change_choice
+
+    with ExitStack() as stack:
+        for index, layer in find_moe_layers(model).items():
+            handle = layer.experts.register_forward_pre_hook(hook(index))
+            stack.callback(handle.remove)
+        yield
 
 
 @dataclass
@@ -69,28 +93,18 @@ class Rerouter:
     def forward(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of ``input_ids [B, L]`` under the policy."""
         self._shape = (input_ids.shape[0], input_ids.shape[1])
-        with torch.inference_mode(), self._hooked(find_moe_layers(model)):
+        with torch.inference_mode(), changed_choices(model, self._choose):
             logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
         return logits
 
-    @contextmanager
-    def _hooked(self, layers: Mapping[int, MoELayer]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for index, layer in layers.items():
-                handle = layer.experts.register_forward_pre_hook(self._hook(index))
-                stack.callback(handle.remove)
-            yield
-
-    def _hook(self, layer: int) -> Any:
-        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden_states, topk_ids, topk_weights = arguments
-            new_ids = self._reroute(layer, topk_ids, topk_weights)
-            if self.on_layer is not None:
-                fields = (hidden_states, topk_ids, new_ids, topk_weights)
-                self.on_layer(layer, LayerRows(*map(self._decode_steps, fields)))
-            return (hidden_states, new_ids, topk_weights)
-
-        return change_choice
+    def _choose(
+        self, layer: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Choice:
+        new_ids = self._reroute(layer, topk_ids, topk_weights)
+        if self.on_layer is not None:
+            fields = (hidden_states, topk_ids, new_ids, topk_weights)
+            self.on_layer(layer, LayerRows(*map(self._decode_steps, fields)))
+        return new_ids, topk_weights
 
     def _decode_steps(self, rows: Tensor) -> Tensor:
         """``[D, B, n]`` of ``[B * L, n]``."""

@@ -11,11 +11,11 @@ import torch
 
 from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
-from sere_ray.engine.state import all_states
+from sere_ray.engine.state import all_states, find_state
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import artifact_path, generate, prompts, running_engine, sere_key
 from tests.engine.ranks import RANKS, run_ranks, run_rounds
-from tests.models import NUM_EXPERTS, TOP_K
+from tests.models import MOE_LAYERS, NUM_EXPERTS, TOP_K
 from tests.rules import oracle
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
@@ -85,6 +85,32 @@ def test_tensor_parallel_ranks_agree_on_near_stand_ins(checkpoint, monkeypatch):
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
     with running_engine(folder, key, **options) as engine:
         assert generate(engine, prompts())[0] == expected
+
+
+def owners(worker):
+    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
+
+
+def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatch):
+    """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
+    folder = checkpoint("deepseek_v2")
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    policies = [key, {**key, "select_top_k": 1}]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
+    answers, placed = {}, {}
+    for placement in ("linear", "round_robin"):
+        with running_engine(folder, key, **options, expert_placement_strategy=placement) as engine:
+            placed[placement] = engine.collective_rpc(owners)
+            answers[placement] = []
+            for policy in policies:
+                set_policy(engine, Policy.parse(policy))
+                answers[placement].append(generate(engine, prompts())[0])
+    layers = MOE_LAYERS["deepseek_v2"]
+    assert placed["linear"] == [{i: [0] * 8 + [1] * 8 for i in layers}] * 2
+    assert placed["round_robin"] == [{i: [0, 1] * 8 for i in layers}] * 2
+    assert answers["round_robin"] == answers["linear"]
+    assert answers["linear"][0] != answers["linear"][1]
 
 
 # --- data parallel: every rank has rows of its own ---------------------------------------------

@@ -16,7 +16,7 @@ from sere_ray.evaluation.engines import Engines, write_config
 from sere_ray.evaluation.floor import WeightBytes, count_weights, mean_context, step_bytes
 from sere_ray.evaluation.kernels import kernel_rows
 from sere_ray.evaluation.models import PUBLIC, get_model
-from sere_ray.evaluation.plot import draw_step_time
+from sere_ray.evaluation.plot import draw
 from sere_ray.evaluation.routing import SIGMA, expert_scales, simulate_union, skew_gates
 from sere_ray.evaluation.step_time import ROW_KEY, Bench, Plan, arms, measure
 from sere_ray.results import check_continues, load_result, write_result
@@ -223,11 +223,11 @@ def test_picture(tmp_path, bench):
     path = tmp_path / "result.json"
     write_result(path, {"rows": json.loads(json.dumps(saved[-1]))})
     document = load_result(path)
-    draw_step_time(document, tmp_path / "a.png")
+    draw(document, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    draw_step_time(document, tmp_path / "a.svg")
+    draw(document, tmp_path / "a.svg")
     assert "<svg" in (tmp_path / "a.svg").read_text()
     with pytest.raises(SereError, match=r"\.png or \.svg"):
-        draw_step_time(document, tmp_path / "a.pdf")
-    with pytest.raises(SereError, match="no rows with a speedup"):
-        draw_step_time({**document, "rows": [{"model": "m"}]}, tmp_path / "b.png")
+        draw(document, tmp_path / "a.pdf")
+    with pytest.raises(SereError, match="not a result of"):
+        draw({**document, "rows": [{"model": "m"}]}, tmp_path / "b.png")

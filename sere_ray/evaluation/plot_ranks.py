@@ -1,0 +1,102 @@
+"""Pictures of what happens over many ranks: experts that are gone, and simulated scale."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+
+
+def draw_failover(document: dict[str, Any]) -> "Figure":
+    """KL, top-1 agreement and perplexity by the share of experts gone; bars: over the masks."""
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
+    exact = next(row for row in rows if row["method"] == "exact")
+    lines: dict[tuple[str, int], Rows] = {}
+    for row in rows:
+        if row is not exact:
+            lines.setdefault((row["method"], row["batch"]), []).append(row)
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = (
+        ("kl_mean", "kl", "KL to the exact model, nats"),
+        ("top1_agreement", "top1", "top-1 agreement"),
+        ("perplexity", "perplexity", "perplexity of held-out text"),
+    )
+    shares = sorted({row["gone"] for row in rows if row["gone"]})
+    for axes, (field, prefix, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for number, ((method, batch), points) in enumerate(lines.items()):
+            places = [shares.index(row["gone"]) + 0.1 * (number - 3) for row in points]
+            means = [row[field] for row in points]
+            low = [m - row[f"{prefix}_min_mask"] for m, row in zip(means, points, strict=True)]
+            high = [row[f"{prefix}_max_mask"] - m for m, row in zip(means, points, strict=True)]
+            spread = [[max(value, 0) for value in side] for side in (low, high)]
+            style = {"linestyle": "none", "marker": "s" if batch == 1 else "o", "markersize": 5}
+            name = f"{method}, batch {batch}"
+            axes.errorbar(places, means, yerr=spread, capsize=2, label=name, **style)
+        if field == "perplexity":
+            axes.axhline(exact[field], color="black", linewidth=0.8, label="exact")
+        axes.set_xticks(range(len(shares)), [f"1/{round(1 / share)}" for share in shares])
+        axes.set_xlabel("share of experts gone")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, axis="y")
+    figure.axes[0].legend(fontsize=7)
+    title = "demo model, teacher-forced, one rank of 8, 4 or 2 gone; bars: from rank to rank"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_scale(document: dict[str, Any]) -> "Figure":
+    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates."""
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, int], Rows] = {}
+    for row in document["rows"]:
+        shown = row["prefer_local_rank"] != 1 and (row["threshold"] is None or _is_one(row))
+        if shown and row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
+            panels.setdefault((row["shape"], row["ranks"]), []).append(row)
+    fields = (
+        ("experts_read_max_rank", "experts read, busiest rank"),
+        ("destination_ranks_mean", "destination ranks of a row"),
+        ("kib_per_row", "KiB of a row, there and back"),
+    )
+    figure = Figure(figsize=(3.6 * len(panels), 9.6), layout="constrained")
+    grid = figure.subplots(len(fields), len(panels), squeeze=False)
+    for column, ((shape, ranks), own) in enumerate(panels.items()):
+        grid[0][column].set_title(f"{shape}, {ranks} ranks", fontsize=9)
+        lines: dict[str, Rows] = {}
+        for row in own:
+            lines.setdefault(_name(row), []).append(row)
+        for line, (field, label) in enumerate(fields):
+            axes = grid[line][column]
+            for name, points in lines.items():
+                style = {"linestyle": ":" if "local union" in name else "-", "marker": "."}
+                counts = [row["rows_per_rank"] for row in points]
+                axes.plot(counts, [row[field] for row in points], label=name, **style)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.set_xlabel("rows per rank")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            if column == 0:
+                axes.set_ylabel(label)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("simulated, skewed gates, floor K; no time is measured", fontsize=11)
+    return figure
+
+
+def _is_one(row: dict[str, Any]) -> bool:
+    return bool(row["select_top_k"] == 1)
+
+
+def _name(row: dict[str, Any]) -> str:
+    parts = [f"S={row['select_top_k']}"]
+    if row["threshold"] is not None:
+        parts.append(f"rho={row['threshold']}")
+    if row["prefer_local_rank"] is not None:
+        parts.append(f"prefer_local_rank={row['prefer_local_rank']}")
+    if row["union"] == "local":
+        parts.append("local union")
+    return ", ".join(parts)

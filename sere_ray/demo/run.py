@@ -19,6 +19,7 @@ from sere_ray.demo.settings import policies
 from sere_ray.errors import SereError
 from sere_ray.progress import progress
 from sere_ray.results import write_result
+from sere_ray.serve.run import wait_for_signal
 
 
 def run_demo(
@@ -125,8 +126,5 @@ def _wait(port: int, console: Console) -> None:
         markup=False,
         highlight=False,
     )
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        console.print("stopping")
+    wait_for_signal()
+    console.print("stopping")

@@ -23,7 +23,6 @@ def run_file(path: Path, console: Console) -> None:
         SereError: the file is not valid.
     """
     document = load_file(path)
-    stop = threading.Event()
     http = document.get("http_options") or {}
     start_ray()
     import ray
@@ -46,10 +45,7 @@ def run_file(path: Path, console: Console) -> None:
                 )
         host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
         console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
-        for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has set its own while starting
-            signal.signal(number, lambda *_: stop.set())
-        while not stop.wait(1.0):
-            pass
+        wait_for_signal()
         console.print("draining: requests under way finish, new ones are refused")
         for name in names:
             serve.delete(name)
@@ -58,6 +54,18 @@ def run_file(path: Path, console: Console) -> None:
     finally:
         logging.disable(logging.NOTSET)
         ray.shutdown()  # the instance is ours alone: Serve ends with it
+
+
+def wait_for_signal() -> None:
+    """Return at SIGINT or SIGTERM, also in a process that was started with SIGINT ignored.
+
+    To be called once Ray runs: it sets handlers of its own while it starts.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(1.0):
+        pass
 
 
 def start_ray(**options: Any) -> None:

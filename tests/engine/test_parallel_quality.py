@@ -57,40 +57,20 @@ def folder(checkpoint):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """Of one engine, in both types; `stock` is S = K."""
-    return {dtype: of_one_engine(folder, dtype) for dtype in ("float32", "bfloat16")}
+    """Of one engine."""
+    return of_one_engine(folder, "float32")
 
 
 def check_float32(found, alone):
     """Per policy; the first prompt token's row is of the same kind in all engines."""
-    for policy, (mine, one) in enumerate(zip(found, alone["float32"], strict=True)):
+    for policy, (mine, one) in enumerate(zip(found, alone, strict=True)):
         worst = (mine - one).abs().amax(-1).flatten()
         near = (worst <= 1e-3).float().mean().item()
         print(f"policy {policy}: {near:.2%} within 1e-3, worst {worst.max():.1e}")
         assert near == 1.0  # 99.9 % would do if the others were near-ties in the gate's top-k
-    assert (alone["float32"][0] - alone["float32"][1]).abs().max() > 0.01, "re-routing did nothing"
+    assert (alone[0] - alone[1]).abs().max() > 0.01, "re-routing did nothing"
 
 
 @pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
 def test_data_parallel_float32(folder, alone, dispatch):
     check_float32(of_data_parallel_ranks(folder, "float32", dispatch), alone)
-
-
-def test_tensor_parallel_float32(folder, alone, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    check_float32(of_one_engine(folder, "float32", **options), alone)
-
-
-def test_data_parallel_bfloat16(folder, alone):
-    """Rounding moves a forced token's log-probability up as often as down."""
-    found = of_data_parallel_ranks(folder, "bfloat16", "all_to_all")
-    index = torch.tensor(answers())[..., None]
-    for mine, one in zip(found, alone["bfloat16"], strict=True):
-        difference = (mine - one).gather(-1, index).double().mean((1, 2))  # per request
-        draws = torch.randint(len(REQUESTS), (4000, len(REQUESTS)), generator=torch.manual_seed(0))
-        low, high = difference[draws].mean(1).quantile(torch.tensor([0.005, 0.995]).double())
-        kl = (one.exp() * (one - mine)).sum(-1).mean()
-        print(f"mean difference {difference.mean():.1e} [{low:.1e}, {high:.1e}], KL {kl:.1e} nats")
-        assert low <= 0 <= high
-        assert kl < 0.01

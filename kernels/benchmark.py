@@ -50,7 +50,7 @@ def arms(
 ) -> dict[str, Launch]:
     """What is measured, by the name of its column."""
     kernel = RuleKernel(num_experts, top_k, torch.int32)
-    kernel.load(GPU)
+    kernel.load(GPU, ("reroute", "reroute_and_align", "route_and_align"))
 
     def reference(layer: int) -> None:
         _reference(

@@ -3,7 +3,7 @@
 import torch
 
 from sere_ray.config import BoundPolicy
-from sere_ray.kernel.launcher import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules.sere import REROUTABLE
 
 GPU = torch.device("cuda", 0)

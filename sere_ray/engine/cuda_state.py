@@ -17,16 +17,8 @@ from sere_ray.config import Policy
 from sere_ray.engine.checks import check_cuda_policy
 from sere_ray.engine.state import EngineState, Routing
 from sere_ray.errors import UnsupportedError
-from sere_ray.kernel.launcher import (
-    MAX_ALIGNED_ROWS,
-    MAX_ROUTED_ROWS,
-    Aligned,
-    DeviceLayer,
-    LayerTables,
-    RuleKernel,
-    Settings,
-    StepInput,
-)
+from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, MAX_ROUTED_ROWS, Aligned, RuleKernel
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules import RuleCounts
 
 MAX_ROUTED_LOGITS = 4096
@@ -72,8 +64,9 @@ class CudaState(EngineState):
         self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.deferred: Deferred | None = None
         self.exact_requests: set[str] = set()
+        self.kernel(torch.int32).load(self.device, ("reroute", "reroute_and_align"))
         for logits in (torch.bfloat16, torch.float32):
-            self.kernel(torch.int32, logits).load(self.device)
+            self.kernel(torch.int32, logits).load(self.device, ("route_and_align",))
         self.apply_policy()
 
     def kernel(

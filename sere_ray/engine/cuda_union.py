@@ -35,13 +35,8 @@ from sere_ray.engine.state import DECODE_ONLY, MIXED
 from sere_ray.errors import PolicyError, UnsupportedError
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
-from sere_ray.kernel.launcher import (
-    MAX_ALIGNED_ROWS,
-    Aligned,
-    DeviceLayer,
-    Settings,
-    StepInput,
-)
+from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, Aligned
+from sere_ray.kernel.memory import DeviceLayer, Settings, StepInput
 from sere_ray.rules import EXACT, REROUTABLE, RuleCounts
 
 Way = Literal["gathered", "before", "local"]
@@ -82,7 +77,7 @@ class UnionCudaState(CudaState):
         self.placements: dict[int, Placement] = {}
         self.awaited: tuple[int, bool] | None = None  # layer, and whether its experts may be sorted
         self.gathered_steps = [0, 0]
-        across_ranks.load(self.kernel(torch.int32), self.device)
+        self.kernel(torch.int32).load(self.device, across_ranks.KERNELS)
 
     # --- policies ---------------------------------------------------------------------------------
 

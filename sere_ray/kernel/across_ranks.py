@@ -3,12 +3,13 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from sere_ray.kernel.launcher import Aligned, DeviceLayer, RuleKernel, _function
+from sere_ray.kernel.launcher import Aligned, RuleKernel
+from sere_ray.kernel.memory import DeviceLayer
 
 KERNELS = ("reroute_gathered", "reroute_gathered_and_align", "lowest_ranks", "reroute_by_ranks")
+"""Of this module."""
 NUM_COUNTERS = 6
 """Fields of :class:`sere_ray.rules.RuleCounts`, then experts that the busiest rank reads, before
 and after the rule."""
@@ -22,13 +23,6 @@ class Placement(NamedTuple):
     owner: Tensor
     """``[E]`` uint8: the rank that holds the expert."""
     num_ranks: int
-
-
-def load(kernel: RuleKernel, device: torch.device) -> None:
-    """Compile and load all of them: a graph that is captured cannot."""
-    for name in KERNELS:
-        for threads in (512, 1024):
-            _function(kernel, threads, device.index or 0, name)
 
 
 def reroute_gathered(
@@ -47,8 +41,8 @@ def reroute_gathered(
         layer: this layer's, with row kinds of all ranks and ``NUM_COUNTERS`` counters.
         placement: of the layer's experts.
     """
-    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
-    kernel._launch("reroute_gathered", topk_ids, arguments + _place(placement), early=False)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    kernel.launch("reroute_gathered", topk_ids, arguments + _place(placement), early=False)
 
 
 def reroute_gathered_and_align(
@@ -75,9 +69,9 @@ def reroute_gathered_and_align(
     """
     most_local = -(-kernel.num_experts // placement.num_ranks)
     aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size, experts=most_local)
-    rule = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    rule = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
     arguments = rule + _place(placement) + sorted_arguments
-    kernel._launch("reroute_gathered_and_align", topk_ids, arguments, early=False)
+    kernel.launch("reroute_gathered_and_align", topk_ids, arguments, early=False)
     return aligned
 
 
@@ -93,8 +87,8 @@ def lowest_ranks(
         layer: this layer's, with row kinds of this rank.
         ranks: ``[E]`` uint8, written. All 255 in a step that the rule leaves alone.
     """
-    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
-    kernel._launch("lowest_ranks", topk_ids, (*arguments, ranks.data_ptr()))
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    kernel.launch("lowest_ranks", topk_ids, (*arguments, ranks.data_ptr()))
 
 
 def reroute_by_ranks(
@@ -109,9 +103,9 @@ def reroute_by_ranks(
         layer: this layer's; experts are counted over all ranks, slots over these rows.
         ranks: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_ranks` wrote.
     """
-    arguments = kernel._arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
     arguments = (*arguments, ranks.data_ptr())
-    kernel._launch("reroute_by_ranks", topk_ids, arguments, early=False)
+    kernel.launch("reroute_by_ranks", topk_ids, arguments, early=False)
 
 
 def _place(placement: Placement) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""Launch the kernels: what they read and write on the device, and how they are called."""
+"""Compile, load and launch the kernels; ``memory.py`` has what they read and write."""
 
-import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.compiler import compile_cubin
-from sere_ray.rules import REROUTABLE
+from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -21,121 +20,16 @@ MAX_ALIGNED_ROWS = 512
 
 MAX_ROUTED_ROWS = 64
 """Most rows whose top-k the kernel computes, too; more rows need more than one block."""
-_FILES = {
+FILES = {
     "reroute": "reroute.cu",
     "reroute_and_align": "reroute.cu",
     "route_and_align": "route.cu",
+    "reroute_gathered": "across_ranks.cu",
+    "reroute_gathered_and_align": "across_ranks.cu",
+    "lowest_ranks": "across_ranks.cu",
+    "reroute_by_ranks": "across_ranks.cu",
 }
-_FILE_ACROSS_RANKS = "across_ranks.cu"
-_MODES = {"off": 0, "observe": 1, "on": 2}
-_SETTINGS = struct.Struct("iiiif12x")
-_STEP = struct.Struct("iiiii12x")
-
-
-class LayerTables(NamedTuple):
-    """Similarity of one layer, as the kernel reads it."""
-
-    neighbours: Tensor
-    """``[E, stride]`` uint8 (uint16 above 256 experts): row u holds all experts in order of falling
-    similarity to u, equal ones by index; so "the most similar member of a set" is "the first one
-    in the set"."""
-    similarity: Tensor
-    """``float32 [E, E]``; read only under a threshold."""
-
-    @classmethod
-    def build(cls, similarity: Tensor, device: torch.device) -> "LayerTables":
-        """From ``float32 [E, E]`` on any device."""
-        matrix = similarity.detach().cpu().numpy()
-        num_experts = matrix.shape[0]
-        stride = 32 * _power_of_two(-(-num_experts // 32))
-        kind = np.uint8 if num_experts <= 256 else np.uint16
-        neighbours = np.zeros((num_experts, stride), kind)
-        neighbours[:, :num_experts] = np.argsort(-matrix, axis=1, kind="stable")
-        return cls(
-            torch.from_numpy(neighbours).to(device),
-            similarity.detach().to(device, torch.float32, copy=True).contiguous(),
-        )
-
-
-class Settings:
-    """The policy's numbers in device memory: a captured graph follows a change of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.buffer = torch.zeros(_SETTINGS.size, dtype=torch.uint8, device=device)
-
-    def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
-        """Takes effect for everything that is launched afterwards on the current stream."""
-        identity = not 0 < policy.select_top_k < top_k
-        # torch rounds to float32 as the reference does, beyond its range to infinity
-        rho = float(torch.tensor(policy.threshold or 0.0, dtype=torch.float32))
-        packed = _SETTINGS.pack(
-            _MODES[policy.mode],
-            top_k if identity else policy.select_top_k,
-            min(max(policy.min_primary_experts, 0), num_experts),
-            policy.threshold is not None,
-            rho,
-        )
-        _copy_to_device(packed, self.buffer)
-
-
-class StepInput:
-    """Row kinds of the running step, and how many there are, in device memory."""
-
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.buffer = torch.zeros(_STEP.size + max_rows, dtype=torch.uint8, device=device)
-
-    def write(
-        self,
-        kinds: np.ndarray[Any, np.dtype[np.int8]],
-        counter_row: int,
-        *,
-        own: range | None = None,
-        reroutable: int | None = None,
-    ) -> int:
-        """Copy without waiting, from pinned memory that torch keeps until the copy is done.
-
-        Args:
-            kinds: ``[rows]`` int8; every later row of the pass is padding.
-            counter_row: 0 or 1, where the step is counted.
-            own: rows whose slots are counted, where others are those of other ranks; None = all.
-            reroutable: how many rows of the step are re-routable on any rank, where ``kinds``
-                does not hold them all. With 0 the rule leaves the step alone.
-
-        Returns:
-            How many rows of ``kinds`` are re-routable.
-        """
-        found = int(np.count_nonzero(kinds == REROUTABLE))
-        own = range(len(kinds)) if own is None else own
-        header = _STEP.pack(
-            len(kinds),
-            found if reroutable is None else reroutable,
-            counter_row,
-            own.start,
-            own.stop,
-        )
-        _copy_to_device(header + kinds.tobytes(), self.buffer)
-        return found
-
-    def clear(self) -> None:
-        """No row of the next pass is anybody's: warm-up, capture, an idle rank."""
-        self.buffer[: _STEP.size].zero_()
-
-
-def _copy_to_device(content: bytes, buffer: Tensor) -> None:
-    staged = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    if buffer.is_cuda:
-        staged = staged.pin_memory()
-    buffer[: len(content)].copy_(staged, non_blocking=True)
-
-
-class DeviceLayer(NamedTuple):
-    """What a launch reads and writes of one layer, beside ids and weights."""
-
-    tables: LayerTables
-    settings: Settings
-    step: StepInput
-    counters: Tensor
-    """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""
+"""Which file of ``kernels/`` holds a kernel."""
 
 
 class Aligned(NamedTuple):
@@ -178,7 +72,7 @@ class RuleKernel:
     @property
     def can_route(self) -> bool:
         """Whether :meth:`route_and_align` takes this shape."""
-        power = self.num_experts == _power_of_two(self.num_experts)
+        power = self.num_experts == power_of_two(self.num_experts)
         logits = self.logit_dtype in (torch.bfloat16, torch.float32)
         return power and 32 <= self.num_experts <= 256 and logits and not self.unavailable
 
@@ -192,21 +86,21 @@ class RuleKernel:
             "ID64": int(self.id_dtype == torch.int64),
             "UNAVAILABLE": int(self.unavailable),
         }
-        if _file(name) == "route.cu":
+        if FILES[name] == "route.cu":
             size = self.logit_dtype.itemsize
             constants |= {"MAX_ROWS": MAX_ROUTED_ROWS, "LOGIT_BYTES": size}
         return constants
 
     def threads(self, name: str, rows: int) -> int:
         """Threads of the block: two sizes, so that two modules serve every batch."""
-        lanes = _power_of_two(self.top_k)
+        lanes = power_of_two(self.top_k)
         if name == "route_and_align":
             lanes = max(1, min(self.num_experts * self.logit_dtype.itemsize // 16, 32))
         return 512 if rows * lanes <= 512 else 1024
 
-    def load(self, device: torch.device) -> None:
-        """Compile and load what the engine launches: a graph that is captured cannot."""
-        for name in _FILES:
+    def load(self, device: torch.device, names: Iterable[str]) -> None:
+        """Compile and load kernels before a graph is captured that launches them."""
+        for name in names:
             if name != "route_and_align" or self.can_route:
                 for threads in (512, 1024):
                     _function(self, threads, device.index or 0, name)
@@ -229,8 +123,8 @@ class RuleKernel:
             layer: this layer's.
             unavailable: ``[E]`` bool, with a kernel that was made for it.
         """
-        arguments = self._arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
-        self._launch("reroute", topk_ids, arguments)
+        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
+        self.launch("reroute", topk_ids, arguments)
 
     def reroute_and_align(
         self,
@@ -251,8 +145,8 @@ class RuleKernel:
             block_size: a power of two, rows of an expert GEMM's tile.
         """
         aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
-        arguments = self._arguments(topk_ids, new_ids, topk_weights, layer, None)
-        self._launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
+        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, None)
+        self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
         return aligned
 
     def route_and_align(
@@ -286,7 +180,7 @@ class RuleKernel:
                 f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
             )
         aligned, sorted_arguments = self.empty_alignment(new_ids, block_size)
-        rule = self._arguments(new_ids, new_ids, topk_weights, layer, None)
+        rule = self.arguments(new_ids, new_ids, topk_weights, layer, None)
         routing = (
             logits.data_ptr(),
             is_padding.data_ptr() if is_padding is not None else 0,
@@ -294,7 +188,7 @@ class RuleKernel:
             topk_weights.data_ptr(),
             0,  # there are no ids yet
         )
-        self._launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
+        self.launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
         return aligned
 
     def empty_alignment(
@@ -324,7 +218,7 @@ class RuleKernel:
             aligned.padded_slots.data_ptr(),
         )
 
-    def _arguments(
+    def arguments(
         self,
         topk_ids: Tensor,
         new_ids: Tensor,
@@ -332,6 +226,11 @@ class RuleKernel:
         layer: DeviceLayer,
         unavailable: Tensor | None,
     ) -> tuple[Any, ...]:
+        """What every kernel takes first; arguments as for :meth:`reroute`.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
         for name, tensor, dtype in (
             ("topk_ids", topk_ids, self.id_dtype),
             ("new_ids", new_ids, self.id_dtype),
@@ -352,26 +251,29 @@ class RuleKernel:
             layer.tables.similarity.data_ptr(),
             layer.settings.buffer.data_ptr(),
             step_address,
-            step_address + _STEP.size,
+            step_address + STEP.size,
             layer.counters.data_ptr(),
             np.int32(layer.counters.stride(0)),
             unavailable.data_ptr() if unavailable is not None else 0,
         )
 
-    def _launch(
+    def launch(
         self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...], *, early: bool = True
     ) -> None:
+        """Launch a kernel of ``FILES`` on the current stream.
+
+        Args:
+            name: of the kernel.
+            topk_ids: ``[T, K]``, whose rows the block has to hold and on whose device it runs.
+            arguments: in the kernel's order.
+            early: whether it may start while the kernel before it still runs.
+        """
         from cuda.core import Stream, launch
 
         rows, device = topk_ids.shape[0], topk_ids.device.index
         threads = self.threads(name, rows)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         launch(stream, _config(threads, early), _function(self, threads, device, name), *arguments)
-
-
-def _file(name: str) -> str:
-    """Where a kernel is; those that no other file has are for several ranks."""
-    return _FILES.get(name, _FILE_ACROSS_RANKS)
 
 
 @cache
@@ -391,12 +293,8 @@ def _function(kernel: RuleKernel, threads: int, device: int, name: str) -> Any:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
             "CUDA kernel needs 8.0 or higher (A100, L4, H100 ...)"
         )
-    cubin = compile_cubin(_file(name), kernel.defines(name, threads), f"sm_{major}{minor}")
+    cubin = compile_cubin(FILES[name], kernel.defines(name, threads), f"sm_{major}{minor}")
     from cuda.core import Device, ObjectCode
 
     Device(device).set_current()
     return ObjectCode.from_cubin(cubin).get_kernel(name)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(least - 1, 0).bit_length()

@@ -17,14 +17,13 @@ from sere_ray.config import Policy
 from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
 from sere_ray.engine.rank_words import read_words, write_words
 from sere_ray.errors import PolicyError, UnsupportedError
-from sere_ray.kernel import across_ranks, launcher
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.memory import STEP
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, sere
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
-from tests.kernels.emulator import COMPILER, KernelError, compile_for_cpu
-from tests.kernels.kernel_cases import check_local_alignment
-from tests.kernels.test_across_ranks_on_cpu import KERNELS
+from tests.kernels.emulator import COMPILER, KernelError
+from tests.kernels.kernel_cases import check_local_alignment, library
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
 RULE = "PPPqPPPPPPqP"
@@ -107,13 +106,9 @@ def emulated(monkeypatch, tmp_path_factory):
     """Launches run in the emulator, one at a time: it is one GPU."""
     cache, one_at_a_time = tmp_path_factory.getbasetemp() / "kernels", threading.Lock()
 
-    @functools.cache
-    def library(kernel, name):
-        return compile_for_cpu(KERNELS / launcher._file(name), kernel.defines(name, 64), cache)
-
     def run(kernel, name, topk_ids, arguments, *, early=True):
         with one_at_a_time:
-            function = getattr(library(kernel, name), f"launch_{name}")
+            function = getattr(library(kernel, name, 64, cache), f"launch_{name}")
             function.restype = __import__("ctypes").c_char_p
             kinds = SIGNATURES[name]
             values = struct.pack(kinds, *(int(argument) for argument in arguments))
@@ -132,16 +127,15 @@ def emulated(monkeypatch, tmp_path_factory):
             layer.tables.similarity.data_ptr(),
             layer.settings.buffer.data_ptr(),
             step,
-            step + launcher._STEP.size,
+            step + STEP.size,
             layer.counters.data_ptr(),
             layer.counters.stride(0),
             0,
         )
 
-    monkeypatch.setattr(RuleKernel, "_launch", run)
-    monkeypatch.setattr(RuleKernel, "_arguments", arguments)
-    monkeypatch.setattr(RuleKernel, "load", lambda kernel, device: None)
-    monkeypatch.setattr(across_ranks, "load", lambda kernel, device: None)
+    monkeypatch.setattr(RuleKernel, "launch", run)
+    monkeypatch.setattr(RuleKernel, "arguments", arguments)
+    monkeypatch.setattr(RuleKernel, "load", lambda kernel, device, names: None)
 
 
 class Group:

@@ -1,7 +1,9 @@
 """What every way of running ``reroute.cu`` must return: the integers of the reference."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,17 +11,14 @@ from torch import Tensor
 
 from sere_ray.config import BoundPolicy
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.launcher import (
-    Aligned,
-    DeviceLayer,
-    LayerTables,
-    RuleKernel,
-    Settings,
-    StepInput,
-)
+from sere_ray.kernel.launcher import FILES, Aligned, RuleKernel
+from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules.sere import PADDING, REROUTABLE, count
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
+from .emulator import compile_for_cpu
+
+KERNELS = Path(__file__).parents[2] / "kernels"
 Counts = tuple[int, int, int, int]
 Run = Callable[[Case], tuple[Tensor, Counts]]
 
@@ -84,6 +83,36 @@ def device_layer(
     if counters is None:
         counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
     return DeviceLayer(LayerTables.build(case.similarity, device), settings, step, counters)
+
+
+@functools.cache
+def library(kernel: RuleKernel, name: str, threads: int, cache: Path) -> object:
+    """A kernel compiled for the emulator."""
+    return compile_for_cpu(KERNELS / FILES[name], kernel.defines(name, threads), cache)
+
+
+def rule_arguments(
+    ids: Tensor,
+    new_ids: Tensor,
+    weights: Tensor,
+    layer: DeviceLayer,
+    unavailable: Tensor | None = None,
+) -> tuple[object, ...]:
+    """What every kernel takes first, for the emulator, which checks the bounds of tensors."""
+    return (
+        ids,
+        new_ids,
+        weights,
+        ids.shape[0],
+        layer.tables.neighbours,
+        layer.tables.similarity,
+        layer.settings.buffer,
+        layer.step.buffer,
+        layer.step.buffer[STEP.size :],
+        layer.counters,
+        layer.counters.stride(0),
+        unavailable,
+    )
 
 
 def empty_alignment(

@@ -1,6 +1,5 @@
 """``kernels/across_ranks.cu``, run on the CPU: rows of two ranks against the reference on all."""
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import _STEP, RuleKernel, _file
+from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.rules import sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
-from .emulator import COMPILER, compile_for_cpu, launch
+from .emulator import COMPILER, launch
 from .kernel_cases import (
     as_launched,
     busiest,
@@ -20,21 +19,17 @@ from .kernel_cases import (
     device_layer,
     empty_alignment,
     expected,
+    library,
     own_slots,
     rows_of,
+    rule_arguments,
     two_ranks,
 )
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 CPU = torch.device("cpu")
 SHAPES = [(128, 8), (60, 4), (300, 5), (9, 3)]
-
-
-@functools.cache
-def library(kernel: RuleKernel, name: str, threads: int, cache: Path):
-    return compile_for_cpu(KERNELS / _file(name), kernel.defines(name, threads), cache)
 
 
 def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: int = 64):
@@ -42,18 +37,7 @@ def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: 
     launch(
         library(kernel, name, threads, cache),
         name,
-        ids,
-        ids,
-        case.weights,
-        ids.shape[0],
-        layer.tables.neighbours,
-        layer.tables.similarity,
-        layer.settings.buffer,
-        layer.step.buffer,
-        layer.step.buffer[_STEP.size :],
-        layer.counters,
-        layer.counters.stride(0),
-        None,
+        *rule_arguments(ids, ids, case.weights, layer),
         *others,
         threads=threads,
         seed=seed,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.launcher import RuleKernel, StepInput
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.memory import StepInput
 from sere_ray.rules import sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import _FILES, _STEP, RuleKernel
+from sere_ray.kernel.launcher import RuleKernel
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
-from .emulator import COMPILER, compile_for_cpu, launch
+from .emulator import COMPILER, launch
 from .kernel_cases import (
     SHAPES,
     as_launched,
@@ -20,41 +20,19 @@ from .kernel_cases import (
     device_layer,
     empty_alignment,
     expected,
+    library,
     odd_cases,
+    rule_arguments,
 )
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 CPU = torch.device("cpu")
-
-
-@functools.cache
-def library(kernel: RuleKernel, threads: int, cache: Path, name: str = "reroute"):
-    return compile_for_cpu(KERNELS / _FILES[name], kernel.defines(name, threads), cache)
 
 
 def arguments(case: Case, ids, new_ids, mode: str = "on"):
     layer = device_layer(case, CPU, mode)
-    # Rows that the kernel may not read are not there: bounds are checked.
-    step_and_kinds = layer.step.buffer
-    return (
-        (
-            ids,
-            new_ids,
-            case.weights,
-            ids.shape[0],
-            layer.tables.neighbours,
-            layer.tables.similarity,
-            layer.settings.buffer,
-            step_and_kinds,
-            step_and_kinds[_STEP.size :],
-            layer.counters,
-            4,
-            case.unavailable,
-        ),
-        layer.counters,
-    )
+    return rule_arguments(ids, new_ids, case.weights, layer, case.unavailable), layer.counters
 
 
 def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode: str = "on"):
@@ -62,7 +40,9 @@ def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode
     ids = case.ids.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
     packed, counters = arguments(case, ids, new_ids, mode)
-    launch(library(kernel, threads, cache), "reroute", *packed, threads=threads, seed=seed)
+    launch(
+        library(kernel, "reroute", threads, cache), "reroute", *packed, threads=threads, seed=seed
+    )
     assert counters[0].tolist() == [0, 0, 0, 0]
     if not inplace:
         assert torch.equal(ids, case.ids)
@@ -111,7 +91,7 @@ def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode:
     packed, counters = arguments(case, ids, ids, mode)
     aligned, sorted_arguments = empty_alignment(kernel, ids, block)
     launch(
-        library(kernel, threads, cache),
+        library(kernel, "reroute_and_align", threads, cache),
         "reroute_and_align",
         *packed,
         *sorted_arguments,

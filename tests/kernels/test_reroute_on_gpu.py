@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import RuleKernel, Settings, StepInput
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.memory import Settings, StepInput
 from sere_ray.rules.sere import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -148,7 +149,7 @@ def test_captured_graph_follows_settings_and_row_kinds() -> None:
     kernel = kernel_of(base)
     ids, weights = base.ids.to(GPU), base.weights.to(GPU)
     new_ids, sorted_ids = torch.empty_like(ids), ids.clone()
-    kernel.load(GPU)
+    kernel.load(GPU, ("reroute", "reroute_and_align"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernel.reroute(ids, new_ids, weights, layer)

@@ -11,8 +11,8 @@ from sere_ray.rules.sere import REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, make_case
 
 from .emulator import COMPILER, launch
-from .kernel_cases import as_launched, check_aligned, empty_alignment, expected
-from .test_reroute_on_cpu import arguments, library
+from .kernel_cases import as_launched, check_aligned, empty_alignment, expected, library
+from .test_reroute_on_cpu import arguments
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
@@ -46,7 +46,7 @@ def route(
     rule, counters = arguments(case, case.ids, new_ids)
     aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
     launch(
-        library(kernel, threads, cache, "route_and_align"),
+        library(kernel, "route_and_align", threads, cache),
         "route_and_align",
         logits,
         padding,

@@ -1,0 +1,127 @@
+"""What the kernels read and write in device memory, and how the host writes it."""
+
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sere_ray.config import BoundPolicy
+from sere_ray.rules import REROUTABLE
+
+_MODES = {"off": 0, "observe": 1, "on": 2}
+_SETTINGS = struct.Struct("iiiif12x")
+STEP = struct.Struct("iiiii12x")
+"""What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
+
+
+class LayerTables(NamedTuple):
+    """Similarity of one layer, as the kernel reads it."""
+
+    neighbours: Tensor
+    """``[E, stride]`` uint8 (uint16 above 256 experts): row u holds all experts in order of falling
+    similarity to u, equal ones by index; so "the most similar member of a set" is "the first one
+    in the set"."""
+    similarity: Tensor
+    """``float32 [E, E]``; read only under a threshold."""
+
+    @classmethod
+    def build(cls, similarity: Tensor, device: torch.device) -> "LayerTables":
+        """From ``float32 [E, E]`` on any device."""
+        matrix = similarity.detach().cpu().numpy()
+        num_experts = matrix.shape[0]
+        stride = 32 * power_of_two(-(-num_experts // 32))
+        kind = np.uint8 if num_experts <= 256 else np.uint16
+        neighbours = np.zeros((num_experts, stride), kind)
+        neighbours[:, :num_experts] = np.argsort(-matrix, axis=1, kind="stable")
+        return cls(
+            torch.from_numpy(neighbours).to(device),
+            similarity.detach().to(device, torch.float32, copy=True).contiguous(),
+        )
+
+
+class Settings:
+    """The policy's numbers in device memory: a captured graph follows a change of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.zeros(_SETTINGS.size, dtype=torch.uint8, device=device)
+
+    def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
+        """Takes effect for everything that is launched afterwards on the current stream."""
+        identity = not 0 < policy.select_top_k < top_k
+        # torch rounds to float32 as the reference does, beyond its range to infinity
+        rho = float(torch.tensor(policy.threshold or 0.0, dtype=torch.float32))
+        packed = _SETTINGS.pack(
+            _MODES[policy.mode],
+            top_k if identity else policy.select_top_k,
+            min(max(policy.min_primary_experts, 0), num_experts),
+            policy.threshold is not None,
+            rho,
+        )
+        _copy_to_device(packed, self.buffer)
+
+
+class StepInput:
+    """Row kinds of the running step, and how many there are, in device memory."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.buffer = torch.zeros(STEP.size + max_rows, dtype=torch.uint8, device=device)
+
+    def write(
+        self,
+        kinds: np.ndarray[Any, np.dtype[np.int8]],
+        counter_row: int,
+        *,
+        own: range | None = None,
+        reroutable: int | None = None,
+    ) -> int:
+        """Copy without waiting, from pinned memory that torch keeps until the copy is done.
+
+        Args:
+            kinds: ``[rows]`` int8; every later row of the pass is padding.
+            counter_row: 0 or 1, where the step is counted.
+            own: rows whose slots are counted, where others are those of other ranks; None = all.
+            reroutable: how many rows of the step are re-routable on any rank, where ``kinds``
+                does not hold them all. With 0 the rule leaves the step alone.
+
+        Returns:
+            How many rows of ``kinds`` are re-routable.
+        """
+        found = int(np.count_nonzero(kinds == REROUTABLE))
+        own = range(len(kinds)) if own is None else own
+        header = STEP.pack(
+            len(kinds),
+            found if reroutable is None else reroutable,
+            counter_row,
+            own.start,
+            own.stop,
+        )
+        _copy_to_device(header + kinds.tobytes(), self.buffer)
+        return found
+
+    def clear(self) -> None:
+        """No row of the next pass is anybody's: warm-up, capture, an idle rank."""
+        self.buffer[: STEP.size].zero_()
+
+
+def _copy_to_device(content: bytes, buffer: Tensor) -> None:
+    staged = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if buffer.is_cuda:
+        staged = staged.pin_memory()
+    buffer[: len(content)].copy_(staged, non_blocking=True)
+
+
+class DeviceLayer(NamedTuple):
+    """What a launch reads and writes of one layer, beside ids and weights."""
+
+    tables: LayerTables
+    settings: Settings
+    step: StepInput
+    counters: Tensor
+    """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""
+
+
+def power_of_two(least: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << max(least - 1, 0).bit_length()

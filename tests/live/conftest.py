@@ -1,0 +1,12 @@
+"""One deployment of two ranks for all tests of this folder, as a user runs it."""
+
+import pytest
+
+from tests.serve.deployment import deployed
+
+
+@pytest.fixture(scope="package")
+def live(tmp_path_factory):
+    """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it."""
+    with deployed(tmp_path_factory.mktemp("live"), data_parallel_size=2) as deployment:
+        yield deployment

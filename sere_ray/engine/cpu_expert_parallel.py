@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sere_ray.engine.cpu_state import active_state
 from sere_ray.engine.state import Wrap
 from sere_ray.errors import UnsupportedError
 
@@ -145,9 +146,13 @@ def _all_gatherv(
 ) -> Tensor | list[Tensor]:
     """Rows of all ranks in rank order; ``sizes`` holds the number of rows of each rank."""
     assert dim == 0
+    group = communicator.device_group
+    if (state := active_state()) is not None:
+        tensors = input_ if isinstance(input_, list) else [input_]
+        state.count_sent(sum(x.nbytes for x in tensors) * (group.size() - 1))
     if isinstance(input_, list):
-        return [gather_rows(x, sizes, communicator.device_group) for x in input_]
-    return gather_rows(input_, sizes, communicator.device_group)
+        return [gather_rows(x, sizes, group) for x in input_]
+    return gather_rows(input_, sizes, group)
 
 
 def _reduce_scatterv(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.state import DECODE_ONLY, EngineState
-from sere_ray.rules import NO_RANK, REROUTABLE, LocalRanks, RuleCounts
+from sere_ray.rules import NO_RANK, REROUTABLE, LocalRanks
 from sere_ray.rules.sere_cpu import StepCounts, reroute_and_count
 
 
@@ -35,7 +35,7 @@ class CpuState(EngineState):
         super().__post_init__()
         self.apply_artifact()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
-        self.counters = np.zeros((2, len(self.layers), len(RuleCounts._fields)), dtype=np.int64)
+        self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.decode_rows = 0
         _compile_rule(self.top_k, local=False)
@@ -72,7 +72,8 @@ class CpuState(EngineState):
         finally:
             _active.reset(token)
             self.row_kind[: len(kinds)] = 0
-        self.count_step(self.current_kind, self.decode_rows, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.count_step(self.current_kind, self.decode_rows, len(kinds), seconds)
 
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """Take over the row kinds of a pass; ``[rows]`` int8."""
@@ -88,6 +89,9 @@ class CpuState(EngineState):
         new_ids, counts = self.apply_rule(layer, topk_ids, topk_weights, kinds)
         self.counters[self.current_kind, self.position[layer]] += counts
         return new_ids if self.bound.mode == "on" else topk_ids.clone()
+
+    def count_sent(self, size: int) -> None:
+        """Take note of bytes that vLLM sends to other ranks; here there are none that dispatch."""
 
     def has_decode_row(self) -> bool:
         """Whether the running step has a row that may be re-routed."""
@@ -112,6 +116,7 @@ class CpuState(EngineState):
             "threshold": self.bound.threshold,
             "min_primary_experts": self.bound.min_primary_experts,
             "local": local,
+            "owner": owner,
         }
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:

@@ -37,9 +37,9 @@ from sere_ray.config import BoundPolicy, Policy, Startup
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
-from sere_ray.engine.state import DECODE_ONLY, MIXED, Wrap, find_state
+from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
 from sere_ray.errors import PolicyError, SereError
-from sere_ray.rules import EXACT, PADDING, REROUTABLE
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RuleCounts
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
 
 
@@ -85,6 +85,8 @@ class UnionCpuState(CpuState):
         self.agreed = False
         self.group_decodes = False
         self.has_exact_row = False
+        self.counter: tuple[int, int] | None = None  # step kind and position of the running layer
+        self.gathered_bytes = np.zeros((2, len(self.layers)), dtype=np.int64)
         self.meter: DispatchMeter | None = None
         if self.startup.dispatch == "all_to_all":
             self.meter = DispatchMeter(len(self.layers), torch.device("cpu"))
@@ -125,11 +127,17 @@ class UnionCpuState(CpuState):
         """See the base class; a collective call."""
         if not self.agreed:
             self._agree()
+        counted = self.has_decode_row()
+        self.counter = (self.current_kind, self.position[layer]) if counted else None
         if self.meter is not None:
             is_padding = self.row_kind[: topk_ids.shape[0]] == PADDING
-            counter = (self.current_kind, self.position[layer]) if self.has_decode_row() else None
-            self.meter.routed = Routed(topk_ids, is_padding, counter)
+            self.meter.routed = Routed(topk_ids, is_padding, self.counter)
         return super().reroute(layer, topk_ids, topk_weights)
+
+    def count_sent(self, size: int) -> None:
+        """Count what vLLM's all-gather sends of the layer that was re-routed last."""
+        if self.counter is not None:
+            self.gathered_bytes[self.counter] += size
 
     def has_decode_row(self) -> bool:
         """See the base class; of any rank where the union is over all."""
@@ -186,12 +194,37 @@ class UnionCpuState(CpuState):
             report["decode_only"]["dispatch"], report["mixed"]["dispatch"] = kinds
         return report
 
-    def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
+    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
+        """See the base class; under ``union: local`` no rank knows what others read."""
+        counters = super().read_device_counters(reset=reset)
+        if self.bound.union == "local":
+            return counters[:, :, : len(RuleCounts._fields)]
+        return counters
+
+    def read_bytes(self, *, reset: bool) -> list[dict[str, list[int] | None]]:
+        """See the base class; an all-gather sends the same whatever the rule does."""
+        if self.meter is not None:
+            row = self.meter.row_bytes["dispatch"]
+            return [
+                {
+                    f"bytes_dispatched_{w}": [n * row for n in of[f"rows_sent_{w}"]]
+                    for w in ("before", "after")
+                }
+                for of in self.meter.read(reset=False)
+            ]
+        sums: list[list[int]] = self.gathered_bytes.tolist()
+        if reset:
+            self.gathered_bytes[:] = 0
+        return [dict.fromkeys(BYTES, of_layers) for of_layers in sums]
+
+    def count_step(
+        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
+    ) -> None:
         """Count a step on all ranks if it decodes a row on one of them."""
         if self.bound.union == "local":
-            super().count_step(kind, decode_rows, seconds)
+            super().count_step(kind, decode_rows, rows, seconds)
         elif self.group_decodes:
-            self.add_step(self.current_kind, decode_rows, seconds)
+            self.add_step(self.current_kind, decode_rows, rows, seconds)
 
     def _agree(self) -> None:
         """Exchange headers: the policy of this pass, and which kinds of rows it has anywhere."""

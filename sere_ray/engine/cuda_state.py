@@ -97,7 +97,7 @@ class CudaState(EngineState):
             kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
         """
         kind = self.step_kind(kinds)
-        self.count_step(kind, self.step_input.write(kinds, kind))
+        self.count_step(kind, self.step_input.write(kinds, kind), len(kinds))
 
     def begin_dummy_step(self) -> None:
         """The next pass computes nobody's rows: leave it alone."""
@@ -188,6 +188,8 @@ class CudaState(EngineState):
         counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
         if reset:
             self.counters.zero_()
+        if all(runner.moe_config.ep_size == 1 for runner in self.attached.values()):
+            return np.concatenate([counters, counters[:, :, :2]], axis=2)  # each rank reads all
         return counters
 
     def layer(self, layer: int) -> DeviceLayer:

@@ -31,13 +31,13 @@ from torch import Tensor
 from sere_ray.config import BoundPolicy, Policy
 from sere_ray.engine.cuda_state import CudaState, Deferred
 from sere_ray.engine.rank_words import RankWords, read_words, write_words
-from sere_ray.engine.state import DECODE_ONLY, MIXED
+from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
 from sere_ray.errors import PolicyError, UnsupportedError
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
 from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, Aligned
 from sere_ray.kernel.memory import DeviceLayer, Settings, StepInput
-from sere_ray.rules import EXACT, REROUTABLE, RuleCounts
+from sere_ray.rules import EXACT, REROUTABLE
 
 Way = Literal["gathered", "before", "local"]
 NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
@@ -168,10 +168,10 @@ class UnionCudaState(CudaState):
         self.gathered_steps[kind] += bool(reroutable)
         if self.bound.union == "local":
             kind = self.step_kind(mine)
-            self.count_step(kind, self.step_input.write(mine, kind))
+            self.count_step(kind, self.step_input.write(mine, kind), len(mine))
             return
         if reroutable:
-            self.add_step(kind, own_rows, None)
+            self.add_step(kind, own_rows, len(mine), None)
         if self.way != "gathered":
             self.step_input.write(mine, kind, reroutable=reroutable)
 
@@ -275,7 +275,11 @@ class UnionCudaState(CudaState):
         if reset:
             self.gathered_counters.zero_()
         self._read = counters
-        return counters[:, :, : len(RuleCounts._fields)] if self.way == "gathered" else own
+        return counters if self.way == "gathered" else own[:, :, : self.counters.shape[2]]
+
+    def read_bytes(self, *, reset: bool) -> list[dict[str, list[int] | None]]:
+        """See the base class; vLLM sends inside captured graphs, where nobody counts."""
+        return [dict.fromkeys(BYTES) for _ in range(2)]
 
     def read_counters(self, *, reset: bool) -> dict[str, Any]:
         """See the base class; under ``gathered``, what the experts of all ranks were asked for.

@@ -20,6 +20,10 @@ MIXED = 1
 """Counter row of steps that also compute prompt rows."""
 Routing = tuple[Tensor, Tensor]
 """``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""
+COUNTERS = (*RuleCounts._fields, "experts_max_rank_before", "experts_max_rank_after")
+"""Per layer: those of the rule, then experts of the rank that reads most of them."""
+BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
+"""Per layer: what dispatch sends to other ranks, with the gate's ids and with the rule's."""
 Wrap = Callable[[Any, str, Callable[..., Any]], None]
 """Replaces ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once."""
 
@@ -29,7 +33,12 @@ class StepTotals:
     """What the host knows of the counted steps of one kind."""
 
     steps: int = 0
+    steps_counted: int = 0
+    """Of these, steps under the modes ``on`` and ``observe``: only they count experts and slots."""
+    rows: int = 0
+    """Rows of this rank, of prompts and of exact requests, too."""
     decode_rows: int = 0
+    """Rows that may be re-routed."""
     forward_seconds: float | None = None
     """Wall time of the forward passes; None where they run asynchronously (GPU)."""
 
@@ -64,7 +73,12 @@ class EngineState(ABC):
 
     @abstractmethod
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
-        """``[2, layers, 4]``: step kind, layer, fields of :class:`RuleCounts`."""
+        """``[2, layers, n]``: step kind, layer, the first n of ``COUNTERS`` that are counted."""
+
+    def read_bytes(self, *, reset: bool) -> list[dict[str, list[int] | None]]:
+        """``BYTES`` of each step kind; None where not counted. One rank sends nothing."""
+        nothing = [0] * len(self.layers)
+        return [dict.fromkeys(BYTES, nothing) for _ in range(2)]
 
     def check_supported(self, policy: Policy) -> None:  # noqa: B027  (a CPU runs every policy)
         """Refuse a policy that this path cannot run.
@@ -87,15 +101,19 @@ class EngineState(ABC):
         """Counter row of a step with these row kinds."""
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
 
-    def count_step(self, kind: int, decode_rows: int, seconds: float | None = None) -> None:
+    def count_step(
+        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
+    ) -> None:
         """Add a step to the totals; steps without a decode row are not counted."""
         if decode_rows:
-            self.add_step(kind, decode_rows, seconds)
+            self.add_step(kind, decode_rows, rows, seconds)
 
-    def add_step(self, kind: int, decode_rows: int, seconds: float | None) -> None:
+    def add_step(self, kind: int, decode_rows: int, rows: int, seconds: float | None) -> None:
         """Add a step to the totals whatever its rows."""
         totals = self.totals[kind]
         totals.steps += 1
+        totals.steps_counted += self.bound.mode != "off"
+        totals.rows += rows
         totals.decode_rows += decode_rows
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
@@ -157,18 +175,22 @@ class EngineState(ABC):
         """Counters since the last reset, as plain numbers.
 
         Returns:
-            ``{"layers": [...], "policy": {...}, "decode_only": {...}, "mixed": {...}}``; each of
-            the last two has ``steps``, ``decode_rows``, ``forward_seconds`` and per layer lists
-            ``experts_before``, ``experts_after``, ``slots_rerouted``, ``critical_kept`` (sums
-            over steps).
+            ``layers``, ``top_k``, ``policy``, and for the two kinds of step ``decode_only`` and
+            ``mixed``: the fields of :class:`StepTotals` and, as lists by layer (sums over steps),
+            those of ``COUNTERS`` and ``BYTES``; None where this engine cannot count.
         """
-        counters = self.read_device_counters(reset=reset)
-        report: dict[str, Any] = {"layers": self.layers, "policy": self.policy.model_dump()}
+        counters, sent = self.read_device_counters(reset=reset), self.read_bytes(reset=reset)
+        report: dict[str, Any] = {
+            "layers": self.layers,
+            "top_k": self.top_k,
+            "policy": self.policy.model_dump(),
+        }
         for kind, name in ((DECODE_ONLY, "decode_only"), (MIXED, "mixed")):
-            per_layer = counters[kind].T.tolist()
             report[name] = {
                 **vars(self.totals[kind]),
-                **dict(zip(RuleCounts._fields, per_layer, strict=True)),
+                **dict.fromkeys(COUNTERS),
+                **dict(zip(COUNTERS, counters[kind].T.tolist(), strict=False)),
+                **sent[kind],
             }
         if reset:
             self.totals = (StepTotals(), StepTotals())

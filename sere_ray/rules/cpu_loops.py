@@ -12,7 +12,7 @@ from numba import njit
 
 from sere_ray.rules.sere import EXACT, PADDING, UNNAMED
 
-Counts = tuple[int, int, int, int]
+Counts = tuple[int, int, int, int, int, int]
 
 
 def _fill_ranks(ids: Any, weights: Any, kinds: Any, ranks: Any) -> None:
@@ -42,11 +42,11 @@ fill_ranks: Callable[..., None] = njit(cache=True, nogil=True)(_fill_ranks)
 
 def _make_plan(
     ranks: Any, similarity: Any, num_slots: int, select_top_k: int, rho: Any, floor: int
-) -> tuple[Any, Any, int, Counts]:
+) -> tuple[Any, Any, int, tuple[int, int, int, int]]:
     """Steps 3 and 4 per expert.
 
     Returns:
-        Where each expert goes, the lowest rank of each, S_eff, and the counts but for slots.
+        Where each expert goes, the lowest rank of each, S_eff, and the counts of experts.
     """
     num_experts = similarity.shape[0]
     lowest_rank = np.minimum(ranks, num_slots)
@@ -79,12 +79,33 @@ def _make_plan(
 make_plan: Callable[..., Any] = njit(cache=True, nogil=True)(_make_plan)
 
 
+def _busiest(target: Any, lowest_rank: Any, num_slots: int, owner: Any) -> tuple[int, int]:
+    """Experts that the rank which reads most reads, before and after the rule."""
+    before = np.zeros(owner.max() + 1, np.int64)
+    after = np.zeros_like(before)
+    for expert in range(len(owner)):
+        if lowest_rank[expert] < num_slots:
+            before[owner[expert]] += 1
+            after[owner[expert]] += target[expert] == expert
+    return before.max(), after.max()
+
+
+busiest: Callable[..., tuple[int, int]] = njit(cache=True, nogil=True)(_busiest)
+
+
 def _apply_ranks(
-    ids: Any, ranks: Any, similarity: Any, kinds: Any, select_top_k: int, rho: Any, floor: int
+    ids: Any,
+    ranks: Any,
+    similarity: Any,
+    kinds: Any,
+    select_top_k: int,
+    rho: Any,
+    floor: int,
+    owner: Any,
 ) -> Counts:
     """Change ``ids`` in place; steps 3 to 5 of the specification."""
     (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
-    target, _, _, (named, read, _, critical) = make_plan(
+    target, lowest_rank, _, (named, read, _, critical) = make_plan(
         ranks, similarity, num_slots, select_top_k, rho, floor
     )
     slots_rerouted = 0
@@ -96,7 +117,8 @@ def _apply_ranks(
             if 0 <= expert < num_experts and target[expert] != expert:
                 ids[row, slot] = target[expert]
                 slots_rerouted += 1
-    return named, read, slots_rerouted, critical
+    most_before, most_after = busiest(target, lowest_rank, num_slots, owner)
+    return named, read, slots_rerouted, critical, most_before, most_after
 
 
 apply_ranks: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks)
@@ -173,19 +195,27 @@ def _apply_ranks_local(
                     chosen = here
             ids[row, slot] = target[expert] if chosen < 0 else chosen
             slots_rerouted += 1
-    return named, read, slots_rerouted, critical
+    most_before, most_after = busiest(target, lowest_rank, num_slots, owner)
+    return named, read, slots_rerouted, critical, most_before, most_after
 
 
 apply_ranks_local: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks_local)
 
 
 def _reroute(
-    ids: Any, weights: Any, similarity: Any, kinds: Any, select_top_k: int, rho: Any, floor: int
+    ids: Any,
+    weights: Any,
+    similarity: Any,
+    kinds: Any,
+    select_top_k: int,
+    rho: Any,
+    floor: int,
+    owner: Any,
 ) -> Counts:
     """``fill_ranks`` and ``apply_ranks``, where nothing comes between them."""
     ranks = np.full(similarity.shape[0], UNNAMED, np.uint8)
     fill_ranks(ids, weights, kinds, ranks)
-    return apply_ranks(ids, ranks, similarity, kinds, select_top_k, rho, floor)
+    return apply_ranks(ids, ranks, similarity, kinds, select_top_k, rho, floor, owner)
 
 
 reroute: Callable[..., Counts] = njit(cache=True, nogil=True)(_reroute)

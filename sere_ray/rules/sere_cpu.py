@@ -20,12 +20,16 @@ from sere_ray.rules.sere import UNNAMED, check_slots
 
 
 class StepCounts(NamedTuple):
-    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers."""
+    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and two more."""
 
     experts_before: int
     experts_after: int
     slots_rerouted: int
     critical_kept: int
+    experts_max_rank_before: int
+    """Experts before the rule of the rank that holds most of them."""
+    experts_max_rank_after: int
+    """The same after it."""
 
 
 def reroute_and_count(
@@ -38,10 +42,12 @@ def reroute_and_count(
     threshold: float | None,
     min_primary_experts: int,
     local: LocalRanks | None = None,
+    owner: Tensor | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Apply the rule and count; arguments as for :func:`sere_ray.reroute`, all on the CPU.
 
-    With ``local`` it is the variant :func:`sere_ray.rules.reroute_local`.
+    With ``local`` it is the variant :func:`sere_ray.rules.reroute_local`. ``owner``, the rank that
+    holds each expert, ``[E]`` int64, is only counted with; None = one rank holds them all.
 
     Returns:
         ``[T, K]`` new tensor of the dtype of ``topk_ids``, and what changed.
@@ -56,6 +62,7 @@ def reroute_and_count(
             threshold=threshold,
             min_primary_experts=min_primary_experts,
             local=local,
+            owner=owner,
         )
     check_slots(topk_ids.shape[1])
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
@@ -65,6 +72,7 @@ def reroute_and_count(
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
+        _owners(owner, similarity),
     )
     return new_ids, StepCounts(*counts)
 
@@ -98,6 +106,7 @@ def reroute_by_ranks(
     threshold: float | None,
     min_primary_experts: int,
     local: LocalRanks | None = None,
+    owner: Tensor | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Steps 3 to 5 for these rows; equals ``plan_from_ranks`` and ``apply_plan``.
 
@@ -112,6 +121,7 @@ def reroute_by_ranks(
         threshold: rho.
         min_primary_experts: m.
         local: placement of the experts and home ranks of these rows.
+        owner: as for :func:`reroute_and_count`.
 
     Returns:
         New ids, and what changed: experts are those of all ranks, slots those of these rows.
@@ -125,9 +135,9 @@ def reroute_by_ranks(
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
     )
     if local is None:
-        return new_ids, StepCounts(*_loops().apply_ranks(*arguments))
-    owner, home = local.owner.numpy(), local.home.numpy()
-    counts = _loops().apply_ranks_local(*arguments, owner, home, np.float32(local.tolerance))
+        return new_ids, StepCounts(*_loops().apply_ranks(*arguments, _owners(owner, similarity)))
+    placed, home = local.owner.numpy(), local.home.numpy()
+    counts = _loops().apply_ranks_local(*arguments, placed, home, np.float32(local.tolerance))
     return new_ids, StepCounts(*counts)
 
 
@@ -143,6 +153,13 @@ def _as_numpy(weights: Tensor) -> NDArray[np.floating]:
         weights = weights.float()  # exact: numpy has no bf16
     array: NDArray[np.floating] = weights.contiguous().numpy()
     return array
+
+
+def _owners(owner: Tensor | None, similarity: Tensor) -> NDArray[np.int64]:
+    if owner is None:
+        return np.zeros(similarity.shape[0], np.int64)
+    owners: NDArray[np.int64] = owner.numpy()
+    return owners
 
 
 def _numbers(

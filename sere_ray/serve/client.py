@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.serve.keys import ADMIN_TOKEN
-from sere_ray.serve.stats import difference
+from sere_ray.serve.stats import STEP_KINDS, difference, means
 
 TIMEOUT_SECONDS = 30.0
 
@@ -73,31 +73,39 @@ def print_stats(url: str, interval: float | None) -> None:
     """Print totals since the engines' start, or of each interval until Ctrl-C."""
     last = request(url, "stats")
     if interval is None:
-        print(_line(last["total"]["decode_only"], last))
+        print(_text(last["total"], last))
         return
     try:
         while True:
             time.sleep(interval)
             now = request(url, "stats")
-            print(_line(difference(now["total"], last["total"])["decode_only"], now), flush=True)
+            print(_text(difference(now["total"], last["total"]), now), flush=True)
             last = now
     except KeyboardInterrupt:
         return
 
 
-def _line(decode: dict[str, Any], stats: dict[str, Any]) -> str:
-    """One line on steps in which every row decodes; experts are means per layer."""
+def _text(total: dict[str, Any], stats: dict[str, Any]) -> str:
+    """A line on the policy, and one for each kind of step."""
     policy = stats["policy"]
-    steps = max(decode["steps"], 1)
-    layer_steps = steps * max(len(decode["experts_before"]), 1)
-    seconds = decode["forward_seconds"]
-    timed = "" if seconds is None else f"  {seconds / steps * 1e3:.2f} ms/step"
-    return (
+    lines = [
         f"version {stats['version']} ({policy['mode']}, S={policy['select_top_k']})  "
-        f"{stats['replicas_settled']}/{stats['replicas']} ranks  "
-        f"{decode['steps']} steps  {decode['decode_rows'] / steps:.1f} rows/step  "
-        f"experts {sum(decode['experts_before']) / layer_steps:.1f} -> "
-        f"{sum(decode['experts_after']) / layer_steps:.1f}{timed}"
+        f"{stats['replicas_settled']}/{stats['replicas']} ranks"
+    ]
+    return "\n".join(lines + [_line(kind, total[kind]) for kind in STEP_KINDS])
+
+
+def _line(kind: str, sums: dict[str, Any]) -> str:
+    """Means of the steps of one kind; experts are per layer, ``-`` is what was not counted."""
+    mean = means(sums)
+    of = {name: "-" if value is None else f"{value:.4g}" for name, value in mean.items()}
+    share = "-" if mean["rerouted_share"] is None else f"{mean['rerouted_share']:.1%}"
+    return (
+        f"  {kind.replace('_', ' '):<11} {sums['steps']} steps  {of['rows']} rows  "
+        f"{of['step_ms']} ms  experts {of['experts_before']} -> {of['experts_after']}  "
+        f"busiest rank {of['experts_max_rank_before']} -> {of['experts_max_rank_after']}  "
+        f"critical {of['critical_kept']}  re-routed {share}  "
+        f"bytes sent {of['bytes_dispatched_before']} -> {of['bytes_dispatched_after']}"
     )
 
 

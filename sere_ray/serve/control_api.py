@@ -15,6 +15,7 @@ from sere_ray.errors import SereError
 from sere_ray.serve.access import PRINCIPAL, Refusal
 from sere_ray.serve.locate import RouterUnavailableError, find_router
 from sere_ray.serve.openai_ingress import answer, http_error
+from sere_ray.serve.stats import StepMeans, Totals
 
 REPORTED = (401, 403, 413, 422, 429, 503)
 
@@ -38,11 +39,25 @@ class Status(BaseModel):
     replicas_settled: int = Field(description="of these: ranks whose whole gang runs this version")
 
 
-class Stats(Status):
-    """Counters since the start of each engine; see ``sere_ray.serve.stats`` for the totals."""
+class Replica(BaseModel):
+    """One rank."""
 
-    total: dict[str, Any]
-    per_replica: list[dict[str, Any]]
+    replica: str
+    gang: str
+    rank: int
+    version: int = Field(description="newest version its engine was told")
+    counters: dict[str, Any] | None = Field(
+        description="of its engine, with the fields of the totals; null: it did not answer in time"
+    )
+
+
+class Stats(Status):
+    """Counters since the start of each engine."""
+
+    total: Totals
+    decode_only_means: StepMeans
+    mixed_means: StepMeans
+    per_replica: list[Replica]
 
 
 class ArtifactInfo(BaseModel):

@@ -21,7 +21,7 @@ from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import Policy
 from sere_ray.errors import ArtifactError, SereError
 from sere_ray.serve.artifacts import ArtifactFile, read_artifact
-from sere_ray.serve.stats import totals
+from sere_ray.serve.stats import means, totals
 from sere_ray.serve.store import Store
 
 HISTORY = 64
@@ -284,7 +284,14 @@ class SereRouter:
             }
             for m in sorted(members, key=lambda m: (m.gang, m.rank))
         ]
-        return {**self._status(), "total": totals(replicas), "per_replica": replicas}
+        total = totals(replicas)
+        return {
+            **self._status(),
+            "total": total,
+            "decode_only_means": means(total["decode_only"]),
+            "mixed_means": means(total["mixed"]),
+            "per_replica": replicas,
+        }
 
     # --- inside --------------------------------------------------------------------------------
 

@@ -288,6 +288,7 @@ def test_one_union_whatever_the_way(emulated, way, keys):
     for name, expected in sums.items():
         for report in reports:
             assert report[name]["steps"] == steps[name]
+            assert report[name]["steps_counted"] == steps[name]
             for column in (0, 1, 3):
                 field = ("experts_before", "experts_after", "", "critical_kept")[column]
                 assert report[name][field] == expected[:, column].tolist()
@@ -298,6 +299,12 @@ def test_one_union_whatever_the_way(emulated, way, keys):
                 busiest = np.array(gathered["busiest_read"])
                 assert (busiest <= expected[:, 1]).all()
                 assert (2 * busiest >= expected[:, 1]).all()
+            if way in ("gathered", "unsorted"):
+                assert report[name]["experts_max_rank_before"] == gathered["busiest_before"]
+                assert report[name]["experts_max_rank_after"] == gathered["busiest_read"]
+            else:
+                assert report[name]["experts_max_rank_after"] is None
+            assert report[name]["bytes_dispatched_after"] is None
         slots = zip(*(report[name]["slots_rerouted"] for report in reports), strict=True)
         assert list(map(sum, slots)) == expected[:, 2].tolist()
         assert sum(report[name]["decode_rows"] for report in reports) == decode_rows[name]

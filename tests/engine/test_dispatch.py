@@ -118,6 +118,54 @@ def recount(calls, rank):
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_rows_busiest_rank_and_bytes(rounds, dispatch, name):
+    """The plain counters, from the ids that every rank saw."""
+    policies, found = rounds
+    reports = [report["counters"] for report in found[dispatch, name]]
+    is_off, is_local = policies[name].get("mode") == "off", policies[name].get("union") == "local"
+    calls = list(zip(*(report["calls"] for report in found[dispatch, name]), strict=True))
+    for rank, report in enumerate(reports):
+        assert report["top_k"] == len(calls[0][rank][1][0])
+        for kind in ("decode_only", "mixed"):
+            mine = [c for c in calls if kind_of_step(c, rank, local=is_local) == kind]
+            of_layer = [[c for c in mine if c[rank][0] == layer] for layer in range(LAYERS)]
+            assert report[kind]["steps"] == len(of_layer[0])
+            assert report[kind]["steps_counted"] == (0 if is_off else len(of_layer[0]))
+            rows = [sum(k != PADDING for k in c[rank][3]) for c in of_layer[0]]
+            assert report[kind]["rows"] == sum(rows)
+            for when in ("before", "after"):
+                sent = [sum(sent_bytes(c, rank, dispatch, when) for c in of) for of in of_layer]
+                assert report[kind][f"bytes_dispatched_{when}"] == sent
+                most = [
+                    0 if is_off else sum(recount(c, rank)[f"experts_read_max_{when}"] for c in of)
+                    for of in of_layer
+                ]
+                if is_local:
+                    most = None
+                elif policies[name].get("mode") == "observe" and when == "after":
+                    most = reports[0][kind]["experts_max_rank_after"]  # nothing moved: no ids tell
+                    assert sum(most) <= sum(report[kind]["experts_max_rank_before"])
+                assert report[kind][f"experts_max_rank_{when}"] == most
+
+
+def kind_of_step(calls, rank, *, local):
+    seen = calls[rank][3] if local else [kind for call in calls for kind in call[3]]
+    if REROUTABLE not in seen:
+        return None
+    return "mixed" if EXACT in seen else "decode_only"
+
+
+def sent_bytes(calls, rank, dispatch, when):
+    """128 floats, and per slot a weight and an id. An all-gather sends padding, too."""
+    row = 128 * 4 + 8 * len(calls[rank][1][0])
+    if dispatch == "allgather":
+        return len(calls[rank][1]) * row * (RANKS - 1)
+    return recount(calls, rank)[f"rows_sent_{when}"] * row
+
+
+@pytest.mark.engine
 def test_re_routing_saves_rows_and_the_report_says_so(rounds):
     _, found = rounds
     counters = found["all_to_all", "one finishes early"][0]["counters"]

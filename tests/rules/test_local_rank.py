@@ -94,7 +94,7 @@ def check(case: Case, local: LocalRanks) -> Tensor:
     )
     assert compiled.dtype == case.ids.dtype
     assert_same_ids(compiled, new, "CPU implementation")
-    assert counts == (
+    assert counts[:4] == (
         expected.experts_before,
         expected.experts_after,
         expected.slots_rerouted,
@@ -102,7 +102,7 @@ def check(case: Case, local: LocalRanks) -> Tensor:
     )
     plain = case.reroute()
     of_plain = tuple(int(n) for n in count(case.plan(), case.ids, plain, case.row_kind))
-    assert counts == of_plain, "slots and experts read are the plain rule's"
+    assert counts[:4] == of_plain, "slots and experts read are the plain rule's"
     assert torch.equal(new != case.ids, plain != case.ids)
     untouched = (case.kinds == EXACT) | (case.kinds == PADDING)
     assert torch.equal(new[untouched], case.ids[untouched])

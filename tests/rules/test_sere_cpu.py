@@ -26,7 +26,8 @@ def check(case: Case) -> None:
     assert_same_ids(new, expected, "CPU implementation")
     assert new.dtype == case.ids.dtype
     reference = count(case.plan(), case.ids, expected, case.row_kind)
-    assert tuple(counts) == tuple(int(number) for number in reference)
+    assert counts[:4] == tuple(int(number) for number in reference)
+    assert counts[4:] == counts[:2], "one rank holds all experts"
     for tensor, copy in zip(case.tensors, before, strict=True):
         assert torch.equal(tensor, copy)
 

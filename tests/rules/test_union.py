@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.rules.sere import UNNAMED, RuleCounts, apply_plan, plan_from_ranks, rank_vector
+from sere_ray.rules.sere import (
+    PADDING,
+    UNNAMED,
+    RuleCounts,
+    apply_plan,
+    plan_from_ranks,
+    rank_vector,
+)
 from sere_ray.rules.sere_cpu import lowest_ranks, reroute_and_count, reroute_by_ranks
 
 from .test_sere import RULES, Case, assert_same_ids, cases, make_case
@@ -49,7 +56,12 @@ def check(case: Case, parts: list[Tensor]) -> None:
 
 
 def check_compiled(case, parts, reduced, whole, policy) -> None:
+    owner = torch.arange(case.experts) % 3
+    policy = {**policy, "owner": owner}
     _, counts = reroute_and_count(case.ids, case.weights, case.similarity, case.kinds, **policy)
+    for ids, most in ((case.ids, counts[4]), (whole, counts[5])):
+        valid = (ids >= 0) & (ids < case.experts) & (case.kinds != PADDING)[:, None]
+        assert most == owner[ids[valid].unique().long()].bincount(minlength=3).max()
     slots = 0
     for rows in parts:
         new_ids, of_rank = reroute_by_ranks(
@@ -59,7 +71,7 @@ def check_compiled(case, parts, reduced, whole, policy) -> None:
         assert of_rank._replace(slots_rerouted=0) == counts._replace(slots_rerouted=0)
         slots += of_rank.slots_rerouted
     assert slots == counts.slots_rerouted
-    assert RuleCounts._fields == counts._fields
+    assert RuleCounts._fields == counts._fields[:4]
 
 
 @settings(RULES, max_examples=150)

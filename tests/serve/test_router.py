@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.engine.state import BYTES, COUNTERS, StepTotals
 from sere_ray.errors import ArtifactError, SereError
 from sere_ray.serve import router as router_module
+from sere_ray.serve.control_api import Stats
 from sere_ray.serve.router import HISTORY, Member, Order, SereRouter
 from sere_ray.serve.store import memory_store
 
@@ -65,6 +67,12 @@ def make_router(folder, monkeypatch):
     return make
 
 
+def counted(**numbers):
+    """Counters of one rank and kind of step, of two layers."""
+    lists = {name: [4, 5] for name in (*COUNTERS, *BYTES)}
+    return {**vars(StepTotals()), **lists, "rows": 7, "steps_counted": 2, **numbers}
+
+
 class Replica:
     """What ``Follower`` does, with a list for an engine."""
 
@@ -92,11 +100,10 @@ class Replica:
         self.told += order.updates
         self.settled = order.settle or self.settled
         if order.report:
-            numbers = {"steps": 2, "decode_rows": 3, "forward_seconds": 0.5}
-            lists = ("experts_before", "experts_after", "slots_rerouted", "critical_kept")
-            kind = {**numbers, **{name: [4, 5] for name in lists}}
+            kind = counted(steps=2, decode_rows=3, forward_seconds=0.5)
             self.counters = {
                 "layers": [0, 1],
+                "top_k": TOP_K,
                 "policy": {"union": "global"},
                 "decode_only": kind,
                 "mixed": {**kind, "forward_seconds": None},
@@ -330,6 +337,8 @@ def test_stats_are_asked_for_and_added_up(make_router):
         assert (total["steps"], total["forward_seconds"]) == (2, 0.5)
         assert total["experts_before"] == [4, 5]
         assert (total["decode_rows"], total["slots_rerouted"]) == (6, [8, 10])
+        assert total["slots"] == 6 * TOP_K * 2
+        Stats.model_validate(await router.stats())
         for task in tasks:
             task.cancel()
 

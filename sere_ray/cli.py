@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sere_ray import __version__, cli_serve
+from sere_ray import __version__, cli_observe, cli_serve
 from sere_ray.cli_common import console, user_errors
 from sere_ray.errors import SereError
 
@@ -37,6 +37,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.
 app.add_typer(artifact_app, name="artifact")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_serve.policy_app, name="policy")
+app.add_typer(cli_observe.dashboards_app, name="dashboards")
 for command in (cli_serve.serve, cli_serve.stats, cli_serve.key):
     app.command()(command)
 

@@ -17,6 +17,10 @@ policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy o
 
 def serve(
     config: Annotated[Path, typer.Option(help="A file such as deploy/demo-cpu.yaml.")],
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port for Prometheus; Ray opens it on all interfaces."),
+    ] = None,
 ) -> None:
     """Run a deployment on this machine until Ctrl-C or SIGTERM; then requests under way finish.
 
@@ -27,7 +31,7 @@ def serve(
     with user_errors():
         from sere_ray.serve.run import run_file
 
-        run_file(config, console)
+        run_file(config, console, metrics_port)
 
 
 def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:

@@ -1,7 +1,6 @@
 """The demo, step by step: calibrate, score quality, serve, send traffic, report."""
 
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from sere_ray.demo.settings import policies
 from sere_ray.errors import SereError
 from sere_ray.progress import progress
 from sere_ray.results import write_result
-from sere_ray.serve.run import wait_for_signal
+from sere_ray.serve.run import check_free, wait_for_signal
 
 
 def run_demo(
@@ -97,12 +96,7 @@ def check_machine(port: int, console: Console) -> bool:
             raise SereError(
                 f"the demo needs {module!r}: run `make demo`, or pip install 'sere-ray[cpu]'"
             )
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            raise SereError(f"port = {port}: already in use; choose another with --port") from None
+    check_free(port, "--port")
     compiled = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
     if not compiled:
         console.print("no C++ compiler found: vLLM runs eager (slower steps, same rule)")

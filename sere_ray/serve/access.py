@@ -59,10 +59,18 @@ class AccessLayer:
         app: what it protects.
         config: limits and the key file.
         fixed: keys of the environment.
+        count: called with the status of every answer.
     """
 
-    def __init__(self, app: App, *, config: AccessConfig, fixed: KeyFile) -> None:
-        self._app, self._config = app, config
+    def __init__(
+        self,
+        app: App,
+        *,
+        config: AccessConfig,
+        fixed: KeyFile,
+        count: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self._app, self._config, self._count = app, config, count
         self._ring = KeyRing(config.keys_file, fixed)
         self._under_way: dict[str, int] = {}
 
@@ -72,6 +80,7 @@ class AccessLayer:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
+        send = self._counting(send)
         try:
             key = self._authorize(scope)
             self._enter(key)
@@ -87,6 +96,14 @@ class AccessLayer:
             await self._app(scope, receive, send)
         finally:
             self._leave(key)
+
+    def _counting(self, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(message["status"])
+            await send(message)
+
+        return counted
 
     def _authorize(self, scope: Mapping[str, Any]) -> Key:
         path, headers = _path(scope), _headers(scope)

@@ -49,12 +49,14 @@ def llm_config(config: ServeConfig) -> Any:
     options: dict[str, Any] = {
         # Ray's default holds tokens back for 50 ms to send them together.
         "stream_batching_interval_ms": 0,
+        server.METRICS: config.metrics_interval_s,
     }
     if config.sere is not None:
         options[server.OPTIONS] = {
             "policy": {**config.sere.model_dump(), "similarity": local(config.sere.similarity)},
             "folder": None if config.artifacts is None else local(config.artifacts),
             "max_artifact_bytes": config.max_artifact_bytes,
+            "gangs": config.num_replicas,
         }
     return LLMConfig(
         model_loading_config={"model_id": config.model_id, "model_source": local(config.model)},
@@ -71,7 +73,7 @@ def llm_config(config: ServeConfig) -> Any:
         experimental_configs=options,
         callback_config={"callback_class": server.SkipDownload},
         runtime_env={"env_vars": {**environment, **config.env}},
-        log_engine_metrics=False,
+        log_engine_metrics=config.metrics_interval_s is not None,
     )
 
 

@@ -51,6 +51,12 @@ class ServeConfig(BaseModel):
         None, description="folder, on the router actor's node, of artifacts that may be swapped in"
     )
     max_artifact_bytes: int = Field(64 << 20, ge=1, le=1 << 30, description="size limit of one")
+    metrics_interval_s: float | None = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="seconds between two readings of the counters for metrics; null = no metrics",
+    )
     access: AccessConfig = Field(
         default_factory=lambda: AccessConfig.model_validate({}), description="keys and limits"
     )

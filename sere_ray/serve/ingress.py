@@ -13,9 +13,11 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from starlette.exceptions import HTTPException
 
 from sere_ray.errors import SereError
+from sere_ray.observe.metrics import REFUSED
+from sere_ray.observe.sink import RaySink
 from sere_ray.serve.access import AccessConfig, AccessLayer
 from sere_ray.serve.config import ServeConfig
-from sere_ray.serve.control_api import control_app
+from sere_ray.serve.control_api import REPORTED, control_app
 from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
 from sere_ray.serve.openai_ingress import SereIngress, http_error
 
@@ -64,9 +66,28 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     )
 
 
+class RefusalCounter:
+    """Counts answers with a status of 400 or more, as a metric of the process that answers.
+
+    It is made where the application is built and used in the replica that it is sent to.
+    """
+
+    def __init__(self) -> None:
+        self._sink: RaySink | None = None
+
+    def __call__(self, status: int) -> None:
+        """Take note of an answer."""
+        if self._sink is None:
+            self._sink = RaySink({"app": serve.get_replica_context().app_name})
+            for known in REPORTED:
+                self._sink.record(REFUSED, 0, status=str(known))
+        if status >= 400:
+            self._sink.record(REFUSED, 1, status=str(status))
+
+
 def protect(app: Any, access: AccessConfig, keys: KeyFile, *, control: bool) -> None:
     """Put the access layer around a FastAPI application and mount the control API in it."""
     if control:
         app.mount("/sere", control_app())
     app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
-    app.add_middleware(AccessLayer, config=access, fixed=keys)
+    app.add_middleware(AccessLayer, config=access, fixed=keys, count=RefusalCounter())

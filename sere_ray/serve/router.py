@@ -20,6 +20,8 @@ from typing import Any
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import Policy
 from sere_ray.errors import ArtifactError, SereError
+from sere_ray.observe import metrics
+from sere_ray.observe.sink import Sink
 from sere_ray.serve.artifacts import ArtifactFile, read_artifact
 from sere_ray.serve.stats import means, totals
 from sere_ray.serve.store import Store
@@ -89,6 +91,8 @@ class SereRouter:
         policy: of the deployment file; ``similarity`` is a path on this node.
         folder: of artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
+        gangs: that the deployment has; those beyond are counted as restarts.
+        sink: of metrics; None exports none.
         store: where state survives this actor; None = Ray's key-value store.
         put: makes an object reference of bytes; None = ``ray.put``.
     """
@@ -99,6 +103,8 @@ class SereRouter:
         *,
         folder: str | None,
         max_artifact_bytes: int,
+        gangs: int = 1,
+        sink: Sink | None = None,
         store: Store | None = None,
         put: Any = None,
     ) -> None:
@@ -113,6 +119,8 @@ class SereRouter:
         self._put, self._store = put, store
         self._folder = None if folder is None else Path(folder)
         self._max_bytes = max_artifact_bytes
+        self._sink, self._gangs = sink, gangs
+        self._gangs_met: set[str] = set()
         self._members: dict[str, _Seen] = {}
         self._gang_start: dict[str, Update] = {}
         self._refs: dict[str, Any] = {}
@@ -138,6 +146,8 @@ class SereRouter:
         Policy.parse(self._versions[-1]["policy"]).for_model(top_k=self._artifact.metadata.top_k)
         if state is None:
             self._save(self._file)
+        self._measure(metrics.ROUTER_VERSION, self._versions[-1]["version"])
+        self._measure(metrics.GANG_RESTARTS, 0)
 
     # --- replicas ------------------------------------------------------------------------------
 
@@ -147,6 +157,7 @@ class SereRouter:
         A gang restarts as a whole and under a new id.
         """
         self._save_again()
+        self._meet(gang)
         if gang not in self._gang_start:
             self._forget_gangs()
             self._gang_start[gang] = self._update(self._versions[-1], with_content=True)
@@ -155,6 +166,7 @@ class SereRouter:
     async def poll(self, member: Member, wait: bool = True) -> Order:
         """Take note of a replica and wait until there is something for it, at most
         ``POLL_SECONDS``."""
+        self._meet(member.gang)
         seen = self._members.get(member.replica)
         news = seen is None or seen.member != member
         self._members[member.replica] = _Seen(member, time.monotonic())
@@ -360,7 +372,18 @@ class SereRouter:
         self._refs = {sha: ref for sha, ref in self._refs.items() if sha in used}
         return version
 
+    def _meet(self, gang: str) -> None:
+        """A gang that is restarted comes under a new id."""
+        if gang not in self._gangs_met:
+            self._gangs_met.add(gang)
+            self._measure(metrics.GANG_RESTARTS, len(self._gangs_met) > self._gangs)
+
+    def _measure(self, metric: metrics.Metric, value: float) -> None:
+        if self._sink is not None:
+            self._sink.record(metric, value)
+
     async def _announce(self, version: int, timeout_s: float) -> None:
+        self._measure(metrics.ROUTER_VERSION, version)
         async with self._news:
             self._news.notify_all()
             await self._until(lambda: self._settled(version) == len(self._attached()), timeout_s)

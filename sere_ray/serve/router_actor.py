@@ -4,11 +4,19 @@ Ray Serve pickles the actor's class by value, with its module's other names; in 
 none that another process compares.
 """
 
+from typing import Any
+
 import ray
 
+from sere_ray.observe.sink import RaySink
+from sere_ray.serve.locate import own_actor_name
 from sere_ray.serve.router import SereRouter
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class RouterActor(SereRouter):
     """See :class:`SereRouter`."""
+
+    def __init__(self, **arguments: Any) -> None:
+        app, _ = own_actor_name()
+        super().__init__(**arguments, sink=RaySink({"app": app}))

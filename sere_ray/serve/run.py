@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,22 @@ from sere_ray.serve.config import ServeConfig
 IMPORT_PATH = "sere_ray.serve:build_app"
 
 
-def run_file(path: Path, console: Console) -> None:
+def run_file(path: Path, console: Console, metrics_port: int | None = None) -> None:
     """Serve the applications of a file until SIGINT or SIGTERM; then drain and end Ray.
 
+    Args:
+        path: of the deployment file.
+        console: where progress goes.
+        metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
+
     Raises:
-        SereError: the file is not valid.
+        SereError: the file is not valid, or the port is taken.
     """
     document = load_file(path)
     http = document.get("http_options") or {}
-    start_ray()
+    if metrics_port is not None:
+        check_free(metrics_port, "--metrics-port", host="")
+    start_ray(metrics_port=metrics_port)
     import ray
     from ray import serve
 
@@ -44,6 +52,8 @@ def run_file(path: Path, console: Console) -> None:
                     blocking=False,
                 )
         host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
+        if metrics_port is not None:
+            console.print(f"metrics on http://127.0.0.1:{metrics_port}/metrics", highlight=False)
         console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
         wait_for_signal()
         console.print("draining: requests under way finish, new ones are refused")
@@ -68,8 +78,25 @@ def wait_for_signal() -> None:
         pass
 
 
-def start_ray(**options: Any) -> None:
-    """A Ray instance of our own: it is never somebody else's that runs on this machine."""
+def check_free(port: int, option: str, *, host: str = "127.0.0.1") -> None:
+    """Say at once that a port is taken.
+
+    Raises:
+        SereError: names the option.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            raise SereError(f"{option} = {port}: already in use; choose another") from None
+
+
+def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
+    """A Ray instance of our own: it is never somebody else's that runs on this machine.
+
+    Its metrics agent listens on all interfaces, as Ray's other ports do.
+    """
     import ray
 
     ray.init(
@@ -77,6 +104,7 @@ def start_ray(**options: Any) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
+        _metrics_export_port=metrics_port,
         **options,
     )
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ray.serve.config import DeploymentActorConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.config import Startup
+from sere_ray.observe.export import EngineExporter
+from sere_ray.observe.sink import RaySink
 from sere_ray.serve.artifacts import keep_artifact
 from sere_ray.serve.locate import ACTOR
 from sere_ray.serve.router import Member, Update
@@ -26,6 +29,8 @@ from sere_ray.serve.router_actor import RouterActor
 logger = logging.getLogger("ray.serve")
 OPTIONS = "sere"
 """Key of ``LLMConfig.experimental_configs`` that holds the arguments of the router actor."""
+METRICS = "sere_metrics_interval_s"
+"""Likewise: seconds between two readings of the engine's counters for metrics; None = never."""
 RETRY_SECONDS = 1.0
 RPC_SECONDS = 60.0
 START_SECONDS = 300.0
@@ -46,32 +51,42 @@ class Follower:
         self.failure: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="sere-")
         self._staged = self._settled = -1
+        self._newest: Update | None = None  # what the engine was told last
         self._similarity = ""
         self._counters: dict[str, Any] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self) -> dict[str, Any]:
         """The policy to start the engine with; its artifact lies on this node."""
         update: Update = await _router().join.remote(self.gang)
         self._staged = self._settled = update.version
+        self._newest = update
         content = await update.content
         path = keep_artifact(Path(self._folder.name), update.sha256, content)
         self._similarity = str(path)
         return {**update.policy, "similarity": self._similarity}
 
-    async def catch_up(self, engine: Any) -> None:
-        """Return when the whole gang runs the newest version; then follow in the background."""
+    async def catch_up(self, engine: Any, metrics_interval_s: float | None) -> None:
+        """Return when the whole gang runs the newest version; then go on in the background.
+
+        Args:
+            engine: of this replica.
+            metrics_interval_s: seconds between two exports of metrics; None exports none.
+        """
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
                 if self.failure is not None:
                     raise RuntimeError(f"sere-ray: {self.failure}")
                 await asyncio.sleep(0.05)
-        self._task = asyncio.get_running_loop().create_task(self._follow(engine))
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._follow(engine)))
+        if metrics_interval_s is not None:
+            self._tasks.append(loop.create_task(self._export(engine, metrics_interval_s)))
 
     async def close(self, *, wait: bool) -> None:
         """Stop following; with ``wait``, return when no rank of the gang has a request left."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         try:
             left = _router().leave.remote(self.replica, self.gang, self.gang_size)
             if wait:
@@ -89,6 +104,30 @@ class Follower:
             except Exception as error:  # the actor is gone: keep the policy until there is one
                 logger.warning("sere-ray: router not reached (%s); retrying", type(error).__name__)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _export(self, engine: Any, interval_s: float) -> None:
+        """Export metrics, now and after each interval. An engine that fails is not our business."""
+        app = serve.get_replica_context().app_name
+        labels = {"app": app, "gang": self.gang, "rank": str(self.rank), "ReplicaId": self.replica}
+        exporter = EngineExporter(RaySink(labels))
+        while self.failure is None:
+            try:
+                start = time.perf_counter()
+                counters = (await _call(engine, "sere_counters", False))[0]
+                exporter.export_counters(counters, time.perf_counter() - start)
+                assert self._newest is not None
+                exporter.export_policy(
+                    self._newest.policy,
+                    self._newest.sha256,
+                    staged=self._staged,
+                    settled=self._settled,
+                    ranks=self.gang_size,
+                )
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                logger.warning("sere-ray: no metrics now (%s)", type(error).__name__)
+            await asyncio.sleep(interval_s)
 
     async def _step(self, engine: Any, *, wait: bool) -> bool:
         """Poll once and do what the answer says; returns whether it said anything."""
@@ -127,6 +166,7 @@ class Follower:
         policy = {**update.policy, "similarity": self._similarity}
         await _call(engine, "sere_set_policy", policy, content)
         self._staged = update.version
+        self._newest = update
 
 
 def _router() -> Any:
@@ -155,7 +195,7 @@ class _Following:
         additional["sere"] = {**await self.follower.join(), **startup}
         config.update_engine_kwargs(additional_config=additional)
         await super().start()  # type: ignore[misc]
-        await self.follower.catch_up(self.engine)
+        await self.follower.catch_up(self.engine, config.experimental_configs[METRICS])
 
     async def check_health(self) -> None:
         """Unhealthy when the engine is, or when it cannot follow the router."""

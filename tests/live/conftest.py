@@ -8,5 +8,10 @@ from tests.serve.deployment import deployed
 @pytest.fixture(scope="package")
 def live(tmp_path_factory):
     """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it."""
-    with deployed(tmp_path_factory.mktemp("live"), data_parallel_size=2) as deployment:
+    with deployed(
+        tmp_path_factory.mktemp("live"),
+        data_parallel_size=2,
+        metrics_interval_s=1,
+        environment={"RAY_metrics_report_interval_ms": "1000"},
+    ) as deployment:
         yield deployment

@@ -55,8 +55,9 @@ def save_keys(path):
 class Served:
     """The process, and its HTTP side."""
 
-    def __init__(self, process, url, log):
+    def __init__(self, process, url, log, metrics_port):
         self.process, self.url, self.log = process, url, log
+        self.metrics_port = metrics_port
 
     def request(self, method, path, body=None, key=None, headers=None, timeout=60):
         """``(status, JSON or text, headers)``."""
@@ -116,7 +117,7 @@ class Served:
 @contextmanager
 def deployed(folder, *, keys=True, environment=None, **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
-    port = free_port()
+    port, metrics_port = free_port(), free_port()
     save_artifacts(folder)
     access = {"max_body_bytes": 100_000}
     if keys:
@@ -146,16 +147,17 @@ def deployed(folder, *, keys=True, environment=None, **arguments):
     file = folder / "deployment.yaml"
     file.write_text(yaml.safe_dump(document))
     log = folder / "log"
+    command = [sys.executable, "-m", "sere_ray", "serve"]
     variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sere_ray", "serve", "--config", str(file)],
+            [*command, "--config", str(file), "--metrics-port", str(metrics_port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**variables, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
             start_new_session=True,
         )
-    served = Served(process, f"http://127.0.0.1:{port}", log)
+    served = Served(process, f"http://127.0.0.1:{port}", log, metrics_port)
     try:
         deadline = time.monotonic() + START_SECONDS
         while "serving app on" not in log.read_text():

@@ -1,0 +1,1 @@
+"""Metrics, recording and alert rules, dashboards: what operators see of a deployment."""

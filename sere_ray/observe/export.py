@@ -1,0 +1,120 @@
+"""What a replica exports: its engine's counters as they grow, and the policy it follows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sere_ray.observe import metrics
+from sere_ray.observe.metrics import Metric, layer_buckets
+from sere_ray.observe.sink import Sink
+from sere_ray.serve.stats import STEP_KINDS
+
+HASH_DIGITS = 12
+
+
+class EngineExporter:
+    """Turns one engine's counters, which only grow, into metrics.
+
+    Args:
+        sink: where they go.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._last: Mapping[str, Any] = {}
+        self._info: dict[str, dict[str, str]] = {}
+
+    def export_counters(self, counters: Mapping[str, Any], read_seconds: float) -> None:
+        """Export what was counted since the last call.
+
+        Args:
+            counters: of the engine since its start: ``EngineState.read_counters``.
+            read_seconds: how long it took to read them.
+        """
+        buckets = layer_buckets(counters["layers"])
+        for kind in STEP_KINDS:
+            grown = _difference(counters[kind], self._last.get(kind, {}))
+            self._export_kind(kind, grown, buckets, counters.get("top_k"))
+            if kind == "decode_only":
+                self._export_means(grown, buckets)
+        self._last = counters
+        self._sink.record(metrics.READ_SECONDS, read_seconds)
+
+    def export_policy(
+        self, policy: Mapping[str, Any], sha256: str, *, staged: int, settled: int, ranks: int
+    ) -> None:
+        """Export what the engine was told last, and the size of its gang."""
+        self._sink.record(metrics.RANKS, ranks)
+        self._sink.record(metrics.POLICY_VERSION, staged)
+        self._sink.record(metrics.SETTLED_VERSION, settled)
+        self._sink.record(metrics.SELECT_TOP_K, policy["select_top_k"])
+        labels = {name: str(policy[name]) for name in ("rule", "mode", "union")}
+        self._export_info(metrics.POLICY_INFO, labels)
+        self._export_info(metrics.ARTIFACT_INFO, {"sha256": sha256[:HASH_DIGITS]})
+
+    def _export_info(self, metric: Metric, labels: dict[str, str]) -> None:
+        """1 for these labels; 0 for the former ones, which Ray would go on exporting."""
+        former = self._info.get(metric.name, labels)
+        if former != labels:
+            self._sink.record(metric, 0, **former)
+        self._sink.record(metric, 1, **labels)
+        self._info[metric.name] = labels
+
+    def _export_kind(
+        self, kind: str, grown: Mapping[str, Any], buckets: Sequence[str], top_k: int | None
+    ) -> None:
+        for field, metric in metrics.PER_KIND.items():
+            if grown[field] is not None:
+                self._sink.record(metric, grown[field], kind=kind)
+        if top_k is not None:
+            slots = grown["decode_rows"] * top_k * len(buckets)
+            self._sink.record(metrics.SLOTS, slots, kind=kind)
+        for field, metric in metrics.BYTES.items():
+            if grown.get(field) is not None:
+                self._sink.record(metric, sum(grown[field]), kind=kind)
+        self._export_layers(metrics.LAYER_STEPS, kind, [_counted(grown)] * len(buckets), buckets)
+        for field, metric in metrics.PER_LAYER.items():
+            if grown.get(field) is not None:
+                self._export_layers(metric, kind, grown[field], buckets)
+
+    def _export_layers(
+        self, metric: Metric, kind: str, by_layer: Sequence[float], buckets: Sequence[str]
+    ) -> None:
+        sums: dict[str, float] = {}
+        for value, bucket in zip(by_layer, buckets, strict=True):
+            sums[bucket] = sums.get(bucket, 0) + value
+        for bucket, value in sums.items():
+            self._sink.record(metric, value, kind=kind, layers=bucket)
+
+    def _export_means(self, grown: Mapping[str, Any], buckets: Sequence[str]) -> None:
+        """Means over the steps since the last reading; steps in which every row decodes."""
+        steps, seconds = grown["steps"], grown["forward_seconds"]
+        self._sink.record(metrics.BATCH_SIZE, grown["decode_rows"] / steps if steps else 0)
+        if steps and seconds is not None:
+            self._sink.record(metrics.STEP_SECONDS, seconds / steps)
+        counted = _counted(grown)
+        if not counted:
+            return
+        for field, metric in (
+            ("experts_before", metrics.EXPERTS_READ_BEFORE),
+            ("experts_after", metrics.EXPERTS_READ_AFTER),
+        ):
+            for value, bucket in zip(grown[field], buckets, strict=True):
+                self._sink.record(metric, value / counted, layers=bucket)
+
+
+def _counted(grown: Mapping[str, Any]) -> int:
+    """Steps in which experts were counted."""
+    counted: int = grown.get("steps_counted", grown["steps"])
+    return counted
+
+
+def _difference(now: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """``now - last`` of numbers and of lists by layer; None stays None; others are left out."""
+    result: dict[str, Any] = {}
+    for field, value in now.items():
+        before = last.get(field)
+        if isinstance(value, list):
+            result[field] = [a - b for a, b in zip(value, before or [0] * len(value), strict=True)]
+        elif value is None or isinstance(value, int | float):
+            result[field] = None if value is None else value - (before or 0)
+    return result

@@ -1,0 +1,59 @@
+"""The files under ``deploy/`` that are made from the definitions here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sere_ray.artifact import atomic_path
+from sere_ray.observe.dashboards import DASHBOARD
+from sere_ray.observe.grafana_alerts import FOLDER, rule_group
+from sere_ray.observe.metrics import METRICS
+from sere_ray.observe.rules import RANK_HOUR_PRICE, alert_groups, recording_groups
+
+DATA_SOURCE_UID = "sere-prometheus"
+_HEAD = "# Made by `sere-ray dashboards render`; a test keeps it equal. Edit sere_ray/observe/.\n"
+
+
+def rendered(rank_hour_price: float = RANK_HOUR_PRICE) -> dict[str, str]:
+    """Path below the folder -> content."""
+    provisioned = {
+        "apiVersion": 1,
+        "groups": [
+            {**rule_group(DATA_SOURCE_UID), "orgId": 1, "folder": FOLDER["title"], "interval": "1m"}
+        ],
+    }
+    return {
+        "prometheus/recording.yml": _yaml(recording_groups(rank_hour_price)),
+        "prometheus/alerts.yml": _yaml(alert_groups()),
+        "grafana/dashboards/sere-ray.json": json.dumps(DASHBOARD.render(), indent=1) + "\n",
+        "grafana/provisioning/alerting/sere-ray.yml": _yaml(provisioned),
+    }
+
+
+def write(folder: Path, rank_hour_price: float = RANK_HOUR_PRICE) -> list[Path]:
+    """Write the files; each is replaced in one step."""
+    written = []
+    for name, content in rendered(rank_hour_price).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(content)
+        written.append(path)
+    return written
+
+
+def metrics_table() -> str:
+    """The table of ``docs/metrics.md``."""
+    lines = ["| metric | type, unit | labels | from | what it counts |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{metric.exported}` | {metric.kind}, {metric.unit} | {', '.join(metric.labels)} "
+        f"| {metric.source} | {metric.formula} |"
+        for metric in METRICS
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return _HEAD + yaml.safe_dump(content, sort_keys=False, width=100)

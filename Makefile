@@ -7,9 +7,10 @@ PIN := constraints/cpu.txt
 # Where torch +cpu comes from: auto = PyTorch's own index unless pip already finds it elsewhere.
 TORCH_INDEX ?= auto
 
-.PHONY: help demo test lint format install benchmark clean
+.PHONY: help demo monitor-demo test lint format install benchmark clean
 help:
 	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare (10 min first time)"
+	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
 	@echo "make test       lint, types and all tests that run on this machine"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  decode step time on CPU, stock against this plugin (writes docs/results)"
@@ -17,6 +18,9 @@ help:
 
 demo: $(STAMP)
 	$(BIN)/sere-ray demo --json demo-report.json --html demo-report.html $(ARGS)
+
+monitor-demo: $(STAMP)
+	$(BIN)/sere-ray monitor-demo $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -38,8 +38,9 @@ app.add_typer(artifact_app, name="artifact")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_serve.policy_app, name="policy")
 app.add_typer(cli_observe.dashboards_app, name="dashboards")
-for command in (cli_serve.serve, cli_serve.stats, cli_serve.key):
+for command in (cli_serve.serve, cli_serve.stats, cli_serve.key, cli_observe.monitor_demo):
     app.command()(command)
+bench_app.command("metrics-overhead")(cli_observe.metrics_overhead)
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
 

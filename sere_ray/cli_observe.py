@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli_common import user_errors
+from sere_ray.cli_common import console, user_errors
 from sere_ray.errors import SereError
 
 dashboards_app = typer.Typer(no_args_is_help=True, help="Rules, dashboards: files, or a Grafana.")
@@ -86,6 +86,43 @@ def annotate(
         if mark.end < mark.start:
             raise SereError(f"--end = {end!r}: is before --start = {start!r}")
         Grafana(url, _token(token_from_env), report=print, dry_run=dry_run).annotate([mark])
+
+
+def monitor_demo(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the endpoint.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the metrics.")] = 8080,
+    prometheus_port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prometheus.")] = 9090,
+) -> None:
+    """Serve the demo model with load and a Prometheus beside it, until Ctrl-C.
+
+    Example: sere-ray monitor-demo --port 8000 --prometheus-port 9090
+    """
+    with user_errors():
+        from sere_ray.observe.monitor_demo import run_monitor_demo
+
+        run_monitor_demo(port, metrics_port, prometheus_port, console)
+
+
+def metrics_overhead(
+    out: Annotated[Path, typer.Option(help="File to write; replaced in one step.")],
+    repeats: Annotated[int, typer.Option(min=1, help="Of every interval, interleaved.")] = 7,
+    seconds: Annotated[float, typer.Option(min=1, help="Of decoding in a repeat.")] = 6.0,
+) -> None:
+    """What reading the counters for metrics costs: the demo model on CPU, with and without.
+
+    Example: sere-ray bench metrics-overhead --out metrics-overhead.json
+    """
+    with user_errors():
+        from sere_ray.observe.overhead import run_overhead
+        from sere_ray.results import write_result
+
+        run_overhead(
+            lambda content: write_result(out, content),
+            repeats=repeats,
+            seconds=seconds,
+            console=console,
+        )
+    print(out)
 
 
 def _token(variable: str) -> str:

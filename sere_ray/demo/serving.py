@@ -21,7 +21,13 @@ RANKS = 2
 
 @contextmanager
 def served(
-    policy: Policy, port: int, *, max_streams: int, compiled: bool, console: Console
+    policy: Policy,
+    port: int,
+    *,
+    max_streams: int,
+    compiled: bool,
+    console: Console,
+    metrics_port: int | None = None,
 ) -> Iterator[Deployment]:
     """Start Ray, Serve and one gang of vLLM engines; yields its control; stops all at the end."""
     import ray
@@ -31,7 +37,8 @@ def served(
     logging.disable(logging.INFO)
     from sere_ray.serve import build_app
 
-    start_ray(runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}})
+    environment = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
+    start_ray(metrics_port=metrics_port, runtime_env=environment)
     try:
         serve.start(http_options={"host": HOST, "port": port})
         arguments = {

@@ -140,15 +140,21 @@ STEPS = Row(
     (
         Panel(
             "Step time",
-            "Mean forward pass by rank (CPU; absent on a GPU).",
+            "Mean forward pass by rank, and of the last reading (CPU; absent on a GPU).",
             "s",
-            (Query(f"sere:step_seconds:mean{APP}", _RANK),),
+            (
+                Query(f"sere:step_seconds:mean{APP}", _RANK),
+                Query(f"ray_sere_step_seconds{APP}", f"{_RANK}, last"),
+            ),
         ),
         Panel(
             "Batch size",
-            "Mean decode rows of a step by rank.",
+            "Mean decode rows of a step by rank, and of the last reading.",
             "none",
-            (Query(f"sere:batch_size:mean{APP}", _RANK),),
+            (
+                Query(f"sere:batch_size:mean{APP}", _RANK),
+                Query(f"ray_sere_batch_size{APP}", f"{_RANK}, last"),
+            ),
         ),
         Panel(
             "Bytes dispatched",

@@ -181,13 +181,13 @@ class Grafana:
             yield
         except GrafanaException as error:
             raise SereError(f"{self._url}: {_explain(error.status_code, str(error))}") from None
-        except RequestException as error:
-            raise SereError(
-                f"{self._url}: not reached ({type(error).__name__}); is it up, and --url right?"
-            ) from None
         except ValueError:
             raise SereError(
                 f"{self._url}: answers, but not as Grafana does; is --url that of Grafana's root?"
+            ) from None
+        except RequestException as error:
+            raise SereError(
+                f"{self._url}: not reached ({type(error).__name__}); is it up, and --url right?"
             ) from None
 
 

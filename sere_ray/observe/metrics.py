@@ -153,7 +153,7 @@ STEP_SECONDS = Metric(
     "seconds",
     _RANK,
     "forward seconds / steps since the last reading, steps in which every row decodes; only where "
-    "sere_forward_seconds_total is, and kept while there is no step",
+    "sere_forward_seconds_total is, and absent 20 s after the last step",
 )
 READ_SECONDS = Metric(
     "sere_counter_read_seconds",
@@ -162,7 +162,9 @@ READ_SECONDS = Metric(
     _RANK,
     "how long the last reading of the engine's counters took, from asking to answer",
 )
-RANKS = Metric("sere_gang_ranks", "gauge", "ranks", _RANK, "ranks of the replica's gang")
+RANKS = Metric(
+    "sere_gang_ranks", "gauge", "ranks", (*_RANK, "model_name"), "ranks of the replica's gang"
+)
 POLICY_VERSION = Metric(
     "sere_policy_version", "gauge", "version", _RANK, "newest version that the engine was told"
 )

@@ -31,13 +31,18 @@ class Prometheus:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def query(self, expr: str) -> list[dict[str, Any]]:
+    def query(self, expr: str, at: float | None = None) -> list[dict[str, Any]]:
         """Series of an instant query: ``{"metric": labels, "value": [time, text]}``.
+
+        Args:
+            expr: PromQL.
+            at: seconds since 1970; None is now.
 
         Raises:
             SereError: not valid PromQL.
         """
-        result: list[dict[str, Any]] = self.get("query", query=expr)["result"]
+        moment = {} if at is None else {"time": at}
+        result: list[dict[str, Any]] = self.get("query", query=expr, **moment)["result"]
         return result
 
     def query_range(self, expr: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
@@ -56,6 +61,18 @@ class Prometheus:
             raise SereError(f"{address}: {json.load(error)['error']}") from None
 
 
+def require_prometheus() -> str:
+    """Path of the program.
+
+    Raises:
+        SereError: it is not installed.
+    """
+    command = shutil.which("prometheus")
+    if command is None:
+        raise SereError("Prometheus is not installed; on Debian and Ubuntu: apt install prometheus")
+    return command
+
+
 @contextmanager
 def prometheus(
     folder: Path, metrics_port: int, port: int, interval_s: float
@@ -71,9 +88,7 @@ def prometheus(
     Raises:
         SereError: Prometheus is not installed or does not start.
     """
-    command = shutil.which("prometheus")
-    if command is None:
-        raise SereError("Prometheus is not installed (Debian, Ubuntu: apt install prometheus)")
+    command = require_prometheus()
     config = write_config(folder, metrics_port, interval_s)
     log = folder / "prometheus.log"
     options = [

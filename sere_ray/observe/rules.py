@@ -128,8 +128,7 @@ def serving_recordings(rank_hour_price: float) -> tuple[Recording, ...]:
         Recording("sere:rank_hour_price:dollars", f"vector({rank_hour_price})"),
         Recording(
             "llm_total_hourly_cost",
-            "count by (model_name) (ray_vllm_num_requests_running) "
-            "* scalar(sere:rank_hour_price:dollars)",
+            "count by (model_name) (ray_sere_gang_ranks) * scalar(sere:rank_hour_price:dollars)",
             allocation,
         ),
         Recording(

@@ -54,7 +54,7 @@ class ServeConfig(BaseModel):
     metrics_interval_s: float | None = Field(
         10.0,
         ge=1,
-        le=600,
+        le=15,  # Ray forgets a gauge that was not set for 20 s
         description="seconds between two readings of the counters for metrics; null = no metrics",
     )
     access: AccessConfig = Field(

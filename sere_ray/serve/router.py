@@ -146,7 +146,6 @@ class SereRouter:
         Policy.parse(self._versions[-1]["policy"]).for_model(top_k=self._artifact.metadata.top_k)
         if state is None:
             self._save(self._file)
-        self._measure(metrics.ROUTER_VERSION, self._versions[-1]["version"])
         self._measure(metrics.GANG_RESTARTS, 0)
 
     # --- replicas ------------------------------------------------------------------------------
@@ -373,17 +372,17 @@ class SereRouter:
         return version
 
     def _meet(self, gang: str) -> None:
-        """A gang that is restarted comes under a new id."""
+        """A rank of this gang joins or polls. A gang that is restarted comes under a new id."""
         if gang not in self._gangs_met:
             self._gangs_met.add(gang)
             self._measure(metrics.GANG_RESTARTS, len(self._gangs_met) > self._gangs)
+        self._measure(metrics.ROUTER_VERSION, self._versions[-1]["version"])
 
     def _measure(self, metric: metrics.Metric, value: float) -> None:
         if self._sink is not None:
             self._sink.record(metric, value)
 
     async def _announce(self, version: int, timeout_s: float) -> None:
-        self._measure(metrics.ROUTER_VERSION, version)
         async with self._news:
             self._news.notify_all()
             await self._until(lambda: self._settled(version) == len(self._attached()), timeout_s)

@@ -43,10 +43,11 @@ class Follower:
         gang: id of this replica's gang.
         gang_size: ranks of it.
         rank: of this replica.
+        model_id: name of the served model.
     """
 
-    def __init__(self, gang: str, gang_size: int, rank: int) -> None:
-        self.gang, self.gang_size, self.rank = gang, gang_size, rank
+    def __init__(self, gang: str, gang_size: int, rank: int, model_id: str) -> None:
+        self.gang, self.gang_size, self.rank, self.model_id = gang, gang_size, rank, model_id
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.failure: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="sere-")
@@ -107,8 +108,13 @@ class Follower:
 
     async def _export(self, engine: Any, interval_s: float) -> None:
         """Export metrics, now and after each interval. An engine that fails is not our business."""
-        app = serve.get_replica_context().app_name
-        labels = {"app": app, "gang": self.gang, "rank": str(self.rank), "ReplicaId": self.replica}
+        labels = {
+            "app": serve.get_replica_context().app_name,
+            "model_name": self.model_id,
+            "gang": self.gang,
+            "rank": str(self.rank),
+            "ReplicaId": self.replica,
+        }
         exporter = EngineExporter(RaySink(labels))
         while self.failure is None:
             try:
@@ -190,7 +196,7 @@ class _Following:
         additional = dict(config.engine_kwargs.get("additional_config") or {})
         if "sere" not in additional:
             return await super().start()  # type: ignore[misc,no-any-return]
-        self.follower = _follower()
+        self.follower = _follower(config.model_id)
         startup = {k: v for k, v in additional["sere"].items() if k in Startup.model_fields}
         additional["sere"] = {**await self.follower.join(), **startup}
         config.update_engine_kwargs(additional_config=additional)
@@ -240,12 +246,12 @@ class _Following:
         return options
 
 
-def _follower() -> Follower:
+def _follower(model_id: str) -> Follower:
     context = serve.get_replica_context()
     gang = context.gang_context
     if gang is None:
-        return Follower(context.replica_id.unique_id, 1, 0)
-    return Follower(gang.gang_id, gang.world_size, gang.rank)
+        return Follower(context.replica_id.unique_id, 1, 0, model_id)
+    return Follower(gang.gang_id, gang.world_size, gang.rank, model_id)
 
 
 class SereServer(_Following, LLMServer):  # type: ignore[misc]

@@ -12,6 +12,6 @@ def live(tmp_path_factory):
         tmp_path_factory.mktemp("live"),
         data_parallel_size=2,
         metrics_interval_s=1,
-        environment={"RAY_metrics_report_interval_ms": "1000"},
+        environment={"RAY_metrics_report_interval_ms": "3000"},
     ) as deployment:
         yield deployment

@@ -8,6 +8,7 @@ import typer
 
 from sere_ray.cli_common import console, user_errors
 from sere_ray.errors import SereError
+from sere_ray.observe.rules import RANK_HOUR_PRICE
 
 dashboards_app = typer.Typer(no_args_is_help=True, help="Rules, dashboards: files, or a Grafana.")
 GrafanaUrl = Annotated[str, typer.Option("--url", help="Of Grafana's root.")]
@@ -23,7 +24,7 @@ def render(
     folder: Annotated[Path, typer.Argument(help="Such as deploy: gets prometheus/ and grafana/.")],
     rank_hour_price: Annotated[
         float, typer.Option(min=0, help="US dollars for a rank and hour, for the cost rules.")
-    ] = 2.0,
+    ] = RANK_HOUR_PRICE,
 ) -> None:
     """Write recording rules, alert rules and dashboards as files.
 

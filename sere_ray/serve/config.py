@@ -55,7 +55,7 @@ class ServeConfig(BaseModel):
         10.0,
         ge=1,
         le=15,  # Ray forgets a gauge that was not set for 20 s
-        description="seconds between two readings of the counters for metrics; null = no metrics",
+        description="seconds between two exports of an engine's counters as metrics; null = none",
     )
     access: AccessConfig = Field(
         default_factory=lambda: AccessConfig.model_validate({}), description="keys and limits"

@@ -119,12 +119,14 @@ QUALITY = Row(
     (
         Panel(
             "Saved, re-routed, critical",
-            "Saved: of experts. Re-routed: of slots. Critical: kept experts that have no stand-in.",
+            "Saved: of experts. Re-routed: of slots. Critical: kept experts that have no stand-in. "
+            "Decode: rows that may be re-routed; the others are prompts and the exact tier.",
             "percentunit",
             (
                 Query(f"sere:experts_saved:share{APP}", "{{app}} saved"),
                 Query(f"sere:slots_rerouted:share{APP}", "{{app}} re-routed"),
                 Query(f"sere:critical_kept:share{APP}", "{{app}} critical"),
+                Query(f"sere:decode_rows:share{APP}", "{{app}} decode"),
             ),
         ),
         Panel(
@@ -149,7 +151,7 @@ STEPS = Row(
         ),
         Panel(
             "Batch size",
-            "Mean decode rows of a step by rank, and of the last reading.",
+            "Rows of a step in which every row decodes, by rank; and of the last reading.",
             "none",
             (
                 Query(f"sere:batch_size:mean{APP}", _RANK),

@@ -33,7 +33,7 @@ class EngineExporter:
         buckets = layer_buckets(counters["layers"])
         for kind in STEP_KINDS:
             grown = _difference(counters[kind], self._last.get(kind, {}))
-            self._export_kind(kind, grown, buckets, counters.get("top_k"))
+            self._export_kind(kind, grown, buckets, counters["top_k"])
             if kind == "decode_only":
                 self._export_means(grown, buckets)
         self._last = counters
@@ -60,20 +60,20 @@ class EngineExporter:
         self._info[metric.name] = labels
 
     def _export_kind(
-        self, kind: str, grown: Mapping[str, Any], buckets: Sequence[str], top_k: int | None
+        self, kind: str, grown: Mapping[str, Any], buckets: Sequence[str], top_k: int
     ) -> None:
         for field, metric in metrics.PER_KIND.items():
             if grown[field] is not None:
                 self._sink.record(metric, grown[field], kind=kind)
-        if top_k is not None:
-            slots = grown["decode_rows"] * top_k * len(buckets)
-            self._sink.record(metrics.SLOTS, slots, kind=kind)
+        slots = grown["decode_rows"] * top_k * len(buckets)
+        self._sink.record(metrics.SLOTS, slots, kind=kind)
         for field, metric in metrics.BYTES.items():
-            if grown.get(field) is not None:
+            if grown[field] is not None:
                 self._sink.record(metric, sum(grown[field]), kind=kind)
-        self._export_layers(metrics.LAYER_STEPS, kind, [_counted(grown)] * len(buckets), buckets)
+        counted = [grown["steps_counted"]] * len(buckets)
+        self._export_layers(metrics.LAYER_STEPS, kind, counted, buckets)
         for field, metric in metrics.PER_LAYER.items():
-            if grown.get(field) is not None:
+            if grown[field] is not None:
                 self._export_layers(metric, kind, grown[field], buckets)
 
     def _export_layers(
@@ -88,10 +88,10 @@ class EngineExporter:
     def _export_means(self, grown: Mapping[str, Any], buckets: Sequence[str]) -> None:
         """Means over the steps since the last reading; steps in which every row decodes."""
         steps, seconds = grown["steps"], grown["forward_seconds"]
-        self._sink.record(metrics.BATCH_SIZE, grown["decode_rows"] / steps if steps else 0)
+        self._sink.record(metrics.BATCH_SIZE, grown["rows"] / steps if steps else 0)
         if steps and seconds is not None:
             self._sink.record(metrics.STEP_SECONDS, seconds / steps)
-        counted = _counted(grown)
+        counted = grown["steps_counted"]
         if not counted:
             return
         for field, metric in (
@@ -100,12 +100,6 @@ class EngineExporter:
         ):
             for value, bucket in zip(grown[field], buckets, strict=True):
                 self._sink.record(metric, value / counted, layers=bucket)
-
-
-def _counted(grown: Mapping[str, Any]) -> int:
-    """Steps in which experts were counted."""
-    counted: int = grown.get("steps_counted", grown["steps"])
-    return counted
 
 
 def _difference(now: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,15 @@ class Metric:
 
 
 STEPS = Metric("sere_steps_total", "counter", "steps", _KIND, "steps with a decode row")
+ROWS = Metric(
+    "sere_rows_total",
+    "counter",
+    "rows",
+    _KIND,
+    "rows of those steps, of prompts and the exact tier too",
+)
 DECODE_ROWS = Metric(
-    "sere_decode_rows_total", "counter", "rows", _KIND, "rows of those steps that decode"
+    "sere_decode_rows_total", "counter", "rows", _KIND, "of these, rows that may be re-routed"
 )
 FORWARD_SECONDS = Metric(
     "sere_forward_seconds_total",
@@ -145,7 +152,7 @@ BATCH_SIZE = Metric(
     "gauge",
     "rows",
     _RANK,
-    "decode rows / steps since the last reading; 0 without a step",
+    "rows / steps since the last reading, steps in which every row decodes; 0 without a step",
 )
 STEP_SECONDS = Metric(
     "sere_step_seconds",
@@ -220,6 +227,7 @@ METRICS: tuple[Metric, ...] = tuple(v for v in list(globals().values()) if isins
 
 PER_KIND = {
     "steps": STEPS,
+    "rows": ROWS,
     "decode_rows": DECODE_ROWS,
     "forward_seconds": FORWARD_SECONDS,
 }

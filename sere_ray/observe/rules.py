@@ -64,6 +64,7 @@ SERE_RECORDINGS = (
     Recording("sere:experts_after:mean", _ratio("experts_after", "layer_steps", "app")),
     Recording("sere:experts_saved:share", "1 - sere:experts_after:mean / sere:experts_before:mean"),
     Recording("sere:slots_rerouted:share", _ratio("slots_rerouted", "slots", "app", where="")),
+    Recording("sere:decode_rows:share", _ratio("decode_rows", "rows", "app", where="")),
     Recording("sere:critical_kept:share", _ratio("critical_kept", "experts_after", "app")),
     Recording(
         # An expert lives on one rank, so the mean over ranks is the union over their number.
@@ -72,7 +73,7 @@ SERE_RECORDINGS = (
         "* max by (app) (ray_sere_gang_ranks)",
     ),
     Recording("sere:step_seconds:mean", _ratio("forward_seconds", "steps", _RANK)),
-    Recording("sere:batch_size:mean", _ratio("decode_rows", "steps", _RANK, where="")),
+    Recording("sere:batch_size:mean", _ratio("rows", "steps", _RANK)),
     Recording(
         "sere:dispatch_bytes:rate",
         f"sum by (app) (rate(ray_sere_dispatch_bytes_total[{WINDOW}]))",

@@ -12,11 +12,11 @@ POLICY = {"rule": "sere", "mode": "on", "union": "global", "select_top_k": 2}
 
 
 def counters(steps, scale=1, **changes):
-    """Of an engine with K = 4: in every step 3 rows; layer i names 10 + i and reads 5 + i."""
+    """Of an engine with K = 4: a step has 4 rows, 3 decode; layer i names 10 + i, reads 5 + i."""
     kind = {
         "steps": steps,
         "steps_counted": steps,
-        "rows": 3 * steps,
+        "rows": 4 * steps,
         "decode_rows": 3 * steps,
         "forward_seconds": 0.25 * steps,
         "experts_before": [steps * scale * (10 + i) for i in range(5)],
@@ -61,6 +61,7 @@ def test_metrics_grow_by_what_was_counted_since_the_last_reading(recorded):
     exporter.export_counters(counters(6), 0.002)
     decode = {"kind": "decode_only"}
     assert recorded.of(metrics.STEPS, **decode) == 6
+    assert recorded.of(metrics.ROWS, **decode) == 24
     assert recorded.of(metrics.DECODE_ROWS, **decode) == 18
     assert recorded.of(metrics.FORWARD_SECONDS, **decode) == 1.5
     assert recorded.of(metrics.SLOTS, **decode) == 18 * 4 * 5
@@ -81,7 +82,7 @@ def test_means_are_of_the_steps_between_two_readings(recorded):
     exporter = EngineExporter(recorded)
     exporter.export_counters(counters(2), 0.001)
     exporter.export_counters(counters(6, scale=2), 0.001)
-    assert recorded.of(metrics.BATCH_SIZE) == 3
+    assert recorded.of(metrics.BATCH_SIZE) == 4
     assert recorded.of(metrics.STEP_SECONDS) == 0.25
     # Layer 2 (i = 2) named 12 experts in each of 2 steps, then (6 * 24 - 2 * 12) / 4 on average.
     assert recorded.of(metrics.EXPERTS_READ_BEFORE, layers="2") == [12, 30]

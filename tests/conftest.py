@@ -17,6 +17,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail the run on every skip of a test that is not marked gpu",
     )
+    parser.addoption(
+        "--write-pictures",
+        action="store_true",
+        help="let the tests that draw pictures for docs/pictures replace those there",
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -21,6 +21,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 PRINCIPAL = "sere_principal"
 """Key of the ASGI scope: name of the key's holder."""
 _ANYBODY = Key(name="loopback", sha256="0" * 64)
+_VISITOR = Key(name="visitor", sha256="0" * 64)
+VISITORS = 64
+"""Requests without a key under way at once: they take few of the places of those with one."""
 
 
 class AccessConfig(BaseModel):
@@ -59,10 +62,18 @@ class AccessLayer:
         app: what it protects.
         config: limits and the key file.
         fixed: keys of the environment.
+        public: paths that may be read without a key, exactly as they stand here.
     """
 
-    def __init__(self, app: App, *, config: AccessConfig, fixed: KeyFile) -> None:
-        self._app, self._config = app, config
+    def __init__(
+        self,
+        app: App,
+        *,
+        config: AccessConfig,
+        fixed: KeyFile,
+        public: frozenset[str] = frozenset(),
+    ) -> None:
+        self._app, self._config, self._public = app, config, public
         self._ring = KeyRing(config.keys_file, fixed)
         self._under_way: dict[str, int] = {}
 
@@ -104,6 +115,8 @@ class AccessLayer:
                     "set access.keys_file in the deployment file.",
                 )
             return _ANYBODY
+        if path in self._public and scope["method"] in ("GET", "HEAD"):
+            return _VISITOR
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else ""
         if is_admin:
@@ -124,7 +137,7 @@ class AccessLayer:
     def _enter(self, key: Key) -> None:
         mine = self._under_way.get(key.name, 0)
         if (
-            mine >= self._config.max_concurrent_per_key
+            mine >= (VISITORS if key is _VISITOR else self._config.max_concurrent_per_key)
             or sum(self._under_way.values()) >= self._config.max_concurrent_requests
         ):
             raise Refusal(

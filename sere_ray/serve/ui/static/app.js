@@ -142,7 +142,7 @@ function show() {
   const sample = history.latest;
   notice(sample);
   showTiles(sample, stats.policy, model);
-  if (sample !== null) showRanks(sample, stats.version);
+  if (sample !== null) showRanks(sample, stats.version, stats.policy.mode);
   showLayers(sample);
   drawCharts();
 }

@@ -2,10 +2,8 @@
 
 import { byId, element, number, percent, say } from "./format.js";
 
-const HEAD = ["rank", "rows / step", "ms / step", "re-routed", "version"];
-
-/** Show the ranks of an interval. */
-export function showRanks(sample, newest) {
+/** Show the ranks of an interval, beside the newest version and its mode. */
+export function showRanks(sample, newest, mode) {
   const gangs = [...new Set(sample.ranks.map((rank) => rank.gang))];
   const mostRows = Math.max(...sample.ranks.map((rank) => rank.means?.rows ?? 0), 1e-9);
   const slowest = slowestOf(sample.ranks);
@@ -19,20 +17,21 @@ export function showRanks(sample, newest) {
       element("td", {}, percent(rank.means?.rerouted ?? null)),
       element("td", { class: rank.version === newest ? null : "behind" }, String(rank.version)));
   });
-  const head = element("tr", {}, ...HEAD.map((name) => element("th", { scope: "col" }, name)));
+  const names = ["rank", "rows / step", "ms / step", mode === "observe" ? "on would re-route" : "re-routed", "version"];
+  const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
   byId("ranks").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
-  say(byId("ranks-note"), [slowest && slowness(slowest), sample.total && betweenRanks(sample)].filter(Boolean).join(" "));
+  say(byId("ranks-note"), [slowest && slowness(slowest), sample.total && betweenRanks(sample, mode)].filter(Boolean).join(" "));
 }
 
 const slowness = (slowest) => `Rank ${slowest.rank} is ${percent(slowest.excess)} slower than the fastest of its gang.`;
 
 /** What the busiest rank reads, and what ranks send each other. */
-function betweenRanks({ ranks, total }) {
+function betweenRanks({ ranks, total }, mode) {
   if (ranks.length < 2) return "";
   const parts = [];
   if (total.busiest) {
     const [before, after] = total.busiest.map(number);
-    parts.push(`The busiest rank reads ${before} → ${after} experts a layer.`);
+    parts.push(`The busiest rank ${mode === "observe" ? "would read" : "reads"} ${before} → ${after} experts a layer.`);
   }
   if (total.bytes) {
     const [before, after] = total.bytes.map((bytes) => number(bytes / 1000));

@@ -24,10 +24,11 @@ export function showTiles(sample, policy, model) {
   const total = sample?.total ?? null;
   show("saved", ...experts(total, policy.mode, model.num_experts));
   show("rerouted", ...rerouted(total, policy.mode, model.top_k));
-  const perSecond = total && total.steps / (sample.end - sample.start);
+  const perSecond = (steps) => `${number(steps / (sample.end - sample.start))} a second`;
   show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`,
-    total === null ? "" : `${number(perSecond)} steps/s${total.milliseconds === null ? "; a GPU's pass is not timed" : ""}`);
-  show("rows", number(total?.rows), total === null ? "" : `rows a step, ${number(total.rows * perSecond)} tokens/s`);
+    total && total.milliseconds === null ? "not timed on a GPU" : "");
+  show("rows", number(total?.rows), total && `rows a step; ${perSecond(total.steps)}` +
+    (sample.mixedSteps > 0 ? ` and ${perSecond(sample.mixedSteps)} with prompts` : ""));
 }
 
 function experts(total, mode, numExperts) {
@@ -48,5 +49,5 @@ function rerouted(total, mode, topK) {
 
 function show(name, value, note) {
   say(byId(`tile-${name}`), value);
-  say(byId(`tile-${name}-note`), note);
+  say(byId(`tile-${name}-note`), note ?? "");
 }

@@ -156,7 +156,7 @@ class SereRouter:
         """Take note of a replica and wait until there is something for it, at most
         ``POLL_SECONDS``."""
         seen = self._members.get(member.replica)
-        news = seen is None or seen.member != member
+        news = seen is None or seen.member != member or member.counters is not None
         self._members[member.replica] = _Seen(member, time.monotonic())
         self._save_again()
         if member.counters is not None:

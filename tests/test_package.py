@@ -28,6 +28,12 @@ def test_demo_model_and_data_are_inside(wheel):
     assert "sere_ray/demo/data/LICENSE-PSF.txt" in names
 
 
+def test_the_page_and_the_licence_of_its_library_are_inside(wheel):
+    names = set(wheel.namelist())
+    for name in ("index.html", "app.js", "uPlot.iife.min.js", "uPlot.LICENSE.txt"):
+        assert f"sere_ray/serve/ui/static/{name}" in names
+
+
 def test_entry_points(wheel):
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     text = wheel.read(name).decode()

@@ -21,6 +21,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 PRINCIPAL = "sere_principal"
 """Key of the ASGI scope: name of the key's holder."""
 _ANYBODY = Key(name="loopback", sha256="0" * 64)
+_VISITOR = Key(name="visitor", sha256="0" * 64)
+VISITORS = 64
+"""Requests without a key under way at once: they take few of the places of those with one."""
 
 
 class AccessConfig(BaseModel):
@@ -59,6 +62,7 @@ class AccessLayer:
         app: what it protects.
         config: limits and the key file.
         fixed: keys of the environment.
+        public: paths that may be read without a key, exactly as they stand here.
         count: called with the status of every answer.
     """
 
@@ -68,9 +72,11 @@ class AccessLayer:
         *,
         config: AccessConfig,
         fixed: KeyFile,
+        public: frozenset[str] = frozenset(),
         count: Callable[[int], None] = lambda status: None,
     ) -> None:
-        self._app, self._config, self._count = app, config, count
+        self._app, self._config = app, config
+        self._public, self._count = public, count
         self._ring = KeyRing(config.keys_file, fixed)
         self._under_way: dict[str, int] = {}
 
@@ -121,6 +127,8 @@ class AccessLayer:
                     "set access.keys_file in the deployment file.",
                 )
             return _ANYBODY
+        if path in self._public and scope["method"] in ("GET", "HEAD"):
+            return _VISITOR
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else ""
         if is_admin:
@@ -141,7 +149,7 @@ class AccessLayer:
     def _enter(self, key: Key) -> None:
         mine = self._under_way.get(key.name, 0)
         if (
-            mine >= self._config.max_concurrent_per_key
+            mine >= (VISITORS if key is _VISITOR else self._config.max_concurrent_per_key)
             or sum(self._under_way.values()) >= self._config.max_concurrent_requests
         ):
             raise Refusal(

@@ -16,6 +16,7 @@ from sere_ray.serve.access import PRINCIPAL, Refusal
 from sere_ray.serve.locate import RouterUnavailableError, find_router
 from sere_ray.serve.openai_ingress import answer, http_error
 from sere_ray.serve.stats import StepMeans, Totals
+from sere_ray.serve.ui import add_page
 
 REPORTED = (401, 403, 413, 422, 429, 503)
 
@@ -91,7 +92,7 @@ class ErrorBody(BaseModel):
 
 
 def control_app() -> FastAPI:
-    """The application to mount under ``/sere``; its OpenAPI document is ``/sere/openapi.json``."""
+    """The application to mount under ``/sere``: control API, ``openapi.json`` and the page."""
     app = FastAPI(
         title="sere-ray control",
         version=__version__,
@@ -127,6 +128,7 @@ def control_app() -> FastAPI:
     async def get_audit() -> Audit:
         return Audit(entries=await _ask("audit"))
 
+    add_page(app)
     return app
 
 

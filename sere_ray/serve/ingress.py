@@ -20,6 +20,7 @@ from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.control_api import REPORTED, control_app
 from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
 from sere_ray.serve.openai_ingress import SereIngress, http_error
+from sere_ray.serve.ui import PATHS
 
 ROUTES = {
     "models": lambda app: app.get("/v1/models"),
@@ -86,8 +87,10 @@ class RefusalCounter:
 
 
 def protect(app: Any, access: AccessConfig, keys: KeyFile, *, control: bool) -> None:
-    """Put the access layer around a FastAPI application and mount the control API in it."""
+    """Put the access layer around a FastAPI application and mount control API and page in it."""
     if control:
         app.mount("/sere", control_app())
     app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
-    app.add_middleware(AccessLayer, config=access, fixed=keys, count=RefusalCounter())
+    public = PATHS if control else frozenset()
+    count = RefusalCounter()
+    app.add_middleware(AccessLayer, config=access, fixed=keys, public=public, count=count)

@@ -167,7 +167,7 @@ class SereRouter:
         ``POLL_SECONDS``."""
         self._meet(member.gang)
         seen = self._members.get(member.replica)
-        news = seen is None or seen.member != member
+        news = seen is None or seen.member != member or member.counters is not None
         self._members[member.replica] = _Seen(member, time.monotonic())
         self._save_again()
         if member.counters is not None:

@@ -69,13 +69,9 @@ class Served:
             with urlopen(
                 Request(self.url + path, data, sent, method=method), timeout=timeout
             ) as response:
-                return response.status, json.load(response), dict(response.headers)
+                return response.status, _parsed(response.read()), dict(response.headers)
         except HTTPError as error:
-            text = error.read().decode()
-            try:
-                return error.code, json.loads(text), dict(error.headers)
-            except ValueError:
-                return error.code, text, dict(error.headers)
+            return error.code, _parsed(error.read()), dict(error.headers)
 
     def complete(self, prompt="Work out 23 + 48 - 17.", key=API_KEY, headers=None, **body):
         body = {
@@ -112,6 +108,14 @@ class Served:
             except psutil.Error:
                 continue
         return found
+
+
+def _parsed(content):
+    """JSON, or the text that it is not."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content.decode()
 
 
 @contextmanager

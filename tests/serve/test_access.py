@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sere_ray.errors import SereError
-from sere_ray.serve.access import PRINCIPAL, AccessConfig, AccessLayer
+from sere_ray.serve.access import PRINCIPAL, VISITORS, AccessConfig, AccessLayer
 from sere_ray.serve.keys import KeyFile, KeyRing, digest, from_environment, new_key
 
 KEYS = {
@@ -36,9 +36,10 @@ class Inner:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def layer(inner, *, keys=KEYS, **limits):
+def layer(inner, *, keys=KEYS, public=frozenset(), **limits):
     config = AccessConfig.model_validate({"max_body_bytes": 1024, **limits})
-    return AccessLayer(inner, config=config, fixed=KeyFile.model_validate(keys or {}))
+    fixed = KeyFile.model_validate(keys or {})
+    return AccessLayer(inner, config=config, fixed=fixed, public=public)
 
 
 async def ask(app, method="GET", path="/v1/models", *, key=None, body=b"", headers=(), **scope):
@@ -110,6 +111,52 @@ def test_which_key_opens_what(path, key, status):
     assert len(inner.requests) == (status == 200)
     if status != 200:
         assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+PAGE = frozenset({"/sere/ui", "/sere/ui/app.js"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/sere/ui", 200),
+        ("HEAD", "/sere/ui/app.js", 200),
+        ("PUT", "/sere/ui", 401),
+        ("DELETE", "/sere/ui", 405),
+        ("GET", "/sere/ui/", 401),
+        ("GET", "/sere/ui/app.js/..", 401),
+        ("GET", "/sere/ui/../policy", 401),
+        ("GET", "/sere/policy", 401),
+    ],
+)
+def test_public_paths_are_open_as_they_stand(method, path, status):
+    inner = Inner()
+    assert run(ask(layer(inner, public=PAGE), method, path))[0] == status
+    assert len(inner.requests) == (status == 200)
+
+
+def test_without_keys_public_paths_too_are_for_this_machine():
+    far = {"client": ("192.0.2.1", 4000)}
+    app = layer(Inner(), keys=None, public=PAGE)
+    assert run(ask(app, path="/sere/ui", **far))[0] == 403
+    assert run(ask(app, path="/sere/ui"))[0] == 200
+
+
+def test_visitors_without_a_key_take_a_bounded_number_of_places():
+    async def scenario():
+        inner = Inner()
+        inner.may_answer.clear()
+        app = layer(inner, public=PAGE)
+        waiting = [asyncio.create_task(ask(app, path="/sere/ui")) for _ in range(VISITORS)]
+        await asyncio.sleep(0)
+        status, _, headers = await ask(app, path="/sere/ui")
+        assert (status, headers[b"retry-after"]) == (429, b"1")
+        inner.may_answer.set()
+        assert (await ask(app, key="k-all"))[0] == 200
+        assert {answer[0] for answer in await asyncio.gather(*waiting)} == {200}
+        assert (await ask(app, path="/sere/ui"))[0] == 200
+
+    run(scenario())
 
 
 def test_a_path_that_names_another_only_when_normalised_is_a_matter_of_its_prefix():

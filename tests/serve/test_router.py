@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 
 import pytest
 import torch
@@ -341,6 +342,21 @@ def test_stats_are_asked_for_and_added_up(make_router):
         Stats.model_validate(await router.stats())
         for task in tasks:
             task.cancel()
+
+    run(scenario())
+
+
+def test_counters_that_are_the_same_again_are_an_answer(make_router):
+    async def scenario():
+        router, idle = make_router(), Replica("r")
+        await idle.join(router)
+        await idle.step(router)
+        task = asyncio.create_task(idle.follow(lambda: router))
+        start = time.monotonic()
+        for _ in range(3):
+            assert (await router.stats())["per_replica"][0]["counters"] is not None
+        assert time.monotonic() - start < 1, "waited for counters to change"
+        task.cancel()
 
     run(scenario())
 

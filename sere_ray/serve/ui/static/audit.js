@@ -1,0 +1,37 @@
+// Who changed what. Entries hold strings of users: they become text, never HTML.
+
+import { byId, changes, element, plain } from "./format.js";
+
+let shown = "";
+
+/** Show the log, newest first; `restore(policy)` puts a version's values into the form. */
+export function showAudit(entries, restore) {
+  const content = JSON.stringify(entries);
+  if (content === shown) return; // keep the place and the focus of who reads it
+  shown = content;
+  byId("audit").replaceChildren(...entries.toReversed().map((entry) => line(entry, restore)));
+}
+
+function line(entry, restore) {
+  const at = new Date(entry.time);
+  const time = element("time", { datetime: entry.time, title: entry.time },
+    Number.isNaN(at.getTime()) ? entry.time : at.toLocaleString("en-GB"));
+  const head = element("p", {}, time, " ", element("b", {}, String(entry.who)), ` ${entry.what}`);
+  const item = element("li", { class: entry.refused ? "refused" : null }, head, element("p", {}, summary(entry)));
+  if (entry.after?.policy) {
+    head.append(` → version ${entry.after.version} `);
+    const button = element("button", { type: "button", class: "link" }, "load into form");
+    button.setAttribute("aria-label", `Load version ${entry.after.version} into the policy form`);
+    button.addEventListener("click", () => restore(entry.after.policy));
+    head.append(button);
+  }
+  return item;
+}
+
+function summary({ refused, before, after, what }) {
+  if (refused) return `refused: ${refused}`;
+  if (what === "artifact") return `artifact ${after.sha256.slice(0, 12)}, was ${before.sha256.slice(0, 12)}`;
+  if (before) return changes(before, after.policy).join(", ") || "nothing differs";
+  return Object.entries(after?.policy ?? {}).filter(([name]) => name !== "similarity")
+    .map(([name, value]) => `${name} ${plain(value)}`).join(", ");
+}

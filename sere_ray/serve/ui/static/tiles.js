@@ -1,0 +1,53 @@
+// The newest interval in four numbers: does it help, is quality at risk, how fast, how full.
+
+import { byId, element, mean, number, percent, say } from "./format.js";
+
+const TILES = {
+  saved: ["Experts read", "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
+  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule moved to another expert. 0 % is exact; the more, the more quality is at risk."],
+  time: ["Step time", "Mean forward pass of a decode step. Every token of every stream waits for one."],
+  rows: ["Batch size", "Sequences that decode together in one step, over the ranks of a gang."],
+};
+
+export function makeTiles() {
+  byId("tiles").replaceChildren(...Object.entries(TILES).map(([name, [title, term]]) =>
+    element("section", { class: "card tile" },
+      element("div", { class: "title" }, element("h2", {}, title),
+        element("details", { class: "term", name: "term" },
+          element("summary", { "aria-label": `What is ${title}?` }, "?"), element("p", {}, term))),
+      element("p", { class: "value", id: `tile-${name}` }, "–"),
+      element("p", { class: "note", id: `tile-${name}-note` }))));
+}
+
+/** Show an interval; `model` has `num_experts` and `top_k`. */
+export function showTiles(sample, policy, model) {
+  const total = sample?.total ?? null;
+  show("saved", ...experts(total, policy.mode, model.num_experts));
+  show("rerouted", ...rerouted(total, policy.mode, model.top_k));
+  const perSecond = (steps) => `${number(steps / (sample.end - sample.start))} a second`;
+  show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`,
+    total && total.milliseconds === null ? "not timed on a GPU" : "");
+  show("rows", number(total?.rows), total && `rows a step; ${perSecond(total.steps)}` +
+    (sample.mixedSteps > 0 ? ` and ${perSecond(sample.mixedSteps)} with prompts` : ""));
+}
+
+function experts(total, mode, numExperts) {
+  if (!total?.before) return ["–", total && mode === "off" ? "not counted while the mode is off" : ""];
+  const [before, after] = [mean(total.before), mean(total.after)];
+  const saved = percent(1 - after / before);
+  const difference = mode === "observe" ? `mode on would save ${saved}` : `${saved} fewer`;
+  return [`${number(before)} → ${number(after)}`, `${difference}; a layer has ${numExperts}`];
+}
+
+function rerouted(total, mode, topK) {
+  if (total && mode === "off") return ["0 %", "exact: the mode is off"];
+  if (total?.rerouted == null) return ["–", ""];
+  const share = percent(total.rerouted);
+  if (mode === "observe") return ["0 %", `exact; mode on would move ${share}`];
+  return [share, `of the tokens' choices, ${topK} a layer`];
+}
+
+function show(name, value, note) {
+  say(byId(`tile-${name}`), value);
+  say(byId(`tile-${name}-note`), note ?? "");
+}

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import shlex
+import subprocess
 
 import pytest
 import yaml
@@ -131,3 +133,13 @@ def test_the_calibration_writes_what_the_deployment_reads(config, calibration):
     assert "--ray --ray-address auto" in entrypoint
     name = artifact.rpartition("/")[2]
     assert f"sha256sum {name} > {name}.sha256" in entrypoint
+
+
+def test_the_entrypoint_survives_the_way_to_the_job(calibration):
+    """The submitter's shell reads it first, the job's shell what is between the quotes."""
+    entrypoint = only(calibration, "RayJob")["spec"]["entrypoint"]
+    words = shlex.split(entrypoint)
+    assert words[:2] == ["bash", "-c"]
+    assert len(words) == 3
+    syntax = subprocess.run(["bash", "-n", "-c", words[2]], check=False)
+    assert syntax.returncode == 0

@@ -10,6 +10,7 @@ from tests.k8s.schemas import FILES, InvalidError, crd_schema, rules_used, valid
 CLUSTER = ("spec", "rayClusterConfig")
 WORKER = (*CLUSTER, "workerGroupSpecs", 0)
 CONTAINER = ("spec", "template", "spec", "containers", 0)
+RULE = ("spec", "groups", 0, "rules", 0)
 METRICS = ("spec", "podMetricsEndpoints", 0)
 
 
@@ -29,6 +30,8 @@ def test_all_documents(documents):
         ("RayService", ("metadata",), "anotations", {}, "anotations"),
         ("PodMonitor", METRICS, "intervall", "1s", "intervall"),
         ("PodMonitor", METRICS, "interval", 15, "15 is not of type 'string'"),
+        ("PrometheusRule", RULE, "exprr", "1", "exprr"),
+        ("PrometheusRule", RULE, "for", "5 minutes", "does not match"),
         ("StatefulSet", (*CONTAINER, "resources"), "limit", {}, "limit"),
         ("StatefulSet", ("spec",), "replicas", "one", "'one' is not of type"),
         ("NetworkPolicy", ("spec",), "policyType", [], "policyType"),

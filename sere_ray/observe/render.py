@@ -24,9 +24,17 @@ def rendered(rank_hour_price: float = RANK_HOUR_PRICE) -> dict[str, str]:
             {**rule_group(DATA_SOURCE_UID), "orgId": 1, "folder": FOLDER["title"], "interval": "1m"}
         ],
     }
+    recording, alerts = recording_groups(rank_hour_price), alert_groups()
+    rule = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "sere-ray"},
+        "spec": {"groups": [*recording["groups"], *alerts["groups"]]},
+    }
     return {
-        "prometheus/recording.yml": _yaml(recording_groups(rank_hour_price)),
-        "prometheus/alerts.yml": _yaml(alert_groups()),
+        "prometheus/recording.yml": _yaml(recording),
+        "prometheus/alerts.yml": _yaml(alerts),
+        "prometheus/operator/prometheus-rule.yml": _yaml(rule),
         "grafana/dashboards/sere-ray.json": json.dumps(DASHBOARD.render(), indent=1) + "\n",
         "grafana/provisioning/alerting/sere-ray.yml": _yaml(provisioned),
     }

@@ -16,7 +16,7 @@ class RuleInfo(NamedTuple):
 
     apply: Rule
     keys: tuple[str, ...]
-    """Knobs of :class:`Layer` that are keys of a policy."""
+    """Keys of a policy that only some rules have."""
     required: tuple[str, ...]
     """Of these, the ones that have no default."""
     needs_scores: bool
@@ -53,7 +53,10 @@ def sere(
 
 RULES: dict[str, RuleInfo] = {
     "sere": RuleInfo(
-        sere, ("select_top_k", "threshold", "min_primary_experts"), ("select_top_k",), False
+        sere,
+        ("select_top_k", "threshold", "min_primary_experts", "prefer_local_rank"),
+        ("select_top_k",),
+        False,
     ),
     "topk": RuleInfo(topk, ("select_top_k",), ("select_top_k",), False),
     "oea": RuleInfo(oea, ("select_top_k",), ("select_top_k",), True),

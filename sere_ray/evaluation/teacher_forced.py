@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.config import BoundPolicy
@@ -51,6 +51,7 @@ def forward_changed(
     input_ids: Tensor,
     prompt_tokens: int,
     change: Callable[[int, Tensor, Tensor, Tensor], Choice],
+    past: Cache | None = None,
 ) -> Tensor:
     """Logits ``[B, L, V]`` with other choices in the D = L - prompt_tokens decode steps.
 
@@ -60,6 +61,7 @@ def forward_changed(
         prompt_tokens: positions that stay exact.
         change: called in every MoE layer with its index, ``hidden_states [D, B, H]``,
             ``topk_ids [D, B, K]`` and ``topk_weights [D, B, K]``; returns the last two anew.
+        past: KV entries of what comes before ``input_ids``; added to.
     """
     batch, length = input_ids.shape
 
@@ -80,7 +82,9 @@ def forward_changed(
         return put_back(topk_ids, new_ids), put_back(topk_weights, new_weights)
 
     with torch.inference_mode(), changed_choices(model, change_rows):
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = model(
+            input_ids=input_ids, past_key_values=past, use_cache=past is not None
+        ).logits
     return logits
 
 

@@ -2,15 +2,14 @@
 
 import math
 import sys
-from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from sere_ray import __version__, cli_observe, cli_serve
-from sere_ray.cli_common import console, user_errors
+from sere_ray import __version__, cli_observe, cli_quality, cli_serve
+from sere_ray.cli_common import console, numbers, user_errors
 from sere_ray.errors import SereError
 
 app = typer.Typer(
@@ -38,20 +37,17 @@ app.add_typer(artifact_app, name="artifact")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_serve.policy_app, name="policy")
 app.add_typer(cli_observe.dashboards_app, name="dashboards")
-for command in (cli_serve.serve, cli_serve.stats, cli_serve.key, cli_observe.monitor_demo):
+for command in (
+    cli_serve.serve,
+    cli_serve.stats,
+    cli_serve.key,
+    cli_quality.evaluate,
+    cli_observe.monitor_demo,
+):
     app.command()(command)
 bench_app.command("metrics-overhead")(cli_observe.metrics_overhead)
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
-
-
-def _numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
-    """The numbers of a comma-separated option."""
-    values = [int(part) if part.strip().isdecimal() else None for part in text.split(",")]
-    numbers = [value for value in values if value is not None and value in allowed]
-    if len(numbers) != len(values):
-        raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
-    return numbers
 
 
 def _decimals(option: str, text: str) -> list[float]:
@@ -205,7 +201,7 @@ def demo(
             html=html,
             keep=keep,
             port=port,
-            concurrencies=_numbers("--concurrency", concurrency, (1, 2, 4, 8, 16, 32)),
+            concurrencies=numbers("--concurrency", concurrency, (1, 2, 4, 8, 16, 32)),
             console=console,
         )
 
@@ -277,7 +273,7 @@ def step_time(
                 out,
                 num_ranks=data_parallel_size,
                 ways=_names(union),
-                rows=_numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
+                rows=numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
                 repeats=repeats,
                 tokens=tokens or (64 if on_gpu() else 10),
                 routers=_names(router),
@@ -292,7 +288,7 @@ def step_time(
         run_step_time(
             model,
             out,
-            batches=_numbers("--batches", batches or default, range(1, 257)),
+            batches=numbers("--batches", batches or default, range(1, 257)),
             repeats=repeats,
             tokens=tokens or (64 if on_gpu() else 10),
             routers=_names(router),
@@ -331,7 +327,7 @@ def dispatch_bytes(
 
         run_dispatch(
             out,
-            group_sizes=_numbers("--ranks", ranks, range(2, 9)),
+            group_sizes=numbers("--ranks", ranks, range(2, 9)),
             rows_per_rank=rows_per_rank,
             tolerances=_decimals("--prefer-local-rank", prefer_local_rank),
             similarity=similarity,

@@ -8,12 +8,28 @@ policy, vLLM's key may hold what an engine takes at its start and keeps: :class:
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from torch import Tensor
 
 from sere_ray.errors import PolicyError
+from sere_ray.rules import RULES, Layer
 
+RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
+Tau = Annotated[float, Field(ge=0.0, le=1.0)]
+PerLayer = Annotated[
+    tuple[Tau, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 Mode = Literal["off", "observe", "on"]
 Union = Literal["global", "local"]
 Dispatch = Literal["allgather", "all_to_all"]
@@ -30,8 +46,10 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     similarity: str = Field(min_length=1, description="path of the similarity artifact")
-    select_top_k: int = Field(ge=1, description="S: slots of a row that are never re-routed; <= K")
-    rule: Literal["sere"] = Field("sere", description="which rule re-routes")
+    rule: RuleName = Field("sere", description="which rule re-routes")
+    select_top_k: int | None = Field(
+        None, ge=1, description="S: slots of a row that are never re-routed; <= K"
+    )
     threshold: float | None = Field(
         None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in, 0..1; null = any"
     )
@@ -52,6 +70,40 @@ class Policy(BaseModel):
         description="how much less similar a stand-in may be if it is on a rank that the row "
         "visits anyway, 0..1; null = the most similar, wherever it is",
     )
+    experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
+    alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
+    base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
+    depth: int | None = Field(None, ge=1, description="the last bin")
+    tau: Tau | PerLayer | None = Field(
+        None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
+    )
+    beta: float | None = Field(
+        None, ge=0.0, le=1.0, description="1 = weights renormalised, 0 = the gate's scale"
+    )
+    fill: float | None = Field(
+        None, ge=0.0, le=1.0, description="factor of the weight of a stand-in"
+    )
+    runners_up: int | None = Field(
+        None, ge=1, description="how many unchosen experts a chosen one is compared with"
+    )
+
+    @model_validator(mode="after")
+    def _check_rule_keys(self) -> Self:
+        """Each rule has its own keys; null stands for a key that is not given."""
+        takes, text = RULES[self.rule], None
+        for key in _RULE_KEYS:
+            value = getattr(self, key)
+            if value is None and key in takes.required:
+                about = type(self).model_fields[key].description
+                text = f"{key} is missing: give it ({about})"
+            elif value is not None and key not in takes.keys:
+                text = (
+                    f"{key} = {value!r}: rule {self.rule!r} has no such key, only "
+                    f"{', '.join(takes.keys)}; leave it out"
+                )
+            if text:
+                raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        return self
 
     @classmethod
     def parse(cls, value: object, *, where: str = "sere") -> Self:
@@ -82,20 +134,35 @@ class Policy(BaseModel):
         Raises:
             PolicyError: ``select_top_k`` is larger than K.
         """
-        if self.select_top_k > top_k:
+        if self.select_top_k is not None and self.select_top_k > top_k:
             raise PolicyError(
                 f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
                 f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
             )
         floor = top_k if self.min_primary_experts is None else self.min_primary_experts
+        others = ((key, getattr(self, key)) for key in RULES[self.rule].keys if key not in _BOUND)
         return BoundPolicy(
             mode=self.mode,
-            select_top_k=self.select_top_k,
+            rule=self.rule,
+            select_top_k=self.select_top_k or top_k,
             threshold=self.threshold,
             min_primary_experts=floor,
             union=self.union,
             prefer_local_rank=self.prefer_local_rank,
+            knobs=tuple((key, value) for key, value in others if value is not None),
         )
+
+    def check_layers(self, count: int, where: str = "sere") -> None:
+        """Refuse a list of another length than the model has MoE layers.
+
+        Raises:
+            PolicyError: names both numbers.
+        """
+        if isinstance(self.tau, tuple) and len(self.tau) != count:
+            raise PolicyError(
+                f"{where}.tau = {list(self.tau)}: has {len(self.tau)} numbers, this model has "
+                f"{count} MoE layers; give one number, or one for each layer"
+            )
 
     @property
     def similarity_path(self) -> Path:
@@ -143,17 +210,48 @@ class BoundPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode
+    rule: RuleName = "sere"
     select_top_k: int
     threshold: float | None
     min_primary_experts: int
     union: Union = "global"
     prefer_local_rank: float | None = None
+    knobs: tuple[tuple[str, Any], ...] = ()
+    """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
+
+    def of_layer(self, position: int, num_experts: int, similarity: Tensor | None) -> Layer:
+        """What the rule is given in one layer.
+
+        Args:
+            position: of the layer among the MoE layers, from 0.
+            num_experts: E.
+            similarity: ``[E, E]`` float32, where the rule reads it.
+        """
+        knobs = {
+            key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
+        }
+        return Layer(
+            num_experts,
+            similarity=similarity,
+            select_top_k=self.select_top_k,
+            threshold=self.threshold,
+            min_primary_experts=self.min_primary_experts,
+            **knobs,
+        )
+
+
+_BOUND = ("select_top_k", "threshold", "min_primary_experts")
+"""Knobs that have fields of their own in :class:`BoundPolicy`."""
+_RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
+"""Keys that not every rule has."""
 
 
 def _explain(error: Any, where: str, model: type[BaseModel]) -> str:
     path = ".".join([where, *(str(part) for part in error["loc"])])
     key = str(error["loc"][0]) if error["loc"] else ""
     keys = list(model.model_fields)
+    if error["type"] == "rule_key":
+        return f"{where}.{error['msg']}"
     if key not in keys and key in Startup.model_fields:
         return (
             f"{path} = {error['input']!r}: is taken when an engine starts and is no part of a "

@@ -25,6 +25,14 @@ KEYS = [
     "union",
     "mode",
     "prefer_local_rank",
+    "experts",
+    "alpha",
+    "base",
+    "depth",
+    "tau",
+    "beta",
+    "fill",
+    "runners_up",
 ]
 NAN, INF = float("nan"), float("inf")
 
@@ -59,6 +67,7 @@ def test_defaults_are_those_of_the_specification() -> None:
         "union": "global",
         "mode": "on",
         "prefer_local_rank": None,
+        **dict.fromkeys(KEYS[KEYS.index("experts") :]),
     }
     assert sorted(Policy.model_fields) == sorted(KEYS)
 
@@ -162,7 +171,6 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("select_top_k", 2.0, "integer", "<= K"),
         ("select_top_k", 2.5, "integer", "<= K"),
         ("select_top_k", "2", "integer", "<= K"),
-        ("select_top_k", None, "integer", "<= K"),
         ("select_top_k", [2], "integer", "<= K"),
         ("select_top_k", NAN, "integer", "<= K"),
         ("select_top_k", INF, "integer", "<= K"),
@@ -362,6 +370,68 @@ def test_frozen() -> None:
                 setattr(thing, name, getattr(thing, name))
     assert len({policy, Policy.parse(SMALLEST)}) == 1
     assert len({bound, policy.for_model(top_k=8)}) == 1
+
+
+# --- other rules -------------------------------------------------------------------------------
+
+
+def other(rule: str, **keys: Any) -> dict[str, Any]:
+    return {"similarity": "demo.safetensors", "rule": rule, **keys}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        other("topk", select_top_k=2),
+        other("oea", select_top_k=1),
+        other("xshare", experts=24),
+        other("lynx", experts=24, alpha=4.0, base=2.0, depth=8),
+        other("margin", tau=0.01),
+        other("margin", tau=[0.01, 0.0, 1.0], beta=0.0, fill=0.5, runners_up=4),
+    ],
+)
+def test_keys_of_other_rules(value: dict[str, Any]) -> None:
+    policy = Policy.parse(value)
+    assert Policy.parse(policy.model_dump()) == policy, "null stands for a key left out"
+    assert Policy.parse(json.loads(policy.model_dump_json())) == policy
+    bound = policy.for_model(top_k=4)
+    layer = bound.of_layer(1, 48, None)
+    expected = {key: value[key] for key in value if key not in ("similarity", "rule", "tau")}
+    assert expected.items() <= vars(layer).items()
+    assert layer.tau == {"margin": 0.0 if isinstance(value.get("tau"), list) else 0.01}.get(
+        value["rule"], 0.0
+    )
+    assert layer.min_primary_experts == 4
+    assert hash(bound) == hash(policy.for_model(top_k=4))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (other("oea", select_top_k=1, tau=0.1), ["sere.tau = 0.1", "'oea'", "select_top_k"]),
+        (other("margin", tau=0.1, threshold=0.3), ["sere.threshold = 0.3", "'margin'", "tau"]),
+        (other("xshare", experts=4, select_top_k=2), ["sere.select_top_k = 2", "only experts"]),
+        (other("lynx"), ["sere.experts is missing", "how many experts are kept"]),
+        (other("margin"), ["sere.tau is missing"]),
+        (other("sere", select_top_k=2, experts=3), ["sere.experts = 3", "'sere'"]),
+        (other("topk", select_top_k=1, prefer_local_rank=0.1), ["sere.prefer_local_rank = 0.1"]),
+        (other("margin", tau=1.5), ["sere.tau", "less than or equal to 1"]),
+        (other("margin", tau=0.1, fill=-1.0), ["sere.fill = -1.0", "greater than or equal to 0"]),
+        (other("lynx", experts=3, base=1.0), ["sere.base = 1.0", "greater than 1"]),
+    ],
+)
+def test_keys_of_another_rule_are_refused_by_name(
+    value: dict[str, Any], words: list[str], has_words: Any
+) -> None:
+    has_words(refusal(value), *words)
+
+
+def test_a_list_has_a_number_for_each_layer(has_words: Any) -> None:
+    policy = Policy.parse(other("margin", tau=[0.1, 0.2]))
+    policy.check_layers(2)
+    with pytest.raises(PolicyError) as caught:
+        policy.check_layers(3)
+    has_words(str(caught.value), "sere.tau = [0.1, 0.2]", "2 numbers", "3 MoE layers")
 
 
 # --- what an engine takes at its start ---------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.config import BoundPolicy
@@ -46,6 +46,48 @@ def changed_choices(
         yield
 
 
+def forward_changed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prompt_tokens: int,
+    change: Callable[[int, Tensor, Tensor, Tensor], Choice],
+    past: Cache | None = None,
+) -> Tensor:
+    """Logits ``[B, L, V]`` with other choices in the D = L - prompt_tokens decode steps.
+
+    Args:
+        model: the exact model.
+        input_ids: ``[B, L]``.
+        prompt_tokens: positions that stay exact.
+        change: called in every MoE layer with its index, ``hidden_states [D, B, H]``,
+            ``topk_ids [D, B, K]`` and ``topk_weights [D, B, K]``; returns the last two anew.
+        past: KV entries of what comes before ``input_ids``; added to.
+    """
+    batch, length = input_ids.shape
+
+    def steps(rows: Tensor) -> Tensor:
+        """``[D, B, n]`` of ``[B * L, n]``."""
+        return rows.view(batch, length, -1)[:, prompt_tokens:].transpose(0, 1).contiguous()
+
+    def put_back(rows: Tensor, changed: Tensor) -> Tensor:
+        all_rows = rows.view(batch, length, -1).clone()
+        all_rows[:, prompt_tokens:] = changed.transpose(0, 1)
+        return all_rows.view_as(rows)
+
+    def change_rows(
+        layer: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Choice:
+        fields = (hidden_states, topk_ids, topk_weights)
+        new_ids, new_weights = change(layer, *map(steps, fields))
+        return put_back(topk_ids, new_ids), put_back(topk_weights, new_weights)
+
+    with torch.inference_mode(), changed_choices(model, change_rows):
+        logits: Tensor = model(
+            input_ids=input_ids, past_key_values=past, use_cache=past is not None
+        ).logits
+    return logits
+
+
 @dataclass
 class Reads:
     """Experts read per layer and decode step, summed."""
@@ -70,7 +112,7 @@ class LayerRows(NamedTuple):
 
 @dataclass
 class Rerouter:
-    """Applies a policy to the rows of one batch inside a Hugging Face model.
+    """Applies a policy of the rule ``sere`` to the rows of one batch inside a Hugging Face model.
 
     Attributes:
         policy: the rule's numbers; mode ``off`` and ``observe`` leave the model exact.
@@ -88,27 +130,18 @@ class Rerouter:
     home: Tensor | None = None
     on_layer: Callable[[int, LayerRows], None] | None = None
     reads: Reads = field(default_factory=Reads)
-    _shape: tuple[int, int] = (0, 0)
 
     def forward(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of ``input_ids [B, L]`` under the policy."""
-        self._shape = (input_ids.shape[0], input_ids.shape[1])
-        with torch.inference_mode(), changed_choices(model, self._choose):
-            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
-        return logits
+        return forward_changed(model, input_ids, self.prompt_tokens, self._choose)
 
     def _choose(
         self, layer: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Choice:
         new_ids = self._reroute(layer, topk_ids, topk_weights)
         if self.on_layer is not None:
-            fields = (hidden_states, topk_ids, new_ids, topk_weights)
-            self.on_layer(layer, LayerRows(*map(self._decode_steps, fields)))
+            self.on_layer(layer, LayerRows(hidden_states, topk_ids, new_ids, topk_weights))
         return new_ids, topk_weights
-
-    def _decode_steps(self, rows: Tensor) -> Tensor:
-        """``[D, B, n]`` of ``[B * L, n]``."""
-        return rows.view(*self._shape, -1)[:, self.prompt_tokens :].transpose(0, 1).contiguous()
 
     def _local_ranks(self) -> LocalRanks | None:
         tolerance = self.policy.prefer_local_rank
@@ -117,14 +150,13 @@ class Rerouter:
         return LocalRanks(self.owner, self.home, tolerance)
 
     def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        batch, length = self._shape
-        ids = topk_ids.view(batch, length, -1).clone()
-        weights = topk_weights.view(batch, length, -1)
-        rows = torch.full((batch,), REROUTABLE, dtype=torch.int8)
-        for position in range(self.prompt_tokens, length):
-            new_ids, counts = reroute_and_count(
-                ids[:, position],
-                weights[:, position],
+        """New ids ``[D, B, K]``, step by step."""
+        rows = torch.full((topk_ids.shape[1],), REROUTABLE, dtype=torch.int8)
+        new_ids = topk_ids.clone()
+        for step, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
+            of_step, counts = reroute_and_count(
+                ids,
+                weights,
                 self.similarity[layer],
                 rows,
                 select_top_k=self.policy.select_top_k,
@@ -136,8 +168,8 @@ class Rerouter:
             self.reads.experts_before += counts.experts_before
             self.reads.experts_after += counts.experts_after
             if self.policy.mode == "on":
-                ids[:, position] = new_ids
-        return ids.view_as(topk_ids)
+                new_ids[step] = of_step
+        return new_ids
 
 
 @dataclass(frozen=True)

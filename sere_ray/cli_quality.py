@@ -1,0 +1,69 @@
+"""The commands about quality: evaluate, tune."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sere_ray.cli_common import console, numbers, user_errors
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
+Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
+Sequences = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
+Length = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]
+Prompt = Annotated[int, typer.Option(min=1, help="Of these, exact and not scored.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+
+
+def evaluate(
+    model: Model,
+    similarity: Similarity,
+    data: Annotated[str, typer.Option(help="Held-out text: parquet, jsonl or text file.")],
+    out: Annotated[Path, typer.Option(help="JSON to write; replaced in one step.")],
+    html: Annotated[Path | None, typer.Option(help="Page with plots and tables to write.")] = None,
+    rules: Annotated[
+        str, typer.Option(help="Which rules, comma-separated.")
+    ] = "sere,topk,oea,xshare,lynx,margin",
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML list of settings in place of the grids of --rules.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes.")] = "1,2,4,8,16,32,64",
+    ranks: Annotated[str, typer.Option(help="Numbers of expert-parallel ranks, 1..8.")] = "1,8",
+    sequences: Sequences = 256,
+    length: Length = 128,
+    prompt: Prompt = 64,
+    text_column: TextColumn = "text",
+    device: Device = "auto",
+) -> None:
+    """Compare every rule on held-out text: experts read against distance from the exact model.
+
+    Example: sere-ray evaluate MODEL --similarity MODEL.sere.safetensors --data heldout.jsonl
+    --out frontier.json --html frontier.html
+    """
+    with user_errors():
+        from sere_ray.evaluation.frontier import Plan
+        from sere_ray.evaluation.frontier import evaluate as run
+        from sere_ray.evaluation.frontier_page import write_page
+        from sere_ray.evaluation.settings import check_rules, read_settings
+        from sere_ray.results import load_result, write_result
+
+        names = tuple(part.strip() for part in rules.split(","))
+        check_rules(names)
+        plan = Plan(
+            model=model,
+            similarity=similarity,
+            data=data,
+            text_column=text_column,
+            sequences=sequences,
+            length=length,
+            prompt_tokens=prompt,
+            batches=tuple(numbers("--batches", batches, range(1, 257))),
+            ranks=tuple(numbers("--ranks", ranks, range(1, 9))),
+            device=device,
+        )
+        chosen = read_settings(settings) if settings else None
+        write_result(out, run(plan, rules=names, settings=chosen, console=console))
+        if html:
+            write_page(load_result(out), html)
+    print(out)

@@ -1,0 +1,169 @@
+"""Rules at equal experts read, and at equal distance from the exact model.
+
+A rule's frontier at one batch size: of its settings, those that no other of them beats in both
+numbers; between them log KL is taken as linear in the experts read. Peers get the best of all their
+settings on the very rows they are judged on.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sere_ray.evaluation.decode_batches import Measured
+from sere_ray.evaluation.statistics import Doubles, Estimate
+
+OURS = "margin"
+ANYWHERE = 12
+"""Numbers of experts, evenly spaced over what ours reads, at which the worst ratio is sought."""
+_RESAMPLES = 300
+_LEAST_KL = 1e-5
+"""Less counts as this much: a rule that hardly changes anything is as good as exact."""
+_WORTH_COMPARING = 1e-4
+"""Least KL of the best peer where ratios are sought anywhere."""
+_EDGE = 0.01
+"""How far, in parts, outside of what was measured its edge still stands."""
+
+
+class Frontier:
+    """One rule at one batch size."""
+
+    def __init__(self, reads: Doubles, kl: Doubles) -> None:
+        """Of settings, ``[n]`` each."""
+        order = np.lexsort((kl, reads))
+        reads, log_kl = reads[order], np.log(np.maximum(kl[order], _LEAST_KL))
+        better = np.concatenate(([True], log_kl[1:] < np.minimum.accumulate(log_kl)[:-1]))
+        self.reads, self.log_kl = reads[better], log_kl[better]
+
+    def kl_at(self, reads: float) -> float:
+        """KL at so many experts; NaN outside of what was measured."""
+        if not self.reads[0] * (1 - _EDGE) <= reads <= self.reads[-1] * (1 + _EDGE):
+            return float("nan")
+        return float(np.exp(np.interp(reads, self.reads, self.log_kl)))
+
+    def reads_at(self, kl: float) -> float:
+        """Experts at this KL; NaN outside of what was measured."""
+        level = np.log(max(kl, _LEAST_KL))
+        if not self.log_kl[-1] <= level <= self.log_kl[0]:
+            return float("nan")
+        return float(np.interp(-level, -self.log_kl, self.reads))
+
+
+Frontiers = dict[str, Frontier]
+Points = dict[str, tuple[Doubles, Doubles]]
+"""Rule -> reads and KL of its settings, ``[settings, texts]`` each."""
+
+
+def compare(
+    settings: list[dict[str, Any]],
+    found: Mapping[tuple[int, int], Measured],
+    batches: tuple[int, ...],
+    shares: Doubles,
+) -> list[dict[str, Any]]:
+    """Per batch size: ours against SERE and the best peer at SERE's experts, and anywhere.
+
+    Args:
+        settings: of which ``found`` has the indices; the first is the exact model.
+        found: by setting and batch size.
+        batches: batch sizes.
+        shares: resamples of texts.
+
+    Returns:
+        Rows of a result file; none where ours or SERE was not among the rules.
+    """
+    rules = list(dict.fromkeys(keys["rule"] for keys in settings[1:]))
+    if OURS not in rules or "sere" not in rules or len(rules) < 3:
+        return []
+    rows = []
+    for batch in batches:
+        if batch == 1:
+            continue  # ours is exact
+        points = {
+            rule: _points(
+                [found[i, batch] for i, keys in enumerate(settings) if keys["rule"] == rule]
+            )
+            for rule in rules
+        }
+        of_sere = [keys for keys in settings if keys["rule"] == "sere"]
+        for i, keys in enumerate(of_sere):
+            if keys.get("threshold") is None:
+                at = f"experts of SERE S={keys['select_top_k']}"
+                numbers = functools.partial(_at_sere, position=i)
+                rows.append({"batch": batch, "at": at} | _bootstrap(points, shares, numbers))
+        rows.append(
+            {"batch": batch, "at": "worst anywhere"} | _bootstrap(points, shares, _anywhere)
+        )
+    return rows
+
+
+def best_peer(frontiers: Frontiers, reads: float) -> tuple[str, float]:
+    """The peer with the least KL at so many experts, and that KL; NaN where none was measured."""
+    peers = {rule: f.kl_at(reads) for rule, f in frontiers.items() if rule != OURS}
+    measured = {rule: kl for rule, kl in peers.items() if not np.isnan(kl)}
+    if not measured:
+        return "", float("nan")
+    name = min(measured, key=lambda rule: measured[rule])
+    return name, measured[name]
+
+
+Means = dict[str, tuple[Doubles, Doubles]]
+"""Rule -> reads and KL of its settings, ``[settings]`` each."""
+
+
+def _at_sere(frontiers: Frontiers, means: Means, position: int) -> dict[str, float]:
+    """At the experts that one setting of SERE reads."""
+    reads, sere_kl = (float(values[position]) for values in means["sere"])
+    kl = frontiers[OURS].kl_at(reads)
+    _, peer_kl = best_peer(frontiers, reads)
+    return {
+        "experts": reads,
+        "kl": kl,
+        "kl_to_sere": kl / sere_kl,
+        "kl_to_best_peer": kl / peer_kl,
+        "experts_to_best_peer_at_its_kl": frontiers[OURS].reads_at(peer_kl) / reads,
+    }
+
+
+def _anywhere(frontiers: Frontiers, _: Means) -> dict[str, float]:
+    """The largest ratio to the best peer over what ours reads."""
+    ours = frontiers[OURS].reads
+    worst = (float("nan"), float("nan"))
+    for target in np.linspace(ours[0], ours[-1], ANYWHERE):
+        peer_kl = best_peer(frontiers, target)[1]
+        ratio = frontiers[OURS].kl_at(target) / peer_kl
+        if peer_kl >= _WORTH_COMPARING and not ratio <= worst[1]:
+            worst = (float(target), ratio)
+    return {"experts": worst[0], "kl_to_best_peer": worst[1]}
+
+
+def _points(measured: list[Measured]) -> tuple[Doubles, Doubles]:
+    reads = np.stack([found.reads for found in measured]).astype(np.float64)
+    kl = np.stack([found.kl.mean(axis=1) for found in measured]).astype(np.float64)
+    return reads, kl
+
+
+def _bootstrap(
+    points: Points, shares: Doubles, numbers: Callable[[Frontiers, Means], dict[str, float]]
+) -> dict[str, Any]:
+    """The numbers of all texts, with intervals over resamples, and who the best peer is."""
+
+    def of(share: Doubles) -> tuple[Frontiers, dict[str, float]]:
+        means = {rule: (reads @ share, kl @ share) for rule, (reads, kl) in points.items()}
+        frontiers = {rule: Frontier(*values) for rule, values in means.items()}
+        return frontiers, numbers(frontiers, means)
+
+    texts = shares.shape[1]
+    frontiers, values = of(np.full(texts, 1 / texts))
+    resampled = [of(share)[1] for share in shares[:_RESAMPLES]]
+    row: dict[str, Any] = {"best_peer": best_peer(frontiers, values["experts"])[0] or None}
+    for name, value in values.items():
+        others = np.array([of_resample[name] for of_resample in resampled])
+        others = others[~np.isnan(others)]
+        known = not np.isnan(value) and len(others) > 0.9 * len(resampled)
+        row |= (
+            Estimate.of(value, others).fields(name, 5)
+            if known
+            else {name: None, f"{name}_95": None}
+        )
+    return row

@@ -1,0 +1,225 @@
+"""Any rule on held-out text: B texts advance together, as the rows of a server's decode step.
+
+Prompts are exact and computed once. After them every position is one decode step of B rows, with
+the re-routed KV entries before it: see :mod:`sere_ray.evaluation.teacher_forced`. Batches that
+know nothing of each other share a forward pass.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import Cache, PreTrainedModel
+
+from sere_ray.calibration.collect import find_moe_layers
+from sere_ray.config import BoundPolicy
+from sere_ray.errors import UnsupportedError
+from sere_ray.evaluation.teacher_forced import forward_changed
+from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
+from sere_ray.rules.interface import named_by
+from sere_ray.rules.sere_cpu import reroute_and_count
+
+Floats = NDArray[np.float32]
+_NEAR = 1e-5
+"""How much a score may be off where the model rounds it otherwise."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting at one batch size, on N texts with D scored positions each."""
+
+    kl: Floats
+    """``[N, D]`` KL(exact || re-routed), nats."""
+    agreement: Floats
+    """``[N, D]`` 1 where the most likely token is the exact model's."""
+    loss: Floats
+    """``[N, D - 1]`` negative log-likelihood of the text's own next token."""
+    reads: Floats
+    """``[N]`` distinct experts per layer and step of the batch that the text was in."""
+    busiest: dict[int, Floats]
+    """Number of ranks -> ``[N]``, the same of the rank that reads the most, linear placement."""
+
+    @classmethod
+    def join(cls, parts: "list[Measured]") -> "Measured":
+        """The texts of several, in order."""
+        of_texts = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("kl", "agreement", "loss", "reads")
+        }
+        busiest = {
+            ranks: np.concatenate([part.busiest[ranks] for part in parts])
+            for ranks in parts[0].busiest
+        }
+        return cls(**of_texts, busiest=busiest)
+
+
+class DecodeBatches:
+    """N texts whose exact logits and prompts are computed; measures settings on them.
+
+    Args:
+        model: the exact model.
+        input_ids: ``[N, L]``.
+        prompt_tokens: positions that are exact and not scored.
+        similarity: decoder layer index -> ``[E, E]`` float32.
+        ranks: numbers of expert-parallel ranks, for ``busiest``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        prompt_tokens: int,
+        similarity: Mapping[int, Tensor],
+        ranks: tuple[int, ...] = (1,),
+    ) -> None:
+        self.model, self.ranks = model, ranks
+        self.layers = find_moe_layers(model)
+        self.similarity = {layer: matrix.to(model.device) for layer, matrix in similarity.items()}
+        self.ids = input_ids.to(model.device)
+        self.answers = self.ids[:, prompt_tokens:]
+        with torch.inference_mode():
+            self.prompt: Cache = model(self.ids[:, :prompt_tokens], use_cache=True).past_key_values
+            self.exact = self._forward({}).log_softmax(dim=-1)
+
+    def measure(self, policy: BoundPolicy, batch: int) -> Measured:
+        """Run a policy with ``batch`` rows a step; N is a multiple of it.
+
+        Raises:
+            UnsupportedError: its rule reads scores that this model's gate does not choose by.
+        """
+        counts = Counts(len(self.ids) // batch, self.ranks)
+        rules = {
+            layer: LayerRule(policy, i, self.similarity.get(layer), module.gate_weight, counts)
+            for i, (layer, module) in enumerate(self.layers.items())
+        }
+        logits = self._forward(rules)
+        found = logits.log_softmax(dim=-1)
+        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
+        agreement = found.argmax(dim=-1) == self.exact.argmax(dim=-1)
+        loss = -found[:, :-1].gather(-1, self.answers[:, 1:, None]).squeeze(-1)
+        reads, busiest = counts.per_text(batch, len(self.layers))
+        return Measured(_numpy(kl), _numpy(agreement), _numpy(loss), reads, busiest)
+
+    def _forward(self, rules: "Mapping[int, LayerRule]") -> Tensor:
+        """``[N, D, V]`` float32 logits after the prompts; exact without rules."""
+
+        def change(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+            return rules[layer](layer, hidden, ids, weights) if rules else (ids, weights)
+
+        past = copy.deepcopy(self.prompt)
+        return forward_changed(self.model, self.answers, 0, change, past).float()
+
+
+def _numpy(values: Tensor) -> Floats:
+    array: Floats = values.float().cpu().numpy()
+    return array
+
+
+@dataclass
+class Counts:
+    """Experts read, summed over layers: of G batches, mean over their steps."""
+
+    batches: int
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.reads: Any = 0.0
+        self.busiest: dict[int, Any] = dict.fromkeys(self.ranks, 0.0)
+
+    def add(self, read: Tensor) -> None:
+        """Count a layer; ``read [D, G, E]`` bool."""
+        self.reads += read.sum(dim=-1).float().mean(dim=0)
+        for ranks in self.ranks:
+            of_ranks = [part.sum(dim=-1) for part in read.tensor_split(ranks, dim=-1)]
+            self.busiest[ranks] += torch.stack(of_ranks).amax(dim=0).float().mean(dim=0)
+
+    def per_text(self, batch: int, layers: int) -> tuple[Floats, dict[int, Floats]]:
+        """``[N]`` each: a text has the numbers of its batch."""
+
+        def spread(sums: Tensor) -> Floats:
+            values: Floats = (sums / layers).repeat_interleave(batch).cpu().numpy()
+            return values
+
+        return spread(self.reads), {ranks: spread(sums) for ranks, sums in self.busiest.items()}
+
+
+class LayerRule:
+    """A policy in one layer, over all decode steps of all batches at once."""
+
+    def __init__(
+        self,
+        policy: BoundPolicy,
+        position: int,
+        similarity: Tensor | None,
+        gate_weight: Tensor,
+        counts: Counts,
+    ) -> None:
+        self.policy, self.gate_weight, self.counts = policy, gate_weight, counts
+        self.layer = policy.of_layer(position, len(gate_weight), similarity)
+
+    def __call__(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+        """New choice of ``[D, N, K]``; N rows are G batches of B."""
+        steps, rows, _ = ids.shape
+        shape = (steps, self.counts.batches, rows // self.counts.batches)
+        of_batches = ids.view(*shape, -1)
+        new_ids, new_weights = self._apply(
+            index, hidden.view(*shape, -1), of_batches, weights.view(*shape, -1)
+        )
+        taken = torch.where(new_weights > 0, new_ids, -1)
+        anybody = torch.ones(shape, dtype=torch.bool, device=ids.device)
+        self.counts.add(named_by(taken, anybody, self.layer.num_experts))
+        named = name_dropped(new_ids, of_batches)
+        return named.view_as(ids), new_weights.view_as(weights)
+
+    def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+        rule = RULES[self.policy.rule]
+        if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
+            return compiled_sere(ids, weights, self.layer)
+        scores = None
+        if rule.needs_scores:
+            scores = linear(hidden, self.gate_weight).float().softmax(dim=-1)
+            check_chosen_by(scores, ids, index)
+        kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
+        return rule.apply(ids, weights, scores, kinds, self.layer)
+
+
+def compiled_sere(ids: Tensor, weights: Tensor, layer: Layer) -> Choice:
+    """``RULES["sere"]`` by the compiled loops, which tests hold to it; no other row kinds."""
+    assert layer.similarity is not None
+    kinds = torch.full((ids.shape[-2],), REROUTABLE, dtype=torch.int8)
+    new_ids = [
+        reroute_and_count(
+            of_step,
+            of_weights,
+            layer.similarity,
+            kinds,
+            select_top_k=layer.select_top_k,
+            threshold=layer.threshold,
+            min_primary_experts=layer.min_primary_experts,
+        )[0]
+        for of_step, of_weights in zip(ids.flatten(0, -3), weights.flatten(0, -3), strict=True)
+    ]
+    return torch.stack(new_ids).view_as(ids), weights
+
+
+def check_chosen_by(scores: Tensor, ids: Tensor, layer: int) -> None:
+    """Refuse a gate that does not choose the K best of these scores.
+
+    Raises:
+        UnsupportedError: it groups experts, adds a bias, or scores them otherwise.
+    """
+    least = scores.gather(-1, ids).amin(dim=-1)
+    best_other = scores.scatter(-1, ids, 0.0).amax(dim=-1)
+    if bool((best_other > least + _NEAR).any()):
+        names = ", ".join(name for name, rule in RULES.items() if rule.needs_scores)
+        raise UnsupportedError(
+            f"layer {layer}: this model's gate does not choose the K largest softmax scores (it "
+            "has groups, a bias or another function), which these rules need here: "
+            f"{names}; leave them out"
+        )

@@ -1,0 +1,90 @@
+"""Which settings of a rule are compared: grids, from strong re-routing to light, or a file."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sere_ray.config import Policy
+from sere_ray.errors import SereError
+from sere_ray.rules import RULES
+
+EXACT = "exact"
+"""Name of the row that changes nothing."""
+_SHARES = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12, 2 / 3, 3 / 4)
+"""Budgets of kept experts, of E."""
+_TAUS = (0.0, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 1.0)
+_LYNX = ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0}, {"alpha": 2.0, "base": 4.0})
+
+
+def grid(rule: str, *, num_experts: int, top_k: int) -> list[dict[str, Any]]:
+    """Policy keys of the settings of a rule, without ``similarity``.
+
+    Published rules have no floor; ``margin`` has its default one.
+    """
+    sizes = range(1, min(top_k, 7))
+    budgets = sorted({max(1, round(share * num_experts)) for share in _SHARES})
+    found: dict[str, list[dict[str, Any]]] = {
+        "sere": [
+            {"select_top_k": size, "threshold": rho, "min_primary_experts": 0}
+            for size in sizes
+            for rho in (None, 0.3)
+        ],
+        "topk": [{"select_top_k": size} for size in sizes],
+        "oea": [{"select_top_k": size} for size in sizes],
+        "xshare": [{"experts": budget} for budget in budgets],
+        "lynx": [{"experts": budget, **bins} for bins in _LYNX for budget in budgets],
+        "margin": [{"tau": tau} for tau in _TAUS],
+    }
+    return [{"rule": rule, **keys} for keys in found[rule]]
+
+
+def read_settings(path: Path) -> list[dict[str, Any]]:
+    """Settings of a YAML or JSON file: a list of policies, ``similarity`` left out.
+
+    Raises:
+        SereError: not such a list.
+        PolicyError: names the entry and the key.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SereError(f"--settings = {path}: not a readable YAML file ({error})") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SereError(
+            f"--settings = {path}: must be a list of policies without 'similarity', such as "
+            "[{rule: oea, select_top_k: 2}]"
+        )
+    for number, entry in enumerate(entries):
+        as_policy(entry, where=f"{path}[{number}]")
+    return entries
+
+
+def as_policy(keys: dict[str, Any], where: str = "settings") -> Policy:
+    """A setting as a policy; which artifact it will be used with is decided elsewhere."""
+    return Policy.parse({"similarity": "-", **keys}, where=where)
+
+
+def label(keys: dict[str, Any]) -> str:
+    """Short name of a setting: ``S=2 rho=0.3``."""
+    names = {
+        "select_top_k": "S",
+        "threshold": "rho",
+        "min_primary_experts": "floor",
+        "experts": "n",
+        "runners_up": "runners-up",
+    }
+    shown = (key for key in keys if key != "rule" and keys[key] is not None)
+    parts = [f"{names.get(key, key)}={keys[key]}" for key in shown]
+    return " ".join(parts) or EXACT
+
+
+def check_rules(names: tuple[str, ...]) -> None:
+    """Refuse a name that no rule has.
+
+    Raises:
+        SereError: names it.
+    """
+    for name in names:
+        if name not in RULES:
+            raise SereError(f"--rules: {name!r} is none of {', '.join(RULES)}")

@@ -1,0 +1,117 @@
+"""The rules that ours are compared with, as published; where a paper is silent, it says so here.
+
+None of them knows row kinds: that exact rows keep their experts, and pay for them, is ours
+(:mod:`sere_ray.rules.interface`). Weights of a row keep their former sum, which is 1 in models that
+renormalise.
+"""
+
+import torch
+from torch import Tensor
+
+from sere_ray.rules.interface import (
+    Choice,
+    Layer,
+    by_weight,
+    changeable_rows,
+    named_by,
+    need_scores,
+    read_anyway,
+    refill,
+)
+
+
+def topk(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+) -> Choice:
+    """Each row's S slots of largest weight, rescaled to the row's former sum; no batch is seen."""
+    del scores
+    size = layer.select_top_k
+    if not 0 < size < topk_ids.shape[-1]:
+        return topk_ids.clone(), topk_weights.clone()
+    order = topk_weights.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    stays = (rank < size) | ~changeable_rows(topk_ids, row_kind, layer.num_experts)[..., None]
+    kept = torch.where(stays, topk_weights, 0.0)
+    scale = topk_weights.sum(dim=-1, keepdim=True) / kept.sum(dim=-1, keepdim=True)
+    changed = ~stays.all(dim=-1, keepdim=True)
+    return torch.where(stays, topk_ids, -1), torch.where(changed, kept * scale, topk_weights)
+
+
+def oea(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+) -> Choice:
+    """Opportunistic expert activation (arXiv 2511.02237).
+
+    U = the union of each row's best k0 = ``select_top_k``. A row walks its whole ranking and takes
+    the experts that are in U until it has K; weights are its scores over those, renormalised.
+    """
+    kept = top_of_rows(topk_ids, topk_weights, row_kind, layer, layer.select_top_k)
+    return refill(kept, topk_ids, topk_weights, need_scores(scores), row_kind)
+
+
+def xshare(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+) -> Choice:
+    """XShare (arXiv 2602.07265).
+
+    U = each row's first choice, then experts by the sum of their scores over re-routable rows,
+    until U holds n = ``experts``. Each row selects its K anew inside U. Its variant with a cap per
+    rank is not built.
+    """
+    scores = need_scores(scores)
+    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
+    demand = torch.where(rows[..., None], scores, 0.0).sum(dim=-2)
+    first = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
+    kept = best_experts(first, demand, layer.experts)
+    return refill(kept, topk_ids, topk_weights, scores, row_kind)
+
+
+def lynx(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+) -> Choice:
+    """LYNX (arXiv 2411.08982, version 3).
+
+    An expert's score is the sum, over the re-routable rows that chose it, of b^bin with
+    bin = clamp(floor(alpha (logit_e - logit_top1)), -depth, 0). Every first choice is kept, and the
+    best by score. A row's other slots go to its own best-scored kept experts, renormalised.
+
+    The paper takes a cut from the distribution of scores and leaves alpha, b and the depth open:
+    here n = ``experts`` is swept instead; ``alpha``, ``base`` and ``depth`` are settings. Logits
+    are compared as logarithms of scores, the same for a softmax. On a bin's edge rounding decides.
+    """
+    scores = need_scores(scores)
+    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
+    chosen = torch.where(rows[..., None], topk_ids, 0).long()
+    logits = scores.gather(-1, chosen).log()
+    bins = (layer.alpha * (logits - logits.amax(dim=-1, keepdim=True))).floor()
+    worth = torch.where(rows[..., None], layer.base ** bins.clamp(-layer.depth, 0), 0.0)
+    of_experts = worth.new_zeros((*worth.shape[:-2], layer.num_experts))
+    of_experts.scatter_add_(-1, chosen.flatten(-2), worth.flatten(-2))
+    first = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
+    kept = best_experts(first, of_experts, layer.experts)
+    return refill(kept, topk_ids, topk_weights, scores, row_kind)
+
+
+def top_of_rows(
+    topk_ids: Tensor, topk_weights: Tensor, row_kind: Tensor, layer: Layer, count: int
+) -> Tensor:
+    """``[..., E]`` bool: the best ``count`` of every re-routable row, and what is read anyway."""
+    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
+    best = by_weight(topk_ids, topk_weights, count)
+    return named_by(best, rows, layer.num_experts) | read_anyway(
+        topk_ids, row_kind, layer.num_experts
+    )
+
+
+def best_experts(first: Tensor, demand: Tensor, count: int) -> Tensor:
+    """``first``, and the experts of most demand until ``count`` are kept; ``[..., E]`` bool.
+
+    Equal demand: the lowest index. If ``first`` holds ``count`` or more, nothing is added.
+    """
+    order = (
+        demand.double().masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    )
+    best = torch.zeros_like(first)
+    best.scatter_(-1, order[..., :count], True)
+    return first | best

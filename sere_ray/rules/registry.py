@@ -1,0 +1,71 @@
+"""Every rule by its name, and which knobs it has."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sere_ray.rules.interface import Choice, Layer, Rule
+from sere_ray.rules.margin import margin
+from sere_ray.rules.peers import lynx, oea, topk, xshare
+from sere_ray.rules.sere import reroute
+
+
+class RuleInfo(NamedTuple):
+    """A rule, and what it takes."""
+
+    apply: Rule
+    keys: tuple[str, ...]
+    """Keys of a policy that only some rules have."""
+    required: tuple[str, ...]
+    """Of these, the ones that have no default."""
+    needs_scores: bool
+
+
+def sere(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+) -> Choice:
+    """:func:`sere_ray.reroute`, step by step."""
+    del scores
+    if layer.similarity is None:
+        raise ValueError("the rule 'sere' needs the similarity of the layer, got None")
+    shape = topk_ids.shape
+    steps = zip(
+        topk_ids.reshape(-1, *shape[-2:]),
+        topk_weights.reshape(-1, *shape[-2:]),
+        row_kind.expand(shape[:-1]).reshape(-1, shape[-2]),
+        strict=True,
+    )
+    new_ids = [
+        reroute(
+            ids,
+            weights,
+            layer.similarity,
+            row_kind=kinds,
+            select_top_k=layer.select_top_k,
+            threshold=layer.threshold,
+            min_primary_experts=layer.min_primary_experts,
+        )
+        for ids, weights, kinds in steps
+    ]
+    return torch.stack(new_ids).view(shape), topk_weights.clone()
+
+
+RULES: dict[str, RuleInfo] = {
+    "sere": RuleInfo(
+        sere,
+        ("select_top_k", "threshold", "min_primary_experts", "prefer_local_rank"),
+        ("select_top_k",),
+        False,
+    ),
+    "topk": RuleInfo(topk, ("select_top_k",), ("select_top_k",), False),
+    "oea": RuleInfo(oea, ("select_top_k",), ("select_top_k",), True),
+    "xshare": RuleInfo(xshare, ("experts",), ("experts",), True),
+    "lynx": RuleInfo(lynx, ("experts", "alpha", "base", "depth"), ("experts",), True),
+    "margin": RuleInfo(
+        margin,
+        ("tau", "min_primary_experts", "beta", "fill", "runners_up"),
+        ("tau",),
+        True,
+    ),
+}

@@ -1,0 +1,111 @@
+"""The comparison rules and ``margin`` once more, in plain Python: what tests hold them to."""
+
+import math
+
+REROUTABLE, PADDING = 1, 0
+
+
+def apply(name, ids, weights, scores, kinds, layer):
+    """Per row the ids and weights of a rule."""
+    rows = [
+        kind == REROUTABLE and all(0 <= e < layer.num_experts for e in row)
+        for kind, row in zip(kinds, ids, strict=True)
+    ]
+    if name == "topk":
+        return [
+            _truncate(*row, layer.select_top_k) if change else row
+            for row, change in zip(zip(ids, weights, strict=True), rows, strict=True)
+        ]
+    anyway = {
+        e
+        for row, change, kind in zip(ids, rows, kinds, strict=True)
+        for e in row
+        if not change and kind != PADDING and 0 <= e < layer.num_experts
+    }
+    chosen = [
+        (i, w, p) for i, w, p, change in zip(ids, weights, scores, rows, strict=True) if change
+    ]
+    kept = anyway | _KEPT[name](chosen, anyway, layer)
+    beta, fill = (layer.beta, layer.fill) if name == "margin" else (1.0, 1.0)
+    return [
+        _refill(i, w, p, kept, beta, fill) if change else (i, w)
+        for i, w, p, change in zip(ids, weights, scores, rows, strict=True)
+    ]
+
+
+def _ranked(ids, weights):
+    return sorted(range(len(ids)), key=lambda slot: (-weights[slot], slot))
+
+
+def _truncate(ids, weights, size):
+    best = _ranked(ids, weights)[:size]
+    scale = sum(weights) / sum(weights[slot] for slot in best)
+    return (
+        [e if slot in best else -1 for slot, e in enumerate(ids)],
+        [w * scale if slot in best else 0.0 for slot, w in enumerate(weights)],
+    )
+
+
+def _first(rows, count):
+    return {ids[slot] for ids, weights, _ in rows for slot in _ranked(ids, weights)[:count]}
+
+
+def _fill_up(kept, candidates, worth, count):
+    """``kept`` and the candidates of most worth until there are ``count``."""
+    for e in sorted(candidates - kept, key=lambda e: (-worth[e], e)):
+        if len(kept) >= count:
+            break
+        kept = kept | {e}
+    return kept
+
+
+def _oea(rows, anyway, layer):
+    return _first(rows, layer.select_top_k)
+
+
+def _xshare(rows, anyway, layer):
+    everyone = range(layer.num_experts)
+    worth = [sum(p[e] for _, _, p in rows) for e in everyone]
+    return _fill_up(anyway | _first(rows, 1), set(everyone), worth, layer.experts)
+
+
+def _lynx(rows, anyway, layer):
+    worth = [0.0] * layer.num_experts
+    for ids, _, p in rows:
+        best = max(math.log(p[e]) for e in ids)
+        for e in ids:
+            level = math.floor(layer.alpha * (math.log(p[e]) - best))
+            worth[e] += layer.base ** min(max(level, -layer.depth), 0)
+    return _fill_up(anyway | _first(rows, 1), set(range(layer.num_experts)), worth, layer.experts)
+
+
+def _margin(rows, anyway, layer):
+    worth = [0] * layer.num_experts
+    for ids, _, p in rows:
+        others = sorted((p[e] for e in range(layer.num_experts) if e not in ids), reverse=True)
+        others = others[: layer.runners_up]
+        reference = sum(others) / len(others) if others else 0.0
+        total = sum(p[e] for e in ids)
+        for e in ids:
+            worth[e] += round((max(p[e] - reference, 0.0) / total) ** 2 * 2**20)
+    named = {e for ids, _, _ in rows for e in ids}
+    kept = anyway | _first(rows, 1) | {e for e in named if worth[e] > round(layer.tau * 2**20)}
+    return _fill_up(kept, named, worth, layer.min_primary_experts)
+
+
+_KEPT = {"oea": _oea, "xshare": _xshare, "lynx": _lynx, "margin": _margin}
+
+
+def _refill(ids, weights, p, kept, beta, fill):
+    if all(e in kept for e in ids):
+        return ids, weights
+    own = sorted((e for e in ids if e in kept), key=lambda e: (-p[e], e))
+    new = sorted((e for e in kept if e not in ids), key=lambda e: (-p[e], e))
+    taken = (own + new)[: len(ids)]
+    shares = [p[e] if e in ids else fill * p[e] for e in taken]
+    scale = sum(shares) ** beta * sum(p[e] for e in ids) ** (1 - beta)
+    dropped = len(ids) - len(taken)
+    return (
+        taken + [-1] * dropped,
+        [share * sum(weights) / scale for share in shares] + [0.0] * dropped,
+    )

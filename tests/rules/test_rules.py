@@ -1,0 +1,215 @@
+"""Every rule behind the common interface: against brute force, by hand, and what all must keep."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
+from tests.rules import rules_oracle
+
+E, K = 12, 3
+KNOBS = {
+    "sere": {"select_top_k": 1},
+    "topk": {"select_top_k": 2},
+    "oea": {"select_top_k": 1},
+    "xshare": {"experts": 5},
+    "lynx": {"experts": 5},
+    "margin": {"tau": 0.02, "min_primary_experts": 3, "runners_up": 4},
+}
+FULL = {
+    "sere": {"select_top_k": K},
+    "topk": {"select_top_k": K},
+    "oea": {"select_top_k": K},
+    "xshare": {"experts": E},
+    "lynx": {"experts": E},
+    "margin": {"tau": 1.0, "min_primary_experts": E},
+}
+
+
+def draw(rows, seed, shape=()):
+    """Ids, weights and scores of a softmax gate that renormalises."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = (1.5 * torch.randn(*shape, rows, E, generator=generator)).softmax(-1)
+    top = scores.topk(K, -1)
+    return top.indices, top.values / top.values.sum(-1, keepdim=True), scores
+
+
+def layer(name, **changes):
+    similarity = torch.rand(E, E, generator=torch.Generator().manual_seed(9))
+    return Layer(E, similarity=similarity, **{**KNOBS[name], **changes})
+
+
+def kinds_of(*kinds):
+    return torch.tensor(kinds, dtype=torch.int8)
+
+
+def read(ids, weights):
+    return set(ids[weights > 0].flatten().tolist())
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "sere"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_equals_brute_force(name, data):
+    rows = data.draw(st.integers(0, 7))
+    ids, weights, scores = draw(rows, data.draw(st.integers(0, 10**6)))
+    kinds = [data.draw(st.sampled_from([REROUTABLE] * 4 + [EXACT, PADDING])) for _ in range(rows)]
+    if rows and data.draw(st.booleans()):
+        ids[0, 1] = -1
+    knobs = {
+        "select_top_k": data.draw(st.integers(1, K)),
+        "experts": data.draw(st.integers(1, E)),
+        "tau": data.draw(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3])),
+        "min_primary_experts": data.draw(st.integers(0, E)),
+        "runners_up": data.draw(st.integers(1, E)),
+        "beta": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+    }
+    of_layer = Layer(E, **knobs)
+    new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds_of(*kinds), of_layer)
+    expected = rules_oracle.apply(
+        name, ids.tolist(), weights.tolist(), scores.tolist(), kinds, of_layer
+    )
+    for row, (expected_ids, expected_weights) in enumerate(expected):
+        assert new_ids[row].tolist() == expected_ids
+        assert new_weights[row].tolist() == pytest.approx(expected_weights, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_leading_dimensions_are_steps_of_their_own(name):
+    ids, weights, scores = draw(5, 3, shape=(2, 4))
+    kinds = kinds_of(REROUTABLE, EXACT, REROUTABLE, PADDING, REROUTABLE)
+    at_once = RULES[name].apply(ids, weights, scores, kinds, layer(name))
+    for i in range(2):
+        for j in range(4):
+            alone = RULES[name].apply(ids[i, j], weights[i, j], scores[i, j], kinds, layer(name))
+            assert torch.equal(at_once[0][i, j], alone[0])
+            assert torch.equal(at_once[1][i, j], alone[1])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_exact_and_padding_rows_stay_bit_for_bit(name):
+    ids, weights, scores = draw(8, 1)
+    kinds = kinds_of(*[REROUTABLE, EXACT, PADDING, REROUTABLE] * 2)
+    new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds, layer(name))
+    fixed = kinds != REROUTABLE
+    assert torch.equal(new_ids[fixed], ids[fixed])
+    assert torch.equal(new_weights[fixed], weights[fixed])
+    assert not torch.equal(new_ids, ids)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_full_strength_is_the_identity(name, rows):
+    ids, weights, scores = draw(rows, 2)
+    kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8)
+    new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds, layer(name, **FULL[name]))
+    assert torch.equal(new_ids, ids)
+    assert torch.equal(new_weights, weights)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_of_a_row_keep_their_sum_unless_beta_says_otherwise(name):
+    ids, weights, scores = draw(16, 4)
+    weights *= torch.linspace(0.2, 1.0, 16)[:, None]  # a model that does not renormalise
+    kinds = torch.full((16,), REROUTABLE, dtype=torch.int8)
+    knobs = {"beta": 1.0} if name == "margin" else {}
+    _, new_weights = RULES[name].apply(ids, weights, scores, kinds, layer(name, **knobs))
+    assert torch.allclose(new_weights.sum(1), weights.sum(1))
+
+
+@pytest.mark.parametrize("name", ["oea", "xshare", "lynx", "margin"])
+def test_experts_of_a_row_are_distinct(name):
+    ids, weights, scores = draw(6, 5)
+    kinds = torch.full((6,), REROUTABLE, dtype=torch.int8)
+    new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds, layer(name))
+    for row_ids, row_weights in zip(new_ids, new_weights, strict=True):
+        taken = row_ids[row_weights > 0].tolist()
+        assert len(set(taken)) == len(taken) > 0
+    assert len(read(new_ids, new_weights)) < len(read(ids, weights))
+
+
+def test_batch_of_one():
+    """What a lone row gets: ``margin`` and ``sere`` have a floor, the published rules have none."""
+    ids, weights, scores = draw(1, 6)
+    one = kinds_of(REROUTABLE)
+    for name in ("margin", "sere"):
+        new_ids, new_weights = RULES[name].apply(
+            ids, weights, scores, one, layer(name, min_primary_experts=K)
+        )
+        assert torch.equal(new_ids, ids)
+        assert torch.equal(new_weights, weights)
+    for name in ("topk", "oea", "xshare", "lynx"):
+        knobs = {"experts": 1, "select_top_k": 1}
+        new_ids, new_weights = RULES[name].apply(ids, weights, scores, one, Layer(E, **knobs))
+        assert read(new_ids, new_weights) == {ids[0, 0].item()}
+        assert new_weights.sum().item() == pytest.approx(1.0)
+
+
+def test_sere_is_the_reference():
+    ids, weights, scores = draw(9, 7)
+    kinds = torch.full((9,), REROUTABLE, dtype=torch.int8)
+    of_layer = layer("sere", threshold=0.8)
+    new_ids, new_weights = RULES["sere"].apply(ids, weights, scores, kinds, of_layer)
+    expected = reroute(ids, weights, of_layer.similarity, select_top_k=1, threshold=0.8)
+    assert torch.equal(new_ids, expected)
+    assert torch.equal(new_weights, weights)
+
+
+def test_margin_by_hand():
+    """Two rows, four experts, K = 2, one runner-up, beta 1, stand-ins at half their score."""
+    scores = torch.tensor([[0.60, 0.20, 0.19, 0.01], [0.50, 0.02, 0.13, 0.35]])
+    ids = torch.tensor([[0, 1], [0, 3]])
+    weights = torch.tensor([[0.75, 0.25], [0.50 / 0.85, 0.35 / 0.85]])
+    of_layer = Layer(4, tau=0.01, beta=1.0, fill=0.5, runners_up=1)
+    # leads: row 0 of expert 1: (.20 - .19) / .80, squared .0002; row 1 of 3: (.35 - .13) / .85,
+    # squared .067. So 1 is not kept, and row 0's next best kept one is 3 (2 is nobody's).
+    new_ids, new_weights = RULES["margin"].apply(
+        ids, weights, scores, kinds_of(REROUTABLE, REROUTABLE), of_layer
+    )
+    assert new_ids.tolist() == [[0, 3], [0, 3]]
+    assert new_weights[0].tolist() == pytest.approx([0.6 / 0.605, 0.005 / 0.605])
+    assert torch.equal(new_weights[1], weights[1])
+
+
+def test_margin_does_not_depend_on_the_order_of_rows():
+    ids, weights, scores = draw(64, 8)
+    kinds = torch.full((64,), REROUTABLE, dtype=torch.int8)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    of_layer = layer("margin")
+    straight = RULES["margin"].apply(ids, weights, scores, kinds, of_layer)
+    mixed = RULES["margin"].apply(ids[order], weights[order], scores[order], kinds, of_layer)
+    assert torch.equal(straight[0][order], mixed[0])
+    assert torch.equal(straight[1][order], mixed[1])
+
+
+def test_lynx_by_hand():
+    """Row 0 is certain of expert 0, row 1 hardly prefers 2 to 3: so 3 is worth more than 1."""
+    scores = torch.tensor([[0.90, 0.05, 0.03, 0.02], [0.05, 0.05, 0.46, 0.44]])
+    ids = torch.tensor([[0, 1], [2, 3]])
+    weights = torch.tensor([[0.9, 0.05], [0.46, 0.44]]) / torch.tensor([[0.95], [0.9]])
+    of_layer = Layer(4, experts=3, alpha=2.0, base=2.0, depth=8)
+    new_ids, _ = RULES["lynx"].apply(
+        ids, weights, scores, kinds_of(REROUTABLE, REROUTABLE), of_layer
+    )
+    assert new_ids.tolist() == [[0, 2], [2, 3]]
+
+
+def test_dropped_slots_can_be_given_a_name():
+    before = torch.tensor([[4, 7, 9], [-1, 2, 5]])
+    after = torch.tensor([[4, -1, -1], [-1, 2, 5]])
+    assert name_dropped(after, before).tolist() == [[4, 4, 4], [-1, 2, 5]]
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.needs_scores])
+def test_scores_are_asked_for(name):
+    ids, weights, _ = draw(2, 0)
+    with pytest.raises(ValueError, match="needs the gate's scores"):
+        RULES[name].apply(ids, weights, None, kinds_of(1, 1), layer(name))
+
+
+def test_every_key_is_a_knob():
+    fields = set(Layer.__dataclass_fields__)
+    for rule in RULES.values():
+        # the rank preference of `sere` is a variant of its own: rules/local_rank.py
+        assert set(rule.required) <= set(rule.keys) <= fields | {"prefer_local_rank"}

@@ -49,8 +49,11 @@ class Sums(ABC):
         """
         width = max(1, _COLUMNS_ELEMENTS // len(features))
         for start in range(0, features.shape[1], width):
-            part = self._shift(features[:, start : start + width].double())
-            self.gram += part @ part.T
+            part = self._shift(features[:, start : start + width].float()).double()
+            half = len(part) // 2
+            self.gram[:half] += part[:half] @ part.T
+            self.gram[half:, half:] += part[half:] @ part[half:].T
+            self.gram[half:, :half] = self.gram[:half, half:].T  # G is symmetric
         self.tokens += tokens
 
     def update(self, outputs: Tensor) -> None:
@@ -80,7 +83,7 @@ class Sums(ABC):
         return matrix.fill_diagonal_(1.0)
 
     def _shift(self, part: Tensor) -> Tensor:
-        """Change the features ``[E, D]`` in a way that needs all experts; float64."""
+        """Change the features ``[E, D]`` in a way that needs all experts; float32."""
         return part
 
     @abstractmethod
@@ -101,7 +104,8 @@ class FrobeniusSums(Sums):
 
     def _shift(self, part: Tensor) -> Tensor:
         # Distances do not change if one expert's output is subtracted from all of them, and
-        # what experts have in common no longer eats digits; equal experts give exactly 0.
+        # what experts have in common no longer eats digits; equal experts give exactly 0. The
+        # difference of near-identical float32 numbers is exact.
         return part - part[0]
 
     def _matrix(self) -> Tensor:
@@ -119,8 +123,8 @@ class CosineSums(Sums):
     """S_ij = (mean over tokens of cos(A_i[t], A_j[t]) + 1) / 2; a zero output has cosine 0."""
 
     def features(self, outputs: Tensor) -> Tensor:
-        """Outputs of length 1, float64."""
-        rows = outputs.double()
+        """Outputs of length 1, float32."""
+        rows = outputs.float()
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         unit: Tensor = rows / length.masked_fill(length == 0, 1)
         return unit.flatten(1)

@@ -52,12 +52,8 @@ def find_moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
         UnsupportedError: there is none, or none with stacked experts behind a ``gate``.
     """
     decoder_layers = getattr(model.get_decoder(), "layers", ())
-    found = {
-        index: MoELayer(block.experts, block.gate.weight)
-        for index, layer in enumerate(decoder_layers)
-        for block in layer.modules()
-        if _is_moe_block(block)
-    }
+    blocks = {index: moe_layer(layer) for index, layer in enumerate(decoder_layers)}
+    found = {index: block for index, block in blocks.items() if block is not None}
     if not found:
         raise UnsupportedError(
             f"{type(model).__name__}: no MoE layer found ({len(decoder_layers)} decoder layers); "
@@ -65,6 +61,14 @@ def find_moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
             "DeepSeek-V2, DeepSeek-V3, Mixtral or OLMoE kind"
         )
     return found
+
+
+def moe_layer(decoder_layer: nn.Module) -> MoELayer | None:
+    """The MoE part of a decoder layer; None for a dense one."""
+    for block in decoder_layer.modules():
+        if _is_moe_block(block):
+            return MoELayer(block.experts, block.gate.weight)  # type: ignore[arg-type,union-attr]
+    return None
 
 
 def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShape:

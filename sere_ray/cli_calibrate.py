@@ -1,10 +1,12 @@
 """The commands around calibration."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sere_ray.cli_common import Out, console, user_errors
+from sere_ray.errors import SereError
 
 
 def calibrate(
@@ -31,27 +33,72 @@ def calibrate(
         bool,
         typer.Option("--layer-streamed", help="Hold one decoder layer at a time, not the model."),
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread the text over workers; can be resumed.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: copies of the model [every GPU, or CPU core]."),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="With --ray: folder of partial sums [OUT.work].")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="With --ray: a cluster; auto: this machine's [one of its own]."),
+    ] = None,
+    publish: Annotated[
+        str | None,
+        typer.Option(help="URL of a deployment that shall use the file; OUT lies in its folder."),
+    ] = None,
 ) -> None:
     """Measure how alike the experts of MODEL are and write the similarity artifact.
 
     Example: sere-ray calibrate Qwen/Qwen3-30B-A3B --data fineweb-edu.parquet --out q3.safetensors
     """
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "revision": revision,
+        "metric": metric,
+        "sequences": sequences,
+        "length": length,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "text_column": text_column,
+    }
     with user_errors():
-        from sere_ray.calibration import calibrate as run
+        from sere_ray.artifact import file_sha256
 
-        run(
-            model,
-            revision=revision,
-            data=data,
-            metric=metric,
-            sequences=sequences,
-            length=length,
-            out=out,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            text_column=text_column,
-            layer_streamed=layer_streamed,
-            console=console,
-        )
+        if publish:
+            from sere_ray.serve.client import request
+
+            request(publish, "artifact")  # refuses a wrong URL or token before the work
+        if ray:
+            from sere_ray.calibration.plan import Settings
+            from sere_ray.calibration.ray_job import calibrate_on_ray
+
+            if layer_streamed:
+                raise SereError("--layer-streamed: runs in one process; leave out --ray")
+            calibrate_on_ray(
+                Settings(**settings),
+                out=out,
+                workers=workers,
+                work=work,
+                address=ray_address,
+                console=console,
+            )
+        else:
+            from sere_ray.calibration import calibrate as run
+
+            if workers or work or ray_address:
+                raise SereError("--workers, --work, --ray-address: are for --ray; add it")
+            run(**settings, out=out, layer_streamed=layer_streamed, console=console)
+        console.print(f"sha256 {file_sha256(out)}", highlight=False)
+        if publish:
+            runs = request(publish, "artifact", {"name": out.name})
+            console.print(
+                f"{publish} runs {runs['name']}, sha256 {runs['sha256']}", highlight=False
+            )
     print(out)

@@ -15,14 +15,10 @@ from transformers import PreTrainedModel
 
 from sere_ray.calibration.data import Batch
 from sere_ray.calibration.experts import expert_outputs, routed_output
-from sere_ray.calibration.similarity import Sums
+from sere_ray.calibration.similarity import Sums, working_bytes
 from sere_ray.errors import UnsupportedError
 
-# float32 bytes of the outputs computed at a time: small beside any model
-CHUNK_BYTES = 64 * 2**20
-# On a CPU they should stay in its cache between the products (a third of the time on the demo
-# model), unless too few tokens were left per expert to keep a product busy.
-_CPU_CACHE_BYTES = 4 * 2**20
+# fewest tokens of a piece: they keep each expert's product busy
 _BUSY_TOKENS = 64
 
 
@@ -144,8 +140,8 @@ class Stream:
             routed: Tensor = type(self.experts).forward(self.experts, tokens, choice, weights)
             return routed
         parts = []
-        for rows in map(_as_slice, _blocks(len(tokens), self._chunk_tokens(tokens))):
-            outputs = expert_outputs(self.experts, tokens[rows], range(len(self.sums.gram)))
+        for rows in _pieces(len(tokens), self._piece_tokens(tokens)):
+            outputs = expert_outputs(self.experts, tokens[rows], len(self.sums.gram))
             parts.append(routed_output(outputs, choice[rows], weights[rows]))
             self.sums.update(outputs if self.real is None else outputs[:, self.real[rows]])
         return torch.cat(parts)
@@ -167,21 +163,13 @@ class Stream:
         self.pending = tokens[whole:].clone()
 
     def _add(self, tokens: Tensor) -> None:
-        num_experts = len(self.sums.gram)
-        width = max(tokens.shape)  # a metric's features may be n x n instead of n x H
-        at_once = max(1, CHUNK_BYTES // (4 * len(tokens) * width))
-        features = [
-            self.sums.features(expert_outputs(self.experts, tokens, ids))
-            for ids in _blocks(num_experts, at_once)
-        ]
-        self.sums.add(torch.cat(features), len(tokens))
+        self.sums.update(expert_outputs(self.experts, tokens, len(self.sums.gram)))
 
-    def _chunk_tokens(self, tokens: Tensor) -> int:
+    def _piece_tokens(self, tokens: Tensor) -> int:
+        """How many tokens at a time: their outputs, of all experts, are held at once."""
         token_bytes = 4 * len(self.sums.gram) * tokens.shape[1]
-        count = CHUNK_BYTES // token_bytes
-        if tokens.device.type == "cpu":
-            count = min(count, max(_CPU_CACHE_BYTES // token_bytes, _BUSY_TOKENS))
-        return max(1, min(self.sums.chunk_tokens, count))
+        fitting = working_bytes(tokens.device) // token_bytes
+        return max(_BUSY_TOKENS, min(self.sums.chunk_tokens, fitting))
 
 
 @contextmanager
@@ -204,10 +192,6 @@ def watched(layers: Mapping[int, MoELayer], sums: Mapping[int, Sums]) -> Iterato
             del stream.experts.forward
 
 
-def _as_slice(ids: range) -> slice:
-    return slice(ids.start, ids.stop)
-
-
 def _is_moe_block(module: nn.Module) -> bool:
     experts, gate = getattr(module, "experts", None), getattr(module, "gate", None)
     if not isinstance(experts, nn.Module) or not isinstance(gate, nn.Module):
@@ -216,7 +200,7 @@ def _is_moe_block(module: nn.Module) -> bool:
     return has_weight and "top_k_index" in inspect.signature(type(experts).forward).parameters
 
 
-def _blocks(count: int, size: int) -> Iterator[range]:
-    """``0 .. count - 1`` in ranges of at most ``size``."""
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    """``0 .. count - 1`` in slices of at most ``size``."""
     for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+        yield slice(start, start + size)

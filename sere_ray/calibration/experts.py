@@ -8,28 +8,28 @@ import torch
 from torch import Tensor, nn
 
 
-def expert_outputs(experts: nn.Module, tokens: Tensor, ids: range) -> Tensor:
-    """Raw outputs, before the gate's weights.
+def expert_outputs(experts: nn.Module, tokens: Tensor, num_experts: int) -> Tensor:
+    """Raw outputs of all experts, before the gate's weights.
 
     Args:
         experts: the experts module of a layer.
         tokens: ``[n, H]`` inputs of the layer.
-        ids: which experts.
+        num_experts: E of the layer.
 
     Returns:
-        ``[len(ids), n, H]`` of the dtype of ``tokens``.
+        ``[E, n, H]`` of the dtype of ``tokens``.
     """
     if _has_stacked_products(experts):
-        return _stacked_products(experts, tokens, ids)
+        return _stacked_products(experts, tokens)
     # Whatever the architecture, the layout and the kernels: expert j's raw output is what the
     # module returns if every token chooses only j with weight 1.
-    choice = torch.arange(ids.start, ids.stop, device=tokens.device)
+    choice = torch.arange(num_experts, device=tokens.device)
     choice = choice.repeat_interleave(len(tokens))[:, None]
     weight = torch.ones_like(choice, dtype=tokens.dtype)
     # of the class: this very module's forward may be replaced while calibration runs
     forward = type(experts).forward
-    outputs: Tensor = forward(experts, tokens.repeat(len(ids), 1), choice, weight)
-    return outputs.view(len(ids), *tokens.shape)
+    outputs: Tensor = forward(experts, tokens.repeat(num_experts, 1), choice, weight)
+    return outputs.view(num_experts, *tokens.shape)
 
 
 def routed_output(outputs: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
@@ -55,9 +55,8 @@ def _has_stacked_products(experts: nn.Module) -> bool:
     return tuple(getattr(experts, name, None) for name in flags) == (True, False, False)
 
 
-def _stacked_products(experts: nn.Module, tokens: Tensor, ids: range) -> Tensor:
+def _stacked_products(experts: nn.Module, tokens: Tensor) -> Tensor:
     """Two batched products: 2 to 4 times as fast on a CPU as the module's walk over experts."""
-    part = slice(ids.start, ids.stop)
-    gate_up = torch.matmul(tokens, experts.gate_up_proj[part].mT)  # type: ignore[index]
+    gate_up = torch.matmul(tokens, experts.gate_up_proj.mT)  # type: ignore[arg-type]
     hidden: Tensor = experts._apply_gate(gate_up)  # type: ignore[operator]
-    return torch.bmm(hidden, experts.down_proj[part].mT)  # type: ignore[index]
+    return torch.bmm(hidden, experts.down_proj.mT)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sere_ray.errors import SereError
 from sere_ray.progress import waiting
+from sere_ray.ray_instance import start_ray
 from sere_ray.serve.config import ServeConfig
 
 IMPORT_PATH = "sere_ray.serve:build_app"
@@ -66,19 +67,6 @@ def wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
-
-
-def start_ray(**options: Any) -> None:
-    """A Ray instance of our own: it is never somebody else's that runs on this machine."""
-    import ray
-
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        **options,
-    )
 
 
 def load_file(path: Path) -> dict[str, Any]:

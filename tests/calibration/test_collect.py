@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sere_ray.calibration import collect as collect_module
+from sere_ray.calibration import similarity
 from sere_ray.calibration.collect import collect, find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.experts import expert_outputs, routed_output
@@ -62,7 +63,7 @@ def test_raw_outputs_rebuild_the_routed_output(
     with torch.inference_mode():
         model(torch.tensor(random_windows(24)))
         ((tokens, index, weight, routed),) = calls
-        raw = expert_outputs(experts, tokens, range(NUM_EXPERTS))
+        raw = expert_outputs(experts, tokens, NUM_EXPERTS)
     assert raw.shape == (NUM_EXPERTS, 24, 128)
     rebuilt = routed_output(raw, index, weight)
     assert rebuilt.dtype == routed.dtype
@@ -82,11 +83,11 @@ def test_raw_outputs_equal_the_plain_formula(
     experts = find_moe_layers(load(checkpoint(name)))[1].experts
     tokens = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found = expert_outputs(experts, tokens, range(3, 7))
-    for number, expert in enumerate(range(3, 7)):
+        found = expert_outputs(experts, tokens, NUM_EXPERTS)
+    for expert in range(NUM_EXPERTS):
         gate, up = (tokens @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
         expected = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
-        torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[expert], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "cka"])
@@ -142,7 +143,8 @@ def test_batch_size_does_not_change_the_result(
     model = load(checkpoint("qwen3_moe"))
     windows = random_windows(*[40] * 6)
     expected = run(model, windows, metric, 1)
-    monkeypatch.setattr(collect_module, "CHUNK_BYTES", 2**17)  # other chunks, too
+    for module in (collect_module, similarity):  # other pieces, too
+        monkeypatch.setattr(module, "working_bytes", lambda _: 2**19)
     for batch_size in (2, 4):
         for layer, sums in run(model, windows, metric, batch_size).items():
             torch.testing.assert_close(
@@ -172,16 +174,16 @@ def test_nothing_grows_with_the_number_of_tokens(
 ) -> None:
     """The largest call of the experts is the same for 2 and for 12 windows."""
     model = load(checkpoint("olmoe"))
-    monkeypatch.setattr(collect_module, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(collect_module, "working_bytes", lambda _: 2**20)
     largest: dict[int, int] = {}
     original = collect_module.expert_outputs
     for count in (2, 12):
         sizes: list[int] = []
 
         def recording(
-            experts: torch.nn.Module, tokens: Tensor, ids: range, sizes: list[int] = sizes
+            experts: torch.nn.Module, tokens: Tensor, count: int, sizes: list[int] = sizes
         ) -> Tensor:
-            outputs = original(experts, tokens, ids)
+            outputs = original(experts, tokens, count)
             sizes.append(outputs.numel() * 4)
             return outputs
 

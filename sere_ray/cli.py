@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sere_ray import __version__, cli_observe, cli_quality, cli_serve
-from sere_ray.cli_common import console, numbers, user_errors
+from sere_ray import __version__, cli_calibrate, cli_observe, cli_quality, cli_serve
+from sere_ray.cli_common import Out, console, numbers, user_errors
 from sere_ray.errors import SereError
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cli_serve.policy_app, name="policy")
 app.add_typer(cli_observe.dashboards_app, name="dashboards")
 for command in (
+    cli_calibrate.calibrate,
     cli_serve.serve,
     cli_serve.stats,
     cli_serve.key,
@@ -46,8 +47,6 @@ for command in (
 ):
     app.command()(command)
 bench_app.command("metrics-overhead")(cli_observe.metrics_overhead)
-
-Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
 
 
 def _decimals(option: str, text: str) -> list[float]:
@@ -77,47 +76,6 @@ def main(
     if version:
         print(__version__)
         raise typer.Exit()
-
-
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
-    data: Annotated[
-        str, typer.Option(help="parquet, jsonl or text file, or a data set of the hub.")
-    ],
-    out: Out,
-    metric: Annotated[
-        Literal["frobenius", "cosine", "cka", "cka-exact"],
-        typer.Option(help="How alike two experts' outputs are."),
-    ] = "frobenius",
-    sequences: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 400,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
-    revision: Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-) -> None:
-    """Measure how alike the experts of MODEL are and write the similarity artifact.
-
-    Example: sere-ray calibrate Qwen/Qwen3-30B-A3B --data fineweb-edu.parquet --out q3.safetensors
-    """
-    with user_errors():
-        from sere_ray.calibration import calibrate as run
-
-        run(
-            model,
-            revision=revision,
-            data=data,
-            metric=metric,
-            sequences=sequences,
-            length=length,
-            out=out,
-            batch_size=batch_size,
-            device=device,
-            text_column=text_column,
-            console=console,
-        )
-    print(out)
 
 
 @artifact_app.command()

@@ -2,6 +2,8 @@
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -9,6 +11,8 @@ from rich.console import Console
 from sere_ray.errors import SereError
 
 console = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
 
 
 @contextmanager

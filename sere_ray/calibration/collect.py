@@ -1,28 +1,25 @@
-"""Raw outputs of all experts, taken by hooks on an unmodified Hugging Face model.
+"""Raw outputs of all experts, taken while an unmodified Hugging Face model runs.
 
-transformers 5 keeps the experts of a layer in one module that is called as
-``experts(hidden_states [N, H], top_k_index [N, k], top_k_weights [N, k])`` and returns ``[N, H]``.
-Expert j's raw output is therefore what this module returns if every token chooses only j with
-weight 1, whatever the architecture, the layout of the weights and the kernels behind it.
+Every expert sees every token anyway, so the routed output of a layer is a weighted sum of what was
+computed for the sums; the module's own walk over experts is left out.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sere_ray.calibration.data import Batch
-from sere_ray.calibration.similarity import Sums
+from sere_ray.calibration.experts import expert_outputs, routed_output
+from sere_ray.calibration.similarity import Sums, working_bytes
 from sere_ray.errors import UnsupportedError
 
-# float32 bytes of the outputs computed at a time; small beside any model, yet enough tokens per
-# expert to keep a matrix product busy
-CHUNK_BYTES = 64 * 2**20
+# fewest tokens of a piece: they keep each expert's product busy
+_BUSY_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,8 @@ def find_moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
         UnsupportedError: there is none, or none with stacked experts behind a ``gate``.
     """
     decoder_layers = getattr(model.get_decoder(), "layers", ())
-    found = {
-        index: MoELayer(block.experts, block.gate.weight)
-        for index, layer in enumerate(decoder_layers)
-        for block in layer.modules()
-        if _is_moe_block(block)
-    }
+    blocks = {index: moe_layer(layer) for index, layer in enumerate(decoder_layers)}
+    found = {index: block for index, block in blocks.items() if block is not None}
     if not found:
         raise UnsupportedError(
             f"{type(model).__name__}: no MoE layer found ({len(decoder_layers)} decoder layers); "
@@ -64,6 +57,14 @@ def find_moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
             "DeepSeek-V2, DeepSeek-V3, Mixtral or OLMoE kind"
         )
     return found
+
+
+def moe_layer(decoder_layer: nn.Module) -> MoELayer | None:
+    """The MoE part of a decoder layer; None for a dense one."""
+    for block in decoder_layer.modules():
+        if _is_moe_block(block):
+            return MoELayer(block.experts, block.gate.weight)  # type: ignore[arg-type,union-attr]
+    return None
 
 
 def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShape:
@@ -88,25 +89,6 @@ def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShap
     )
 
 
-def expert_outputs(experts: nn.Module, tokens: Tensor, ids: range) -> Tensor:
-    """Raw outputs, before the gate's weights.
-
-    Args:
-        experts: the experts module of a layer.
-        tokens: ``[n, H]`` inputs of the layer.
-        ids: which experts.
-
-    Returns:
-        ``[len(ids), n, H]`` of the dtype of ``tokens``.
-    """
-    choice = torch.arange(ids.start, ids.stop, device=tokens.device)
-    choice = choice.repeat_interleave(len(tokens))[:, None]
-    weight = torch.ones_like(choice, dtype=tokens.dtype)
-    # forward, not __call__: the hook of this very module must not see it
-    outputs: Tensor = experts.forward(tokens.repeat(len(ids), 1), choice, weight)
-    return outputs.view(len(ids), *tokens.shape)
-
-
 @torch.inference_mode()
 def collect(
     model: PreTrainedModel,
@@ -117,7 +99,7 @@ def collect(
 ) -> None:
     """Run the model over the batches and add what every expert makes of every real token.
 
-    Layer inputs are those of the model as it is: a hook reads them and changes nothing.
+    Layer inputs are those of the model as it is, within the rounding of its dtype.
 
     Args:
         model: in eval mode.
@@ -126,22 +108,19 @@ def collect(
         sums: one per layer, changed in place.
         on_batch: called with the number of real tokens after each batch.
     """
-    streams = [_Stream(layers[index].experts, sums[index]) for index in layers]
     decoder = model.get_decoder()  # without the output layer, whose logits nobody reads
-    with _hooked(streams):
+    with watched(layers, sums) as streams:
         for batch in batches:
             mask = batch.mask.to(model.device)
             for stream in streams:
-                stream.real = mask.flatten().bool()
+                stream.next_batch(mask)
             ids = batch.input_ids.to(model.device)
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
             on_batch(int(batch.mask.sum()))
-    for stream in streams:
-        stream.close()
 
 
-class _Stream:
-    """Cuts the tokens of one layer into chunks and feeds them to its sums."""
+class Stream:
+    """Stands in for the experts of one layer and feeds all their outputs to its sums."""
 
     def __init__(self, experts: nn.Module, sums: Sums) -> None:
         self.experts = experts
@@ -149,48 +128,68 @@ class _Stream:
         self.real: Tensor | None = None  # [N] bool: rows of this batch that are not padding
         self.pending: Tensor | None = None  # [fewer than a chunk, H]
 
-    def hook(self, _module: nn.Module, args: tuple[Any, ...], _output: object) -> None:
-        self.push(args[0][self.real])
+    def next_batch(self, mask: Tensor) -> None:
+        """Say which tokens of the next call count: ``[B, L]``, 0 = padding."""
+        real = mask.flatten().bool()
+        self.real = None if bool(real.all()) else real
 
-    def push(self, tokens: Tensor) -> None:
+    def forward(self, tokens: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
+        """What the experts module returns for ``[N, H]``, ``[N, K]``, ``[N, K]``: ``[N, H]``."""
+        if self.sums.fixed_chunks:
+            self._push(tokens if self.real is None else tokens[self.real])
+            routed: Tensor = type(self.experts).forward(self.experts, tokens, choice, weights)
+            return routed
+        parts = []
+        for rows in _pieces(len(tokens), self._piece_tokens(tokens)):
+            outputs = expert_outputs(self.experts, tokens[rows], len(self.sums.gram))
+            parts.append(routed_output(outputs, choice[rows], weights[rows]))
+            self.sums.update(outputs if self.real is None else outputs[:, self.real[rows]])
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        """Add the last, short chunk, if it has tokens enough to count."""
+        if self.pending is not None and len(self.pending) >= self.sums.min_tokens:
+            self._add(self.pending)
+        self.pending = None
+
+    def _push(self, tokens: Tensor) -> None:
+        """Cut ``[n, H]`` into chunks of exactly the size that the metric depends on."""
         if self.pending is not None:
             tokens = torch.cat([self.pending, tokens])
-        size = self._chunk_tokens(tokens.shape[1])
+        size = self.sums.chunk_tokens
         whole = len(tokens) - len(tokens) % size
         for start in range(0, whole, size):
             self._add(tokens[start : start + size])
         self.pending = tokens[whole:].clone()
 
-    def close(self) -> None:
-        if self.pending is not None and len(self.pending) >= self.sums.min_tokens:
-            self._add(self.pending)
-        self.pending = None
-
     def _add(self, tokens: Tensor) -> None:
-        num_experts = len(self.sums.gram)
-        width = max(tokens.shape)  # a metric's features may be n x n instead of n x H
-        at_once = max(1, CHUNK_BYTES // (4 * len(tokens) * width))
-        features = [
-            self.sums.features(expert_outputs(self.experts, tokens, ids))
-            for ids in _blocks(num_experts, at_once)
-        ]
-        self.sums.add(torch.cat(features), len(tokens))
+        self.sums.update(expert_outputs(self.experts, tokens, len(self.sums.gram)))
 
-    def _chunk_tokens(self, hidden_size: int) -> int:
-        if self.sums.fixed_chunks:
-            return self.sums.chunk_tokens
-        fitting = CHUNK_BYTES // (4 * len(self.sums.gram) * hidden_size)
-        return max(1, min(self.sums.chunk_tokens, fitting))
+    def _piece_tokens(self, tokens: Tensor) -> int:
+        """How many tokens at a time: their outputs, of all experts, are held at once."""
+        token_bytes = 4 * len(self.sums.gram) * tokens.shape[1]
+        fitting = working_bytes(tokens.device) // token_bytes
+        return max(_BUSY_TOKENS, min(self.sums.chunk_tokens, fitting))
 
 
 @contextmanager
-def _hooked(streams: Iterable[_Stream]) -> Iterator[None]:
-    handles = [stream.experts.register_forward_hook(stream.hook) for stream in streams]
+def watched(layers: Mapping[int, MoELayer], sums: Mapping[int, Sums]) -> Iterator[list[Stream]]:
+    """Put a :class:`Stream` in the place of every layer's experts while the block runs.
+
+    Args:
+        layers: by decoder layer index.
+        sums: of the same layers.
+    """
+    streams = [Stream(layer.experts, sums[index]) for index, layer in layers.items()]
     try:
-        yield
+        for stream in streams:
+            stream.experts.forward = stream.forward
+        yield streams
+        for stream in streams:
+            stream.close()
     finally:
-        for handle in handles:
-            handle.remove()
+        for stream in streams:
+            del stream.experts.forward
 
 
 def _is_moe_block(module: nn.Module) -> bool:
@@ -201,7 +200,7 @@ def _is_moe_block(module: nn.Module) -> bool:
     return has_weight and "top_k_index" in inspect.signature(type(experts).forward).parameters
 
 
-def _blocks(count: int, size: int) -> Iterator[range]:
-    """``0 .. count - 1`` in ranges of at most ``size``."""
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    """``0 .. count - 1`` in slices of at most ``size``."""
     for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+        yield slice(start, start + size)

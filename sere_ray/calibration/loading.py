@@ -51,7 +51,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
 
 def load_model(
-    model: str, *, revision: str | None, device: torch.device, dtype: str
+    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype | str
 ) -> PreTrainedModel:
     """Load the weights.
 
@@ -59,13 +59,11 @@ def load_model(
         model: local folder or hub name.
         revision: commit or branch of a hub model.
         device: where the whole model goes.
-        dtype: one of ``DTYPES``; ``auto`` is the checkpoint's.
+        dtype: of the weights; ``auto`` is the checkpoint's.
 
     Raises:
         SereError: no safetensors weights, or some of the model's weights are not among them.
     """
-    if dtype not in DTYPES:
-        raise SereError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     with _one_line(model, "weights"), quiet():
         loaded, info = AutoModelForCausalLM.from_pretrained(
             _location(model),
@@ -83,20 +81,24 @@ def load_model(
     return loaded.to(device).eval()
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a configuration on the meta device: structure without memory.
+
+    Args:
+        config: of :func:`load_config`.
+        dtype: of the weights; None = the configuration's.
 
     Raises:
         SereError: transformers has no causal language model for it.
     """
     name = config.name_or_path or config.model_type
     with _one_line(name, "architecture"), quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
 
 
 def resolved_revision(model: str, revision: str | None) -> str | None:
     """The commit a hub model's name and revision stand for; None for a local folder."""
-    if _is_local(model):
+    if is_local(model):
         return None
     with _one_line(model, "configuration"):
         path = cached_file(model, "config.json", revision=revision)
@@ -123,6 +125,24 @@ def pick_device(device: str) -> torch.device:
     )
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse what is not one of ``DTYPES``.
+
+    Raises:
+        SereError: names them.
+    """
+    if dtype not in DTYPES:
+        raise SereError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+
+
+def pick_dtype(dtype: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    """``auto`` is the checkpoint's on a GPU, and float32, which is faster there, on a CPU."""
+    if dtype != "auto":
+        picked: torch.dtype = getattr(torch, dtype)
+        return picked
+    return torch.float32 if device.type == "cpu" else config.dtype or torch.float32
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and warnings of transformers."""
@@ -137,17 +157,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _is_local(model: str) -> bool:
+def is_local(model: str) -> bool:
+    """Whether a model is a folder or file of this machine, not a name on the hub."""
     return Path(model).expanduser().exists()
 
 
 def model_name(model: str) -> str:
     """What an artifact calls a model: a folder's own name, without the path of one machine."""
-    return Path(model).expanduser().resolve().name if _is_local(model) else model
+    return Path(model).expanduser().resolve().name if is_local(model) else model
 
 
 def _location(model: str) -> str:
-    return str(Path(model).expanduser()) if _is_local(model) else model
+    return str(Path(model).expanduser()) if is_local(model) else model
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from rich.console import Console
 from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.progress import waiting
+from sere_ray.ray_instance import start_ray
 from sere_ray.serve.client import Deployment
-from sere_ray.serve.run import start_ray
 
 HOST = "127.0.0.1"
 MODEL_ID = "sere-demo"

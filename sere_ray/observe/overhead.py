@@ -18,8 +18,8 @@ from sere_ray.demo import assets
 from sere_ray.observe.export import EngineExporter
 from sere_ray.observe.sink import RaySink
 from sere_ray.progress import progress, waiting
+from sere_ray.ray_instance import start_ray
 from sere_ray.serve.config import ServeConfig
-from sere_ray.serve.run import start_ray
 
 STREAMS = 16
 TOKENS = 400

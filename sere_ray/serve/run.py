@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sere_ray.errors import SereError
 from sere_ray.progress import waiting
+from sere_ray.ray_instance import start_ray
 from sere_ray.serve.config import ServeConfig
 
 IMPORT_PATH = "sere_ray.serve:build_app"
@@ -90,23 +91,6 @@ def check_free(port: int, option: str, *, host: str = "127.0.0.1") -> None:
             probe.bind((host, port))
         except OSError:
             raise SereError(f"{option} = {port}: already in use; choose another") from None
-
-
-def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
-    """A Ray instance of our own: it is never somebody else's that runs on this machine.
-
-    Its metrics agent listens on all interfaces, as Ray's other ports do.
-    """
-    import ray
-
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _metrics_export_port=metrics_port,
-        **options,
-    )
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hooks on the six architectures: what they see, what they leave alone."""
+"""Sums from the six architectures while they run: what is seen, what is left alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sere_ray.calibration import collect as collect_module
-from sere_ray.calibration.collect import (
-    collect,
-    expert_outputs,
-    find_moe_layers,
-    moe_shape,
-)
+from sere_ray.calibration import similarity
+from sere_ray.calibration.collect import collect, find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_batches
+from sere_ray.calibration.experts import expert_outputs, routed_output
 from sere_ray.calibration.loading import load_model
 from sere_ray.calibration.similarity import METRICS, Sums, make_sums
 from sere_ray.errors import UnsupportedError
@@ -66,39 +63,56 @@ def test_raw_outputs_rebuild_the_routed_output(
     with torch.inference_mode():
         model(torch.tensor(random_windows(24)))
         ((tokens, index, weight, routed),) = calls
-        raw = expert_outputs(experts, tokens, range(NUM_EXPERTS))
+        raw = expert_outputs(experts, tokens, NUM_EXPERTS)
     assert raw.shape == (NUM_EXPERTS, 24, 128)
-    chosen = raw.float()[index, torch.arange(24)[:, None]]
-    rebuilt = (chosen * weight[:, :, None].float()).sum(1)
+    rebuilt = routed_output(raw, index, weight)
+    assert rebuilt.dtype == routed.dtype
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     scale = routed.abs().max().float().item()
-    torch.testing.assert_close(rebuilt, routed.float(), atol=tolerance * scale, rtol=tolerance)
+    torch.testing.assert_close(rebuilt, routed, atol=tolerance * scale, rtol=tolerance)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_raw_outputs_equal_the_plain_formula(name: str, checkpoint: Checkpoint) -> None:
+def test_raw_outputs_equal_the_plain_formula(
+    name: str, stacked: bool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By batched products, and by the module itself where its layout is not known."""
+    if not stacked:
+        monkeypatch.setattr("sere_ray.calibration.experts._has_stacked_products", lambda _: False)
     experts = find_moe_layers(load(checkpoint(name)))[1].experts
     tokens = torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found = expert_outputs(experts, tokens, range(3, 7))
-    for number, expert in enumerate(range(3, 7)):
+        found = expert_outputs(experts, tokens, NUM_EXPERTS)
+    for expert in range(NUM_EXPERTS):
         gate, up = (tokens @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
         expected = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
-        torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[expert], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_layer_inputs_are_those_of_the_unmodified_model(checkpoint: Checkpoint) -> None:
-    model = load(checkpoint("qwen2_moe"))
+@pytest.mark.parametrize("metric", ["frobenius", "cka"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layer_inputs_are_those_of_the_unmodified_model(
+    name: str, metric: str, checkpoint: Checkpoint
+) -> None:
+    model = load(checkpoint(name))
     ids = torch.tensor(random_windows(20))
+    seen: list[Tensor] = []
     with torch.inference_mode():
         before = model(ids).logits
-        run(model, ids.tolist(), "frobenius", 1)
+        norm = model.get_decoder().norm.register_forward_hook(
+            lambda _, args, __: seen.append(args[0].clone())
+        )
+        model(ids)
+        run(model, ids.tolist(), metric, 1)
+        norm.remove()
+        torch.testing.assert_close(seen[1], seen[0], atol=1e-4, rtol=1e-4)
         layers = find_moe_layers(model)
-        assert not any(layer.experts._forward_hooks for layer in layers.values())
+        assert not any("forward" in vars(layer.experts) for layer in layers.values())
         assert torch.equal(model(ids).logits, before)
 
 
-def test_hooks_are_removed_after_a_failure(checkpoint: Checkpoint) -> None:
+def test_experts_are_put_back_after_a_failure(checkpoint: Checkpoint) -> None:
     model = load(checkpoint("olmoe"))
     layers = find_moe_layers(model)
     sums = {index: make_sums("cosine", NUM_EXPERTS) for index in layers}
@@ -108,7 +122,7 @@ def test_hooks_are_removed_after_a_failure(checkpoint: Checkpoint) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         collect(model, layers, make_batches(random_windows(8), 1), sums, interrupted)
-    assert not any(layer.experts._forward_hooks for layer in layers.values())
+    assert not any("forward" in vars(layer.experts) for layer in layers.values())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -129,7 +143,8 @@ def test_batch_size_does_not_change_the_result(
     model = load(checkpoint("qwen3_moe"))
     windows = random_windows(*[40] * 6)
     expected = run(model, windows, metric, 1)
-    monkeypatch.setattr(collect_module, "CHUNK_BYTES", 2**17)  # other chunks, too
+    for module in (collect_module, similarity):  # other pieces, too
+        monkeypatch.setattr(module, "working_bytes", lambda _: 2**19)
     for batch_size in (2, 4):
         for layer, sums in run(model, windows, metric, batch_size).items():
             torch.testing.assert_close(
@@ -142,13 +157,13 @@ def test_cka_chunks_have_1024_tokens_whatever_the_batches(
 ) -> None:
     model = load(checkpoint("mixtral"))
     sizes: list[int] = []
-    original = collect_module._Stream._add
+    original = collect_module.Stream._add
 
-    def recording(self: collect_module._Stream, tokens: Tensor) -> None:
+    def recording(self: collect_module.Stream, tokens: Tensor) -> None:
         sizes.append(len(tokens))
         original(self, tokens)
 
-    monkeypatch.setattr(collect_module._Stream, "_add", recording)
+    monkeypatch.setattr(collect_module.Stream, "_add", recording)
     sums = run(model, random_windows(*[500] * 2, 27), "cka", 1)
     assert sizes == [1024] * 4  # the last 3 tokens are too few and dropped
     assert {layer.tokens for layer in sums.values()} == {1024}
@@ -159,16 +174,16 @@ def test_nothing_grows_with_the_number_of_tokens(
 ) -> None:
     """The largest call of the experts is the same for 2 and for 12 windows."""
     model = load(checkpoint("olmoe"))
-    monkeypatch.setattr(collect_module, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(collect_module, "working_bytes", lambda _: 2**20)
     largest: dict[int, int] = {}
     original = collect_module.expert_outputs
     for count in (2, 12):
         sizes: list[int] = []
 
         def recording(
-            experts: torch.nn.Module, tokens: Tensor, ids: range, sizes: list[int] = sizes
+            experts: torch.nn.Module, tokens: Tensor, count: int, sizes: list[int] = sizes
         ) -> Tensor:
-            outputs = original(experts, tokens, ids)
+            outputs = original(experts, tokens, count)
             sizes.append(outputs.numel() * 4)
             return outputs
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from sere_ray.artifact import SimilarityArtifact, file_sha256
-from sere_ray.calibration import calibrate, run, synthetic_artifact
+from sere_ray.calibration import calibrate, plan, run, synthetic_artifact
 from sere_ray.calibration.similarity import METRICS
 from sere_ray.errors import ArtifactError, DataError, SereError
 from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K
@@ -90,7 +90,7 @@ def test_output_is_checked_before_anything_is_loaded(
     def unreachable(*args: object) -> None:
         raise AssertionError("loaded too early")
 
-    monkeypatch.setattr(run, "load_config", unreachable)
+    monkeypatch.setattr(plan, "load_config", unreachable)
     with pytest.raises(ArtifactError, match="the folder does not exist; create it"):
         quick("any", text_file, tmp_path / "no" / "a")
     with pytest.raises(ArtifactError, match="is a folder; give a file name"):

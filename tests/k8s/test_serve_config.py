@@ -28,7 +28,7 @@ def ray_instance():
     """Building asks Ray for the environment of the job; no engine is started."""
     import ray
 
-    from sere_ray.serve.run import start_ray
+    from sere_ray.ray_instance import start_ray
 
     start_ray(num_cpus=1)
     yield

@@ -1,0 +1,170 @@
+"""What every way of calibrating does first and last: check all, cut the text; write the file."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.calibration.checkpoint import Checkpoint
+from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
+from sere_ray.calibration.data import TextSource, make_windows, open_texts
+from sere_ray.calibration.loading import (
+    check_dtype,
+    empty_model,
+    is_local,
+    load_config,
+    load_tokenizer,
+    model_name,
+    resolved_revision,
+)
+from sere_ray.calibration.similarity import Metric, Sums, check_exact_fits, make_sums
+from sere_ray.errors import ArtifactError, DataError
+from sere_ray.results import CALIBRATION_LIBRARIES, library_versions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is calibrated on what; the defaults are the recipe of the paper.
+
+    Attributes:
+        model: local checkpoint folder or hub name.
+        data: text file or dataset, see :func:`~sere_ray.calibration.data.open_texts`.
+        revision: branch, tag or commit of a hub model.
+        metric: ``frobenius``, ``cosine``, ``cka`` or, for small models, ``cka-exact``.
+        sequences: windows of text.
+        length: tokens of a window.
+        batch_size: windows of a forward pass; does not change the result.
+        device: ``auto``, ``cpu`` or a CUDA device.
+        dtype: of the weights: ``bfloat16``, ``float32`` or ``auto``, see
+            :func:`~sere_ray.calibration.loading.pick_dtype`.
+        text_column: column of a parquet, jsonl or hub data set.
+    """
+
+    model: str
+    data: str
+    revision: str | None = None
+    metric: Metric = "frobenius"
+    sequences: int = 400
+    length: int = 128
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    text_column: str = "text"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings that can be run."""
+
+    settings: Settings
+    config: PretrainedConfig
+    revision: str | None
+    """Commit of a hub model."""
+    shape: MoEShape
+    source: TextSource
+    windows: list[list[int]]
+    """Token ids."""
+    pad_id: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(map(len, self.windows))
+
+
+def prepare(settings: Settings, out: Path) -> Plan:
+    """Refuse everything that can be refused before the weights are loaded, and cut the text.
+
+    Raises:
+        SereError: the model, the text, the metric or the output path cannot be used.
+    """
+    make_sums(settings.metric, 1)  # refuses an unknown name
+    check_dtype(settings.dtype)
+    if settings.batch_size < 1:
+        raise DataError(f"batch_size = {settings.batch_size}: must be at least 1")
+    _check_output(out)
+    config = load_config(settings.model, settings.revision)
+    revision = resolved_revision(settings.model, settings.revision)
+    shape = _check_model(config, settings.length)
+    if is_local(settings.model):
+        Checkpoint(settings.model)  # refuses a missing shard before the text is read
+
+    source = open_texts(settings.data, settings.text_column)
+    tokenizer = load_tokenizer(settings.model, revision)
+    windows = make_windows(source.texts, tokenizer, settings.sequences, settings.length)
+    plan = Plan(settings, config, revision, shape, source, windows, _pad_id(tokenizer))
+    if settings.metric == "cka-exact":
+        hidden_size = config.get_text_config().hidden_size
+        check_exact_fits(len(shape.layers), shape.num_experts, plan.tokens, hidden_size)
+    return plan
+
+
+def write_artifact(
+    plan: Plan, out: Path, sums: Mapping[int, Sums], fingerprints: Mapping[int, str]
+) -> SimilarityArtifact:
+    """Turn sums into similarity and write the file in one step.
+
+    Args:
+        plan: what was run.
+        out: the artifact's path; an existing file is replaced.
+        sums: over all tokens, by MoE layer.
+        fingerprints: of the gates, by MoE layer.
+
+    Raises:
+        SereError: no chunk was long enough to count, or the folder cannot be written.
+    """
+    artifact = SimilarityArtifact(
+        layers={index: layer_sums.similarity() for index, layer_sums in sums.items()},
+        metadata=ArtifactMetadata(
+            model_id=model_name(plan.settings.model),
+            revision=plan.revision,
+            architecture=plan.shape.architecture,
+            num_experts=plan.shape.num_experts,
+            top_k=plan.shape.top_k,
+            router_fingerprint=dict(fingerprints),
+            metric=plan.settings.metric,
+            tokens=min(layer_sums.tokens for layer_sums in sums.values()),
+            dataset=plan.source.name,
+            dataset_revision=plan.source.revision,
+            dataset_sha256=plan.source.sha256,
+            libraries=library_versions(CALIBRATION_LIBRARIES),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            synthetic=False,
+        ),
+    )
+    artifact.save(out)
+    return artifact
+
+
+def _check_output(out: Path) -> None:
+    """Refuse a path that could not be written in the end."""
+    if out.is_dir():
+        raise ArtifactError(f"out = {str(out)!r}: is a folder; give a file name")
+    if not out.parent.is_dir():
+        raise ArtifactError(f"out = {str(out)!r}: the folder does not exist; create it")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ArtifactError(
+            f"out = {str(out)!r}: the folder cannot be written ({error.strerror}); choose another"
+        ) from None
+
+
+def _check_model(config: PretrainedConfig, length: int) -> MoEShape:
+    """Refuse a model or a window length by the configuration alone."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise DataError(f"length = {length}: the model reads at most {longest} tokens")
+    model = empty_model(config)
+    return moe_shape(model, find_moe_layers(model))
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id will do: padding is masked."""
+    pad: int | None = tokenizer.pad_token_id
+    return 0 if pad is None else pad

@@ -1,0 +1,142 @@
+"""Partial sums of a job on disk: what is done survives a killed worker and a killed job."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sere_ray.artifact import atomic_path
+from sere_ray.calibration.checkpoint import Checkpoint
+from sere_ray.calibration.loading import is_local
+from sere_ray.calibration.plan import Plan
+from sere_ray.calibration.similarity import Sums, make_sums
+from sere_ray.errors import SereError
+
+_JOB = "job.json"
+_IGNORED = {"batch_size", "device"}  # settings that do not change the sums
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What one shard of the text gave."""
+
+    sums: Mapping[int, Sums]
+    """By MoE layer."""
+    fingerprints: Mapping[int, str]
+    """Of the gates, by MoE layer."""
+
+
+class WorkFolder:
+    """One file for each shard, written in one step, so a shard counts exactly once.
+
+    Args:
+        path: created if it is not there.
+        plan: what the job calibrates.
+        shards: the windows of each shard.
+
+    Raises:
+        SereError: the folder holds another job's sums, or something else.
+    """
+
+    def __init__(self, path: Path, plan: Plan, shards: list[list[list[int]]]) -> None:
+        self.path = path
+        self._metric = plan.settings.metric
+        self._shape = plan.shape
+        path.mkdir(exist_ok=True)
+        job = _job(plan, shards)
+        if (path / _JOB).exists():
+            _check_same(path, json.loads((path / _JOB).read_text()), job)
+        elif any(path.iterdir()):
+            raise SereError(f"work = {str(path)!r}: is not empty and no job's; give another folder")
+        else:
+            with atomic_path(path / _JOB) as temporary:
+                temporary.write_text(json.dumps(job, indent=1) + "\n")
+
+    def done(self) -> set[int]:
+        """Numbers of the shards that are on disk."""
+        return {int(path.stem.removeprefix("shard-")) for path in self.path.glob("shard-*")}
+
+    def save(self, shard: int, partial: Partial) -> None:
+        """Write one shard's sums in one step."""
+        tensors = {f"{index}": sums.gram for index, sums in partial.sums.items()}
+        about = {
+            "tokens": {index: sums.tokens for index, sums in partial.sums.items()},
+            "fingerprints": dict(partial.fingerprints),
+        }
+        with atomic_path(self._file(shard)) as temporary:
+            save_file(tensors, temporary, metadata={"sere_ray": json.dumps(about)})
+
+    def merged(self) -> Partial:
+        """All shards together, in the order of their numbers.
+
+        The order makes the result the same to the last bit however many workers there were.
+
+        Raises:
+            SereError: a file is damaged, or shards are of different weights.
+        """
+        partials = [self._load(shard) for shard in sorted(self.done())]
+        first = partials[0].fingerprints
+        if any(partial.fingerprints != first for partial in partials):
+            raise SereError(
+                f"work = {str(self.path)!r}: shards were calibrated on different weights; give "
+                "another folder"
+            )
+        sums = {
+            index: reduce(lambda a, b: a.merge(b), [partial.sums[index] for partial in partials])
+            for index in self._shape.layers
+        }
+        return Partial(sums, first)
+
+    def remove(self) -> None:
+        """Delete the folder: its job has ended."""
+        shutil.rmtree(self.path)
+
+    def _load(self, shard: int) -> Partial:
+        path = self._file(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["sere_ray"])
+                sums: dict[int, Sums] = {}
+                for index in self._shape.layers:
+                    sums[index] = make_sums(self._metric, self._shape.num_experts)
+                    sums[index].gram = file.get_tensor(f"{index}")
+                    sums[index].tokens = about["tokens"][f"{index}"]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise SereError(
+                f"{path}: damaged ({error}); remove it and start the job again"
+            ) from None
+        return Partial(sums, {int(i): value for i, value in about["fingerprints"].items()})
+
+    def _file(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05}.safetensors"
+
+
+def _job(plan: Plan, shards: list[list[list[int]]]) -> dict[str, object]:
+    """What the sums depend on: arguments, model, data."""
+    settings = dataclasses.asdict(plan.settings)
+    kept = {name: value for name, value in settings.items() if name not in _IGNORED}
+    weights = Checkpoint(plan.settings.model).fingerprint() if is_local(plan.settings.model) else {}
+    tokens = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    return {
+        **kept,
+        "revision": plan.revision,
+        "config": hashlib.sha256(plan.config.to_json_string().encode()).hexdigest(),
+        "weights": weights,
+        "tokens": tokens,
+    }
+
+
+def _check_same(path: Path, old: dict[str, object], new: dict[str, object]) -> None:
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise SereError(
+                f"work = {str(path)!r}: holds sums of a job with {name} = {old.get(name)!r}, this "
+                f"one has {value!r}; remove the folder, give another one, or repeat that job"
+            )

@@ -43,6 +43,7 @@ for command in (
     cli_serve.stats,
     cli_serve.key,
     cli_quality.evaluate,
+    cli_quality.tune,
     cli_observe.monitor_demo,
 ):
     app.command()(command)

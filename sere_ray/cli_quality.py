@@ -67,3 +67,59 @@ def evaluate(
         if html:
             write_page(load_result(out), html)
     print(out)
+
+
+def tune(
+    model: Model,
+    similarity: Similarity,
+    data: Annotated[str, typer.Option(help="Text to choose on.")],
+    check: Annotated[str, typer.Option(help="Second text, which has no part in the choice.")],
+    out: Annotated[Path, typer.Option(help="Policy to write, YAML: `sere:` of a deployment.")],
+    max_kl: Annotated[float | None, typer.Option(help="Budget: mean KL, nats.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Budget: top-1 agreement, 0..1.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes that must keep it.")] = "8,16,32",
+    rules: Annotated[
+        str, typer.Option(help="Rules to choose among; GPUs serve sere alone so far.")
+    ] = "sere,oea,xshare,lynx,margin",
+    report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
+    sequences: Sequences = 128,
+    length: Length = 128,
+    prompt: Prompt = 64,
+    text_column: TextColumn = "text",
+    device: Device = "auto",
+) -> None:
+    """Find the policy that reads the fewest experts within a budget of quality, and check it.
+
+    Example: sere-ray tune MODEL --similarity MODEL.sere.safetensors --data a.jsonl
+    --check b.jsonl --max-kl 0.01 --batches 8,16,32 --out policy.yaml
+    """
+    with user_errors():
+        from sere_ray.evaluation.frontier import Plan
+        from sere_ray.evaluation.settings import check_rules
+        from sere_ray.evaluation.tune import Budget, write_policy
+        from sere_ray.evaluation.tune import tune as run
+        from sere_ray.evaluation.tune_report import print_report
+        from sere_ray.results import write_result
+
+        names = tuple(part.strip() for part in rules.split(","))
+        check_rules(names)
+        plan = Plan(
+            model=model,
+            similarity=similarity,
+            data=data,
+            text_column=text_column,
+            sequences=sequences,
+            length=length,
+            prompt_tokens=prompt,
+            batches=tuple(numbers("--batches", batches, range(1, 257))),
+            ranks=(1,),
+            device=device,
+        )
+        found = run(plan, check, Budget(max_kl, min_agreement), names, console)
+        write_policy(found["policy"], out)
+        if report:
+            write_result(report, found)
+        print_report(found, console)
+    print(out)

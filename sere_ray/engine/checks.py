@@ -69,7 +69,23 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
         path=policy.similarity,
     )
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
+    policy.check_layers(len(artifact.layers))
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        check_union(policy)
     return policy, startup, artifact
+
+
+def check_union(policy: Policy) -> None:
+    """Refuse a rule that would need more of other data-parallel ranks than they send.
+
+    Raises:
+        UnsupportedError: names both keys.
+    """
+    if policy.rule not in ("sere", "topk") and policy.union == "global":
+        raise UnsupportedError(
+            f"sere.union = 'global': ranks exchange what the rule 'sere' needs, and rule = "
+            f"{policy.rule!r} needs more; use union = 'local' or rule = 'sere'"
+        )
 
 
 def check_cuda_policy(policy: Policy) -> None:
@@ -78,6 +94,11 @@ def check_cuda_policy(policy: Policy) -> None:
     Raises:
         UnsupportedError: names the key.
     """
+    if policy.rule != "sere":
+        raise UnsupportedError(
+            f"sere.rule = {policy.rule!r}: the CUDA kernel computes 'sere' alone so far, a CPU "
+            "engine every rule; use rule = 'sere' on a GPU"
+        )
     if policy.prefer_local_rank is not None:
         raise UnsupportedError(
             f"sere.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot choose "

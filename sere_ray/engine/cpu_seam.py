@@ -25,7 +25,7 @@ from sere_ray.engine import cpu_expert_parallel, cpu_union
 from sere_ray.engine.cpu_state import CpuState, active_state
 from sere_ray.engine.row_kinds import request_kinds, row_kinds
 from sere_ray.engine.state import Routing, Wrap, find_state
-from sere_ray.rules import EXACT
+from sere_ray.rules import EXACT, Choice
 from sere_ray.tiers import asks_exact
 
 
@@ -41,27 +41,45 @@ def install(wrap: Wrap, vllm_config: Any) -> None:
         cpu_union.install(wrap)
 
 
-def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: Any) -> Routing:
+def route(
+    router: Any,
+    original: Callable[..., Routing],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Routing:
     """The gate's choice, re-routed."""
-    topk_weights, topk_ids = original(*args, **kwargs)
-    return topk_weights, torch.ops.sere_ray.reroute(topk_ids, topk_weights, router.sere_layer)
+    topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
+    new_ids, new_weights = torch.ops.sere_ray.choose(
+        topk_ids, topk_weights, router_logits, router.sere_layer
+    )
+    return new_weights, new_ids
 
 
 @functools.cache
 def define_op() -> None:
     """One opaque op, so that Dynamo does not trace the rule; the state is looked up at run time."""
 
-    def reroute(topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
+    def choose(topk_ids: Tensor, topk_weights: Tensor, logits: Tensor, layer: int) -> Choice:
         state = active_state()
-        return topk_ids.clone() if state is None else state.reroute(layer, topk_ids, topk_weights)
+        if state is None:
+            return topk_ids.clone(), topk_weights.clone()
+        return state.choose(layer, topk_ids, topk_weights, logits)
 
     op = torch.library.custom_op(
-        "sere_ray::reroute",
-        reroute,
+        "sere_ray::choose",
+        choose,
         mutates_args=(),
-        schema="(Tensor topk_ids, Tensor topk_weights, int layer) -> Tensor",
+        schema="(Tensor topk_ids, Tensor topk_weights, Tensor logits, int layer) "
+        "-> (Tensor, Tensor)",
     )
-    op.register_fake(lambda topk_ids, topk_weights, layer: torch.empty_like(topk_ids))
+    op.register_fake(
+        lambda topk_ids, topk_weights, logits, layer: (
+            torch.empty_like(topk_ids),
+            torch.empty_like(topk_weights),
+        )
+    )
 
 
 def hide_llvmlite(original: Callable[..., Any], *args: Any) -> Any:

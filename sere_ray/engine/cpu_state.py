@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.config import Policy
+from sere_ray.engine.cpu_rules import check_gate, choose_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
-from sere_ray.rules import NO_RANK, REROUTABLE, LocalRanks
+from sere_ray.rules import NO_RANK, REROUTABLE, Choice, LocalRanks
 from sere_ray.rules.sere_cpu import StepCounts, reroute_and_count
 
 
@@ -81,8 +83,39 @@ class CpuState(EngineState):
         self.current_kind = self.step_kind(kinds)
         self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
 
+    def check_supported(self, policy: Policy) -> None:
+        """See the base class."""
+        for runner in self.attached.values():
+            check_gate(policy, runner.router)
+
+    def choose(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
+    ) -> Choice:
+        """Apply the policy's rule to one layer of the running step and count; ``[T, K]`` each."""
+        self.before_layer(layer, topk_ids)
+        if self.bound.rule == "sere":
+            return self.reroute(layer, topk_ids, topk_weights), topk_weights.clone()
+        old = topk_ids.clone(), topk_weights.clone()
+        if self.bound.mode == "off" or not self.has_decode_row():
+            return old
+        position, matrix = self.position[layer], self.similarity[layer]
+        new, counts = choose_and_count(
+            self.bound.rule,
+            topk_ids,
+            topk_weights,
+            router_logits,
+            self.row_kind[: topk_ids.shape[0]],
+            self.bound.of_layer(position, len(matrix), matrix),
+            self.owner.get(layer),
+        )
+        self.counters[self.current_kind, position] += counts
+        return new if self.bound.mode == "on" else old
+
+    def before_layer(self, layer: int, topk_ids: Tensor) -> None:
+        """Do what comes before the rule in a layer; one rank has nothing to do."""
+
     def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Apply the policy to one layer of the running step and count; ``[T, K]`` ids."""
+        """The same for the rule ``sere``: new ids alone."""
         if self.bound.mode == "off" or not self.has_decode_row():
             return topk_ids.clone()
         kinds = self.row_kind[: topk_ids.shape[0]]

@@ -35,6 +35,7 @@ from torch import Tensor
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.config import BoundPolicy, Policy, Startup
 from sere_ray.dispatch import Greeting, naming_missing_ranks
+from sere_ray.engine.checks import check_union
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
@@ -123,8 +124,13 @@ class UnionCpuState(CpuState):
         self.has_exact_row = bool((kinds == EXACT).any())
         self.agreed = False
 
-    def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """See the base class; a collective call."""
+    def check_supported(self, policy: Policy) -> None:
+        """See the base class."""
+        super().check_supported(policy)
+        check_union(policy)
+
+    def before_layer(self, layer: int, topk_ids: Tensor) -> None:
+        """See the base class; a collective call in the first layer of a pass."""
         if not self.agreed:
             self._agree()
         counted = self.has_decode_row()
@@ -132,7 +138,6 @@ class UnionCpuState(CpuState):
         if self.meter is not None:
             is_padding = self.row_kind[: topk_ids.shape[0]] == PADDING
             self.meter.routed = Routed(topk_ids, is_padding, self.counter)
-        return super().reroute(layer, topk_ids, topk_weights)
 
     def count_sent(self, size: int) -> None:
         """Count what vLLM's all-gather sends of the layer that was re-routed last."""

@@ -27,7 +27,7 @@ Patches, put in place by the first layer that is built under a ``sere`` key:
 =====================================  ==========================================================
 BaseRouter subclass of each instance   ``_compute_routing`` ends in re-routing, on logical ids,
                                        before the load balancer's map: on a CPU through the op
-                                       ``sere_ray::reroute``, on a GPU by a launch in place.
+                                       ``sere_ray::choose``, on a GPU by a launch in place.
                                        Remove: as for MoERunner.
 base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
 loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
@@ -59,6 +59,7 @@ from sere_ray.engine.checks import (
     check_routes_outside_kernel,
     sere_config,
 )
+from sere_ray.engine.cpu_rules import check_gate
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cuda_state import CudaState
 from sere_ray.engine.cuda_union import UnionCudaState
@@ -181,6 +182,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
         route = cuda_union_seam.route if isinstance(state, UnionCudaState) else cuda_seam.route
         router.__class__ = _rerouting_class(router.__class__, route)
     else:
+        check_gate(state.policy, router)
         router.__class__ = _rerouting_class(router.__class__, cpu_seam.route)
     state.attached[layer] = runner
 

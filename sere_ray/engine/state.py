@@ -80,7 +80,7 @@ class EngineState(ABC):
         nothing = [0] * len(self.layers)
         return [dict.fromkeys(BYTES, nothing) for _ in range(2)]
 
-    def check_supported(self, policy: Policy) -> None:  # noqa: B027  (a CPU runs every policy)
+    def check_supported(self, policy: Policy) -> None:  # noqa: B027
         """Refuse a policy that this path cannot run.
 
         Raises:
@@ -144,6 +144,7 @@ class EngineState(ABC):
                 f"({self.policy.similarity!r}); send it the new one, or restart it"
             )
         self.check_supported(policy)
+        policy.check_layers(len(self.layers))
         policy.for_model(top_k=self.top_k)
         return policy
 

@@ -6,12 +6,14 @@ settings on the very rows they are judged on.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sere_ray.evaluation.decode_batches import Measured
+from sere_ray.evaluation.settings import EXACT
 from sere_ray.evaluation.statistics import Doubles, Estimate
 
 OURS = "margin"
@@ -19,11 +21,21 @@ ANYWHERE = 12
 """Numbers of experts, evenly spaced over what ours reads, at which the worst ratio is sought."""
 _RESAMPLES = 300
 _LEAST_KL = 1e-5
-"""Less counts as this much: a rule that hardly changes anything is as good as exact."""
+"""A setting that costs less changes hardly anything and is no point of a frontier."""
 _WORTH_COMPARING = 1e-4
 """Least KL of the best peer where ratios are sought anywhere."""
 _EDGE = 0.01
 """How far, in parts, outside of what was measured its edge still stands."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting at a batch size."""
+
+    rule: str
+    """Its rule, or ``exact``."""
+    keys: dict[str, Any]
+    batch: int
 
 
 class Frontier:
@@ -32,67 +44,61 @@ class Frontier:
     def __init__(self, reads: Doubles, kl: Doubles) -> None:
         """Of settings, ``[n]`` each."""
         order = np.lexsort((kl, reads))
-        reads, log_kl = reads[order], np.log(np.maximum(kl[order], _LEAST_KL))
-        better = np.concatenate(([True], log_kl[1:] < np.minimum.accumulate(log_kl)[:-1]))
-        self.reads, self.log_kl = reads[better], log_kl[better]
+        reads, kl = reads[order], kl[order]
+        better = np.concatenate(([True], kl[1:] < np.minimum.accumulate(kl)[:-1]))
+        better &= kl >= _LEAST_KL
+        self.reads, self.log_kl = reads[better], np.log(kl[better])
 
     def kl_at(self, reads: float) -> float:
         """KL at so many experts; NaN outside of what was measured."""
-        if not self.reads[0] * (1 - _EDGE) <= reads <= self.reads[-1] * (1 + _EDGE):
+        if not len(self.reads) or not self.reads[0] * (1 - _EDGE) <= reads <= self.reads[-1] * (
+            1 + _EDGE
+        ):
             return float("nan")
         return float(np.exp(np.interp(reads, self.reads, self.log_kl)))
 
     def reads_at(self, kl: float) -> float:
         """Experts at this KL; NaN outside of what was measured."""
-        level = np.log(max(kl, _LEAST_KL))
-        if not self.log_kl[-1] <= level <= self.log_kl[0]:
+        level = np.log(kl)
+        if not len(self.reads) or not self.log_kl[-1] <= level <= self.log_kl[0]:
             return float("nan")
         return float(np.interp(-level, -self.log_kl, self.reads))
 
 
 Frontiers = dict[str, Frontier]
-Points = dict[str, tuple[Doubles, Doubles]]
+Values = dict[str, tuple[Doubles, Doubles]]
 """Rule -> reads and KL of its settings, ``[settings, texts]`` each."""
 
 
-def compare(
-    settings: list[dict[str, Any]],
-    found: Mapping[tuple[int, int], Measured],
-    batches: tuple[int, ...],
-    shares: Doubles,
-) -> list[dict[str, Any]]:
+def compare(points: list[Point], found: list[Measured], shares: Doubles) -> list[dict[str, Any]]:
     """Per batch size: ours against SERE and the best peer at SERE's experts, and anywhere.
 
     Args:
-        settings: of which ``found`` has the indices; the first is the exact model.
-        found: by setting and batch size.
-        batches: batch sizes.
+        points: settings at batch sizes.
+        found: what each of them did.
         shares: resamples of texts.
 
     Returns:
-        Rows of a result file; none where ours or SERE was not among the rules.
+        Rows of a result file; none where ours, SERE and a third rule were not all measured.
     """
-    rules = list(dict.fromkeys(keys["rule"] for keys in settings[1:]))
-    if OURS not in rules or "sere" not in rules or len(rules) < 3:
-        return []
     rows = []
-    for batch in batches:
-        if batch == 1:
-            continue  # ours is exact
-        points = {
-            rule: _points(
-                [found[i, batch] for i, keys in enumerate(settings) if keys["rule"] == rule]
-            )
-            for rule in rules
-        }
-        of_sere = [keys for keys in settings if keys["rule"] == "sere"]
-        for i, keys in enumerate(of_sere):
+    for batch in dict.fromkeys(point.batch for point in points if point.batch > 1):
+        settings: dict[str, list[dict[str, Any]]] = {}
+        measured: dict[str, list[Measured]] = {}
+        for point, of_point in zip(points, found, strict=True):
+            if point.batch == batch and point.rule != EXACT:
+                settings.setdefault(point.rule, []).append(point.keys)
+                measured.setdefault(point.rule, []).append(of_point)
+        if not {OURS, "sere"} < settings.keys():
+            return []
+        values = {rule: _values(of_rule) for rule, of_rule in measured.items()}
+        for i, keys in enumerate(settings["sere"]):
             if keys.get("threshold") is None:
                 at = f"experts of SERE S={keys['select_top_k']}"
                 numbers = functools.partial(_at_sere, position=i)
-                rows.append({"batch": batch, "at": at} | _bootstrap(points, shares, numbers))
+                rows.append({"batch": batch, "at": at} | _bootstrap(values, shares, numbers))
         rows.append(
-            {"batch": batch, "at": "worst anywhere"} | _bootstrap(points, shares, _anywhere)
+            {"batch": batch, "at": "worst anywhere"} | _bootstrap(values, shares, _anywhere)
         )
     return rows
 
@@ -137,27 +143,27 @@ def _anywhere(frontiers: Frontiers, _: Means) -> dict[str, float]:
     return {"experts": worst[0], "kl_to_best_peer": worst[1]}
 
 
-def _points(measured: list[Measured]) -> tuple[Doubles, Doubles]:
+def _values(measured: list[Measured]) -> tuple[Doubles, Doubles]:
     reads = np.stack([found.reads for found in measured]).astype(np.float64)
     kl = np.stack([found.kl.mean(axis=1) for found in measured]).astype(np.float64)
     return reads, kl
 
 
 def _bootstrap(
-    points: Points, shares: Doubles, numbers: Callable[[Frontiers, Means], dict[str, float]]
+    values: Values, shares: Doubles, numbers: Callable[[Frontiers, Means], dict[str, float]]
 ) -> dict[str, Any]:
     """The numbers of all texts, with intervals over resamples, and who the best peer is."""
 
     def of(share: Doubles) -> tuple[Frontiers, dict[str, float]]:
-        means = {rule: (reads @ share, kl @ share) for rule, (reads, kl) in points.items()}
-        frontiers = {rule: Frontier(*values) for rule, values in means.items()}
+        means = {rule: (reads @ share, kl @ share) for rule, (reads, kl) in values.items()}
+        frontiers = {rule: Frontier(*of_rule) for rule, of_rule in means.items()}
         return frontiers, numbers(frontiers, means)
 
     texts = shares.shape[1]
-    frontiers, values = of(np.full(texts, 1 / texts))
+    frontiers, estimates = of(np.full(texts, 1 / texts))
     resampled = [of(share)[1] for share in shares[:_RESAMPLES]]
-    row: dict[str, Any] = {"best_peer": best_peer(frontiers, values["experts"])[0] or None}
-    for name, value in values.items():
+    row: dict[str, Any] = {"best_peer": best_peer(frontiers, estimates["experts"])[0] or None}
+    for name, value in estimates.items():
         others = np.array([of_resample[name] for of_resample in resampled])
         others = others[~np.isnan(others)]
         known = not np.isnan(value) and len(others) > 0.9 * len(resampled)

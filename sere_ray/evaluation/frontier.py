@@ -1,6 +1,6 @@
 """``sere-ray evaluate``: every rule at every setting and batch size, on the same held-out rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from sere_ray.artifact import SimilarityArtifact
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
 from sere_ray.calibration.loading import load_model, load_tokenizer, model_name, pick_device
+from sere_ray.config import BoundPolicy
 from sere_ray.errors import DataError, SereError
-from sere_ray.evaluation.comparison import compare
+from sere_ray.evaluation.comparison import Point, compare
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.settings import as_policy, grid, label
+from sere_ray.evaluation.settings import EXACT, as_policy, grid, label
 from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
 from sere_ray.progress import progress
-
-Point = tuple[int, int]
-"""Index of the setting, batch size."""
 
 
 @dataclass(frozen=True)
@@ -99,49 +97,44 @@ class Evaluator:
         whole = sum(len(window) == plan.length for window in windows)
         if whole < plan.sequences:
             raise DataError(
-                f"data = {data!r}: gives {whole} windows of {plan.length} tokens, but --sequences "
-                f"= {plan.sequences}; give more text, or fewer or shorter sequences"
+                f"data = {data!r}: gives {whole} whole windows of {plan.length} tokens, but "
+                f"--sequences = {plan.sequences}; give more text, or fewer or shorter sequences"
             )
         return torch.tensor(windows)
 
-    def measure(
-        self,
-        settings: list[dict[str, Any]],
-        batches: tuple[int, ...],
-        console: Console | None,
-        input_ids: Tensor | None = None,
-    ) -> dict[Point, Measured]:
-        """Every setting at every batch size; memory holds the logits of the largest batch only."""
-        policies = [
-            as_policy(keys).for_model(top_k=self.shape.top_k, where=label(keys))
-            for keys in settings
-        ]
-        parts: dict[Point, list[Measured]] = {
-            (i, batch): [] for i in range(len(settings)) for batch in batches
-        }
-        for chunk, advance in self._chunks(input_ids, max(batches), len(parts), console):
-            for (i, batch), found in parts.items():
-                found.append(chunk.measure(policies[i], batch))
-                advance(1)
-        return {point: Measured.join(found) for point, found in parts.items()}
-
-    def _chunks(
-        self, input_ids: Tensor | None, size: int, points: int, console: Console | None
-    ) -> Iterator[tuple[DecodeBatches, Callable[[int], None]]]:
-        texts = self.input_ids if input_ids is None else input_ids
-        plan, total = self.plan, points * (len(texts) // size)
+    def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
+        """Settings at batch sizes; memory holds the logits of the largest batch only."""
+        policies = [self.bind(point.keys) for point in points]
+        parts: list[list[Measured]] = [[] for _ in points]
+        size = max(point.batch for point in points)
+        total = len(points) * (len(self.input_ids) // size)
         with progress(console, total, task="evaluate", unit="passes") as advance:
-            for start in range(0, len(texts), size):
-                yield (
-                    DecodeBatches(
-                        self.model,
-                        texts[start : start + size],
-                        plan.prompt_tokens,
-                        self.artifact.layers,
-                        plan.ranks,
-                    ),
-                    advance,
-                )
+            for chunk in self.chunks(self.input_ids, size):
+                for point, policy, found in zip(points, policies, parts, strict=True):
+                    found.append(chunk.measure(policy, point.batch))
+                    advance(1)
+        return [Measured.join(found) for found in parts]
+
+    def bind(self, keys: dict[str, Any]) -> BoundPolicy:
+        """A setting for this model.
+
+        Raises:
+            PolicyError: it does not fit.
+        """
+        policy = as_policy(keys)
+        policy.check_layers(len(self.shape.layers))
+        return policy.for_model(top_k=self.shape.top_k, where=label(keys))
+
+    def chunks(self, input_ids: Tensor, size: int) -> Iterator[DecodeBatches]:
+        """The windows, ``size`` at a time, with their exact logits."""
+        for start in range(0, len(input_ids), size):
+            yield DecodeBatches(
+                self.model,
+                input_ids[start : start + size],
+                self.plan.prompt_tokens,
+                self.artifact.layers,
+                self.plan.ranks,
+            )
 
 
 def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: str) -> None:
@@ -183,18 +176,18 @@ def evaluate(
     """
     evaluator = Evaluator(plan)
     shape = evaluator.shape
-    if settings is None:
-        sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
-        settings = [keys for rule in rules for keys in grid(rule, **sizes)]
     exact = {"rule": "topk", "select_top_k": shape.top_k}
-    found = evaluator.measure([exact, *settings], plan.batches, console)
-    named: list[dict[str, Any]] = [{"rule": "exact"}, *settings]
+    points = [Point(EXACT, exact, batch) for batch in plan.batches]
+    for batch in plan.batches:
+        sizes = {"batch": batch, "num_experts": shape.num_experts, "top_k": shape.top_k}
+        of_batch = settings or [keys for rule in rules for keys in grid(rule, **sizes)]
+        points += [Point(keys["rule"], keys, batch) for keys in of_batch]
+    found = evaluator.measure(points, console)
     shares = draws(plan.sequences)
     rows = [
         row
-        for batch in plan.batches
-        for i, keys in enumerate(named)
-        for row in _rows(keys, batch, found[i, batch], plan.ranks, shares)
+        for point, measured in zip(points, found, strict=True)
+        for row in _rows(point, measured, plan.ranks, shares)
     ]
     return {
         "model": model_name(plan.model),
@@ -206,23 +199,20 @@ def evaluate(
         "sequences": plan.sequences,
         "scored_positions": plan.sequences * (plan.length - plan.prompt_tokens),
         "rows": rows,
-        "comparison": compare(named, found, plan.batches, shares),
+        "comparison": compare(points, found, shares),
     }
 
 
 def _rows(
-    keys: dict[str, Any],
-    batch: int,
-    found: Measured,
-    ranks: tuple[int, ...],
-    shares: Doubles,
+    point: Point, found: Measured, ranks: tuple[int, ...], shares: Doubles
 ) -> list[dict[str, Any]]:
     quality = summarise(found, shares)
+    knobs = {} if point.rule == EXACT else point.keys
     return [
         {
-            "rule": keys["rule"],
-            "settings": {k: v for k, v in keys.items() if k != "rule" and v is not None},
-            "batch": batch,
+            "rule": point.rule,
+            "settings": {k: v for k, v in knobs.items() if k != "rule" and v is not None},
+            "batch": point.batch,
             "ranks": count,
             **quality,
             **mean(found.busiest[count], shares).fields("experts_read_max_rank", 3),

@@ -11,19 +11,22 @@ from sere_ray.rules import RULES
 
 EXACT = "exact"
 """Name of the row that changes nothing."""
-_SHARES = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2, 7 / 12, 2 / 3, 3 / 4)
-"""Budgets of kept experts, of E."""
+_BUDGETS = 9
+"""How many budgets of kept experts are tried at a batch size."""
 _TAUS = (0.0, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 1.0)
-_LYNX = ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0}, {"alpha": 2.0, "base": 4.0})
+_LYNX = ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0})
 
 
-def grid(rule: str, *, num_experts: int, top_k: int) -> list[dict[str, Any]]:
-    """Policy keys of the settings of a rule, without ``similarity``.
+def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[str, Any]]:
+    """Policy keys of the settings of a rule at a batch size, without ``similarity``.
 
-    Published rules have no floor; ``margin`` has its default one.
+    Published rules have no floor; ``margin`` has its default one. Budgets lie between the experts
+    that B rows name with one slot and with all of them, if they choose evenly.
     """
     sizes = range(1, min(top_k, 7))
-    budgets = sorted({max(1, round(share * num_experts)) for share in _SHARES})
+    least, most = (num_experts * (1 - (1 - k / num_experts) ** batch) for k in (1, top_k))
+    between = (least + (most - least) * i / (_BUDGETS - 1) for i in range(_BUDGETS))
+    budgets = sorted({max(1, round(budget)) for budget in between})
     found: dict[str, list[dict[str, Any]]] = {
         "sere": [
             {"select_top_k": size, "threshold": rho, "min_primary_experts": 0}

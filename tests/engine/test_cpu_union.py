@@ -189,7 +189,7 @@ def switch_under_load(rank, port, folder):
             for layer in range(LAYERS):
                 scores = torch.rand((max(count, 1), EXPERTS), generator=generator)  # 0: a dummy row
                 weights, ids = scores.topk(TOP_K)
-                new_ids = state.reroute(layer, ids.to(torch.int32), weights)
+                new_ids, _ = state.choose(layer, ids.to(torch.int32), weights, weights)
                 kind = state.row_kind[: len(ids)].clone()
                 seed = seeds[state.similarity[0][0, 1].item()]
                 calls.append((state.bound, seed, ids, weights, kind, new_ids.long()))
@@ -242,7 +242,7 @@ def disagree(rank, port, what):
 
     def run_pass():
         with state.step(np.ones(1, dtype=np.int8)):
-            state.reroute(0, ids, weights)
+            state.choose(0, ids, weights, weights)
 
     policy = state.policy.model_dump()
     if what == "policy":
@@ -277,7 +277,7 @@ def damage(rank, port):
                 state.similarity[layer] = state.similarity[layer].flip(1).contiguous()
             try:
                 with state.step(np.ones(5, dtype=np.int8)):
-                    state.reroute(layer, ids.int(), weights)
+                    state.choose(layer, ids.int(), weights, weights)
             except SereError as error:
                 messages.append(str(error))
     return messages

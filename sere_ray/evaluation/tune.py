@@ -1,0 +1,252 @@
+"""``sere-ray tune``: the settings that read the fewest experts within a budget of quality.
+
+A setting fits if the bad end of its 95 % interval keeps the budget at every batch size asked for.
+What is found on one text is checked on a second one, which had no part in the choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from sere_ray.artifact import atomic_path
+from sere_ray.errors import SereError
+from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
+from sere_ray.evaluation.frontier import Evaluator, Plan
+from sere_ray.evaluation.settings import grid
+from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
+from sere_ray.progress import waiting
+
+_TAU_LOW, _TAU_HIGH, _TAU_STEPS = 1e-4, 0.5, 8
+_SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("runners_up", (2, 4, 8, 16)),
+    ("fill", (0.25, 0.5, 0.75, 1.0)),
+    ("beta", (0.25, 0.5, 0.75, 1.0)),
+)
+"""Knobs of ``margin`` that are tried one after the other."""
+_PER_LAYER = (0.5, 2.0)
+"""Factors that each layer's tau is tried with."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a setting may cost; one of the two is None."""
+
+    kl: float | None
+    agreement: float | None
+
+    def check(self) -> None:
+        """Refuse both, neither, or a number that cannot be kept.
+
+        Raises:
+            SereError: names the options.
+        """
+        if (self.kl is None) == (self.agreement is None):
+            raise SereError("--max-kl, --min-agreement: give one of the two")
+        if self.kl is not None and self.kl <= 0:
+            raise SereError(f"--max-kl = {self.kl}: must be above 0 nats")
+        if self.agreement is not None and not 0 < self.agreement < 1:
+            raise SereError(f"--min-agreement = {self.agreement}: must be between 0 and 1")
+
+    def spent(self, found: Measured, shares: Doubles) -> Estimate:
+        """The budgeted number of a setting."""
+        return mean(found.kl if self.kl is not None else found.agreement, shares)
+
+    def kept(self, spent: Estimate) -> bool:
+        """Whether the bad end of the interval is within the budget."""
+        if self.kl is not None:
+            return spent.high <= self.kl
+        assert self.agreement is not None
+        return spent.low >= self.agreement
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting and what it did, by batch size."""
+
+    keys: dict[str, Any]
+    found: dict[int, Measured]
+    fits: bool
+
+    @property
+    def reads(self) -> float:
+        """Experts per layer and step, mean over batch sizes."""
+        return float(np.mean([found.reads.mean() for found in self.found.values()]))
+
+    @property
+    def log_kl(self) -> float:
+        """Mean over batch sizes."""
+        kl = [max(float(found.kl.mean()), 1e-9) for found in self.found.values()]
+        return float(np.mean(np.log(kl)))
+
+
+Try = Callable[[dict[str, Any]], Candidate]
+
+
+class Text:
+    """One text: its windows, on which settings are tried."""
+
+    def __init__(self, evaluator: Evaluator, data: str, budget: Budget) -> None:
+        plan = evaluator.plan
+        self.evaluator, self.batches, self.budget = evaluator, plan.batches, budget
+        self.chunks: list[DecodeBatches] = list(
+            evaluator.chunks(evaluator.windows(data), max(plan.batches))
+        )
+        self.shares = draws(plan.sequences)
+        self.exact = self.measure({"rule": "topk", "select_top_k": evaluator.shape.top_k})
+
+    def measure(self, keys: dict[str, Any]) -> dict[int, Measured]:
+        """A setting at every batch size."""
+        policy = self.evaluator.bind(keys)
+        return {
+            batch: Measured.join([chunk.measure(policy, batch) for chunk in self.chunks])
+            for batch in self.batches
+        }
+
+    def attempt(self, keys: dict[str, Any]) -> Candidate:
+        """The same, held against the budget."""
+        found = self.measure(keys)
+        spent = [self.budget.spent(of_batch, self.shares) for of_batch in found.values()]
+        return Candidate(keys, found, all(self.budget.kept(number) for number in spent))
+
+    def report(self, found: dict[int, Measured]) -> list[dict[str, Any]]:
+        """Per batch size: share of experts read, and what it costs."""
+        rows = []
+        for batch, of_batch in found.items():
+            exact = self.exact[batch].reads.astype(np.float64)
+            share = Estimate.of(
+                of_batch.reads.mean() / exact.mean(),
+                (self.shares @ of_batch.reads.astype(np.float64)) / (self.shares @ exact),
+            )
+            rows.append(
+                {"batch": batch, "experts_exact": round(float(exact.mean()), 3)}
+                | mean(of_batch.reads, self.shares).fields("experts_read_mean", 3)
+                | share.fields("experts_to_exact", 4)
+                | mean(of_batch.kl, self.shares).fields("kl_mean", 5)
+                | mean(of_batch.agreement, self.shares).fields("top1_agreement", 4)
+            )
+        return rows
+
+
+def tune(
+    plan: Plan, check_data: str, budget: Budget, rules: tuple[str, ...], console: Console
+) -> dict[str, Any]:
+    """The content of a report: the policy, what it was predicted to do, what it did.
+
+    Args:
+        plan: model and text to choose on; its batch sizes are those that must keep the budget.
+        check_data: a second text.
+        budget: what may be lost.
+        rules: names of the rules to choose among.
+        console: where progress goes.
+
+    Raises:
+        SereError: something cannot be used, or no setting keeps the budget.
+    """
+    budget.check()
+    evaluator = Evaluator(plan)
+    text = Text(evaluator, plan.data, budget)
+    best: Candidate | None = None
+    tried: list[dict[str, Any]] = []
+    for rule in rules:
+        with waiting(console, f"trying {rule}"):
+            found = best_of_rule(text, rule)
+        tried.append({"rule": rule, "experts_read_mean": round(found.reads, 3) if found else None})
+        if found and (best is None or found.reads < best.reads):
+            best = found
+    if best is None:
+        raise SereError(
+            f"no setting of {', '.join(rules)} keeps the budget at batch sizes "
+            f"{', '.join(map(str, plan.batches))}; allow more, or give more text: with "
+            f"{plan.sequences} windows intervals are wide"
+        )
+    with waiting(console, "checking on the second text"):
+        second = Text(evaluator, check_data, budget)
+        checked = second.attempt(best.keys)
+    return {
+        "policy": {"similarity": str(plan.similarity), **_plain(best.keys)},
+        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+        "tried": tried,
+        "predicted": text.report(best.found),
+        "checked": second.report(checked.found),
+        "keeps_the_budget_on_the_second_text": checked.fits,
+    }
+
+
+def write_policy(policy: dict[str, Any], path: Path) -> None:
+    """A YAML file of policy keys: what `sere:` of a deployment file holds."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(policy, sort_keys=False), encoding="utf-8")
+
+
+def best_of_rule(text: Text, rule: str) -> Candidate | None:
+    """The setting of a rule that reads the fewest experts and fits; None where none does."""
+    if rule == "margin":
+        return _best_margin(text)
+    shape = text.evaluator.shape
+    sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
+    settings = [keys for batch in text.batches for keys in grid(rule, batch=batch, **sizes)]
+    settings = [keys for i, keys in enumerate(settings) if keys not in settings[:i]]
+    if rule == "sere":  # a server has its default floor
+        settings = [{**keys, "min_primary_experts": None} for keys in settings]
+    fitting = [c for c in map(text.attempt, settings) if c.fits]
+    return min(fitting, key=lambda candidate: candidate.reads, default=None)
+
+
+def _best_margin(text: Text) -> Candidate | None:
+    """tau by bisection; then what the weights are made of; then a tau for every layer."""
+    first = _largest_tau(text.attempt, lambda tau: {"rule": "margin", "tau": tau})
+    if first is None:
+        return None
+    keys = dict(first.keys)
+    slope = _slope(text.attempt, keys)
+    for name, values in _SHAPES:
+        options = [text.attempt({**keys, name: value}) for value in values]
+        keys = min(options, key=lambda c: c.log_kl + slope * c.reads).keys
+    taus = np.full(len(text.evaluator.shape.layers), keys["tau"])
+    current = text.attempt(keys)
+    for layer in range(len(taus)):
+        for factor in _PER_LAYER:
+            other = taus.copy()
+            other[layer] *= factor
+            found = text.attempt({**keys, "tau": other.clip(max=1.0).tolist()})
+            if found.log_kl + slope * found.reads < current.log_kl + slope * current.reads:
+                taus, current = other, found
+    relative = taus / taus.mean()
+    tuned = _largest_tau(
+        text.attempt, lambda tau: {**keys, "tau": (relative * tau).clip(max=1.0).tolist()}
+    )
+    fitting = [c for c in (first, tuned) if c is not None]
+    return min(fitting, key=lambda candidate: candidate.reads)
+
+
+def _largest_tau(attempt: Try, keys_of: Callable[[float], dict[str, Any]]) -> Candidate | None:
+    """Bisection on a logarithmic scale: demand less, until the budget is spent."""
+    low, high, best = np.log(_TAU_LOW), np.log(_TAU_HIGH), None
+    for _ in range(_TAU_STEPS):
+        middle = (low + high) / 2
+        found = attempt(keys_of(round(float(np.exp(middle)), 6)))
+        if found.fits:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
+
+
+def _slope(attempt: Try, keys: dict[str, Any]) -> float:
+    """How much log KL falls with one more expert, around a setting."""
+    less, more = (attempt({**keys, "tau": min(keys["tau"] * f, 1.0)}) for f in (1.5, 1 / 1.5))
+    return (less.log_kl - more.log_kl) / max(more.reads - less.reads, 1e-3)
+
+
+def _plain(keys: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that are left at null, numbers short enough to read."""
+    return {
+        key: [round(v, 6) for v in value] if isinstance(value, list) else value
+        for key, value in keys.items()
+        if value is not None
+    }

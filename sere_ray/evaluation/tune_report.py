@@ -1,0 +1,41 @@
+"""What ``sere-ray tune`` found, as a table."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sere_ray.evaluation.settings import label
+
+
+def print_report(found: dict[str, Any], console: Console) -> None:
+    """Predicted and checked, one row for each batch size."""
+    policy = {key: value for key, value in found["policy"].items() if key != "similarity"}
+    table = Table(title=f"{policy['rule']}: {label(policy)}", box=SIMPLE_HEAD)
+    for heading in ("text", "batch", "experts", "of exact", "KL, nats", "top-1"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, rows in (("predicted", found["predicted"]), ("second text", found["checked"])):
+        for row in rows:
+            table.add_row(
+                name,
+                str(row["batch"]),
+                f"{row['experts_read_mean']:.2f}",
+                _with_interval(row, "experts_to_exact", "{:.1%}"),
+                _with_interval(row, "kl_mean", "{:.4f}"),
+                f"{row['top1_agreement']:.2%}",
+            )
+        table.add_section()
+    console.print(table)
+    kept = found["keeps_the_budget_on_the_second_text"]
+    console.print(
+        "the second text keeps the budget, interval and all"
+        if kept
+        else "the second text does not keep the budget with its whole interval: allow for it, or "
+        "choose on more text"
+    )
+
+
+def _with_interval(row: dict[str, Any], field: str, form: str) -> str:
+    low, high = (form.format(edge) for edge in row[f"{field}_95"])
+    return f"{form.format(row[field])} ({low}..{high})"

@@ -1,0 +1,137 @@
+"""Other rules than ``sere`` in a real vLLM engine on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.artifact import SimilarityArtifact
+from sere_ray.calibration import calibrate
+from sere_ray.calibration.loading import load_model
+from sere_ray.config import Policy
+from sere_ray.demo import assets
+from sere_ray.demo.quality import LENGTH, PROMPT_TOKENS, heldout_windows
+from sere_ray.engine.control import read_counters, set_policy
+from sere_ray.engine.cpu_state import CpuState
+from sere_ray.errors import PolicyError, UnsupportedError
+from sere_ray.evaluation.decode_batches import DecodeBatches
+from sere_ray.evaluation.statistics import draws, mean
+from sere_ray.rules import EXACT, REROUTABLE, RULES
+from tests.engine import forced
+from tests.engine.conftest import generate, prompts, running_engine, sere_key
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+TOP_K, EXPERTS, BATCH = 4, 48, 16
+MARGIN = {"rule": "margin", "tau": 0.006}
+SETTINGS = (
+    {"rule": "topk", "select_top_k": 2},
+    {"rule": "oea", "select_top_k": 2},
+    {"rule": "xshare", "experts": 16},
+    {"rule": "lynx", "experts": 16},
+    {**MARGIN, "tau": [0.002, 0.004, 0.006, 0.01]},
+)
+
+
+@pytest.fixture(scope="module")
+def similarity(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rules") / "demo.safetensors"
+    calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=path, sequences=32, device="cpu")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ids_and_windows():
+    windows = heldout_windows()[:BATCH]
+    requests = [{"prompt_token_ids": row[:PROMPT_TOKENS].tolist()} for row in windows]
+    # the answer's last token is not fed back, so its logits are those of position LENGTH - 2
+    return windows, requests, [row[PROMPT_TOKENS:].tolist() for row in windows]
+
+
+@pytest.fixture(scope="module")
+def engine(similarity):
+    key = {"similarity": similarity, **MARGIN}
+    with running_engine(assets.MODEL, key, dtype="float32", **forced.OPTIONS) as running:
+        yield running
+
+
+def with_similarity(similarity, keys):
+    return Policy.parse({"similarity": similarity, **keys})
+
+
+@pytest.mark.parametrize("keys", SETTINGS, ids=lambda keys: keys["rule"])
+def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch, keys):
+    """On the very logits, every row of mixed and decode-only steps, ``==``."""
+    calls = []
+    original = CpuState.choose
+
+    def record(self, layer, topk_ids, topk_weights, router_logits):
+        new = original(self, layer, topk_ids, topk_weights, router_logits)
+        kinds = self.row_kind[: len(topk_ids)].clone()
+        given = (topk_ids.clone(), topk_weights.clone(), router_logits.clone())
+        calls.append((layer, *given, kinds, *(part.clone() for part in new)))
+        return new
+
+    monkeypatch.setattr(CpuState, "choose", record)
+    policy = with_similarity(similarity, keys)
+    set_policy(engine, policy)
+    read_counters(engine)
+    generate(engine, prompts(8, seed=5, length=(20, 60)), tokens=6)
+    bound, info, changed = policy.for_model(top_k=TOP_K), RULES[keys["rule"]], 0
+    for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
+        if REROUTABLE not in kinds:
+            assert torch.equal(new_ids, ids)
+            continue
+        scores = logits.float().softmax(-1)
+        expected_ids, expected_weights = info.apply(
+            ids, weights, scores, kinds, bound.of_layer(layer, EXPERTS, None)
+        )
+        kept = expected_ids >= 0
+        assert torch.equal(new_ids[kept], expected_ids[kept])
+        assert (new_weights[~kept] == 0).all(), "a dropped slot weighs nothing"
+        assert torch.equal(new_weights, expected_weights)
+        assert torch.equal(new_ids[kinds == EXACT], ids[kinds == EXACT])
+        changed += int((new_ids != ids).any())
+    assert changed > 4
+    decode = read_counters(engine)["decode_only"]
+    pairs = zip(decode["experts_after"], decode["experts_before"], strict=True)
+    assert all(after < before for after, before in pairs)
+    assert sum(decode["slots_rerouted"]) > 0
+
+
+def test_kl_of_forced_tokens_is_within_the_evaluators_interval(engine, similarity, ids_and_windows):
+    """What a server would have thought, against what ``sere-ray evaluate`` says it does."""
+    windows, requests, answers = ids_and_windows
+    margin = with_similarity(similarity, MARGIN)
+    found = []
+    for policy in (margin.model_copy(update={"mode": "off"}), margin):
+        set_policy(engine, policy)
+        found.append(forced.log_probs(engine, requests, answers)[:, 1:])
+    exact, rerouted = found  # the first logits are of a prompt row
+    of_server = float((exact.exp() * (exact - rerouted)).sum(-1).mean())
+
+    model = load_model(
+        str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32"
+    )
+    matrices = SimilarityArtifact.load(similarity).layers
+    batches = DecodeBatches(model, windows[:, : LENGTH - 1], PROMPT_TOKENS, matrices)
+    measured = batches.measure(margin.for_model(top_k=TOP_K), BATCH)
+    estimate = mean(measured.kl, draws(BATCH))
+    print(f"server {of_server:.5f}, evaluator {estimate}")
+    assert estimate.low <= of_server <= estimate.high
+    assert of_server == pytest.approx(estimate.value, rel=0.1)
+    assert np.isfinite(of_server)
+    assert of_server > 1e-4
+
+
+def test_a_policy_of_another_rule_is_checked_by_the_engine(engine, similarity, has_words):
+    with pytest.raises(PolicyError) as caught:
+        set_policy(engine, with_similarity(similarity, {"rule": "margin", "tau": [0.1, 0.2]}))
+    has_words(str(caught.value), "2 numbers", "4 MoE layers")
+    set_policy(engine, with_similarity(similarity, {"rule": "sere", "select_top_k": 2}))
+
+
+def test_gates_with_groups_are_refused(checkpoint, has_words):
+    folder = checkpoint("deepseek_v2")
+    key = {"similarity": sere_key(folder)["similarity"], "rule": "oea", "select_top_k": 1}
+    with pytest.raises(UnsupportedError) as caught, running_engine(folder, key):
+        pass
+    has_words(str(caught.value), "sere.rule = 'oea'", "use_grouped_topk", "'topk'")

@@ -1,0 +1,136 @@
+"""Decode batches of the demo model: what is measured is what the single-batch score measures."""
+
+import numpy as np
+import pytest
+import torch
+
+from sere_ray.calibration.loading import load_model
+from sere_ray.config import Policy
+from sere_ray.demo import assets
+from sere_ray.demo.quality import heldout_windows
+from sere_ray.errors import UnsupportedError
+from sere_ray.evaluation.decode_batches import DecodeBatches, Measured, check_chosen_by
+from sere_ray.evaluation.statistics import Estimate, draws, mean, summarise
+from sere_ray.evaluation.teacher_forced import exact_logits, score
+
+PROMPT, LENGTH, TEXTS, TOP_K = 24, 40, 16, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return heldout_windows()[:TEXTS, :LENGTH]
+
+
+@pytest.fixture(scope="module")
+def similarity():
+    generator = torch.Generator().manual_seed(0)
+    return {i: torch.rand(48, 48, generator=generator).fill_diagonal_(1.0) for i in range(4)}
+
+
+@pytest.fixture(scope="module")
+def batches(model, windows, similarity):
+    return DecodeBatches(model, windows, PROMPT, similarity, ranks=(1, 2, 8))
+
+
+def bound(**keys):
+    return Policy.parse({"similarity": "-", **keys}).for_model(top_k=TOP_K)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_sere_scores_as_one_batch_at_a_time_does(
+    batches, model, windows, similarity, batch, threshold
+):
+    policy = bound(select_top_k=1, threshold=threshold, min_primary_experts=0)
+    found = batches.measure(policy, batch)
+    exact = exact_logits(model, windows, PROMPT)
+    expected = score(model, windows, exact, policy, similarity, batch=batch, prompt_tokens=PROMPT)
+    assert found.kl.mean() == pytest.approx(expected.kl_mean, rel=1e-3)
+    assert found.agreement.mean() == pytest.approx(expected.top1_agreement, abs=0.01)
+    assert found.reads.mean() == pytest.approx(expected.experts_read, rel=1e-3)
+    assert found.kl.shape == found.agreement.shape == (TEXTS, LENGTH - PROMPT)
+    assert found.loss.shape == (TEXTS, LENGTH - PROMPT - 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "batch"),
+    [
+        ({"rule": "topk", "select_top_k": 4}, 8),
+        ({"rule": "oea", "select_top_k": 4}, 8),
+        ({"rule": "lynx", "experts": 48}, 8),
+        ({"rule": "margin", "tau": 1.0}, 1),
+    ],
+)
+def test_what_changes_nothing_is_exact(batches, model, windows, keys, batch):
+    found = batches.measure(bound(**keys), batch)
+    assert np.abs(found.kl).max() < 1e-5
+    assert found.agreement.all()
+    logp = exact_logits(model, windows, PROMPT).log_softmax(-1)[:, :-1]
+    loss = -logp.gather(2, windows[:, PROMPT + 1 :, None]).squeeze(-1)
+    assert np.allclose(found.loss, loss.numpy(), atol=1e-3)
+    if batch == 1:
+        assert (found.reads == TOP_K).all()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rule": "topk", "select_top_k": 1},
+        {"rule": "oea", "select_top_k": 1},
+        {"rule": "xshare", "experts": 10},
+        {"rule": "lynx", "experts": 10},
+        {"rule": "margin", "tau": 0.02},
+        {"rule": "margin", "tau": [0.02, 0.0, 1.0, 0.5], "beta": 1.0},
+    ],
+)
+def test_stronger_rules_read_less_and_cost_more(batches, keys):
+    exact = batches.measure(bound(rule="topk", select_top_k=4), 8)
+    found = batches.measure(bound(**keys), 8)
+    assert (found.reads < exact.reads).all()
+    assert found.kl.mean() > 1e-3
+    assert np.array_equal(found.busiest[1], found.reads)
+    assert (found.busiest[8] >= found.reads / 8).all()
+    assert (found.busiest[8] <= found.busiest[2]).all()
+    assert (found.reads.reshape(2, 8) == found.reads.reshape(2, 8)[:, :1]).all()
+
+
+def test_the_model_is_left_as_it_was(batches, model, windows):
+    before = exact_logits(model, windows, PROMPT)
+    batches.measure(bound(rule="margin", tau=1.0), 16)
+    assert torch.equal(exact_logits(model, windows, PROMPT), before)
+
+
+def test_gates_that_choose_otherwise_are_refused(has_words):
+    scores = torch.tensor([[0.5, 0.3, 0.2]])
+    check_chosen_by(scores, torch.tensor([[1, 0]]), 3)
+    with pytest.raises(UnsupportedError) as caught:
+        check_chosen_by(scores, torch.tensor([[0, 2]]), 3)
+    has_words(str(caught.value), "layer 3", "softmax", "oea", "margin", "leave them out")
+
+
+def test_summary():
+    texts, positions = 6, 10
+    kl = np.tile(np.arange(texts, dtype=np.float32)[:, None], (1, positions))
+    ones = np.ones((texts, positions), dtype=np.float32)
+    found = Measured(kl, ones, ones[:, 1:], ones[:, 0] * 7, {1: ones[:, 0]})
+    row = summarise(found, draws(texts))
+    assert (row["kl_mean"], row["experts_read_mean"], row["top1_agreement"]) == (2.5, 7.0, 1.0)
+    assert row["kl_mean_95"][0] < 2.5 < row["kl_mean_95"][1]
+    assert row["experts_read_mean_95"] == [7.0, 7.0], "texts do not differ"
+    assert row["perplexity"] == round(float(np.e), 3)
+    assert 4.5 < row["kl_p99"] <= 5
+
+
+def test_intervals_cover_the_mean_about_as_often_as_they_say():
+    generator = np.random.default_rng(1)
+    shares, hits = draws(50), 0
+    for _ in range(200):
+        estimate = mean(generator.exponential(size=50), shares)
+        assert isinstance(estimate, Estimate)
+        hits += estimate.low <= 1.0 <= estimate.high
+    assert 0.86 <= hits / 200 <= 0.99

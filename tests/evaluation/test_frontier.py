@@ -1,0 +1,226 @@
+"""`sere-ray evaluate` and `tune`: numbers by hand, a small run, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from sere_ray.calibration import calibrate
+from sere_ray.cli import app
+from sere_ray.config import Policy
+from sere_ray.demo import assets
+from sere_ray.evaluation.comparison import Frontier, Point, compare
+from sere_ray.evaluation.decode_batches import Measured
+from sere_ray.evaluation.settings import grid, label
+from sere_ray.evaluation.statistics import draws
+from sere_ray.results import load_result
+from sere_ray.rules import RULES
+
+DATA = str(assets.CALIBRATION)
+HELD_OUT = str(assets.CALIBRATION.with_name("heldout.jsonl"))
+SMALL = ["--sequences", "16", "--length", "24", "--prompt", "12", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def similarity(tmp_path_factory):
+    path = tmp_path_factory.mktemp("frontier") / "demo.safetensors"
+    calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu")
+    return str(path)
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(app, [command, str(assets.MODEL), *map(str, arguments)])
+
+
+# --- by hand -----------------------------------------------------------------------------------
+
+
+def test_frontier_leaves_out_what_another_setting_beats():
+    frontier = Frontier(np.array([4.0, 8.0, 6.0, 7.0]), np.array([1.0, 0.01, 0.1, 0.5]))
+    assert frontier.reads.tolist() == [4, 6, 8]
+    assert frontier.kl_at(5) == pytest.approx(np.sqrt(0.1)), "linear in the logarithm"
+    assert frontier.reads_at(np.sqrt(0.1)) == pytest.approx(5)
+    assert np.isnan(frontier.kl_at(8.5))
+    assert np.isnan(frontier.reads_at(0.001))
+    assert frontier.kl_at(8.05) == pytest.approx(0.01), "an edge is not a knife's"
+
+
+def test_comparison_at_equal_experts_and_at_equal_kl():
+    """OEA is exp(-reads), SERE twice that, ours a quarter: 1.386 experts to the left."""
+    texts = 8
+
+    def measured(reads, factor):
+        kl = np.full((texts, 4), factor * np.exp(-reads), dtype=np.float32)
+        ones = np.ones((texts, 4), dtype=np.float32)
+        return Measured(kl, ones, ones[:, 1:], np.full(texts, reads, dtype=np.float32), {})
+
+    points, found = [Point("exact", {}, 4)], [measured(9.0, 0.0)]
+    for rule, factor in (("sere", 2.0), ("oea", 1.0), ("margin", 0.25)):
+        for reads in (1.0, 3.0, 6.0):
+            found.append(measured(reads, factor))
+            points.append(Point(rule, {"select_top_k": int(reads)}, 4))
+    rows = {row["at"]: row for row in compare(points, found, draws(texts))}
+    row = rows["experts of SERE S=3"]
+    assert (row["batch"], row["best_peer"], row["experts"]) == (4, "oea", 3.0)
+    assert row["kl_to_sere"] == pytest.approx(1 / 8, rel=1e-3)
+    assert row["kl_to_best_peer"] == pytest.approx(1 / 4, rel=1e-3)
+    expected = (3 - np.log(4)) / 3
+    assert row["experts_to_best_peer_at_its_kl"] == pytest.approx(expected, rel=1e-3)
+    assert row["kl_to_sere_95"] == [row["kl_to_sere"]] * 2, "texts do not differ"
+    assert rows["worst anywhere"]["kl_to_best_peer"] == pytest.approx(1 / 4, rel=1e-3)
+    assert compare(points[:4], found[:4], draws(texts)) == [], "ours is not among them"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_grids_are_policies(rule):
+    settings = grid(rule, batch=16, num_experts=128, top_k=8)
+    assert len({label(keys) for keys in settings}) == len(settings) > 2
+    for keys in settings:
+        Policy.parse({"similarity": "-", **keys}).for_model(top_k=8)
+
+
+# --- a small run -------------------------------------------------------------------------------
+
+
+def test_evaluate(similarity, tmp_path):
+    out, page, picture = (tmp_path / name for name in ("f.json", "f.html", "f.png"))
+    done = run(
+        *("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", out),
+        *("--html", page, "--batches", "1,8", "--ranks", "1,4", "--rules", "sere,oea,margin"),
+        *SMALL,
+    )
+    assert done.exit_code == 0, done.output
+    document = load_result(out)
+    assert (document["model"], document["data"]) == ("model", "heldout.jsonl")
+    rows = document["rows"]
+    sizes = [(r, b) for r in ("sere", "oea", "margin") for b in (1, 8)]
+    count = sum(len(grid(r, batch=b, num_experts=48, top_k=4)) for r, b in sizes)
+    assert len(rows) == (count + 2) * 2
+    fields = {"rule", "settings", "batch", "ranks", "experts_read_mean", "experts_read_max_rank"}
+    fields |= {"kl_mean", "kl_p99", "top1_agreement", "perplexity"}
+    for row in rows:
+        assert fields <= row.keys()
+        for name in fields - {"rule", "settings", "batch", "ranks"}:
+            low, high = row[f"{name}_95"]
+            assert low - 1e-3 <= row[name] <= high + 1e-3
+        if row["rule"] in ("exact", "margin") and row["batch"] == 1:
+            assert (row["kl_mean"], row["experts_read_mean"]) == (0.0, 4.0)
+        if row["ranks"] == 1:
+            assert row["experts_read_max_rank"] == row["experts_read_mean"]
+    assert {row["batch"] for row in document["comparison"]} == {8}
+    text = page.read_text()
+    assert "margin against the others" in text
+    assert 'src="http' not in text
+    assert "href" not in text.split("<svg")[0]
+    assert CliRunner().invoke(app, ["bench", "plot", str(out), str(picture)]).exit_code == 0
+    assert picture.stat().st_size > 10_000
+
+
+def test_evaluate_chosen_settings(similarity, tmp_path):
+    chosen, out = tmp_path / "s.yaml", tmp_path / "f.json"
+    chosen.write_text("- {rule: xshare, experts: 9}\n- {rule: margin, tau: [0.1, 0, 0.1, 0]}\n")
+    done = run(
+        *("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", out),
+        *("--settings", chosen, "--batches", "4", "--ranks", "1"),
+        *SMALL,
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["settings"] for row in rows] == [{}, {"experts": 9}, {"tau": [0.1, 0, 0.1, 0]}]
+
+
+def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
+    out, report = tmp_path / "policy.yaml", tmp_path / "report.json"
+    done = run(
+        *("tune", "--similarity", similarity, "--data", DATA, "--check", HELD_OUT, "--out", out),
+        *("--report", report, "--max-kl", "0.1", "--batches", "8", "--rules", "sere,oea,margin"),
+        *SMALL,
+    )
+    assert done.exit_code == 0, done.output
+    policy = Policy.parse(yaml.safe_load(out.read_text()))
+    assert policy.similarity == similarity
+    found = json.loads(report.read_text())
+    assert found["policy"] == yaml.safe_load(out.read_text())
+    assert {row["rule"] for row in found["tried"]} == {"sere", "oea", "margin"}
+    (predicted,), (checked,) = found["predicted"], found["checked"]
+    assert predicted["kl_mean_95"][1] <= 0.1
+    assert predicted["experts_to_exact_95"][1] < 0.95
+    assert 0 < checked["kl_mean"] < 0.5
+    best = min(row["experts_read_mean"] for row in found["tried"] if row["experts_read_mean"])
+    assert predicted["experts_read_mean"] == pytest.approx(best, abs=0.01)
+    assert "second text" in done.output
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rules", "sere,oae"], ["--rules: 'oae'", "oea"]),
+        (["--batches", "0"], ["--batches = '0'"]),
+        (["--ranks", "9"], ["--ranks = '9'"]),
+        (["--sequences", "20", "--batches", "16"], ["--sequences = 20", "multiple", "16"]),
+        (["--batches", "3,8"], ["--sequences", "3, 8"]),
+        (["--length", "64", "--prompt", "63"], ["--prompt = 63", "1..62"]),
+        (["--data", "missing.jsonl"], ["missing.jsonl", "no such file"]),
+        (["--text-column", "body"], ["no column 'body'", "'text'"]),
+        (["--sequences", "4096", "--length", "512"], ["windows of up to 512", "4096"]),
+        (["--sequences", "104", "--length", "512"], ["heldout.jsonl", "whole windows", "104"]),
+        (["--similarity", "nowhere.safetensors"], ["nowhere.safetensors", "calibrate"]),
+        (["--settings", "nowhere.yaml"], ["--settings = nowhere.yaml"]),
+    ],
+)
+def test_evaluate_refuses(similarity, tmp_path, has_words, options, words):
+    out = tmp_path / "f.json"
+    done = run(
+        *("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", out),
+        *("--batches", "8", *SMALL, *options),
+    )
+    assert done.exit_code == 2
+    assert not out.exists()
+    assert "Traceback" not in done.output
+    has_words(" ".join(done.output.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rule: oea", ["must be a list"]),
+        ("- {rule: oea, tau: 0.1}", ["[0].select_top_k is missing"]),
+        ("- {rule: margin, tau: [0.1, 0.2]}", ["2 numbers", "4 MoE layers"]),
+        ("- {rule: oea, select_top_k: 5}", ["select_top_k = 5", "K = 4"]),
+    ],
+)
+def test_evaluate_refuses_settings(similarity, tmp_path, has_words, content, words):
+    chosen = tmp_path / "s.yaml"
+    chosen.write_text(content)
+    done = run(
+        *("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", tmp_path / "f"),
+        *("--settings", chosen, "--batches", "8", *SMALL),
+    )
+    assert done.exit_code == 2
+    has_words(" ".join(done.output.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["--max-kl, --min-agreement: give one"]),
+        (["--max-kl", "0"], ["--max-kl = 0"]),
+        (["--min-agreement", "1.5"], ["--min-agreement = 1.5"]),
+        (["--max-kl", "0.1", "--min-agreement", "0.9"], ["give one of the two"]),
+        (["--min-agreement", "0.9999", "--rules", "oea"], ["no setting of oea", "allow more"]),
+    ],
+)
+def test_tune_refuses(similarity, tmp_path, has_words, options, words):
+    out = tmp_path / "policy.yaml"
+    done = run(
+        *("tune", "--similarity", similarity, "--data", DATA, "--check", HELD_OUT, "--out", out),
+        *("--batches", "8", *SMALL, *options),
+    )
+    assert done.exit_code == 2
+    assert not out.exists()
+    has_words(" ".join(done.output.split()), *words)

@@ -1,5 +1,6 @@
 """The commands around calibration."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,4 +102,50 @@ def calibrate(
             console.print(
                 f"{publish} runs {runs['name']}, sha256 {runs['sha256']}", highlight=False
             )
+    print(out)
+
+
+def bench_calibration(
+    out: Out,
+    model: Annotated[
+        Literal["demo", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite"],
+        typer.Option(help="The demo model; shapes of public ones with random weights (GPU)."),
+    ] = "demo",
+    tokens: Annotated[int, typer.Option(min=2048, help="Of a timed pass.")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes.")] = 5,
+) -> None:
+    """Token rates of calibration against a forward pass that keeps nothing; workers; peak memory.
+
+    On a host with a GPU: rates and GPU memory alone, of the model as a whole.
+
+    Example: sere-ray bench calibration --out calibration-cpu.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.calibration_speed import run_calibration_bench
+        from sere_ray.results import write_result
+
+        run_calibration_bench(
+            lambda content: write_result(out, content),
+            model=model,
+            tokens=tokens,
+            repeats=repeats,
+            console=console,
+        )
+    print(out)
+
+
+def bench_robustness(out: Out) -> None:
+    """Stand-ins and KL of the demo model, calibrated on other text, less text, by other metrics.
+
+    OUT.work keeps the matrices of each data set while it runs: started again, it goes on.
+
+    Example: sere-ray bench calibration-robustness --out calibration-robustness.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.calibration_robustness import run_robustness
+        from sere_ray.results import write_result
+
+        work = out.with_name(f"{out.name}.work")
+        run_robustness(lambda content: write_result(out, content), work=work, console=console)
+        shutil.rmtree(work)
     print(out)

@@ -83,7 +83,7 @@ def measure_dispatch(
             rows.append(
                 _row(setting, rows_per_rank, of_setting, stock)
                 | {"kl_mean": round(float(divergence.mean()), 5)}
-                | {"kl_mean_95": _interval(divergence.mean(dim=1).numpy(), None)}
+                | {"kl_mean_95": interval(divergence.mean(dim=1).numpy(), None)}
                 | {"largest_error": error}
             )
     return rows
@@ -262,13 +262,13 @@ def _row(
         "experts_read_mean": round(report["experts_read_mean_after"], 3),
         "experts_read_max_rank": round(report["experts_read_max_rank_after"], 3),
         "bytes_to_top_k": round(float(sent.sum() / stock.sum()), 4),
-        "bytes_to_top_k_95": _interval(sent, stock),
+        "bytes_to_top_k_95": interval(sent, stock),
         "bytes_to_gate": round(report["rows_sent_after"] / report["rows_sent_before"], 4),
         "bytes_to_all_gather": round(report["rows_sent_after"] / (report["rows"] * (ranks - 1)), 4),
     }
 
 
-def _interval(values: NDArray[Any], of: NDArray[Any] | None) -> list[float]:
+def interval(values: NDArray[Any], of: NDArray[Any] | None) -> list[float]:
     """95 % bootstrap interval of the mean, or of the ratio of sums to ``of``, over entries."""
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(values), (_RESAMPLES, len(values)))

@@ -96,7 +96,7 @@ export class PolicyForm {
 function makeField(name, about) {
   const id = `policy-${name}`;
   const error = element("p", { class: "error", id: `${id}-error`, role: "alert" });
-  const note = element("p", { class: "note", id: `${id}-note` }, about.description ?? "");
+  const note = element("p", { class: "note", id: `${id}-note` }, (about.description ?? "").replaceAll("`", ""));
   const describedby = `${id}-note ${id}-error`;
   const choices = about.enum ?? (about.type === "boolean" ? [false, true] : null);
   const control = choices ? choose(name, choices, describedby) : type(name, about, describedby);

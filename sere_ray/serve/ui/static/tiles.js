@@ -24,11 +24,15 @@ export function showTiles(sample, policy, model) {
   const total = sample?.total ?? null;
   show("saved", ...experts(total, policy.mode, model.num_experts));
   show("rerouted", ...rerouted(total, policy.mode, model.top_k));
-  const perSecond = (steps) => `${number(steps / (sample.end - sample.start))} a second`;
-  show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`,
-    total && total.milliseconds === null ? "not timed on a GPU" : "");
-  show("rows", number(total?.rows), total && `rows a step; ${perSecond(total.steps)}` +
-    (sample.mixedSteps > 0 ? ` and ${perSecond(sample.mixedSteps)} with prompts` : ""));
+  show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`, total && pace(sample));
+  show("rows", number(total?.rows), total && "rows a step");
+}
+
+function pace({ start, end, total, mixedSteps }) {
+  const untimed = total.milliseconds === null ? "not timed on a GPU; " : "";
+  const perSecond = (steps) => number(steps / (end - start));
+  const prompts = mixedSteps > 0 ? `, ${perSecond(mixedSteps)}/s with prompts` : "";
+  return `${untimed}${perSecond(total.steps)} steps/s${prompts}`;
 }
 
 function experts(total, mode, numExperts) {

@@ -4,7 +4,7 @@ import { byId, element, mean, number, percent, say } from "./format.js";
 
 const TILES = {
   saved: ["Experts read", "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
-  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule moved to another expert. 0 % is exact; the more, the more quality is at risk."],
+  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule changed. 0 % is exact; the more, the more quality is at risk."],
   time: ["Step time", "Mean forward pass of a decode step. Every token of every stream waits for one."],
   rows: ["Batch size", "Sequences that decode together in one step, over the ranks of a gang."],
 };
@@ -47,7 +47,7 @@ function rerouted(total, mode, topK) {
   if (total && mode === "off") return ["0 %", "exact: the mode is off"];
   if (total?.rerouted == null) return ["–", ""];
   const share = percent(total.rerouted);
-  if (mode === "observe") return ["0 %", `exact; mode on would move ${share}`];
+  if (mode === "observe") return ["0 %", `exact; mode on would change ${share}`];
   return [share, `of the tokens' choices, ${topK} a layer`];
 }
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from sere_ray import __version__
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
+from sere_ray.rules import RULES
 from sere_ray.serve.access import PRINCIPAL, Refusal
 from sere_ray.serve.locate import RouterUnavailableError, find_router
 from sere_ray.serve.openai_ingress import answer, http_error
@@ -25,6 +26,10 @@ def _change_schema() -> dict[str, Any]:
     schema = Policy.model_json_schema()
     schema.pop("required")
     schema["properties"].pop("similarity")
+    for key, about in schema["properties"].items():
+        rules = [name for name, rule in RULES.items() if key in rule.keys]
+        if rules:
+            about["x-rules"] = rules  # which have this key
     return {**schema, "title": "PolicyChange", "description": "keys to change; others stay"}
 
 

@@ -346,7 +346,9 @@ def test_stats_are_asked_for_and_added_up(make_router):
     run(scenario())
 
 
-def test_counters_that_are_the_same_again_are_an_answer(make_router):
+def test_counters_that_are_the_same_again_are_an_answer(make_router, monkeypatch):
+    monkeypatch.setattr(router_module, "POLL_SECONDS", 10.0)
+
     async def scenario():
         router, idle = make_router(), Replica("r")
         await idle.join(router)

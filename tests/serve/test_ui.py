@@ -241,11 +241,30 @@ def test_a_policy_change(page, site):
     assert text(page, "#policy > .note") == "select_top_k 1 → 2, mode observe → on"
 
 
+def test_the_form_has_the_keys_of_the_chosen_rule(page, site):
+    """And takes back what another rule had."""
+    page.expected_errors.append(REFUSED)
+    page.get_by_label("threshold").fill("0.5")
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
+    assert page.get_by_label("experts", exact=True).is_hidden()
+    page.get_by_label("rule", exact=True).select_option("lynx")
+    assert page.get_by_label("threshold").is_hidden()
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_text("policy.experts is missing").wait_for()
+    for name, value in {"experts": "6", "alpha": "1", "base": "2", "depth": "3"}.items():
+        page.get_by_label(name, exact=True).fill(value)
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_text("Version 2 runs on all 2 ranks.").wait_for()
+    policy = site.router._versions[-1]["policy"]
+    assert (policy["rule"], policy["experts"], policy["threshold"]) == ("lynx", 6, None)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("select_top_k", "9", "policy.select_top_k = 9: this model chooses K = 4"),
-        ("select_top_k", "", "policy.select_top_k = None: input should be a valid integer"),
+        ("select_top_k", "", "policy.select_top_k is missing: give it"),
         ("threshold", "a lot", "policy.threshold = 'a lot': input should be a valid number"),
     ],
 )
@@ -409,6 +428,7 @@ def test_keyboard_alone(browser, site):
                 break
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("Tab")
+        page.keyboard.press("Tab")  # past the list of rules: there Enter opens it
         page.keyboard.press("Enter")
         page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
         assert site.router._versions[-1]["policy"]["mode"] == "observe"

@@ -32,6 +32,6 @@ function summary({ refused, before, after, what }) {
   if (refused) return `refused: ${refused}`;
   if (what === "artifact") return `artifact ${after.sha256.slice(0, 12)}, was ${before.sha256.slice(0, 12)}`;
   if (before) return changes(before, after.policy).join(", ") || "nothing differs";
-  return Object.entries(after?.policy ?? {}).filter(([name]) => name !== "similarity")
+  return Object.entries(after?.policy ?? {}).filter(([name, value]) => name !== "similarity" && value !== null)
     .map(([name, value]) => `${name} ${plain(value)}`).join(", ");
 }

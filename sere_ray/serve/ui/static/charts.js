@@ -27,7 +27,7 @@ export function options(root, height, more) {
   return {
     width: root.clientWidth,
     height,
-    padding: [18, 12, 0, 0],
+    padding: [18, 26, 0, 0],
     ...more,
     cursor: { sync: { key: "time" }, drag: { x: false, y: false }, y: false, ...more.cursor },
     axes: [

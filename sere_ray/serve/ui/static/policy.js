@@ -3,6 +3,8 @@
 
 import { byId, changes, element, plain, say } from "./format.js";
 
+const MOST_BUTTONS = 4;
+
 /** Builds the form once and keeps it at the newest policy, but for what is being edited. */
 export class PolicyForm {
   #fields = [];
@@ -47,6 +49,12 @@ export class PolicyForm {
     [progress.max, progress.value] = [Math.max(replicas, 1), settled];
   }
 
+  /** The fields that the chosen rule has. */
+  get #shown() {
+    const rule = this.#fields.find((field) => field.name === "rule")?.read();
+    return this.#fields.filter((field) => field.rules?.includes(rule) ?? true);
+  }
+
   /** Put values into the fields, as edits. */
   fill(policy) {
     for (const field of this.#fields) field.write(policy[field.name]);
@@ -54,16 +62,21 @@ export class PolicyForm {
   }
 
   #edits() {
-    const entries = this.#fields.map((field) => [field.name, field.read()]);
+    const shown = this.#shown; // a key that another rule had is taken back
+    const entries = this.#fields.map((field) => [field.name, shown.includes(field) ? field.read() : null]);
     return Object.fromEntries(entries.filter(([name, value]) => plain(value) !== plain(this.#policy[name])));
   }
 
   #edited() {
     const edits = this.#edits();
     const names = Object.keys(edits);
+    const shown = this.#shown;
     this.#apply.disabled = this.#reset.disabled = names.length === 0;
     say(this.#difference, names.length === 0 ? "" : changes({ ...this.#policy }, { ...this.#policy, ...edits }).join(", "));
-    for (const field of this.#fields) field.root.classList.toggle("edited", field.name in edits);
+    for (const field of this.#fields) {
+      field.root.hidden = !shown.includes(field);
+      field.root.classList.toggle("edited", field.name in edits);
+    }
   }
 
   async #send(put) {
@@ -92,17 +105,18 @@ export class PolicyForm {
   }
 }
 
-/** {name, root, read(), write(value), complain(message)} of one key. */
+/** {name, rules, root, read(), write(value), complain(message)} of one key. */
 function makeField(name, about) {
   const id = `policy-${name}`;
   const error = element("p", { class: "error", id: `${id}-error`, role: "alert" });
-  const note = element("p", { class: "note", id: `${id}-note` }, about.description ?? "");
+  const note = element("p", { class: "note", id: `${id}-note` }, (about.description ?? "").replaceAll("`", ""));
   const describedby = `${id}-note ${id}-error`;
-  const choices = about.enum ?? (about.type === "boolean" ? [false, true] : null);
-  const control = choices ? choose(name, choices, describedby) : type(name, about, describedby);
+  const makeControl = !about.enum ? type : about.enum.length <= MOST_BUTTONS ? choose : select;
+  const control = makeControl(name, about, describedby);
   const root = element("div", { class: "field" }, control.root, note, error);
   return {
     name,
+    rules: about["x-rules"],
     root,
     ...control.value,
     complain(message) {
@@ -114,7 +128,7 @@ function makeField(name, about) {
 }
 
 /** Radio buttons for a few values. */
-function choose(name, choices, describedby) {
+function choose(name, { enum: choices }, describedby) {
   const inputs = choices.map((choice) =>
     element("input", { type: "radio", name, value: plain(choice), "aria-describedby": describedby }));
   const labels = inputs.map((input) => element("label", {}, input, element("span", {}, input.value)));
@@ -125,6 +139,17 @@ function choose(name, choices, describedby) {
       read: () => choices[inputs.findIndex((input) => input.checked)] ?? null,
       write: (value) => inputs.forEach((input) => (input.checked = input.value === plain(value))),
     },
+  };
+}
+
+/** A list of more values. */
+function select(name, { enum: choices }, describedby) {
+  const input = element("select", { id: `policy-${name}`, "aria-describedby": describedby },
+    ...choices.map((choice) => element("option", {}, choice)));
+  return {
+    inputs: [input],
+    root: element("div", { class: "row" }, element("label", { for: input.id }, name), input),
+    value: { read: () => input.value, write: (value) => (input.value = value) },
   };
 }
 

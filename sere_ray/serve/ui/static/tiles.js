@@ -4,7 +4,7 @@ import { byId, element, mean, number, percent, say } from "./format.js";
 
 const TILES = {
   saved: ["Experts read", "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
-  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule moved to another expert. 0 % is exact; the more, the more quality is at risk."],
+  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule changed. 0 % is exact; the more, the more quality is at risk."],
   time: ["Step time", "Mean forward pass of a decode step. Every token of every stream waits for one."],
   rows: ["Batch size", "Sequences that decode together in one step, over the ranks of a gang."],
 };
@@ -24,11 +24,15 @@ export function showTiles(sample, policy, model) {
   const total = sample?.total ?? null;
   show("saved", ...experts(total, policy.mode, model.num_experts));
   show("rerouted", ...rerouted(total, policy.mode, model.top_k));
-  const perSecond = (steps) => `${number(steps / (sample.end - sample.start))} a second`;
-  show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`,
-    total && total.milliseconds === null ? "not timed on a GPU" : "");
-  show("rows", number(total?.rows), total && `rows a step; ${perSecond(total.steps)}` +
-    (sample.mixedSteps > 0 ? ` and ${perSecond(sample.mixedSteps)} with prompts` : ""));
+  show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`, total && pace(sample));
+  show("rows", number(total?.rows), total && "rows a step");
+}
+
+function pace({ start, end, total, mixedSteps }) {
+  const untimed = total.milliseconds === null ? "not timed on a GPU; " : "";
+  const perSecond = (steps) => number(steps / (end - start));
+  const prompts = mixedSteps > 0 ? `, ${perSecond(mixedSteps)}/s with prompts` : "";
+  return `${untimed}${perSecond(total.steps)} steps/s${prompts}`;
 }
 
 function experts(total, mode, numExperts) {
@@ -43,7 +47,7 @@ function rerouted(total, mode, topK) {
   if (total && mode === "off") return ["0 %", "exact: the mode is off"];
   if (total?.rerouted == null) return ["–", ""];
   const share = percent(total.rerouted);
-  if (mode === "observe") return ["0 %", `exact; mode on would move ${share}`];
+  if (mode === "observe") return ["0 %", `exact; mode on would change ${share}`];
   return [share, `of the tokens' choices, ${topK} a layer`];
 }
 

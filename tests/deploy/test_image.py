@@ -57,8 +57,9 @@ def test_the_comment_builds_the_tags_of_the_manifests():
 
 def test_the_final_stage_is_not_root_and_checks_its_health():
     assert arguments("USER") == ["1000:1000"]
-    final = [name for name, _ in instructions()]
-    assert final.index("USER") > max(i for i, name in enumerate(final) if name in ("RUN", "COPY"))
+    after = instructions()[[name for name, _ in instructions()].index("USER") :]
+    runs = [rest for name, rest in after if name in ("RUN", "COPY", "ADD")]
+    assert runs == ["/usr/local/lib/sere/deploy/install.sh check /opt/sere/venv /opt/sere/demo"]
     assert "useradd --uid 1000" in DOCKERFILE
     (check,) = arguments("HEALTHCHECK")
     assert check.endswith('CMD ["sere-health"]')
@@ -103,7 +104,7 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder():
 def test_install_steps_are_those_of_the_script():
     used = set(re.findall(r"install\.sh ([a-z-]+)", " ".join(arguments("RUN"))))
     defined = set(re.findall(r"^([a-z-]+)\(\) ", (DEPLOY / "install.sh").read_text(), re.M))
-    assert used == {"build-tools", "wheel", "stack", "package", "system"}
+    assert used == {"build-tools", "wheel", "stack", "package", "system", "check"}
     assert used <= defined
     assert "pip" not in " ".join(arguments("RUN"))
 

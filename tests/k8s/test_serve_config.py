@@ -135,11 +135,18 @@ def test_the_calibration_writes_what_the_deployment_reads(config, calibration):
     assert f"sha256sum {name} > {name}.sha256" in entrypoint
 
 
-def test_the_entrypoint_survives_the_way_to_the_job(calibration):
+def test_the_entrypoint_is_a_command_of_this_version(calibration):
     """The submitter's shell reads it first, the job's shell what is between the quotes."""
-    entrypoint = only(calibration, "RayJob")["spec"]["entrypoint"]
-    words = shlex.split(entrypoint)
+    from typer.main import get_command
+
+    from sere_ray.cli import app
+
+    words = shlex.split(only(calibration, "RayJob")["spec"]["entrypoint"])
     assert words[:2] == ["bash", "-c"]
     assert len(words) == 3
-    syntax = subprocess.run(["bash", "-n", "-c", words[2]], check=False)
-    assert syntax.returncode == 0
+    assert subprocess.run(["bash", "-n", "-c", words[2]], check=False).returncode == 0
+    program, *arguments = shlex.split(words[2].partition("&&")[0])
+    assert program == "sere-ray"
+    name, command, rest = get_command(app).resolve_command(None, arguments)
+    assert name == "calibrate"
+    assert command.make_context(name, rest).params["ray_address"] == "auto"

@@ -202,6 +202,18 @@ def test_claims_and_accounts_exist(documents):
                 )
 
 
+def test_volumes_can_be_made_before_anything_uses_them(documents):
+    """`kubectl apply -l app.kubernetes.io/component=storage` of docs/operate.md."""
+    found = {
+        document["kind"]
+        for document in documents
+        if document["metadata"]["labels"].get("app.kubernetes.io/component") == "storage"
+    }
+    assert found == {"PersistentVolumeClaim"}
+    for document in of_kind(documents, "PersistentVolumeClaim"):
+        assert document["metadata"]["labels"]["app.kubernetes.io/component"] == "storage"
+
+
 def secrets(value):
     """``(name, key or None)`` of every Secret that a document refers to."""
     if isinstance(value, list):

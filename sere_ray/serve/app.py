@@ -43,9 +43,9 @@ def llm_config(config: ServeConfig) -> Any:
     from sere_ray.serve import server
 
     gangs = config.data_parallel_size > 1
-    # Two ranks and the ingress fit into the two cores that Ray counts on a small machine.
-    bundle = {"CPU": 0.5} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
-    environment = server.share_cores(config.data_parallel_size) if config.device == "cpu" else {}
+    # Two gangs of two ranks and the ingress fit into the two cores that Ray counts on a laptop.
+    bundle = {"CPU": 0.25} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
+    environment = share_cores(config.data_parallel_size) if config.device == "cpu" else {}
     options: dict[str, Any] = {
         # Ray's default holds tokens back for 50 ms to send them together.
         "stream_batching_interval_ms": 0,
@@ -95,3 +95,9 @@ def local(path: str) -> str:
     """An absolute path, if ``path`` is one on this machine; else (a hub name) as it is."""
     expanded = Path(path).expanduser()
     return os.path.abspath(expanded) if expanded.exists() else path
+
+
+def share_cores(ranks: int) -> dict[str, str]:
+    """Environment of a CPU rank: vLLM would bind every rank of a host to the same cores."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}

@@ -6,7 +6,6 @@ what the router holds, and is ready only when its gang runs the router's newest 
 
 import asyncio
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from sere_ray.config import Startup
 from sere_ray.observe.export import EngineExporter
 from sere_ray.observe.sink import RaySink
 from sere_ray.serve.artifacts import keep_artifact
+from sere_ray.serve.engine import SereEngine
 from sere_ray.serve.locate import ACTOR
 from sere_ray.serve.router import Member, Update
 from sere_ray.serve.router_actor import RouterActor
@@ -187,6 +187,7 @@ async def _call(engine: Any, method: str, *args: Any) -> list[Any]:
 class _Following:
     """What both servers below share."""
 
+    _default_engine_cls = SereEngine
     follower: Follower | None = None
     engine: Any
 
@@ -272,9 +273,3 @@ class SkipDownload(CallbackBase):  # type: ignore[misc]
         """See the base class."""
         source = self.llm_config.model_loading_config.model_source
         self.ctx.run_init_node = not (isinstance(source, str) and Path(source).is_dir())
-
-
-def share_cores(ranks: int) -> dict[str, str]:
-    """Environment of a CPU rank: vLLM would bind every rank of a host to the same cores."""
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}

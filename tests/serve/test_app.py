@@ -120,8 +120,8 @@ def test_one_file_shape_for_one_rank_and_gangs_on_cpu_and_gpu(device):
     assert gang.deployment_config["num_replicas"] == 3
     (bundle,) = gang.placement_group_config["bundles"]
     assert bundle.get("GPU", 0) == (device == "gpu")
-    # two ranks and the ingress fit into two cores
-    assert device == "gpu" or 2 * bundle["CPU"] + 0.5 <= 2
+    # two gangs of two and the ingress fit into two cores
+    assert device == "gpu" or 4 * bundle["CPU"] + 0.5 <= 2
 
 
 def test_a_file_without_policy_has_no_router_actor():

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sere_ray.serve.artifacts import read_artifact
+from sere_ray.serve.auto import level_policies
 from sere_ray.serve.config import ServeConfig
 
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -31,9 +33,27 @@ def build_app(args: dict[str, Any]) -> Any:
         SereError: a field is unknown or out of range.
     """
     config = ServeConfig.parse(args)
+    check_artifact(config)
     from sere_ray.serve.ingress import ingress_app  # pulls vLLM in: only when needed
 
     return ingress_app(config, llm_config(config))
+
+
+def check_artifact(config: ServeConfig) -> None:
+    """Check the policy and its levels against the artifact's model, where its file is here.
+
+    The router actor checks again: it may run on another node.
+
+    Raises:
+        SereError: the artifact is damaged, or a key does not fit its model.
+    """
+    if config.sere is None or not config.sere.similarity_path.is_file():
+        return
+    artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()
+    top_k = artifact.metadata.top_k
+    config.sere.for_model(top_k=top_k)
+    if config.auto is not None:
+        level_policies(config.sere, config.auto, top_k)
 
 
 def llm_config(config: ServeConfig) -> Any:
@@ -57,6 +77,8 @@ def llm_config(config: ServeConfig) -> Any:
             "folder": None if config.artifacts is None else local(config.artifacts),
             "max_artifact_bytes": config.max_artifact_bytes,
             "gangs": config.num_replicas,
+            "auto": None if config.auto is None else config.auto.model_dump(exclude_unset=True),
+            "starts_auto": config.starts_auto,
         }
     return LLMConfig(
         model_loading_config={"model_id": config.model_id, "model_source": local(config.model)},

@@ -11,6 +11,7 @@ from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.serve.keys import ADMIN_TOKEN
 from sere_ray.serve.stats import STEP_KINDS, difference, means
+from sere_ray.token_times import quantile_ms
 
 TIMEOUT_SECONDS = 30.0
 
@@ -90,9 +91,14 @@ def _text(total: dict[str, Any], stats: dict[str, Any]) -> str:
     policy = stats["policy"]
     lines = [
         f"version {stats['version']} ({policy['mode']}, S={policy['select_top_k']})  "
-        f"{stats['replicas_settled']}/{stats['replicas']} ranks"
+        f"{stats['replicas_settled']}/{stats['replicas']} ranks{_tokens(total)}"
     ]
     return "\n".join(lines + [_line(kind, total[kind]) for kind in STEP_KINDS])
+
+
+def _tokens(total: dict[str, Any]) -> str:
+    p90 = quantile_ms(total["token_times"], 0.9)
+    return "" if p90 is None else f"  {p90:.1f} ms/token (p90)"
 
 
 def _line(kind: str, sums: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What a deployment serves: one validated description, in ``deploy/*.yaml`` and in Python."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
 from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import SereError
 from sere_ray.serve.access import AccessConfig
+from sere_ray.serve.auto import AUTO, AutoConfig
 
 BACK_DOORS = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
 """Switches of vLLM that a served engine must never have."""
@@ -38,6 +39,8 @@ class ServeConfig(BaseModel):
     )
     num_replicas: int = Field(1, ge=1, le=64, description="gangs; each holds the whole model")
     sere: Policy | None = Field(None, description="re-routing policy; null = stock vLLM")
+    auto: AutoConfig | None = Field(None, description="target and levels of the mode `auto`")
+    starts_auto: bool = Field(False, description="`mode: auto` of `sere`")
     startup: Startup = Field(
         default_factory=Startup, description="keys written under `sere` beside the policy"
     )
@@ -84,10 +87,24 @@ class ServeConfig(BaseModel):
             return value
         if "startup" in value:
             raise ValueError("startup: write its keys under `sere`, beside the policy")
+        if "starts_auto" in value:
+            raise ValueError("starts_auto: write `mode: auto` under `sere`")
         if value.get("sere") is None:
             return value
-        policy, startup = parse_key(value["sere"])
-        return {**value, "sere": policy, "startup": startup}
+        key = value["sere"]
+        starts_auto = isinstance(key, Mapping) and key.get("mode") == AUTO
+        policy, startup = parse_key({**key, "mode": "off"} if starts_auto else key)
+        return {**value, "sere": policy, "startup": startup, "starts_auto": starts_auto}
+
+    @model_validator(mode="after")
+    def _auto_can_run(self) -> Self:
+        if self.starts_auto and self.auto is None:
+            raise ValueError("sere.mode = 'auto': give target and levels under `auto`")
+        if self.auto is not None and self.sere is None:
+            raise ValueError("auto: needs a policy under `sere`, whose keys its levels change")
+        if self.auto is not None and self.engine.get("disable_log_stats"):
+            raise ValueError("auto: needs the engine's token times; leave disable_log_stats out")
+        return self
 
     @property
     def engine_key(self) -> dict[str, Any]:

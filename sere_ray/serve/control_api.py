@@ -1,6 +1,6 @@
 """The control API, under ``/sere/``: policy, artifact, counters and audit log of a deployment."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +14,7 @@ from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.rules import RULES
 from sere_ray.serve.access import PRINCIPAL, Refusal
+from sere_ray.serve.auto import AUTO
 from sere_ray.serve.locate import RouterUnavailableError, find_router
 from sere_ray.serve.openai_ingress import answer, http_error
 from sere_ray.serve.stats import StepMeans, Totals
@@ -30,17 +31,30 @@ def _change_schema() -> dict[str, Any]:
         rules = [name for name, rule in RULES.items() if key in rule.keys]
         if rules:
             about["x-rules"] = rules  # which have this key
+    schema["properties"]["mode"]["enum"].append(AUTO)
     return {**schema, "title": "PolicyChange", "description": "keys to change; others stay"}
 
 
 PolicyChange = Annotated[dict[str, Any], WithJsonSchema(_change_schema())]
 
 
+class AutoStatus(BaseModel):
+    """Mode auto: where it is, and what it saw in its last interval."""
+
+    level: int = Field(description="0 = exact")
+    levels: int = Field(description="how many there are, exact routing included")
+    tpot_ms: float | None = Field(description="p90 of the time per output token; null: no tokens")
+    load: float | None = Field(description="decode rows of a step, over a gang")
+    rerouted_share: float | None = Field(description="re-routed slots of all of decode rows, 0..1")
+
+
 class Status(BaseModel):
     """The newest version and how far it got."""
 
     version: int
-    policy: dict[str, Any]
+    mode: Literal["off", "observe", "on", "auto"] = Field(description="as asked for")
+    policy: dict[str, Any] = Field(description="what the engines run; in mode auto, of its level")
+    auto: AutoStatus | None = Field(description="null in other modes")
     replicas: int = Field(description="replicas (ranks) that follow the router")
     replicas_settled: int = Field(description="of these: ranks whose whole gang runs this version")
 
@@ -63,6 +77,9 @@ class Stats(Status):
     total: Totals
     decode_only_means: StepMeans
     mixed_means: StepMeans
+    tpot_p90_ms: float | None = Field(
+        description="p90 of the engine's time per output token since its start"
+    )
     per_replica: list[Replica]
 
 

@@ -12,11 +12,13 @@ is exact routing, higher levels re-route more.
 - **Floor**: where the re-routed share of slots is above the limit, down at once, and that level and
   those above it stay closed until the load has changed clearly.
 - An interval without a request leads straight to exact: there is nothing to save.
+- Without a target for the time it goes up as far as the floor allows.
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Target(BaseModel):
@@ -24,12 +26,23 @@ class Target(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tpot_ms: float = Field(gt=0, description="p90 of the time per output token, milliseconds")
+    tpot_ms: float | None = Field(
+        None,
+        gt=0,
+        description="p90 of the time per output token, milliseconds; null = re-route as much as "
+        "max_rerouted_share allows",
+    )
     max_rerouted_share: float = Field(
         1.0, ge=0, le=1, description="quality floor: most slots of decode rows that may move"
     )
     margin: float = Field(0.15, gt=0, lt=1, description="how much below counts as clearly below")
     patience: int = Field(3, ge=1, description="intervals in a row before a level changes")
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.tpot_ms is None and "max_rerouted_share" not in self.model_fields_set:
+            raise ValueError("give tpot_ms, max_rerouted_share or both: what to hold")
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,15 +101,15 @@ class Controller:
                 self.level - 1,
                 f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}",
             )
-        is_slow = seen.tpot_ms > target.tpot_ms
-        is_fast = seen.tpot_ms < (1 - margin) * target.tpot_ms
+        is_slow = target.tpot_ms is None or seen.tpot_ms > target.tpot_ms
+        is_fast = target.tpot_ms is not None and seen.tpot_ms < (1 - margin) * target.tpot_ms
         has_eased = seen.load < (1 - margin) * self._entered_at[self.level]
         self._slow = self._slow + 1 if is_slow else 0
         self._fast = self._fast + 1 if is_fast and has_eased else 0
         next_level = self.level + 1
         if self._slow >= target.patience and next_level < min(self.levels, self._closed_from):
             self._entered_at[next_level] = seen.load
-            return self._go(next_level, f"p90 {seen.tpot_ms:.1f} ms > {target.tpot_ms:.1f} ms")
+            return self._go(next_level, _why_up(seen, target))
         if self.level and self._fast >= target.patience:
             return self._go(self.level - 1, f"load fell to {seen.load:.1f} rows")
         return Decision(self.level)
@@ -104,3 +117,9 @@ class Controller:
     def _go(self, level: int, reason: str) -> Decision:
         self.level, self._slow, self._fast = level, 0, 0
         return Decision(level, reason)
+
+
+def _why_up(seen: Observation, target: Target) -> str:
+    if target.tpot_ms is None:
+        return f"re-routed share {seen.rerouted_share:.3f} <= {target.max_rerouted_share:.3f}"
+    return f"p90 {seen.tpot_ms:.1f} ms > {target.tpot_ms:.1f} ms"

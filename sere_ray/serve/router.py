@@ -9,6 +9,7 @@ no later step runs an older one).
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,9 +24,12 @@ from sere_ray.errors import ArtifactError, SereError
 from sere_ray.observe import metrics
 from sere_ray.observe.sink import Sink
 from sere_ray.serve.artifacts import ArtifactFile, read_artifact
+from sere_ray.serve.auto import AUTO, AutoConfig, AutoPilot
 from sere_ray.serve.stats import means, totals
 from sere_ray.serve.store import Store
+from sere_ray.token_times import quantile_ms
 
+logger = logging.getLogger("ray.serve")
 HISTORY = 64
 """Versions kept for replicas that follow; one that is further behind starts anew."""
 AUDIT_ENTRIES = 200
@@ -93,6 +97,8 @@ class SereRouter:
         max_artifact_bytes: size limit of an artifact.
         gangs: that the deployment has; those beyond are counted as restarts.
         sink: of metrics; None exports none.
+        auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
+        starts_auto: begin in it.
         store: where state survives this actor; None = Ray's key-value store.
         put: makes an object reference of bytes; None = ``ray.put``.
     """
@@ -105,6 +111,8 @@ class SereRouter:
         max_artifact_bytes: int,
         gangs: int = 1,
         sink: Sink | None = None,
+        auto: Mapping[str, Any] | None = None,
+        starts_auto: bool = False,
         store: Store | None = None,
         put: Any = None,
     ) -> None:
@@ -131,6 +139,9 @@ class SereRouter:
         self._left: dict[str, set[str]] = {}
         self._saved = True
         self._audit: deque[dict[str, Any]] = deque(maxlen=AUDIT_ENTRIES)
+        self._auto_config = None if auto is None else AutoConfig.model_validate(auto)
+        self._pilot: AutoPilot | None = None  # there is one in mode auto
+        self._auto_task: asyncio.Task[None] | None = None
         state = store.load()
         if state is None:
             self._file = read_artifact(Path(policy["similarity"]).expanduser(), max_artifact_bytes)
@@ -143,9 +154,14 @@ class SereRouter:
             self._file = ArtifactFile(state["name"], sha256, store.load_blob(sha256))
             self._record("restart", "router", self._versions[-1])
         self._artifact: SimilarityArtifact = self._file.parse()
-        Policy.parse(self._versions[-1]["policy"]).for_model(top_k=self._artifact.metadata.top_k)
+        base = Policy.parse(self._versions[-1]["policy"])
+        base.for_model(top_k=self._top_k)
         if state is None:
+            pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
+            self._pilot = pilot if starts_auto else None
             self._save(self._file)
+        elif state.get("auto") is not None:
+            self._resume(Policy.parse({**state["auto"], "similarity": self._file.name}))
         self._measure(metrics.GANG_RESTARTS, 0)
 
     # --- replicas ------------------------------------------------------------------------------
@@ -170,6 +186,8 @@ class SereRouter:
         news = seen is None or seen.member != member or member.counters is not None
         self._members[member.replica] = _Seen(member, time.monotonic())
         self._save_again()
+        if self._auto_config is not None and self._auto_task is None:
+            self._auto_task = asyncio.get_running_loop().create_task(self._watch())
         if member.counters is not None:
             self._counters[member.replica] = member.counters
             self._reports_wanted.discard(member.replica)
@@ -211,7 +229,8 @@ class SereRouter:
         """Change keys of the policy, and wait until all replicas follow.
 
         Args:
-            changes: keys of a policy, without ``similarity``.
+            changes: keys of a policy, without ``similarity``; its mode may be ``auto``. Without a
+                mode, in mode ``auto`` keys change under the levels.
             who: for the audit log.
             timeout_s: how long to wait; the change stands in any case.
 
@@ -221,19 +240,12 @@ class SereRouter:
         async with self._change:
             newest = self._versions[-1]
             try:
-                if "similarity" in changes and changes["similarity"] != self._file.name:
-                    raise SereError(
-                        f"policy.similarity = {changes['similarity']!r}: the artifact is changed "
-                        "with PUT /sere/artifact; leave the key out"
-                    )
-                keys = {**newest["policy"], **changes, "similarity": self._file.name}
-                policy = Policy.parse(keys, where="policy")
-                policy.for_model(top_k=self._artifact.metadata.top_k, where="policy")
+                policy = self._changed(changes)
             except SereError as error:
                 self._refuse("policy", who, str(error))
                 raise
             version = self._next(policy, newest["sha256"])
-            self._record("policy", who, version, before=newest["policy"])
+            self._record("policy", who, version, before=newest["policy"], mode=self._mode)
             self._save()
         await self._announce(version["version"], timeout_s)
         return self._status()
@@ -265,6 +277,8 @@ class SereRouter:
                 raise
             policy = Policy.parse({**newest["policy"], "similarity": new.name})
             self._file, self._artifact = new, artifact
+            if self._pilot is not None:
+                self._pilot.rebase(self._pilot.base.model_copy(update={"similarity": new.name}))
             version = self._next(policy, new.sha256)
             self._record("artifact", who, version, before={"sha256": newest["sha256"]})
             self._save(new)
@@ -277,6 +291,47 @@ class SereRouter:
 
     async def stats(self, timeout_s: float = 3.0) -> dict[str, Any]:
         """Counters of every replica's engine since its start, and their totals."""
+        replicas = await self._counted(timeout_s)
+        total = totals(replicas)
+        return {
+            **self._status(),
+            "total": total,
+            "decode_only_means": means(total["decode_only"]),
+            "mixed_means": means(total["mixed"]),
+            "tpot_p90_ms": quantile_ms(total["token_times"], 0.9),
+            "per_replica": replicas,
+        }
+
+    async def auto_step(self) -> None:
+        """One interval of mode ``auto``: look, and change the level if the controller says so."""
+        pilot = self._pilot
+        if pilot is None:
+            return
+        decision = pilot.observe(await self._counted())
+        async with self._change:
+            if not decision.reason or pilot is not self._pilot:
+                return
+            newest = self._versions[-1]
+            version = self._next(pilot.policy, newest["sha256"])
+            self._record(
+                "policy", AUTO, version, before=newest["policy"], mode=AUTO, **vars(decision)
+            )
+            self._save()
+        await self._announce(version["version"], 0.0)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        assert self._auto_config is not None
+        while True:
+            await asyncio.sleep(self._auto_config.interval_s)
+            try:
+                await self.auto_step()
+            except Exception:  # the next interval is another try; until then the level holds
+                logger.exception("sere-ray: mode auto")
+
+    async def _counted(self, timeout_s: float = 3.0) -> list[dict[str, Any]]:
+        """Counters of every replica's engine; None for one that does not answer in time."""
         wanted = set(self._attached())
         self._counters = {k: v for k, v in self._counters.items() if k not in wanted}
         async with self._news:
@@ -285,7 +340,7 @@ class SereRouter:
             await self._until(lambda: not self._reports_wanted & wanted, timeout_s)
             self._reports_wanted -= wanted
         members = [seen.member for seen in self._attached().values()]
-        replicas = [
+        return [
             {
                 "replica": m.replica,
                 "gang": m.gang,
@@ -295,16 +350,54 @@ class SereRouter:
             }
             for m in sorted(members, key=lambda m: (m.gang, m.rank))
         ]
-        total = totals(replicas)
-        return {
-            **self._status(),
-            "total": total,
-            "decode_only_means": means(total["decode_only"]),
-            "mixed_means": means(total["mixed"]),
-            "per_replica": replicas,
-        }
 
-    # --- inside --------------------------------------------------------------------------------
+    def _changed(self, changes: Mapping[str, Any]) -> Policy:
+        """The policy after a change of keys, and the mode ``auto`` begun, kept or ended.
+
+        Raises:
+            SereError: it is not valid; nothing has changed.
+        """
+        if "similarity" in changes and changes["similarity"] != self._file.name:
+            raise SereError(
+                f"policy.similarity = {changes['similarity']!r}: the artifact is changed "
+                "with PUT /sere/artifact; leave the key out"
+            )
+        mode = changes.get("mode", self._mode)
+        newest, pilot = self._versions[-1]["policy"], self._pilot
+        base = newest if pilot is None else pilot.base.model_dump()
+        keys = {**base, **changes, "similarity": self._file.name}
+        policy = Policy.parse({**keys, "mode": "off"} if mode == AUTO else keys, where="policy")
+        policy.for_model(top_k=self._top_k, where="policy")
+        if mode != AUTO:
+            self._pilot = None
+            return policy
+        if pilot is None:
+            pilot = self._new_pilot(policy)
+        pilot.rebase(policy)
+        self._pilot = pilot
+        return pilot.policy
+
+    def _new_pilot(self, base: Policy) -> AutoPilot:
+        if self._auto_config is None:
+            raise SereError(
+                "policy.mode = 'auto': this deployment has no levels; give `auto` in its file"
+            )
+        return AutoPilot(base, self._auto_config, self._top_k)
+
+    def _resume(self, base: Policy) -> None:
+        """Go on in mode ``auto`` after a restart, from exact routing."""
+        self._pilot = self._new_pilot(base)
+        version = self._next(self._pilot.policy, self._versions[-1]["sha256"])
+        self._record("policy", AUTO, version, mode=AUTO, level=0, reason="the router restarted")
+        self._save()
+
+    @property
+    def _top_k(self) -> int:
+        return self._artifact.metadata.top_k
+
+    @property
+    def _mode(self) -> str:
+        return AUTO if self._pilot is not None else str(self._versions[-1]["policy"]["mode"])
 
     def _order(self, member: Member) -> Order:
         oldest, newest = self._versions[0]["version"], self._versions[-1]["version"]
@@ -394,7 +487,9 @@ class SereRouter:
         newest = self._versions[-1]
         return {
             "version": newest["version"],
+            "mode": self._mode,
             "policy": newest["policy"],
+            "auto": None if self._pilot is None else self._pilot.status(),
             "replicas": len(self._attached()),
             "replicas_settled": self._settled(newest["version"]),
         }
@@ -429,7 +524,12 @@ class SereRouter:
             self._store.save_blob(new.sha256, new.content)
         self._saved = True
         self._store.save(
-            {"versions": self._versions, "audit": list(self._audit), "name": self._file.name},
+            {
+                "versions": self._versions,
+                "audit": list(self._audit),
+                "name": self._file.name,
+                "auto": None if self._pilot is None else self._pilot.base.model_dump(),
+            },
             blobs={v["sha256"] for v in self._versions},
         )
 

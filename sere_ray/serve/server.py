@@ -55,6 +55,7 @@ class Follower:
         self._newest: Update | None = None  # what the engine was told last
         self._similarity = ""
         self._counters: dict[str, Any] | None = None
+        self._token_times: Any = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self) -> dict[str, Any]:
@@ -74,6 +75,9 @@ class Follower:
             engine: of this replica.
             metrics_interval_s: seconds between two exports of metrics; None exports none.
         """
+        from sere_ray.engine.token_times import watch_token_times
+
+        self._token_times = watch_token_times(engine._engine_client)
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
                 if self.failure is not None:
@@ -158,7 +162,8 @@ class Follower:
                 await _call(engine, "sere_settle")
                 self._settled = order.settle
             if order.report:
-                self._counters = (await _call(engine, "sere_counters", False))[0]
+                (counters, *_) = await _call(engine, "sere_counters", False)
+                self._counters = {**counters, "token_times": list(self._token_times.counts)}
         except Exception as error:
             # The router has validated it, so the engine and the router disagree: start anew.
             self.failure = f"version {order.updates[-1:]}: {error}"

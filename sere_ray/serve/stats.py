@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from sere_ray.token_times import BUCKETS, RATIO, SHORTEST_SECONDS
+
 STEP_KINDS = ("decode_only", "mixed")
 _OF_GANG = (
     "experts_before",
@@ -62,6 +64,10 @@ class Totals(BaseModel):
     layers: list[int] = Field(description="decoder layers, in the order of every list by layer")
     decode_only: StepSums = Field(description="steps in which every row may be re-routed")
     mixed: StepSums = Field(description="steps that also compute prompts or exact requests")
+    token_times: list[int] = Field(
+        description="output tokens by the engine's time since the token before: bucket i holds "
+        f"those up to {SHORTEST_SECONDS} s x {RATIO}^i"
+    )
 
 
 class StepMeans(BaseModel):
@@ -91,8 +97,10 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if replica["counters"] is not None:
             gangs.setdefault(replica["gang"], []).append(replica["counters"])
     layers: list[int] = next((ranks[0]["layers"] for ranks in gangs.values()), [])
+    times = [counters["token_times"] for ranks in gangs.values() for counters in ranks]
     return {
         "layers": layers,
+        "token_times": _by_layer(sum, [[0] * BUCKETS, *times]),
         **{
             kind: _add([_of_gang(ranks, kind) for ranks in gangs.values()], len(layers))
             for kind in STEP_KINDS
@@ -102,11 +110,24 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """What was counted between two totals; the later one where an engine restarted meanwhile."""
-    result: dict[str, Any] = {"layers": now["layers"]}
-    for kind in STEP_KINDS:
-        new, old = now[kind], before[kind]
-        result[kind] = new if new["steps"] < old["steps"] else _minus(new, old)
-    return result
+    restarted = any(now[kind]["steps"] < before[kind]["steps"] for kind in STEP_KINDS)
+    return dict(now) if restarted else _minus(now, before)
+
+
+def since(
+    replicas: Iterable[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The same for each rank, to be added up; ranks that had not counted before are left out.
+
+    Args:
+        replicas: with ``replica`` and ``counters`` of its engine.
+        before: earlier counters by replica.
+    """
+    return [
+        {**r, "counters": _minus(r["counters"], before[r["replica"]])}
+        for r in replicas
+        if r["replica"] in before
+    ]
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float | None]:
@@ -171,14 +192,19 @@ def _add(parts: list[dict[str, Any]], layers: int) -> dict[str, Any]:
 
 
 def _minus(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in new.items():
-        if isinstance(value, list):
-            earlier = old[name] or [0] * len(value)
-            result[name] = [a - b for a, b in zip(value, earlier, strict=True)]
-        else:
-            result[name] = None if value is None else value - (old[name] or 0)
+    """All that is counted, less what was counted before; the rest (layers, policy) as it is."""
+    result = {**new, "token_times": _less(new["token_times"], old["token_times"])}
+    for kind in STEP_KINDS:
+        counted = {k: v for k, v in new[kind].items() if not isinstance(v, dict)}
+        result[kind] = {name: _less(value, old[kind][name]) for name, value in counted.items()}
     return result
+
+
+def _less(new: Any, old: Any) -> Any:
+    """A number, or a list of them, less the earlier; None stays, and was zero."""
+    if isinstance(new, list):
+        return [a - b for a, b in zip(new, old or [0] * len(new), strict=True)]
+    return None if new is None else new - (old or 0)
 
 
 def _sum(values: ByLayer | None) -> int | None:

@@ -7,10 +7,15 @@ from tests.serve.deployment import deployed
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory):
-    """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it."""
+    """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it.
+
+    Mode ``auto`` is not on; its target is out of reach.
+    """
+    levels = [{"select_top_k": 2}, {"select_top_k": 1}]
     with deployed(
         tmp_path_factory.mktemp("live"),
         data_parallel_size=2,
+        auto={"tpot_ms": 0.01, "interval_s": 0.5, "patience": 2, "levels": levels},
         metrics_interval_s=1,
         environment={"RAY_metrics_report_interval_ms": "3000"},
     ) as deployment:

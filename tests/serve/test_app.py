@@ -10,6 +10,7 @@ from sere_ray.demo import assets
 from sere_ray.errors import PolicyError, SereError
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import engine_arguments, llm_config
+from sere_ray.serve.auto import level_policies
 from sere_ray.serve.run import load_file
 
 VALID = {"model": "/m", "model_id": "m"}
@@ -77,6 +78,8 @@ def test_deployment_files_are_valid():
         for application in document["applications"]:
             assert application["import_path"] == "sere_ray.serve:build_app"
             config = ServeConfig.parse(application["args"])
+            if config.auto is not None:
+                level_policies(config.sere, config.auto, top_k=4)
             load_file(file)
             if config.device == "cpu":
                 assert (root / config.model).resolve() == assets.MODEL.resolve()

@@ -14,6 +14,7 @@ from sere_ray.serve import router as router_module
 from sere_ray.serve.control_api import Stats
 from sere_ray.serve.router import HISTORY, Member, Order, SereRouter
 from sere_ray.serve.store import memory_store
+from sere_ray.token_times import BUCKETS
 
 EXPERTS, TOP_K = 8, 4
 LIMIT = 1 << 16
@@ -80,6 +81,7 @@ class Replica:
     def __init__(self, name, gang="g", gang_size=1, rank=0):
         self.name, self.gang, self.gang_size, self.rank = name, gang, gang_size, rank
         self.told, self.settled, self.counters = [], -1, None
+        self.token_times = [0] * BUCKETS
 
     async def join(self, router):
         update = await router.join(self.gang)
@@ -105,6 +107,7 @@ class Replica:
             self.counters = {
                 "layers": [0, 1],
                 "top_k": TOP_K,
+                "token_times": self.token_times,
                 "policy": {"union": "global"},
                 "decode_only": kind,
                 "mixed": {**kind, "forward_seconds": None},
@@ -370,6 +373,6 @@ def test_the_audit_log_is_bounded_and_says_who(make_router):
             await router.set_policy({"min_primary_experts": number}, "ann", timeout_s=0)
         entries = await router.audit()
         assert len(entries) == router_module.AUDIT_ENTRIES
-        assert {"time", "who", "what", "before", "after"} == set(entries[-1])
+        assert {"time", "who", "what", "before", "after", "mode"} == set(entries[-1])
 
     run(scenario())

@@ -4,7 +4,17 @@ import pytest
 
 from sere_ray.engine.state import BYTES
 from sere_ray.serve.client import _line
-from sere_ray.serve.stats import STEP_KINDS, StepMeans, StepSums, Totals, difference, means, totals
+from sere_ray.serve.stats import (
+    STEP_KINDS,
+    StepMeans,
+    StepSums,
+    Totals,
+    difference,
+    means,
+    since,
+    totals,
+)
+from sere_ray.token_times import BOUNDS, BUCKETS, bucket_of, quantile_ms
 
 LAYERS = [3, 7]
 
@@ -26,8 +36,10 @@ def rank(gang="g", union="global", **changes):
         "bytes_dispatched_after": [60, 140],
         **changes,
     }
-    counters = {"layers": LAYERS, "top_k": 4, "policy": {"union": union}}
-    return {"gang": gang, "counters": {**counters, **dict.fromkeys(STEP_KINDS, kind)}}
+    times = [0, 3] + [0] * (BUCKETS - 2)
+    counters = {"layers": LAYERS, "top_k": 4, "policy": {"union": union}, "token_times": times}
+    counters |= dict.fromkeys(STEP_KINDS, kind)
+    return {"replica": gang, "gang": gang, "counters": counters}
 
 
 def test_ranks_of_a_gang_share_what_they_agree_on_and_add_what_is_their_own():
@@ -40,6 +52,7 @@ def test_ranks_of_a_gang_share_what_they_agree_on_and_add_what_is_their_own():
     assert decode["slots_rerouted"] == [10, 14]
     assert decode["bytes_dispatched_after"] == [120, 280]
     assert decode["forward_seconds"] == pytest.approx(0.03)
+    assert found["token_times"][:3] == [0, 6, 0]
 
 
 def test_gangs_add_up():
@@ -77,8 +90,28 @@ def test_means_are_per_step_and_experts_per_counted_step_and_layer():
 
 def test_a_difference_has_every_field():
     before, now = totals([rank()]), totals([rank(steps=9, rows=30, experts_after=[10, 20])])
+    assert not any(difference(now, before)["token_times"])
     change = difference(now, before)["mixed"]
     assert set(change) == set(StepSums.model_fields)
     assert (change["steps"], change["rows"], change["experts_after"]) == (5, 18, [2, 8])
     assert not any(change["bytes_dispatched_after"])
     assert difference(before, now)["mixed"] == before["mixed"], "an engine restarted meanwhile"
+
+
+def test_since_counts_rank_by_rank_and_leaves_new_ones_out():
+    then = {"a": rank("a")["counters"]}
+    counted = since([rank("a", steps=9), rank("b")], then)
+    assert [r["replica"] for r in counted] == ["a"]
+    assert totals(counted)["decode_only"]["steps"] == 5
+
+
+def test_quantiles_of_token_times():
+    seconds = [0.004] * 90 + [0.02] * 9 + [3000.0]
+    counts = [0] * BUCKETS
+    for value in seconds:
+        counts[bucket_of(value)] += 1
+    assert quantile_ms(counts, 0.5) == pytest.approx(4, rel=0.1)
+    assert quantile_ms(counts, 0.95) == pytest.approx(20, rel=0.1)
+    assert quantile_ms(counts, 1.0) == 1e3 * BOUNDS[-1], "nothing above is told apart"
+    assert quantile_ms([0] * BUCKETS, 0.9) is None
+    assert quantile_ms([4] + [0] * (BUCKETS - 1), 0.5) == pytest.approx(0.05)

@@ -187,7 +187,8 @@ def _rows(
         for field_name, values in drawn[name].items():
             row[f"{field_name}_95"] = _interval(values)
             if name != base:
-                ratio = values / drawn[base][field_name]
+                with np.errstate(invalid="ignore"):  # no cost, by no cost
+                    ratio = values / drawn[base][field_name]
                 row[f"{field_name}_ratio"] = _ratio(row[field_name], rows[0][field_name])
                 row[f"{field_name}_ratio_95"] = _interval(ratio)
         rows.append(row)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -124,6 +124,14 @@ def run_part(plan: Plan, start: float) -> Load:
     return _Run(plan, start).run()
 
 
+def watch_lag(record: Callable[[float], None]) -> None:
+    """Forever: how much later than asked for, in seconds, the event loop comes back to a timer."""
+    while True:
+        asked = now() + _LAG_PERIOD
+        gevent.sleep(_LAG_PERIOD)
+        record(now() - asked)
+
+
 class _Run:
     def __init__(self, plan: Plan, start: float) -> None:
         self._plan, self._start = plan, start
@@ -137,7 +145,7 @@ class _Run:
         self._finished = gevent.event.Event()
 
     def run(self) -> Load:
-        watch = gevent.spawn(self._watch_lag)
+        watch = gevent.spawn(watch_lag, self._record_lag)
         senders = self._senders()
         try:
             self._sleep_until(self._load.end)
@@ -199,12 +207,9 @@ class _Run:
         while True:
             yield from draw.sample(self._plan.entries, len(self._plan.entries))
 
-    def _watch_lag(self) -> None:
-        while True:
-            asked = now() + _LAG_PERIOD
-            gevent.sleep(_LAG_PERIOD)
-            if asked >= self._load.begin:
-                self._load.lag.record(now() - asked)
+    def _record_lag(self, seconds: float) -> None:
+        if now() >= self._load.begin:
+            self._load.lag.record(seconds)
 
     def _sleep_until(self, due: float) -> None:
         gevent.sleep(max(due - now(), 0))

@@ -1,9 +1,10 @@
 """The generator's processes: this one controls, the others send."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from sere_ray.loadtest.client import now
@@ -12,6 +13,9 @@ from sere_ray.loadtest.driver import Load, Plan, run_part
 if TYPE_CHECKING:
     from multiprocessing.pool import Pool
 
+_PRIORITY = -10
+"""Nice value of the processes that send, where it is allowed: beside an engine on the same cores
+they have little to do, but at once."""
 _LEAD_SECONDS = 0.2
 """Until all processes have their part."""
 
@@ -36,10 +40,12 @@ class Generator:
 def generator(processes: int = 1) -> Iterator[Generator]:
     """Start processes that send, and end them, whatever happens."""
     context = multiprocessing.get_context("spawn")  # gevent and fork do not mix with threads
-    with context.Pool(processes, initializer=_leave_signals_to_the_parent) as pool:
+    with context.Pool(processes, initializer=_prepare) as pool:
         pool.starmap(divmod, [(1, 1)] * processes, chunksize=1)  # all have started
         yield Generator(pool, processes)
 
 
-def _leave_signals_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)

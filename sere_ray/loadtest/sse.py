@@ -72,7 +72,7 @@ def _take(answer: Answer, data: bytes, time: float) -> None:
         answer.done = True
         return
     try:
-        event = json.loads(data)
+        event = json.loads(data.decode())  # of bytes, json first guesses the encoding
         if "error" in event:
             raise BadAnswerError(f"error event: {_message(event['error'])}")
         answer.usage = event.get("usage") or answer.usage

@@ -80,6 +80,7 @@ async def _emit(writer: asyncio.StreamWriter, received: float, rate: float, coun
         writer.write(_chunk(f'{{"choices":[{choice}]}}'))
     writer.write(
         _chunk('{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
+        + _chunk(f'{{"choices":[],"usage":{{"completion_tokens":{count},"prompt_tokens":1}}}}')
         + _chunk("[DONE]")
         + b"0\r\n\r\n"
     )

@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from sere_ray.serve.stats import totals
+
 DONE = "[DONE]"
 
 
@@ -42,6 +44,7 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_GET(self):
             if self.path == "/v1/models":
@@ -101,3 +104,27 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class Control:
+    """A control API that remembers the policies it was told, and counts nothing.
+
+    Args:
+        refuse: a mode that it refuses.
+    """
+
+    def __init__(self, refuse=None):
+        self.policy = {"similarity": "a", "select_top_k": 3, "threshold": 0.5, "mode": "on"}
+        self.history, self._refuse = [], refuse
+
+    def answer(self, what, change):
+        """``(status, document)`` of a request to ``/sere/{what}``."""
+        if change is not None:
+            if change.get("mode") == self._refuse:
+                return 422, {"error": {"message": f"mode {self._refuse} is refused"}}
+            self.policy = {**self.policy, **change}
+            self.history.append((self.policy["mode"], self.policy["select_top_k"]))
+        status = {"version": 1, "policy": self.policy, "replicas": 2, "replicas_settled": 2}
+        if what == "policy":
+            return 200, status
+        return 200, {**status, "total": totals([])}

@@ -236,6 +236,44 @@ def sweep(
 
 
 @app.command()
+def demo(
+    out: Out,
+    rates: Annotated[
+        str, typer.Option(help="Sweep over requests per second, such as 2,5,8 [8 streams].")
+    ] = "",
+    rounds: Rounds = 4,
+    usd_per_gpu_hour: Annotated[
+        float, typer.Option(help="What an hour of this machine costs: an assumption.")
+    ] = 0.1,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
+    max_lag_ms: MaxLag = 50,
+    html: Html = None,
+    csv: Csv = None,
+    png: Png = None,
+) -> None:
+    """Serve the demo model on CPU, in two ranks, and compare off, S=2 and S=1 through HTTP.
+
+    Two minutes of load and one or two for the start. `make loadtest` runs it.
+
+    Example: sere-ray loadtest demo --out ab.json --html ab.html
+    """
+    with user_errors():
+        from sere_ray.loadtest.demo import run_demo_comparison
+        from sere_ray.loadtest.figures import Price
+        from sere_ray.results import write_result
+
+        content = run_demo_comparison(
+            lambda content: write_result(out, content),
+            price=Price(usd_per_gpu_hour),
+            port=port,
+            rates=_positive("--rates", rates) if rates else [],
+            rounds=rounds,
+            console=console,
+        )
+        _finish(content, out, html, csv, png, max_lag_ms, None)
+
+
+@app.command()
 def check(
     out: Out,
     streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 64,

@@ -297,6 +297,41 @@ def check(
 
 
 @app.command()
+def soak(
+    out: Out,
+    pid: Annotated[int, typer.Option(help="Of `sere-ray serve` on this machine.")],
+    minutes: Annotated[float, typer.Option(min=0.2, help="How long.")] = 30,
+    kill_rank: Annotated[bool, typer.Option(help="Kill an engine after half of the time.")] = True,
+    url: Url = "http://127.0.0.1:8000",
+    keys: Keys = None,
+    stall: Stall = 30,
+) -> None:
+    """Load the demo model's deployment and disturb it: is anything lost, crossed, or growing?
+
+    Policies change, clients hang up, requests are nonsense, an engine is killed. The admin token is
+    in SERE_ADMIN_TOKEN.
+
+    Example: sere-ray loadtest soak --pid 4711 --minutes 30 --out soak.json
+    """
+    with user_errors():
+        from dataclasses import replace
+
+        from sere_ray.loadtest.soak import run_soak
+        from sere_ray.results import write_result
+
+        plan = _plan(url, None, "chat", keys, None, stall, None)
+        run_soak(
+            replace(plan, seconds=60 * minutes),
+            url=url,
+            pid=pid,
+            kill_rank=kill_rank,
+            save=lambda content: write_result(out, content),
+            console=console,
+        )
+    print(out)
+
+
+@app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="A result file of run, ab or sweep.")],
     html: Html = None,

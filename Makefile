@@ -7,10 +7,11 @@ PIN := constraints/cpu.txt
 # Where torch +cpu comes from: auto = PyTorch's own index unless pip already finds it elsewhere.
 TORCH_INDEX ?= auto
 
-.PHONY: help demo monitor-demo test lint format install benchmark clean
+.PHONY: help demo monitor-demo loadtest test lint format install benchmark clean
 help:
 	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare (10 min first time)"
 	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
+	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP (3 min)"
 	@echo "make test       lint, types and all tests that run on this machine"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  decode step time on CPU, stock against this plugin (writes docs/results)"
@@ -21,6 +22,9 @@ demo: $(STAMP)
 
 monitor-demo: $(STAMP)
 	$(BIN)/sere-ray monitor-demo $(ARGS)
+
+loadtest: $(STAMP)
+	$(BIN)/sere-ray loadtest demo --out loadtest-report.json --html loadtest-report.html $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

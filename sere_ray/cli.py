@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sere_ray import __version__, cli_calibrate, cli_observe, cli_quality, cli_serve
+from sere_ray import __version__, cli_calibrate, cli_loadtest, cli_observe, cli_quality, cli_serve
 from sere_ray.cli_common import Out, console, numbers, user_errors
 from sere_ray.errors import SereError
 
@@ -36,6 +36,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.
 app.add_typer(artifact_app, name="artifact")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_serve.policy_app, name="policy")
+app.add_typer(cli_loadtest.app, name="loadtest")
 app.add_typer(cli_observe.dashboards_app, name="dashboards")
 for command in (
     cli_calibrate.calibrate,

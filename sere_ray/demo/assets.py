@@ -27,6 +27,12 @@ def arithmetic() -> list[tuple[str, str]]:
     return [(record["prompt"], record["answer"]) for record in _records("arithmetic.jsonl")]
 
 
+def final_answer(reply: str) -> str | None:
+    """What follows the last ``Answer:`` of a reply; None if there is none."""
+    _, found, answer = reply.rpartition("Answer:")
+    return answer.strip() if found else None
+
+
 def _records(name: str) -> list[dict[str, Any]]:
     lines = (_HERE / "data" / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -50,6 +50,7 @@ def served(
                 "max_model_len": 512,
                 "max_num_seqs": max_streams,
                 "enforce_eager": not compiled,
+                "enable_prompt_tokens_details": True,  # the load test reports cache hits
             },
         }
         with waiting(console, "starting the engines"):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from openai import AsyncOpenAI
 
+from sere_ray.demo.assets import final_answer
+
 
 @dataclass(frozen=True)
 class Served:
@@ -63,9 +65,3 @@ async def _send(
         await asyncio.gather(*(stream() for _ in range(concurrency)))
         seconds = time.perf_counter() - start
     return Served(len(problems), correct, tokens, seconds)
-
-
-def final_answer(reply: str) -> str | None:
-    """What follows the last ``Answer:`` of a reply; None if there is none."""
-    _, found, answer = reply.rpartition("Answer:")
-    return answer.strip() if found else None

@@ -9,8 +9,8 @@ import torch
 
 from sere_ray.calibration.loading import load_model, load_tokenizer
 from sere_ray.demo import assets
+from sere_ray.demo.assets import final_answer
 from sere_ray.demo.settings import TOP_K, label, policies, problems_at
-from sere_ray.demo.traffic import final_answer
 
 METRICS = json.loads((assets.MODEL / "metrics.json").read_text())
 

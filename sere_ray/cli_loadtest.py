@@ -1,0 +1,499 @@
+"""The commands of the load test: run, ab, sweep, check, report, workload."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sere_ray.cli_common import Out, console, user_errors
+from sere_ray.errors import SereError
+
+if TYPE_CHECKING:
+    from sere_ray.loadtest.ab import Shape
+    from sere_ray.loadtest.driver import Plan
+
+app = typer.Typer(no_args_is_help=True, help="Latency and cost of an endpoint, from outside.")
+
+
+Url = Annotated[str, typer.Option(help="Of the endpoint, without /v1.")]
+Workload = Annotated[
+    Path | None, typer.Option(help="JSON lines of prompt and max_tokens [arithmetic].")
+]
+Model = Annotated[str | None, typer.Option(help="Name to ask for [the first that is served].")]
+Keys = Annotated[
+    Path | None,
+    typer.Option(help="YAML list of API keys, tiers and weights [one in OPENAI_API_KEY]."),
+]
+Api = Annotated[Literal["chat", "completions"], typer.Option(help="Which OpenAI route.")]
+Slo = Annotated[
+    str, typer.Option(help="Milliseconds that a request must keep, such as ttft=500,tpot=50.")
+]
+Price = Annotated[float | None, typer.Option(help="Dollars per GPU and hour, for the cost.")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs that are paid.")]
+Require = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Exit with 1 if a smaller share of requests keeps the SLO."),
+]
+Processes = Annotated[int, typer.Option(min=1, max=64, help="Processes that send.")]
+MaxLag = Annotated[float, typer.Option(help="Event loop lateness (p99) that is accepted.")]
+Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of a block.")]
+Warmup = Annotated[float, typer.Option(min=0, help="Seconds before them, dropped.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Blocks of each policy.")]
+Policies = Annotated[
+    str, typer.Option(help="off, observe, S=2, S=1:threshold=0.3 ..; the first is the base.")
+]
+Cache = Annotated[
+    Literal["cold", "block", "server"],
+    typer.Option(help="Prefix cache: salt for each request, for each block, or none."),
+]
+Stall = Annotated[float, typer.Option(min=0.1, help="Seconds without a byte that end a request.")]
+Seed = Annotated[int, typer.Option(help="Of order, prompts and arrivals.")]
+Html = Annotated[Path | None, typer.Option(help="Page to write, self-contained.")]
+Csv = Annotated[Path | None, typer.Option(help="Rows as CSV.")]
+Png = Annotated[Path | None, typer.Option(help="The page's picture.")]
+
+
+@app.command()
+def run(
+    out: Out,
+    url: Url = "http://127.0.0.1:8000",
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Closed loop: users that wait for their answer.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: requests per second, whatever comes back.")
+    ] = None,
+    burstiness: Annotated[float, typer.Option(help="Of arrivals: 1 Poisson, less = burstier.")] = 1,
+    steps: Annotated[
+        str | None, typer.Option(help="Open loop: SECONDSxRATE, ..., such as 20x1,20x4.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay Mooncake's .jsonl or BurstGPT's .csv.")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.01, help="Of the replay.")] = 1.0,
+    workload: Workload = None,
+    seconds: Seconds = 30,
+    warmup: Warmup = 5,
+    model: Model = None,
+    api: Api = "chat",
+    keys: Keys = None,
+    slo: Slo = "",
+    usd_per_gpu_hour: Price = None,
+    gpus: Gpus = 1,
+    require_slo: Require = None,
+    stall: Stall = 30,
+    processes: Processes = 1,
+    max_lag_ms: MaxLag = 50,
+    seed: Seed = 0,
+    html: Html = None,
+    csv: Csv = None,
+) -> None:
+    """Load any OpenAI endpoint and report latency, goodput and cost.
+
+    Example: sere-ray loadtest run --rate 2 --slo ttft=500,tpot=50 --out run.json
+    """
+    with user_errors():
+        from dataclasses import replace
+
+        from sere_ray.loadtest.arrivals import Arrivals, parse_steps
+        from sere_ray.loadtest.figures import Slo as Limits
+        from sere_ray.loadtest.single import run_single
+
+        if sum(value is not None for value in (streams, rate, steps, trace)) != 1:
+            raise SereError("give one of --streams, --rate, --steps and --trace")
+        if trace is not None and workload is not None:
+            raise SereError("--trace brings its own lengths: leave --workload out")
+        plan = _plan(url, model, api, keys, trace or workload, stall, speed if trace else None)
+        plan = replace(plan, seconds=seconds, warmup=warmup, streams=streams, seed=seed)
+        if rate is not None:
+            plan = replace(plan, arrivals=Arrivals.at(rate, burstiness))
+        elif steps is not None:
+            arrivals = Arrivals.checked(parse_steps(steps), burstiness)
+            plan = replace(plan, arrivals=arrivals, seconds=arrivals.seconds, warmup=0)
+        elif trace is not None:
+            plan = replace(plan, seconds=(plan.entries[-1].at or 0) + 1e-3, warmup=0)
+        limits = Limits.parse(slo)
+        content = run_single(plan, limits, _price(usd_per_gpu_hour, gpus), processes, console)
+        _finish(content, out, html, csv, None, max_lag_ms, require_slo)
+
+
+@app.command()
+def ab(
+    out: Out,
+    url: Url = "http://127.0.0.1:8000",
+    policies: Policies = "off,S=2,S=1",
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Closed loop: users that wait for their answer.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: Poisson requests per second.")
+    ] = None,
+    rounds: Rounds = 4,
+    seconds: Seconds = 15,
+    warmup: Warmup = 3,
+    workload: Workload = None,
+    model: Model = None,
+    api: Api = "chat",
+    keys: Keys = None,
+    slo: Slo = "",
+    usd_per_gpu_hour: Price = None,
+    gpus: Gpus = 1,
+    require_slo: Require = None,
+    cache: Cache = "cold",
+    stall: Stall = 30,
+    processes: Processes = 1,
+    max_lag_ms: MaxLag = 50,
+    seed: Seed = 0,
+    html: Html = None,
+    csv: Csv = None,
+    png: Png = None,
+) -> None:
+    """Policies of one deployment against each other, in interleaved blocks of one run.
+
+    The admin token is in SERE_ADMIN_TOKEN. The policy is put back afterwards, whatever happens.
+
+    Example: sere-ray loadtest ab --streams 16 --policies off,S=2,S=1 --slo tpot=50 --out ab.json
+    """
+    with user_errors():
+        from sere_ray.loadtest.ab import Shape
+
+        if (streams is None) == (rate is None):
+            raise SereError("give one of --streams and --rate")
+        plan = _plan(url, model, api, keys, workload, stall, None)
+        content = _compare(
+            url,
+            plan,
+            [Shape(streams, rate)],
+            policies,
+            {"rounds": rounds, "processes": processes},
+            {"seconds": seconds, "warmup": warmup, "seed": seed, "cache": cache},
+            slo,
+            _price(usd_per_gpu_hour, gpus),
+            out,
+        )
+        _finish(content, out, html, csv, png, max_lag_ms, require_slo)
+
+
+@app.command()
+def sweep(
+    out: Out,
+    rates: Annotated[
+        str | None, typer.Option(help="Requests per second, such as 1,2,4 (open loop, Poisson).")
+    ] = None,
+    streams: Annotated[
+        str | None, typer.Option(help="Or concurrent streams, such as 4,16,64 (closed loop).")
+    ] = None,
+    url: Url = "http://127.0.0.1:8000",
+    policies: Policies = "off,S=2,S=1",
+    rounds: Rounds = 3,
+    seconds: Seconds = 15,
+    warmup: Warmup = 3,
+    workload: Workload = None,
+    model: Model = None,
+    api: Api = "chat",
+    keys: Keys = None,
+    slo: Slo = "",
+    usd_per_gpu_hour: Price = None,
+    gpus: Gpus = 1,
+    cache: Cache = "cold",
+    stall: Stall = 30,
+    processes: Processes = 1,
+    max_lag_ms: MaxLag = 50,
+    seed: Seed = 0,
+    html: Html = None,
+    csv: Csv = None,
+    png: Png = None,
+) -> None:
+    """The same comparison at several loads: where re-routing pays, and where it stops.
+
+    The file is written after each load.
+
+    Example: sere-ray loadtest sweep --rates 1,2,4 --slo tpot=50 --out sweep.json --png sweep.png
+    """
+    with user_errors():
+        from sere_ray.loadtest.ab import Shape
+
+        if (streams is None) == (rates is None):
+            raise SereError("give one of --streams and --rates")
+        if rates is not None:
+            shapes = [Shape(rate=rate) for rate in _positive("--rates", rates)]
+        else:
+            shapes = [Shape(int(count)) for count in _positive("--streams", streams or "")]
+        plan = _plan(url, model, api, keys, workload, stall, None)
+        content = _compare(
+            url,
+            plan,
+            shapes,
+            policies,
+            {"rounds": rounds, "processes": processes},
+            {"seconds": seconds, "warmup": warmup, "seed": seed, "cache": cache},
+            slo,
+            _price(usd_per_gpu_hour, gpus),
+            out,
+        )
+        _finish(content, out, html, csv, png, max_lag_ms, None)
+
+
+@app.command()
+def demo(
+    out: Out,
+    rates: Annotated[
+        str, typer.Option(help="Sweep over requests per second, such as 2,5,8 [8 streams].")
+    ] = "",
+    rounds: Rounds = 4,
+    usd_per_gpu_hour: Annotated[
+        float, typer.Option(help="What an hour of this machine costs: an assumption.")
+    ] = 0.1,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
+    max_lag_ms: MaxLag = 50,
+    html: Html = None,
+    csv: Csv = None,
+    png: Png = None,
+) -> None:
+    """Serve the demo model on CPU, in two ranks, and compare off, S=2 and S=1 through HTTP.
+
+    Two minutes of load and one or two for the start. `make loadtest` runs it.
+
+    Example: sere-ray loadtest demo --out ab.json --html ab.html
+    """
+    with user_errors():
+        from sere_ray.loadtest.demo import run_demo_comparison
+        from sere_ray.loadtest.figures import Price
+        from sere_ray.results import write_result
+
+        content = run_demo_comparison(
+            lambda content: write_result(out, content),
+            price=Price(usd_per_gpu_hour),
+            port=port,
+            rates=_positive("--rates", rates) if rates else [],
+            rounds=rounds,
+            console=console,
+        )
+        _finish(content, out, html, csv, png, max_lag_ms, None)
+
+
+@app.command()
+def check(
+    out: Out,
+    streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each rate.")] = 8,
+) -> None:
+    """Can the generator be trusted here? Its times against a stub that wrote down its own.
+
+    Example: sere-ray loadtest check --out loadtest-generator.json
+    """
+    with user_errors():
+        from sere_ray.loadtest.check import run_check
+        from sere_ray.results import write_result
+
+        run_check(
+            lambda content: write_result(out, content),
+            streams=streams,
+            seconds=seconds,
+            console=console,
+        )
+    print(out)
+
+
+@app.command()
+def soak(
+    out: Out,
+    pid: Annotated[int, typer.Option(help="Of `sere-ray serve` on this machine.")],
+    minutes: Annotated[float, typer.Option(min=0.2, help="How long.")] = 30,
+    kill_rank: Annotated[bool, typer.Option(help="Kill an engine after half of the time.")] = True,
+    url: Url = "http://127.0.0.1:8000",
+    keys: Keys = None,
+    stall: Stall = 30,
+) -> None:
+    """Load the demo model's deployment and disturb it: is anything lost, crossed, or growing?
+
+    Policies change, clients hang up, requests are nonsense, an engine is killed. The admin token is
+    in SERE_ADMIN_TOKEN.
+
+    Example: sere-ray loadtest soak --pid 4711 --minutes 30 --out soak.json
+    """
+    with user_errors():
+        from dataclasses import replace
+
+        from sere_ray.loadtest.soak import run_soak
+        from sere_ray.results import write_result
+
+        plan = _plan(url, None, "chat", keys, None, stall, None)
+        run_soak(
+            replace(plan, seconds=60 * minutes),
+            url=url,
+            pid=pid,
+            kill_rank=kill_rank,
+            save=lambda content: write_result(out, content),
+            console=console,
+        )
+    print(out)
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A result file of run, ab or sweep.")],
+    html: Html = None,
+    csv: Csv = None,
+    png: Png = None,
+) -> None:
+    """Draw a result file again.
+
+    Example: sere-ray loadtest report ab.json --html ab.html
+    """
+    with user_errors():
+        from sere_ray.loadtest.report import write_reports
+        from sere_ray.results import load_result
+
+        write_reports(load_result(result), html_file=html, csv_file=csv, png=png)
+
+
+@app.command()
+def workload(
+    out: Out,
+    kind: Annotated[
+        Literal["text", "arithmetic"], typer.Option(help="Made-up text, or the demo's problems.")
+    ] = "text",
+    requests: Annotated[int, typer.Option(min=1, help="How many (text).")] = 200,
+    prompt_words: Annotated[str, typer.Option(help="Least,most (text).")] = "20,120",
+    output_tokens: Annotated[str, typer.Option(help="Least,most (text).")] = "32,96",
+    seed: Seed = 0,
+) -> None:
+    """Write a workload file; the same for the same seed.
+
+    Example: sere-ray loadtest workload --out text.jsonl --prompt-words 100,400 --seed 7
+    """
+    with user_errors():
+        from sere_ray.artifact import atomic_path
+        from sere_ray.loadtest.workload import arithmetic_workload, text_workload, to_lines
+
+        if kind == "arithmetic":
+            entries = arithmetic_workload()
+        else:
+            entries = text_workload(
+                requests=requests,
+                prompt_words=_range("--prompt-words", prompt_words),
+                output_tokens=_range("--output-tokens", output_tokens),
+                seed=seed,
+            )
+        with atomic_path(out) as temporary:
+            temporary.write_text(to_lines(entries))
+    print(out)
+
+
+def _plan(
+    url: str,
+    model: str | None,
+    api: Literal["chat", "completions"],
+    keys_file: Path | None,
+    workload: Path | None,
+    stall: float,
+    trace_speed: float | None,
+) -> "Plan":
+    from sere_ray.loadtest.client import Limits
+    from sere_ray.loadtest.driver import Plan, Target
+    from sere_ray.loadtest.endpoint import find_model
+    from sere_ray.loadtest.workload import (
+        ClientKey,
+        arithmetic_workload,
+        load_keys,
+        load_trace,
+        load_workload,
+    )
+
+    if workload is None:
+        entries = arithmetic_workload()
+    elif trace_speed is None:
+        entries = load_workload(workload)
+    else:
+        entries = load_trace(workload, speed=trace_speed)
+    own = os.environ.get("OPENAI_API_KEY")
+    keys = load_keys(keys_file) if keys_file else [ClientKey(key=own)] if own else []
+    target = Target(
+        f"{url.rstrip('/')}/v1",
+        find_model(url, keys, model),
+        api,
+        tuple(keys),
+        Limits(stall=stall),
+    )
+    return Plan(target, tuple(entries), seconds=0)
+
+
+def _compare(
+    url: str,
+    plan: "Plan",
+    shapes: "list[Shape]",
+    policies: str,
+    options: dict[str, int],
+    block: dict[str, Any],
+    slo: str,
+    price: Any,
+    out: Path,
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from sere_ray.loadtest.ab import Comparison, run_comparison
+    from sere_ray.loadtest.endpoint import parse_policies
+    from sere_ray.loadtest.figures import Slo as Limits
+    from sere_ray.results import write_result
+
+    comparison = Comparison(
+        url,
+        replace(plan, **block),
+        shapes,
+        parse_policies(policies),
+        slo=Limits.parse(slo),
+        price=price,
+        **options,
+    )
+    return run_comparison(comparison, lambda content: write_result(out, content), console)
+
+
+def _finish(
+    content: dict[str, Any],
+    out: Path,
+    html: Path | None,
+    csv: Path | None,
+    png: Path | None,
+    max_lag_ms: float,
+    required: float | None,
+) -> None:
+    """Write everything, then say whether it may be believed and is good enough."""
+    from sere_ray.loadtest.report import write_reports
+    from sere_ray.loadtest.verdict import broken_slo, check_generator
+    from sere_ray.results import load_result, write_result
+
+    write_result(out, content)
+    write_reports(load_result(out), html_file=html, csv_file=csv, png=png)
+    for path in filter(None, (out, html, csv, png)):
+        print(path)
+    check_generator(content, max_lag_ms)
+    broken = [] if required is None else broken_slo(content, required)
+    for line in broken:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _price(usd_per_gpu_hour: float | None, gpus: int) -> Any:
+    from sere_ray.loadtest.figures import Price
+
+    return None if usd_per_gpu_hour is None else Price(usd_per_gpu_hour, gpus)
+
+
+def _positive(option: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) <= 0:
+        raise SereError(f"{option} = {text!r}: must be numbers above 0, comma-separated")
+    return values
+
+
+def _range(option: str, text: str) -> tuple[int, int]:
+    values = [int(value) for value in _positive(option, text)]
+    if len(values) != 2 or not 1 <= values[0] <= values[1]:
+        raise SereError(f"{option} = {text!r}: must be LEAST,MOST, such as 20,120")
+    return values[0], values[1]

@@ -1,0 +1,254 @@
+"""Policies against each other in one run: blocks in random order, intervals over the rounds."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from sere_ray.errors import SereError
+from sere_ray.loadtest.arrivals import Arrivals
+from sere_ray.loadtest.driver import Plan
+from sere_ray.loadtest.endpoint import kept_policy, set_policy
+from sere_ray.loadtest.figures import Price, Sample, Slo, figures, pool, rounded, sample
+from sere_ray.loadtest.pool import Generator, generator
+from sere_ray.serve.client import Deployment
+from sere_ray.serve.stats import means
+
+_RESAMPLES = 1000
+OBSERVE = {"mode": "observe"}
+Save = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much load: so many streams, or so many requests per second."""
+
+    streams: int | None = None
+    rate: float | None = None
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan with this much load."""
+        arrivals = None if self.rate is None else Arrivals.at(self.rate)
+        return replace(plan, streams=self.streams, arrivals=arrivals)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As fields of a result file."""
+        return {"streams": self.streams} if self.rate is None else {"rate": self.rate}
+
+    def __str__(self) -> str:
+        return f"{self.streams} streams" if self.rate is None else f"{self.rate:g} requests/s"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and on what conditions."""
+
+    url: str
+    """Of the deployment."""
+    plan: Plan
+    """Of a block; without its amount of load."""
+    shapes: Sequence[Shape]
+    policies: dict[str, dict[str, Any]]
+    """Changes of the deployment's policy; the first one is what the others are compared to."""
+    rounds: int
+    slo: Slo = field(default_factory=Slo)
+    price: Price | None = None
+    processes: int = 1
+
+    def conditions(self) -> dict[str, Any]:
+        """As the header of a result file."""
+        plan, price = self.plan, self.price
+        return {
+            "model": plan.target.model,
+            "slo": str(self.slo),
+            "usd_per_gpu_hour": price and price.usd_per_gpu_hour,
+            "gpus": price and price.gpus,
+            "rounds": self.rounds,
+            "seconds_per_block": plan.seconds,
+            "warmup_seconds_per_block": plan.warmup,
+            "prefix_cache": plan.cache,
+            "workload_requests": len(plan.entries),
+            "api_keys": len(plan.target.keys),
+            "seed": plan.seed,
+            "generator_processes": self.processes,
+        }
+
+
+@dataclass
+class _Block:
+    sample: Sample
+    steps: dict[str, float | None]
+    """Means of the engine's decode-only steps."""
+
+
+def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, Any]:
+    """Run all blocks; the result is saved after each amount of load.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        SereError: no control API, a refused policy, or a block without a single answer. The policy
+            is put back in any case.
+    """
+    content: dict[str, Any] = {**what.conditions(), "rows": [], "blocks": []}
+    with kept_policy(what.url, console) as before, generator(what.processes) as sender:
+        runner = _Runner(what, before, sender, console, content["blocks"])
+        for shape in what.shapes:
+            blocks = runner.rounds(shape)
+            observed = runner.observe(shape) if _needs_observing(what.policies) else None
+            content["rows"] += _rows(what, shape, blocks, observed)
+            save(content)
+    return content
+
+
+@dataclass
+class _Runner:
+    what: Comparison
+    before: dict[str, Any]
+    sender: Generator
+    console: Console
+    log: list[dict[str, Any]]
+
+    def rounds(self, shape: Shape) -> dict[str, list[_Block]]:
+        """The blocks of each policy, in the order of the rounds."""
+        draw = random.Random(f"{self.what.plan.seed} {shape}")
+        blocks: dict[str, list[_Block]] = {name: [] for name in self.what.policies}
+        for number in range(1, self.what.rounds + 1):
+            for name in draw.sample(list(blocks), len(blocks)):
+                block = self._block(shape, number, self.what.policies[name], name)
+                blocks[name].append(block)
+                self._tell(shape, number, name, block)
+        return blocks
+
+    def observe(self, shape: Shape) -> dict[str, float | None]:
+        """What exact routing reads: counted by the mode that runs the rule and discards it."""
+        return self._block(shape, self.what.rounds + 1, OBSERVE, "observe").steps
+
+    def _block(self, shape: Shape, number: int, change: dict[str, Any], name: str) -> _Block:
+        what, deployment = self.what, Deployment(self.what.url)
+        set_policy(what.url, {**self.before, **change})
+        deployment.read_counters()
+        plan = shape.of(what.plan)
+        # In a round all policies get the same prompts at the same times.
+        plan = replace(
+            plan,
+            seed=hash_of(plan.seed, number),
+            salt=f"{plan.seed} {shape} {number} {name} ",
+        )
+        load = self.sender.run(plan)
+        counted = deployment.read_counters()
+        one = sample(load, what.slo)
+        if one.requests == sum(one.failures.values()):
+            reason = one.failures.most_common(1)[0][0] if one.failures else "no request was due"
+            raise SereError(f"{what.url}: no answer at {shape} under {name}: {reason}")
+        return _Block(one, means(counted["decode_only"]))
+
+    def _tell(self, shape: Shape, number: int, name: str, block: _Block) -> None:
+        row = figures(block.sample, None)
+        names = ("ttft_ms_p50", "tpot_ms_p50", "tokens_per_s", "requests", "failures")
+        shown = {name: row[name] for name in (*names, "generator_lag_ms_p99")}
+        self.log.append({**shape.row, "round": number, "policy": name, **shown})
+        self.console.print(
+            f"{shape}, round {number}, {name}: {row['requests']} requests, "
+            f"{row['failures']} failed, TTFT {row['ttft_ms_p50']} ms, "
+            f"TPOT {row['tpot_ms_p50']} ms, {row['tokens_per_s']} tokens/s",
+            highlight=False,
+        )
+
+
+def hash_of(seed: int, number: int) -> int:
+    """A seed for a round."""
+    return random.Random(f"{seed} {number}").getrandbits(32)
+
+
+def _needs_observing(policies: dict[str, dict[str, Any]]) -> bool:
+    modes = [change["mode"] for change in policies.values()]
+    return "off" in modes and "observe" not in modes
+
+
+def _rows(
+    what: Comparison,
+    shape: Shape,
+    blocks: dict[str, list[_Block]],
+    observed: dict[str, float | None] | None,
+) -> list[dict[str, Any]]:
+    samples = {name: [block.sample for block in own] for name, own in blocks.items()}
+    base = next(iter(samples))
+    drawn = _resamples(samples, what.price)
+    rows: list[dict[str, Any]] = []
+    for name, own in samples.items():
+        row = {"policy": name, **shape.row, **figures(pool(own), what.price)}
+        row |= _steps(blocks[name], observed if what.policies[name]["mode"] == "off" else None)
+        for field_name, values in drawn[name].items():
+            row[f"{field_name}_95"] = _interval(values)
+            if name != base:
+                with np.errstate(invalid="ignore"):  # no cost, by no cost
+                    ratio = values / drawn[base][field_name]
+                row[f"{field_name}_ratio"] = _ratio(row[field_name], rows[0][field_name])
+                row[f"{field_name}_ratio_95"] = _interval(ratio)
+        rows.append(row)
+    return rows
+
+
+def _steps(blocks: list[_Block], observed: dict[str, float | None] | None) -> dict[str, Any]:
+    """What the engine counted, means over blocks; ``off`` counts no experts itself."""
+    experts = [block.steps["experts_after"] for block in blocks]
+    if observed is not None:
+        experts = [observed["experts_before"]]
+    return {
+        "experts_read": _mean(experts),
+        "engine_step_ms": _mean([block.steps["step_ms"] for block in blocks]),
+        "rows_per_step": _mean([block.steps["rows"] for block in blocks]),
+    }
+
+
+def _resamples(
+    samples: dict[str, list[Sample]], price: Price | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of each policy over rounds drawn with replacement; the same rounds for all."""
+    rounds = len(next(iter(samples.values())))
+    draw = np.random.default_rng(0)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in samples}
+    for _ in range(_RESAMPLES if rounds > 1 else 0):
+        chosen = draw.integers(rounds, size=rounds)
+        for name, own in samples.items():
+            found[name].append(_statistics([own[i] for i in chosen], price))
+    return {
+        name: {field: np.array([one[field] for one in all_]) for field in all_[0]} if all_ else {}
+        for name, all_ in found.items()
+    }
+
+
+def _statistics(chosen: list[Sample], price: Price | None) -> dict[str, float]:
+    seconds = sum(one.seconds for one in chosen)
+    found = {"tokens_per_s": sum(one.tokens for one in chosen) / seconds}
+    for name in ("ttft", "tpot"):
+        values = np.percentile(np.concatenate([getattr(one, name) for one in chosen]), (50, 90, 99))
+        found |= {f"{name}_ms_p{p}": float(v) for p, v in zip((50, 90, 99), values, strict=True)}
+    if price is not None:
+        cost = price.usd_per_million(sum(one.good_tokens for one in chosen) / seconds)
+        found["usd_per_million_output_tokens"] = np.inf if cost is None else cost
+    return found
+
+
+def _interval(values: np.ndarray) -> list[float | None]:
+    """95 %, percentile bootstrap."""
+    return [_finite(float(v)) for v in np.percentile(values, (2.5, 97.5), method="nearest")]
+
+
+def _ratio(own: float | None, base: float | None) -> float | None:
+    return None if own is None or not base else rounded(own / base)
+
+
+def _finite(value: float) -> float | None:
+    return rounded(value) if np.isfinite(value) else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return rounded(sum(known) / len(known)) if known else None

@@ -1,0 +1,65 @@
+"""The comparison on the demo model, deployment included: one command, about two minutes of load."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sere_ray.calibration import calibrate
+from sere_ray.config import Policy
+from sere_ray.demo import assets
+from sere_ray.demo.run import check_machine
+from sere_ray.demo.serving import HOST, MODEL_ID, served
+from sere_ray.loadtest.ab import Comparison, Save, Shape, run_comparison
+from sere_ray.loadtest.driver import Plan, Target
+from sere_ray.loadtest.endpoint import parse_policies
+from sere_ray.loadtest.figures import Price, Slo
+from sere_ray.loadtest.workload import arithmetic_workload
+
+STREAMS = 8
+SECONDS = 7.0
+WARMUP = 2.0
+SLO = Slo(ttft=1000, tpot=40)
+POLICIES = "off,S=2,S=1"
+
+
+def run_demo_comparison(
+    save: Save, *, price: Price, port: int, rates: Sequence[float], rounds: int, console: Console
+) -> dict[str, Any]:
+    """Serve the demo model in two ranks and compare policies on its arithmetic.
+
+    Args:
+        save: called with the content of the result file.
+        price: of this machine; an assumption, since nobody rents it.
+        port: to serve on.
+        rates: requests per second of a sweep; none = eight streams, closed loop.
+        rounds: blocks of each policy.
+        console: where progress is printed.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        SereError: the port is taken, or a package of the extra ``cpu`` is missing.
+    """
+    compiled = check_machine(port, console)
+    with tempfile.TemporaryDirectory(prefix="sere-loadtest-") as folder:
+        similarity = Path(folder) / "demo.safetensors"
+        calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console)
+        policy = Policy.parse({"similarity": str(similarity), "select_top_k": 2})
+        url = f"http://{HOST}:{port}"
+        plan = Plan(Target(f"{url}/v1", MODEL_ID), tuple(arithmetic_workload()), SECONDS)
+        comparison = Comparison(
+            url,
+            replace(plan, warmup=WARMUP, cache="cold"),
+            [Shape(rate=rate) for rate in rates] or [Shape(STREAMS)],
+            parse_policies(POLICIES),
+            rounds,
+            SLO,
+            price,
+        )
+        with served(policy, port, max_streams=16, compiled=compiled, console=console):
+            return run_comparison(comparison, save, console)

@@ -1,0 +1,146 @@
+"""The endpoint before a load, and its policy around one."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import yaml
+from rich.console import Console
+
+from sere_ray.errors import SereError
+from sere_ray.loadtest.workload import ClientKey
+from sere_ray.serve.client import request
+
+_TIMEOUT_SECONDS = 10.0
+_RESTORE_TRIES = 3
+
+
+def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
+    """The model to ask for, once every key has been tried.
+
+    Args:
+        url: without ``/v1``.
+        keys: all of them must be accepted; none = ask without.
+        model: a name that the endpoint must serve; None = the first that it serves.
+
+    Raises:
+        SereError: the endpoint is not there, refuses a key or does not serve the model.
+    """
+    address = f"{url.rstrip('/')}/v1/models"
+    served: list[str] = []
+    for number, key in enumerate(keys or [None], 1):
+        headers = {"Authorization": f"Bearer {key.key}"} if key else {}
+        try:
+            with urlopen(Request(address, headers=headers), timeout=_TIMEOUT_SECONDS) as response:
+                served = [str(entry["id"]) for entry in json.load(response)["data"]]
+        except HTTPError as error:
+            which = f"key {number} of {len(keys)}" if key else "a request without key"
+            raise SereError(
+                f"{address}: {error.code}: {which} is refused; give the keys with --keys FILE or "
+                "one in OPENAI_API_KEY"
+            ) from None
+        except (URLError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "reason", None) or f"not an OpenAI endpoint ({error!r})"
+            raise SereError(f"{address}: {reason}; is it up, and --url right?") from None
+    if not served:
+        raise SereError(f"{address}: serves no model")
+    if model is not None and model not in served:
+        raise SereError(f"--model {model}: the endpoint serves {', '.join(served)}")
+    return model or served[0]
+
+
+def parse_policies(text: str) -> dict[str, dict[str, Any]]:
+    """Name and changed keys of each policy of ``off,S=2,S=1:threshold=0.3``.
+
+    ``off``, ``observe`` and ``auto`` are modes; ``S=2`` is mode ``on``; further keys follow colons.
+
+    Raises:
+        SereError: another form, or a name twice.
+    """
+    policies: dict[str, dict[str, Any]] = {}
+    for name in (part.strip() for part in text.split(",")):
+        head, *keys = name.split(":")
+        if head.startswith("S=") and head[2:].isdecimal():
+            change: dict[str, Any] = {"mode": "on", "select_top_k": int(head[2:])}
+        else:
+            change = {"mode": head}
+        pairs = [key.partition("=") for key in keys]
+        if change["mode"] not in ("on", "off", "observe", "auto") or not all(p[1] for p in pairs):
+            raise SereError(
+                f"--policies: {name!r}: must be off, observe, auto or S=NUMBER, with further keys "
+                "after colons, such as S=2:threshold=0.3"
+            )
+        if name in policies:
+            raise SereError(f"--policies: {name!r} is there twice")
+        policies[name] = change | {key: yaml.safe_load(value) for key, _, value in pairs}
+    return policies
+
+
+def set_policy(url: str, policy: Mapping[str, Any]) -> None:
+    """Set all keys of a policy and wait until every replica follows.
+
+    Raises:
+        SereError: refused, or not all replicas follow within the server's time limit.
+    """
+    change = {key: value for key, value in policy.items() if key != "similarity"}
+    status = request(url, "policy", change)
+    if status["replicas_settled"] < status["replicas"]:
+        raise SereError(
+            f"{url}: {status['replicas_settled']} of {status['replicas']} replicas follow the "
+            "policy; see `sere-ray policy get`"
+        )
+
+
+@contextmanager
+def kept_policy(url: str, console: Console) -> Iterator[dict[str, Any]]:
+    """Put the policy back afterwards, also after an error, Ctrl-C or SIGTERM.
+
+    Yields:
+        The policy as it was found.
+
+    Raises:
+        SereError: the endpoint has no control API, or refuses the admin token.
+    """
+    try:
+        before: dict[str, Any] = request(url, "policy")["policy"]
+    except SereError as error:
+        raise SereError(
+            f"{error}\nComparing policies needs a sere-ray deployment and its admin token in "
+            "SERE_ADMIN_TOKEN; `sere-ray loadtest run` loads any OpenAI endpoint"
+        ) from None
+    handler = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield before
+    finally:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _restore(url, before, console)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _restore(url: str, policy: dict[str, Any], console: Console) -> None:
+    for attempt in range(1, _RESTORE_TRIES + 1):
+        try:
+            return set_policy(url, policy)
+        except SereError as error:
+            if attempt == _RESTORE_TRIES:
+                keys = (f"{k}={json.dumps(v)}" for k, v in policy.items() if k != "similarity")
+                command = " ".join(keys).replace('"', "")
+                console.print(
+                    f"the policy could not be put back ({error}); when the deployment is up: "
+                    f"sere-ray policy set --url {url} {command}",
+                    style="red",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            else:
+                time.sleep(2.0)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise SystemExit(143)

@@ -1,0 +1,214 @@
+"""From what became of every request to the figures of a report."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sere_ray.demo.assets import final_answer
+from sere_ray.errors import SereError
+from sere_ray.loadtest.client import Outcome
+from sere_ray.loadtest.driver import Load
+from sere_ray.loadtest.histogram import Histogram
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What a request must keep to count for goodput; milliseconds, None = any."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    latency: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Slo":
+        """Of ``ttft=500,tpot=50``.
+
+        Raises:
+            SereError: another form.
+        """
+        limits: dict[str, float] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = part.partition("=")
+            try:
+                limits[name] = float(value)
+            except ValueError:
+                limits[name] = 0.0
+            if name not in ("ttft", "tpot", "latency") or not limits[name] > 0:
+                raise SereError(
+                    f"--slo: {part!r}: must be ttft, tpot or latency = milliseconds above 0, "
+                    "such as ttft=500,tpot=50"
+                )
+        return cls(**limits)
+
+    def kept_by(self, outcome: Outcome) -> bool:
+        """Whether a request kept it; a failed one never does."""
+        if outcome.error is not None:
+            return False
+        taken = (outcome.ttft, outcome.tpot or 0.0, outcome.latency)
+        limits = (self.ttft, self.tpot, self.latency)
+        pairs = zip(taken, limits, strict=True)
+        return all(limit is None or seconds * 1e3 <= limit for seconds, limit in pairs)
+
+    def __str__(self) -> str:
+        limits = [f"{n} <= {v:g} ms" for n, v in vars(self).items() if v is not None]
+        return ", ".join(limits) or "none: every answered request counts"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the machines cost while the load ran."""
+
+    usd_per_gpu_hour: float
+    gpus: int = 1
+
+    def usd_per_million(self, tokens_per_s: float) -> float | None:
+        """Dollars for a million output tokens at this rate; None without any."""
+        if tokens_per_s <= 0:
+            return None
+        return self.usd_per_gpu_hour * self.gpus / (3600 * tokens_per_s) * 1e6
+
+
+@dataclass
+class Sample:
+    """Measured requests of one or more blocks, as arrays; times in milliseconds."""
+
+    seconds: float
+    ttft: np.ndarray
+    tpot: np.ndarray
+    latency: np.ndarray
+    gaps: Histogram
+    tokens: float
+    """Output tokens that came in the measured part, whosever they were."""
+    good: int
+    """Requests that kept the SLO, and their output tokens."""
+    good_tokens: int
+    requests: int
+    failures: Counter[str]
+    right: int
+    checkable: int
+    prompt_tokens: int
+    cached_tokens: int | None
+    lag: Histogram
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def good_tokens_per_s(self) -> float:
+        """Output tokens per second, of requests that kept the SLO."""
+        return self.good_tokens / self.seconds
+
+
+def sample(load: Load, slo: Slo) -> Sample:
+    """The measured part of a load."""
+    measured = load.measured
+    answered = [o for o in measured if o.error is None]
+    good = [o for o in answered if slo.kept_by(o)]
+    known = [o for o in answered if o.cached_tokens is not None]
+    return Sample(
+        seconds=load.end - load.begin,
+        ttft=_ms([o.ttft for o in answered]),
+        tpot=_ms([o.tpot for o in answered if o.tpot is not None]),
+        latency=_ms([o.latency for o in answered]),
+        gaps=Histogram().extend(gap for o in answered for gap in o.gaps),
+        tokens=sum(_tokens_between(o, load.begin, load.end) for o in load.outcomes),
+        good=len(good),
+        good_tokens=sum(o.output_tokens for o in good),
+        requests=len(measured),
+        failures=Counter(o.error for o in measured if o.error is not None),
+        right=sum(final_answer(o.text) == o.label for o in answered if o.label is not None),
+        checkable=sum(o.label is not None for o in answered),
+        prompt_tokens=sum(o.prompt_tokens or 0 for o in known),
+        cached_tokens=sum(o.cached_tokens or 0 for o in known) if known else None,
+        lag=load.lag,
+    )
+
+
+def pool(samples: Sequence[Sample]) -> Sample:
+    """All requests of several blocks together."""
+    gaps, lag, failures = Histogram(), Histogram(), Counter[str]()
+    for one in samples:
+        gaps.merge(one.gaps)
+        lag.merge(one.lag)
+        failures += one.failures
+    cached = [one.cached_tokens for one in samples if one.cached_tokens is not None]
+    return Sample(
+        ttft=np.concatenate([one.ttft for one in samples]),
+        tpot=np.concatenate([one.tpot for one in samples]),
+        latency=np.concatenate([one.latency for one in samples]),
+        gaps=gaps,
+        lag=lag,
+        failures=failures,
+        cached_tokens=sum(cached) if cached else None,
+        **{name: sum(getattr(one, name) for one in samples) for name in _SUMS},
+    )
+
+
+_SUMS = (
+    "seconds",
+    "tokens",
+    "good",
+    "good_tokens",
+    "requests",
+    "right",
+    "checkable",
+    "prompt_tokens",
+)
+
+
+def figures(one: Sample, price: Price | None) -> dict[str, Any]:
+    """The row of a result file; None where there is nothing to say."""
+    row: dict[str, Any] = {"requests": one.requests, "failures": sum(one.failures.values())}
+    if one.failures:
+        row["failure_kinds"] = dict(one.failures.most_common(5))
+    for name in ("ttft", "tpot", "latency"):
+        for percent in PERCENTILES:
+            row[f"{name}_ms_p{percent}"] = percentile(getattr(one, name), percent)
+    for percent in PERCENTILES:
+        row[f"itl_ms_p{percent}"] = rounded(one.gaps.quantile(percent / 100) * 1e3)
+    row["tokens_per_s"] = rounded(one.tokens_per_s)
+    row["goodput"] = rounded(one.good / one.seconds)
+    row["slo_kept"] = rounded(one.good / one.requests) if one.requests else None
+    row["tokens_per_s_under_slo"] = rounded(one.good_tokens_per_s)
+    if price is not None:
+        row["usd_per_million_output_tokens"] = rounded(price.usd_per_million(one.good_tokens_per_s))
+    row["answers_right"] = rounded(one.right / one.checkable) if one.checkable else None
+    row["prefix_cache_hit_rate"] = (
+        None
+        if one.cached_tokens is None or not one.prompt_tokens
+        else rounded(one.cached_tokens / one.prompt_tokens)
+    )
+    row["generator_lag_ms_p99"] = rounded(one.lag.quantile(0.99) * 1e3)
+    return row
+
+
+def percentile(values: np.ndarray, percent: float) -> float | None:
+    """Linear between neighbours, as numpy and ``vllm bench serve`` do; None of nothing."""
+    return rounded(float(np.percentile(values, percent))) if len(values) else None
+
+
+def rounded(value: float | None) -> float | None:
+    """Four significant digits."""
+    if value is None or math.isnan(value):
+        return None
+    return float(f"{value:.4g}")
+
+
+def _ms(seconds: list[float]) -> np.ndarray:
+    return np.array(seconds) * 1e3
+
+
+def _tokens_between(outcome: Outcome, begin: float, end: float) -> float:
+    """Output tokens of a request that came in an interval; each event has an equal share."""
+    if not outcome.times:
+        return 0.0
+    inside = sum(begin <= time < end for time in outcome.times)
+    return outcome.output_tokens * inside / len(outcome.times)

@@ -1,0 +1,51 @@
+"""The generator's processes: this one controls, the others send."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from sere_ray.loadtest.client import now
+from sere_ray.loadtest.driver import Load, Plan, run_part
+
+if TYPE_CHECKING:
+    from multiprocessing.pool import Pool
+
+_PRIORITY = -10
+"""Nice value of the processes that send, where it is allowed: beside an engine on the same cores
+they have little to do, but at once."""
+_LEAD_SECONDS = 0.2
+"""Until all processes have their part."""
+
+
+class Generator:
+    """Sends loads; made by :func:`generator`."""
+
+    def __init__(self, pool: "Pool", processes: int) -> None:
+        self._pool, self._processes = pool, processes
+
+    def run(self, plan: Plan) -> Load:
+        """Send a load and return when it has ended."""
+        parts = plan.split(self._processes)
+        start = now() + _LEAD_SECONDS
+        first, *others = self._pool.starmap(run_part, [(p, start) for p in parts], chunksize=1)
+        for other in others:
+            first.merge(other)
+        return first
+
+
+@contextmanager
+def generator(processes: int = 1) -> Iterator[Generator]:
+    """Start processes that send, and end them, whatever happens."""
+    context = multiprocessing.get_context("spawn")  # gevent and fork do not mix with threads
+    with context.Pool(processes, initializer=_prepare) as pool:
+        pool.starmap(divmod, [(1, 1)] * processes, chunksize=1)  # all have started
+        yield Generator(pool, processes)
+
+
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)

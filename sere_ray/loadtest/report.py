@@ -1,0 +1,176 @@
+"""A result of the load test for people: CSV, one self-contained page, pictures."""
+
+import base64
+import csv
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from sere_ray.artifact import atomic_path
+from sere_ray.errors import SereError
+from sere_ray.loadtest.plot import Rows, by_load, draw, policies
+
+_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("ttft_ms_p50", "TTFT p50"),
+    ("ttft_ms_p90", "p90"),
+    ("ttft_ms_p99", "p99, ms"),
+    ("tpot_ms_p50", "TPOT p50"),
+    ("tpot_ms_p90", "p90"),
+    ("tpot_ms_p99", "p99, ms"),
+    ("tokens_per_s", "tokens/s"),
+    ("goodput", "goodput, requests/s"),
+    ("slo_kept", "within SLO"),
+    ("usd_per_million_output_tokens", "$ per million tokens"),
+    ("experts_read", "experts read"),
+    ("answers_right", "answers right"),
+    ("prefix_cache_hit_rate", "cache hits"),
+    ("failures", "failed"),
+)
+_NOTES = (
+    ("TTFT", "from the moment a request was due to its first output"),
+    ("TPOT", "(last - first output) / (output tokens - 1), per request"),
+    ("p50, p90, p99", "over all measured requests of a policy"),
+    ("tokens/s", "output tokens that came in the measured seconds"),
+    ("goodput, within SLO", "requests that kept the SLO: per second, and their share"),
+    (
+        "$ per million tokens",
+        "price per GPU hour x GPUs / (3600 x output tokens/s of requests that kept the SLO), "
+        "at this load: a machine that waits costs the same",
+    ),
+    ("experts read", "per layer and decode step, counted in the engines; exact: by `observe`"),
+    ("answers right", "of requests whose answer the workload knows"),
+    ("cache hits", "share of prompt tokens found in the prefix cache; - = the server does not say"),
+    ("[a, b]", "95 % bootstrap interval over rounds"),
+)
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;font-size:.85rem}"
+    "td,th{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}"
+    "td:first-child,th:first-child{text-align:left}small{color:#666}"
+    "img{width:min(100%,34rem)}.wide{overflow-x:auto}"
+)
+
+
+def write_reports(
+    document: dict[str, Any], *, html_file: Path | None, csv_file: Path | None, png: Path | None
+) -> None:
+    """Write what is asked for.
+
+    Raises:
+        SereError: the document is no result of a load test.
+    """
+    if not all("tpot_ms_p50" in row and "policy" in row for row in document.get("rows") or [{}]):
+        raise SereError("not a result of `sere-ray loadtest ab`, `sweep` or `run`")
+    if csv_file is not None:
+        _write_text(csv_file, _csv(document["rows"]))
+    if html_file is not None:
+        _write_text(html_file, _page(document))
+    if png is not None:
+        with atomic_path(png) as temporary:
+            draw(document).savefig(temporary, format="png", dpi=110)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _csv(rows: Rows) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _page(document: dict[str, Any]) -> str:
+    buffer = io.BytesIO()
+    draw(document).savefig(buffer, format="svg")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    rows: Rows = document["rows"]
+    tables = "".join(
+        f"<h2>{html.escape(load)}</h2>{_sentences(own)}{_table(own)}"
+        for load, own in by_load(rows).items()
+    )
+    notes = _list(_NOTES)
+    skipped = ("rows", "blocks")
+    conditions = _list((k, _plain(v)) for k, v in document.items() if k not in skipped)
+    title = f"Load test: {', '.join(policies(rows))}"
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{_terms(document)}</p>{tables}"
+        f'<p><img style="width:100%" alt="latency and cost by policy" '
+        f'src="data:image/svg+xml;base64,{picture}"></p>'
+        f"<h2>Words</h2>{notes}<h2>Measured how</h2>{conditions}</html>"
+    )
+
+
+def _terms(document: dict[str, Any]) -> str:
+    """Price and SLO, beside which every cost stands."""
+    price = document.get("usd_per_gpu_hour")
+    cost = (
+        "no price was given, so there is no cost"
+        if price is None
+        else f"price: {document['gpus']} x ${price:g} an hour"
+    )
+    return html.escape(f"Model {document['model']}; SLO: {document['slo']}; {cost}.")
+
+
+def _sentences(rows: Rows) -> str:
+    """What each policy does against the first one, in words."""
+    base, *others = rows
+    lines = []
+    for row in others:
+        parts = []
+        for name, what in (
+            ("tpot_ms_p50", "median time per output token"),
+            ("tpot_ms_p90", "p90"),
+            ("usd_per_million_output_tokens", "cost"),
+        ):
+            if row.get(f"{name}_ratio") is not None:
+                low, high = row[f"{name}_ratio_95"]
+                parts.append(f"{what} x {row[f'{name}_ratio']:g} [{_cell(low)}, {_cell(high)}]")
+        if parts:
+            lines.append(f"<b>{_name(row)}</b> against {_name(base)}: {', '.join(parts)}")
+    return "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _table(rows: Rows) -> str:
+    shown = [(name, heading) for name, heading in _COLUMNS if any(name in row for row in rows)]
+    head = "".join(f"<th>{html.escape(heading)}</th>" for _, heading in shown)
+    body = "".join(
+        f"<tr><td>{_name(row)}</td>" + "".join(f"<td>{_entry(row, n)}</td>" for n, _ in shown)
+        for row in rows
+    )
+    return f"<div class=wide><table><tr><th>policy</th>{head}</tr>{body}</table></div>"
+
+
+def _entry(row: dict[str, Any], name: str) -> str:
+    interval = row.get(f"{name}_95")
+    text = _cell(row.get(name))
+    if interval is None:
+        return text
+    return f"{text}<br><small>[{_cell(interval[0])}, {_cell(interval[1])}]</small>"
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _list(items: Any) -> str:
+    lines = (f"<li><b>{html.escape(str(k))}</b>: {html.escape(str(v))}</li>" for k, v in items)
+    return f"<ul>{''.join(lines)}</ul>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    return str(value)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return html.escape(row["policy"] or "the endpoint")

@@ -1,0 +1,276 @@
+"""A deployment under everything at once: load, policy changes, rude clients, a killed rank.
+
+Half of the load asks for the exact tier, whose answers are known: a wrong one that is the right
+answer of another prompt was crossed. A failure is expected only while a killed rank is replaced.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import psutil
+from rich.console import Console
+
+from sere_ray.demo.assets import final_answer
+from sere_ray.errors import SereError
+from sere_ray.loadtest.client import Outcome, now
+from sere_ray.loadtest.driver import Load, Plan
+from sere_ray.loadtest.endpoint import kept_policy, parse_policies, set_policy
+from sere_ray.loadtest.figures import rounded
+from sere_ray.loadtest.pool import generator
+
+STREAMS = 4
+"""Of each tier."""
+GROWTH = 0.05
+"""Of memory and handles, from the first third's mean to the last third's."""
+_STEP_SECONDS = 5.0
+_POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
+_ENGINE = "VLLM::"
+_BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
+    (b"{nonsense", range(400, 401)),
+    (b'{"model": "nobody", "messages": []}', range(400, 500)),
+    (b'{"messages": "text", "model": "MODEL"}', range(400, 500)),
+    (b'{"messages": [], "model": "MODEL", "max_tokens": -1}', range(400, 500)),
+)
+
+
+@dataclass
+class _Log:
+    """What the disturbing side did and saw."""
+
+    policy_changes: int = 0
+    policy_changes_refused: int = 0
+    disconnects: int = 0
+    bad_requests: int = 0
+    wrong_statuses: Counter[str] = field(default_factory=Counter)
+    killed_at: float | None = None
+    usage: list[dict[str, float]] = field(default_factory=list)
+
+
+def run_soak(
+    plan: Plan,
+    *,
+    url: str,
+    pid: int,
+    kill_rank: bool,
+    save: Callable[[dict[str, Any]], None],
+    console: Console,
+) -> None:
+    """Load and disturb a deployment for the plan's seconds.
+
+    Args:
+        plan: target, workload with known answers, and duration.
+        url: of the deployment.
+        pid: of its `sere-ray serve` on this machine; its children are watched too.
+        kill_rank: kill an engine with SIGKILL after half of the time.
+        save: called with the content of the result file.
+        console: where the figures are printed.
+
+    Raises:
+        SereError: something was lost, crossed or grew; the file is written before.
+    """
+    log = _Log()
+    with (
+        kept_policy(url, console) as before,
+        generator() as exact,
+        generator() as usual,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        marked = tuple(e.model_copy(update={"tier": "exact"}) for e in plan.entries)
+        begin = now()
+        loads = [
+            threads.submit(exact.run, replace(plan, entries=marked, streams=STREAMS)),
+            threads.submit(usual.run, replace(plan, streams=STREAMS)),
+        ]
+        _disturb(plan, url, pid, before, loads, kill_rank, log)
+        results = [load.result() for load in loads]
+    content = _content(plan, results, log, begin)
+    save(content)
+    for name, value in content["rows"][0].items():
+        console.print(f"{name}: {value}", markup=False, highlight=False)
+    _judge(content["rows"][0])
+
+
+def _disturb(
+    plan: Plan,
+    url: str,
+    pid: int,
+    before: dict[str, Any],
+    loads: Sequence[Future[Load]],
+    kill_rank: bool,
+    log: _Log,
+) -> None:
+    """Change, disconnect, ask nonsense and watch, until the loads have ended."""
+    policies = itertools.cycle(parse_policies(_POLICIES).values())
+    bad = itertools.cycle(_BAD_REQUESTS)
+    half = now() + plan.seconds / 2
+    while not all(load.done() for load in loads):
+        if kill_rank and log.killed_at is None and now() >= half:
+            _kill_engine(pid)
+            log.killed_at = now()
+        try:
+            set_policy(url, {**before, **next(policies)})
+            log.policy_changes += 1
+        except SereError:
+            log.policy_changes_refused += 1  # counted as lost unless a rank is being replaced
+        _disconnect(plan, url, log)
+        _ask_nonsense(plan, url, *next(bad), log)
+        log.usage.append(_usage(pid))
+        time.sleep(_STEP_SECONDS)
+
+
+def _disconnect(plan: Plan, url: str, log: _Log) -> None:
+    """Ask for a long stream and hang up at its first bytes."""
+    parts = urlsplit(url)
+    messages = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
+    document = {"model": plan.target.model, "messages": messages, "max_tokens": 200}
+    body = json.dumps({**document, "stream": True, "ignore_eos": True}).encode()
+    key = f"Authorization: Bearer {plan.target.keys[0].key}\r\n" if plan.target.keys else ""
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n{key}"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    try:
+        address = (parts.hostname, parts.port or 80)
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(head.encode() + body)
+            connection.recv(64)
+        log.disconnects += 1
+    except OSError:
+        log.wrong_statuses["disconnecting client was not served"] += 1
+
+
+def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log) -> None:
+    """A bad request must be refused with its status, and nothing else."""
+    headers = {"Content-Type": "application/json"}
+    if plan.target.keys:
+        headers["Authorization"] = f"Bearer {plan.target.keys[0].key}"
+    data = body.replace(b"MODEL", plan.target.model.encode())
+    log.bad_requests += 1
+    try:
+        with urlopen(Request(f"{url}/v1/chat/completions", data, headers), timeout=30) as answer:
+            status = answer.status
+    except HTTPError as error:
+        status = error.code
+    except (URLError, OSError):
+        status = 0
+    if status not in expected:
+        log.wrong_statuses[f"{status} for {body[:40].decode()}"] += 1
+
+
+def _processes(pid: int) -> Iterator[psutil.Process]:
+    root = psutil.Process(pid)
+    yield root
+    yield from root.children(recursive=True)
+
+
+def _usage(pid: int) -> dict[str, float]:
+    """Memory and open files of all processes of the deployment."""
+    memory = files = 0
+    for process in _processes(pid):
+        try:
+            memory += process.memory_info().rss
+            files += process.num_fds()
+        except psutil.Error:
+            continue  # it has just ended
+    return {"at": now(), "rss_mib": memory / 2**20, "handles": files}
+
+
+def _kill_engine(pid: int) -> None:
+    for process in _processes(pid):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(_ENGINE):
+                os.kill(process.pid, signal.SIGKILL)
+                return
+        except psutil.Error:
+            continue
+    raise SereError(f"--pid {pid}: no engine process below it to kill")
+
+
+def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str, Any]:
+    exact, usual = (load.measured for load in loads)
+    every = [*exact, *usual]
+    recovered = _recovered(every, log.killed_at)
+    failed = [o for o in every if o.error is not None]
+    outside = [o for o in failed if not _while_down(o, log.killed_at, recovered)]
+    answered = [o for o in exact if o.error is None]
+    wrong = [o for o in answered if final_answer(o.text) != o.label]
+    known = {entry.answer for entry in plan.entries}
+    row: dict[str, Any] = {
+        "minutes": rounded(plan.seconds / 60),
+        "requests": len(every),
+        "failed_while_a_rank_was_replaced": len(failed) - len(outside),
+        "lost": len(outside),
+        "lost_kinds": dict(Counter(str(o.error) for o in outside).most_common(5)),
+        "exact_answers": len(answered),
+        "exact_answers_wrong": len(wrong),
+        "crossed": sum(final_answer(o.text) in known for o in wrong),
+        "policy_changes": log.policy_changes,
+        "policy_changes_refused": log.policy_changes_refused,
+        "disconnects": log.disconnects,
+        "bad_requests": log.bad_requests,
+        "bad_requests_answered_wrongly": dict(log.wrong_statuses),
+        "rank_killed": log.killed_at is not None,
+        "seconds_until_answers_came_again": recovered
+        and log.killed_at
+        and rounded(recovered - log.killed_at),
+    }
+    for name in ("rss_mib", "handles"):
+        row |= _growth(name, [one[name] for one in log.usage])
+    usage = [
+        {name: rounded(value - begin if name == "at" else value) for name, value in one.items()}
+        for one in log.usage
+    ]
+    return {"model": plan.target.model, "streams": 2 * STREAMS, "rows": [row], "usage": usage}
+
+
+def _recovered(outcomes: list[Outcome], killed_at: float | None) -> float | None:
+    """When the last failure after the kill had ended and answers came."""
+    if killed_at is None:
+        return None
+    failures = [o.ended for o in outcomes if o.error is not None and o.ended >= killed_at]
+    last = max(failures, default=killed_at)
+    answers = [o.ended for o in outcomes if o.error is None and o.ended >= last]
+    return min(answers, default=None)
+
+
+def _while_down(outcome: Outcome, killed_at: float | None, recovered: float | None) -> bool:
+    return (
+        killed_at is not None
+        and outcome.ended >= killed_at
+        and (recovered is None or outcome.ended <= recovered)
+    )
+
+
+def _growth(name: str, values: list[float]) -> dict[str, float | None]:
+    """Means of the first and last third, and the growth between them."""
+    third = max(len(values) // 3, 1)
+    first, last = (sum(part) / len(part) for part in (values[:third], values[-third:]))
+    return {
+        f"{name}_first_third": rounded(first),
+        f"{name}_last_third": rounded(last),
+        f"{name}_growth": rounded(last / first - 1),
+    }
+
+
+def _judge(row: dict[str, Any]) -> None:
+    faults = [name for name in ("lost", "crossed") if row[name]]
+    if row["bad_requests_answered_wrongly"] and not row["rank_killed"]:
+        faults.append("bad_requests_answered_wrongly")
+    faults += [n for n in ("rss_mib_growth", "handles_growth") if (row[n] or 0) > GROWTH]
+    if row["rank_killed"] and row["seconds_until_answers_came_again"] is None:
+        faults.append("seconds_until_answers_came_again")
+    if faults:
+        named = ", ".join(f"{name} {row[name]}" for name in faults)
+        raise SereError(f"the deployment did not hold: {named}")

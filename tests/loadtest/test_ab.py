@@ -1,0 +1,203 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from sere_ray.errors import SereError
+from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
+from sere_ray.loadtest.driver import Plan, Target
+from sere_ray.loadtest.endpoint import find_model, kept_policy, parse_policies
+from sere_ray.loadtest.figures import Price, Slo
+from sere_ray.loadtest.report import write_reports
+from sere_ray.loadtest.verdict import broken_slo, check_generator
+from sere_ray.loadtest.workload import ClientKey, Entry
+from tests.loadtest.servers import Control, serving
+
+QUIET = Console(quiet=True)
+POLICIES = {"off": {"mode": "off"}, "S=1": {"mode": "on", "select_top_k": 1}}
+
+
+def comparison(server, **changes):
+    entries = tuple(Entry(prompt=f"p{i}", max_tokens=3) for i in range(20))
+    plan = Plan(Target(f"{server.url}/v1", "tiny"), entries, 0.5, warmup=0.1, cache="cold")
+    fields = {"shapes": [Shape(streams=2)], "policies": POLICIES, "rounds": 3, "slo": Slo(tpot=50)}
+    return Comparison(server.url, plan, **{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def result():
+    control, saved = Control(), []
+    with serving(gap=0.01, control=control) as server:
+        content = run_comparison(comparison(server, price=Price(2.0)), saved.append, QUIET)
+    return content, control, saved
+
+
+def test_policies_alternate_and_the_old_one_comes_back(result):
+    _, control, _ = result
+    *blocks, observed, restored = control.history
+    assert [sorted(blocks[i : i + 2]) for i in (0, 2, 4)] == [[("off", 3), ("on", 1)]] * 3
+    assert observed == ("observe", 3)
+    assert restored == ("on", 3)
+
+
+def test_rows_hold_intervals_and_ratios(result):
+    content, _, saved = result
+    base, other = content["rows"]
+    assert (base["policy"], base["streams"], other["policy"]) == ("off", 2, "S=1")
+    assert "tpot_ms_p50_ratio" not in base
+    # The same server answered both: the ratio is about 1, inside its interval or next to it.
+    assert other["tpot_ms_p50_ratio"] == pytest.approx(1, abs=0.3)
+    low, high = other["tpot_ms_p50_ratio_95"]
+    assert low <= high
+    assert base["usd_per_million_output_tokens"] > 0
+    assert content["slo"] == "tpot <= 50 ms"
+    assert content["usd_per_gpu_hour"] == 2.0
+    assert len(content["blocks"]) == 6
+    assert saved == [content]
+
+
+class Page(HTMLParser):
+    """Collects what a page would load from elsewhere, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.words = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words += data + " "
+
+
+def test_the_page_is_whole_and_says_what_was_measured(result, tmp_path):
+    content, _, _ = result
+    document = {"command": "x", "machine": {"cores": 2}, **content}
+    files = {"html_file": tmp_path / "a.html", "csv_file": tmp_path / "a.csv"}
+    write_reports(document, **files, png=tmp_path / "a.png")
+    page = Page((tmp_path / "a.html").read_text())
+    assert all(link.startswith("data:") for link in page.links)
+    for words in ("$2 an hour", "tpot <= 50 ms", "2 streams", "S=1 against off", "bootstrap"):
+        assert words in " ".join(page.words.split()), words
+    with (tmp_path / "a.csv").open() as file:
+        assert [row["policy"] for row in csv.DictReader(file)] == ["off", "S=1"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_result(tmp_path, has_words):
+    with pytest.raises(SereError) as error:
+        write_reports({"rows": [{"batch": 1}]}, html_file=tmp_path / "a", csv_file=None, png=None)
+    has_words(str(error.value), "loadtest ab")
+
+
+def test_verdicts():
+    row = {"policy": "S=1", "slo_kept": 0.5, "generator_lag_ms_p99": 80.0}
+    content = {"slo": "tpot <= 50 ms", "rows": [row, {**row, "policy": "off", "slo_kept": 1.0}]}
+    assert [line.split(":")[0] for line in broken_slo(content, 0.9)] == ["S=1"]
+    with pytest.raises(SereError, match="80 ms late"):
+        check_generator(content, 50.0)
+    check_generator(content, 100.0)
+
+
+def test_without_control_api_it_refuses(has_words):
+    with serving() as server, pytest.raises(SereError) as error:
+        run_comparison(comparison(server), lambda _: None, QUIET)
+    has_words(str(error.value), "404", "SERE_ADMIN_TOKEN", "sere-ray loadtest run")
+
+
+def test_a_refused_policy_puts_the_old_one_back():
+    control = Control(refuse="off")
+    with serving(control=control) as server, pytest.raises(SereError, match="mode off is refused"):
+        run_comparison(comparison(server), lambda _: None, QUIET)
+    assert (control.policy["mode"], control.policy["select_top_k"]) == ("on", 3)
+
+
+def test_a_block_without_answers_ends_the_run_with_the_reason():
+    control = Control()
+    with serving(status=503, control=control) as server, pytest.raises(SereError) as error:
+        run_comparison(comparison(server), lambda _: None, QUIET)
+    assert "HTTP 503" in str(error.value)
+    assert (control.policy["mode"], control.policy["select_top_k"]) == ("on", 3)
+
+
+def test_a_policy_that_cannot_be_put_back_is_printed(has_words):
+    console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: None)
+        with serving(control=Control()) as server, kept_policy(server.url, console):
+            server.RequestHandlerClass.do_PUT = lambda self: self.answer_json(503, {})
+    has_words(console.export_text(), "sere-ray policy set", "select_top_k=3", "threshold=0.5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_puts_the_old_policy_back(number, tmp_path):
+    control = Control()
+    with serving(gap=0.01, control=control) as server:
+        command = [sys.executable, "-m", "sere_ray", "loadtest", "ab", "--url", server.url]
+        options = ["--streams", "1", "--out", str(tmp_path / "x.json")]
+        process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(20) != 0
+    assert control.history[-1] == ("on", 3)
+    assert len(control.history) > 1
+
+
+def test_policies_of_the_command_line(has_words):
+    assert parse_policies("off, S=2,S=1:threshold=0.3:min_primary_experts=0") == {
+        "off": {"mode": "off"},
+        "S=2": {"mode": "on", "select_top_k": 2},
+        "S=1:threshold=0.3:min_primary_experts=0": {
+            "mode": "on",
+            "select_top_k": 1,
+            "threshold": 0.3,
+            "min_primary_experts": 0,
+        },
+    }
+    for text in ("S=", "fast", "off,off", "S=1:threshold", ""):
+        with pytest.raises(SereError) as error:
+            parse_policies(text)
+        has_words(str(error.value), "--policies")
+
+
+def test_the_endpoint_is_asked_first(has_words):
+    with serving() as server:
+        assert find_model(server.url, [], None) == "tiny"
+        with pytest.raises(SereError) as error:
+            find_model(server.url, [], "huge")
+        has_words(str(error.value), "--model huge", "tiny")
+        server.RequestHandlerClass.do_GET = lambda self: self.answer_json(401, {})
+        with pytest.raises(SereError) as error:
+            find_model(server.url, [ClientKey(key="sk-secret")], None)
+        has_words(str(error.value), "401", "key 1 of 1", "--keys")
+        assert "secret" not in str(error.value)
+        url = server.url
+    with pytest.raises(SereError) as error:
+        find_model(url, [], None)
+    has_words(str(error.value), url, "refused", "--url")
+
+
+def test_run_on_a_plain_endpoint_judges_by_slo(tmp_path):
+    out = tmp_path / "run.json"
+    with serving(gap=0.02) as server:
+        command = [sys.executable, "-m", "sere_ray", "loadtest", "run", "--url", server.url]
+        options = ["--streams", "2", "--seconds", "1", "--warmup", "0", "--out", str(out)]
+        slo = ["--slo", "tpot=1", "--require-slo", "0.9", "--max-lag-ms", "1000"]
+        done = subprocess.run(
+            [*command, *options, *slo], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1, done.stderr
+    assert "0.9 are required" in done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["failures"] == 0
+    assert row["slo_kept"] == 0

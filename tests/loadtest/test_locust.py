@@ -1,0 +1,96 @@
+"""The locustfile as users run it, against a real server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.loadtest.servers import Control, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+def locust(*arguments, files="loadtest/locustfile.py", expect=0):
+    command = [sys.executable, "-m", "locust", "-f", files, "--headless", "--only-summary"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def figures(path):
+    return json.loads(path.read_text())["rows"][0]
+
+
+def test_closed_loop_in_two_workers(tmp_path):
+    out = tmp_path / "figures.json"
+    with serving(gap=0.02) as server:
+        text = locust(
+            *("ClosedUser", "--host", server.url, "-u", "4", "-r", "4", "-t", "3s"),
+            *("--processes", "2", "--figures", str(out)),
+        )
+        asked = len(server.requests)
+    row = figures(out)
+    assert row["failures"] == 0
+    assert 0.8 * asked <= row["requests"] <= asked
+    assert row["itl_ms_p50"] == pytest.approx(20, rel=0.3)
+    assert row["output_tokens"] == 3 * row["requests"]
+    for metric in ("TTFT", "ITL", "TPOT", "answer"):
+        assert f"{metric} " in text
+
+
+def test_open_loop_has_its_rate(tmp_path):
+    out = tmp_path / "figures.json"
+    with serving(gap=0.05) as server:
+        locust(
+            *("OpenUser", "--host", server.url, "-u", "2", "-r", "2", "-t", "4s"),
+            *("--rate", "10", "--figures", str(out)),
+        )
+    assert 40 <= figures(out)["requests"] <= 120  # Poisson, 2 users x 10/s x 4 s = 80
+
+
+def test_a_trace_ends_the_test(tmp_path):
+    out = tmp_path / "figures.json"
+    with serving() as server:
+        trace = ROOT / "loadtest" / "traces" / "small.jsonl"
+        locust(
+            *("TraceUser", "--host", server.url, "-u", "1"),
+            *("--trace", str(trace), "--speed", "30", "--figures", str(out)),
+        )
+    assert figures(out)["requests"] == len(trace.read_text().splitlines())
+
+
+def test_steps_and_slo(tmp_path):
+    out = tmp_path / "figures.json"
+    with serving(gap=0.01, control=Control()) as server:
+        text = locust(
+            *("ClosedUser", "--host", server.url, "--user-steps", "1x1,1x3"),
+            *("--slo", "tpot=1", "--require-slo", "0.9", "--figures", str(out)),
+            files="loadtest/locustfile.py,loadtest/steps.py",
+            expect=1,
+        )
+    assert "kept the SLO" in text
+    assert figures(out)["requests"] > 0
+
+
+def test_an_endpoint_that_is_not_there():
+    with serving() as server:
+        url = server.url
+    text = locust("ClosedUser", "--host", url, "-u", "1", "-t", "5s", expect=2)
+    assert "Connection refused" in text
+    assert "Traceback" not in text
+
+
+def test_failures_are_failures(tmp_path):
+    out = tmp_path / "figures.json"
+    with serving(status=429) as server:
+        locust(
+            *("ClosedUser", "--host", server.url, "-u", "1", "-t", "2s", "--figures", str(out)),
+            expect=1,
+        )
+    row = figures(out)
+    assert row["failures"] == row["requests"] > 0
+    assert row["ttft_ms_p50"] is None

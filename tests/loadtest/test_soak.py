@@ -1,0 +1,105 @@
+import os
+
+import pytest
+from rich.console import Console
+
+from sere_ray.errors import SereError
+from sere_ray.loadtest import soak
+from sere_ray.loadtest.client import Outcome
+from sere_ray.loadtest.driver import Load, Plan, Target
+from sere_ray.loadtest.histogram import Histogram
+from sere_ray.loadtest.soak import run_soak
+from sere_ray.loadtest.workload import Entry
+from tests.loadtest.servers import DONE, Control, serving, token, usage
+
+ENTRIES = (
+    Entry(prompt="one", max_tokens=3, answer="5"),
+    Entry(prompt="two", max_tokens=3, answer="6"),
+)
+
+
+def plan(url, seconds):
+    return Plan(Target(f"{url}/v1", "tiny"), ENTRIES, seconds)
+
+
+def outcome(at, ended, error=None, text="Answer: 5", label="5"):
+    return Outcome(at, ended=ended, error=error, text=text, label=label)
+
+
+def content(exact=(), usual=(), log=None):
+    loads = [Load(0.0, 100.0, list(own), Histogram()) for own in (exact, usual)]
+    log = log or soak._Log()
+    log.usage = log.usage or [{"at": 0.0, "rss_mib": 100.0, "handles": 50}]
+    return soak._content(plan("http://127.0.0.1", 100), loads, log, 0.0)["rows"][0]
+
+
+def test_a_wrong_answer_of_another_prompt_is_crossed():
+    row = content(
+        exact=[
+            outcome(1, 2),
+            outcome(1, 2, text="Answer: 6"),
+            outcome(1, 2, text="Answer: 7"),
+            outcome(1, 2, text="no end"),
+        ],
+        usual=[outcome(1, 2, text="Answer: 6")],  # may be wrong: it was re-routed
+    )
+    assert (row["exact_answers"], row["exact_answers_wrong"], row["crossed"]) == (4, 3, 1)
+    with pytest.raises(SereError, match="crossed 1"):
+        soak._judge(row)
+
+
+def test_failures_count_as_lost_unless_a_rank_is_replaced():
+    outcomes = [
+        outcome(1, 9, error="cut: early"),
+        outcome(11, 12, error="HTTP 503"),
+        outcome(12, 14, error="HTTP 503"),
+        outcome(13, 20),
+        outcome(25, 26),
+    ]
+    row = content(usual=outcomes, log=soak._Log(killed_at=10.0))
+    assert row["failed_while_a_rank_was_replaced"] == 2
+    assert row["lost"] == 1
+    assert row["lost_kinds"] == {"cut: early": 1}
+    assert row["seconds_until_answers_came_again"] == 10
+    assert content(usual=outcomes)["lost"] == 3
+
+
+def test_no_answer_after_the_kill_is_a_fault():
+    row = content(usual=[outcome(11, 12, error="x")], log=soak._Log(killed_at=10.0))
+    with pytest.raises(SereError, match="seconds_until_answers_came_again"):
+        soak._judge(row)
+
+
+def test_growth_of_memory_and_handles():
+    log = soak._Log(usage=[{"at": i, "rss_mib": 100.0 + i, "handles": 50} for i in range(30)])
+    row = content(log=log)
+    assert row["rss_mib_growth"] == pytest.approx(20 / 104.5, abs=1e-3)
+    with pytest.raises(SereError, match="rss_mib_growth"):
+        soak._judge(row)
+
+
+def test_against_a_server_that_takes_nonsense(monkeypatch):
+    """A real one, which answers bad requests as if they were good: that is found."""
+    monkeypatch.setattr(soak, "_STEP_SECONDS", 0.3)
+    control, saved = Control(), []
+    events = [token("Answer: "), token("5", "stop"), usage(2), DONE]
+    with (
+        serving(events, gap=0.02, control=control) as server,
+        pytest.raises(SereError, match="did not hold"),
+    ):
+        run_soak(
+            plan(server.url, 2.0),
+            url=server.url,
+            pid=os.getpid(),
+            kill_rank=False,
+            save=saved.append,
+            console=Console(quiet=True),
+        )
+    (row,) = saved[0]["rows"]
+    assert row["requests"] > 20
+    assert row["lost"] == 0
+    assert row["policy_changes"] > 2
+    assert row["disconnects"] > 2
+    assert "200 for" in str(row["bad_requests_answered_wrongly"])
+    assert row["crossed"] > 0  # the prompt whose answer is 6 gets the other one's
+    assert control.history[-1] == ("on", 3)

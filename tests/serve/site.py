@@ -52,6 +52,7 @@ class Engine(Replica):
         self.counters = {
             "layers": [0, 1],
             "top_k": TOP_K,
+            "token_times": self.token_times,
             "policy": {"union": "global"},
             "decode_only": counted(
                 steps=self.steps,

@@ -35,9 +35,10 @@ def watch_token_times(client: Any) -> TokenTimes:
     """Count the tokens of an engine from now on; none where ``disable_log_stats`` is set.
 
     Args:
-        client: vLLM's ``AsyncLLM``, which takes loggers only before it knows its engine.
+        client: vLLM's ``AsyncLLM``, which takes loggers only before it knows its engine; None of
+            an engine that is not vLLM's, as a stand-in of tests.
     """
     times = TokenTimes()
-    if client.logger_manager is not None:
+    if client is not None and client.logger_manager is not None:
         client.logger_manager.stat_loggers.append(times)
     return times

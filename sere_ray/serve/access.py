@@ -18,6 +18,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+METHODS = ("GET", "HEAD", "POST", "PUT")
 PRINCIPAL = "sere_principal"
 """Key of the ASGI scope: name of the key's holder."""
 _ANYBODY = Key(name="loopback", sha256="0" * 64)
@@ -113,9 +114,11 @@ class AccessLayer:
 
     def _authorize(self, scope: Mapping[str, Any]) -> Key:
         path, headers = _path(scope), _headers(scope)
-        if scope["method"] not in ("GET", "HEAD", "POST", "PUT"):
-            raise Refusal(405, "method_not_allowed", "Method not allowed.")
         is_admin = path.startswith("/sere/")
+        if scope["method"] not in METHODS and (not is_admin or path in self._public):
+            raise Refusal(  # a route of /sere/ says itself which methods it has, to an admin
+                405, "method_not_allowed", "Method not allowed.", {"allow": ", ".join(METHODS)}
+            )
         if not is_admin and not path.startswith("/v1/"):
             raise Refusal(404, "not_found", "No such path; see /v1/models.")
         if self._ring.is_open:
@@ -165,15 +168,13 @@ class AccessLayer:
     async def _checked(
         self, scope: MutableMapping[str, Any], receive: Receive, key: Key
     ) -> tuple[MutableMapping[str, Any], Receive]:
-        """The request with its body read, bounded, and marked with its tier."""
+        """The request with its body read, bounded, and marked with its tier.
+
+        Below ``/sere/`` the application reads the JSON, once it knows that the route takes any.
+        """
         content = await _read_body(receive, _headers(scope), self._config.max_body_bytes)
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError):
-            raise Refusal(400, "invalid_json", "The body is not JSON.") from None
-        if not isinstance(body, dict):
-            raise Refusal(400, "invalid_json", "The body must be a JSON object.")
         if _path(scope).startswith("/v1/"):
+            body = _json_object(content)
             _set_tier(body, _headers(scope).get(HEADER), key)
             content = json.dumps(body).encode()
         replaced = (b"content-length", b"content-type", b"transfer-encoding")
@@ -183,6 +184,16 @@ class AccessLayer:
             (b"content-type", b"application/json"),
         ]
         return {**scope, "headers": headers}, _replay(content, receive)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        raise Refusal(400, "invalid_json", "The body is not JSON.") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "invalid_json", "The body must be a JSON object.")
+    return body
 
 
 def _set_tier(body: dict[str, Any], header: str | None, key: Key) -> None:

@@ -27,6 +27,27 @@ class ArtifactFile:
         return SimilarityArtifact.from_bytes(self.content, name=self.name)
 
 
+def path_in(folder: Path | None, name: str) -> Path:
+    """Where an artifact of the configured folder lies.
+
+    Raises:
+        ArtifactError: there is no folder, or the name is not that of a file in it.
+    """
+    if folder is None:
+        raise ArtifactError(
+            f"artifact = {name!r}: this deployment names no folder; set `artifacts` in its file"
+        )
+    path = folder / name
+    is_plain = name and Path(name).name == name and not name.startswith(".") and "\0" not in name
+    if not is_plain or path.is_symlink():
+        raise ArtifactError(
+            f"artifact = {name!r}: must be the name of a file in the configured folder"
+        )
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"artifact = {name!r}: must end in .safetensors")
+    return path
+
+
 def read_artifact(path: Path, max_bytes: int) -> ArtifactFile:
     """Read a regular file of at most ``max_bytes``.
 

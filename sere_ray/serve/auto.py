@@ -21,11 +21,11 @@ AUTO = "auto"
 
 
 class Level(BaseModel):
-    """Keys of a policy that make it stronger the smaller they are; others stay as they are."""
+    """Keys of a policy that make it stronger the smaller they are; those left out stay."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    select_top_k: int | None = Field(None, ge=1, description="S; null = as in the policy")
+    select_top_k: int | None = Field(None, ge=1, description="S")
     threshold: float | None = Field(None, ge=0.0, le=1.0, description="rho; null = any stand-in")
     min_primary_experts: int | None = Field(None, ge=0, description="m; null = K of the model")
 

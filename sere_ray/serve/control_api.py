@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from ray.exceptions import RayActorError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from sere_ray import __version__
 from sere_ray.config import Policy
@@ -20,7 +22,9 @@ from sere_ray.serve.openai_ingress import answer, http_error
 from sere_ray.serve.stats import StepMeans, Totals
 from sere_ray.serve.ui import add_page
 
-REPORTED = (401, 403, 413, 422, 429, 503)
+REPORTED = (400, 401, 403, 413, 422, 429, 503)
+ARTIFACT_NAME = r"^[^./\x00][^/\x00]*\.safetensors$"
+"""In the document only: the router says more clearly what is wrong with a name."""
 
 
 def _change_schema() -> dict[str, Any]:
@@ -98,7 +102,7 @@ class ArtifactChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(max_length=255)
+    name: str = Field(max_length=255, json_schema_extra={"pattern": ARTIFACT_NAME})
 
 
 class Audit(BaseModel):
@@ -120,10 +124,12 @@ def control_app() -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        # The access layer asks for the token; here it is only declared.
+        dependencies=[Depends(HTTPBearer(scheme_name="admin token", auto_error=False))],
         responses={status: {"model": ErrorBody} for status in REPORTED},
     )
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Refusal, _refused)
 
     @app.get("/policy")
@@ -184,7 +190,19 @@ async def _refused(request: Request, error: Exception) -> Response:
     return answer(error)
 
 
+async def _http_error(request: Request, error: Exception) -> Response:
+    """As for the other routes; a 405 names every method of the path, not of its first route."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        routes = [r for r in request.app.routes if r.matches(request.scope)[0] != Match.NONE]
+        methods = {method for route in routes for method in route.methods or ()}
+        error.headers = {"allow": ", ".join(sorted(methods))}
+    return await http_error(request, error)
+
+
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if any(e["type"] == "json_invalid" for e in error.errors()):
+        return await _refused(request, Refusal(400, "invalid_json", "The body is not JSON."))
     lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
     return await _refused(request, Refusal(422, "invalid_parameter", "; ".join(lines)))

@@ -81,4 +81,4 @@ async def http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors (no such path or model) in OpenAI's form."""
     assert isinstance(error, HTTPException)
     code = "not_found" if error.status_code == 404 else "http_error"
-    return answer(Refusal(error.status_code, code, str(error.detail)))
+    return answer(Refusal(error.status_code, code, str(error.detail), error.headers))

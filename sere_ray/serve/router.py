@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from sere_ray.config import Policy
 from sere_ray.errors import ArtifactError, SereError
 from sere_ray.observe import metrics
 from sere_ray.observe.sink import Sink
-from sere_ray.serve.artifacts import ArtifactFile, read_artifact
+from sere_ray.serve.artifacts import ArtifactFile, path_in, read_artifact
 from sere_ray.serve.auto import AUTO, AutoConfig, AutoPilot
+from sere_ray.serve.messages import Member, Order, Update
 from sere_ray.serve.stats import means, totals
 from sere_ray.serve.store import Store
 from sere_ray.token_times import quantile_ms
@@ -39,46 +40,6 @@ DRAIN_SECONDS = 55.0
 """How long a rank without requests waits for its siblings; less than Serve waits for it."""
 ATTACHED_SECONDS = 3 * POLL_SECONDS
 """A member that has not polled for so long is gone."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One version: what a replica hands to its engine."""
-
-    version: int
-    policy: dict[str, Any]
-    sha256: str
-    """Of the artifact's file."""
-    content: Any = None
-    """Object reference of the file's bytes; None in a version that keeps the artifact."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """What a replica says when it polls."""
-
-    replica: str
-    gang: str
-    gang_size: int
-    rank: int
-    staged: int
-    """Newest version its engine was told."""
-    settled: int
-    counters: dict[str, Any] | None = None
-    """Of the engine, if the router asked for them."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the router answers."""
-
-    updates: list[Update] = field(default_factory=list)
-    settle: int = 0
-    """Version that all ranks of the gang were told; 0 = nothing new."""
-    report: bool = False
-    """Send counters with the next poll."""
-    restart: bool = False
-    """Too far behind to follow."""
 
 
 @dataclass
@@ -269,7 +230,7 @@ class SereRouter:
         async with self._change:
             newest = self._versions[-1]
             try:
-                new = read_artifact(self._path_of(name), self._max_bytes)
+                new = read_artifact(path_in(self._folder, name), self._max_bytes)
                 artifact = new.parse()
                 artifact.check_replaces(self._artifact, path=name)
             except ArtifactError as error:
@@ -493,20 +454,6 @@ class SereRouter:
             "replicas": len(self._attached()),
             "replicas_settled": self._settled(newest["version"]),
         }
-
-    def _path_of(self, name: str) -> Path:
-        if self._folder is None:
-            raise ArtifactError(
-                f"artifact = {name!r}: this deployment names no folder; set `artifacts` in its file"
-            )
-        path = self._folder / name
-        if not name or Path(name).name != name or name.startswith(".") or path.is_symlink():
-            raise ArtifactError(
-                f"artifact = {name!r}: must be the name of a file in the configured folder"
-            )
-        if path.suffix != ".safetensors":
-            raise ArtifactError(f"artifact = {name!r}: must end in .safetensors")
-        return path
 
     def _record(self, what: str, who: str, version: Mapping[str, Any], **more: Any) -> None:
         self._audit.append({"time": _now(), "who": who, "what": what, "after": version, **more})

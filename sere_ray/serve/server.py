@@ -23,7 +23,7 @@ from sere_ray.observe.sink import RaySink
 from sere_ray.serve.artifacts import keep_artifact
 from sere_ray.serve.engine import SereEngine
 from sere_ray.serve.locate import ACTOR
-from sere_ray.serve.router import Member, Update
+from sere_ray.serve.messages import Member, Update
 from sere_ray.serve.router_actor import RouterActor
 
 logger = logging.getLogger("ray.serve")
@@ -77,7 +77,7 @@ class Follower:
         """
         from sere_ray.engine.token_times import watch_token_times
 
-        self._token_times = watch_token_times(engine._engine_client)
+        self._token_times = watch_token_times(getattr(engine, "_engine_client", None))
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
                 if self.failure is not None:

@@ -275,10 +275,12 @@ def test_tier_refused(key, header, body, status, code):
 )
 def test_body(body, headers, status):
     inner = Inner()
-    found, *_ = run(
+    found, answer, _ = run(
         ask(layer(inner), "POST", "/v1/completions", key="k-all", body=body, headers=headers)
     )
     assert found == status
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert len(inner.requests) == (status == 200)
 
 
@@ -292,6 +294,7 @@ def test_concurrency_is_bounded_per_key_and_over_all():
         status, answer, headers = await ask(app, key="k-all")
         assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
         assert headers[b"retry-after"] == b"1"
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
         waiting.append(asyncio.create_task(ask(app, key="k-plain")))
         await asyncio.sleep(0)
         assert (await ask(app, key="k-exact"))[0] == 429
@@ -369,3 +372,16 @@ def test_keys_of_the_environment_are_hashed_at_once(monkeypatch):
 def test_new_keys_differ():
     assert new_key() != new_key()
     assert len(new_key()) > 40
+
+
+def test_below_sere_the_route_decides_first_but_no_body_is_too_large():
+    """Its JSON is read by the application; see tests/live/test_openapi.py."""
+    inner = Inner()
+    arguments = {"key": "t-ops", "body": b"{"}
+    assert run(ask(layer(inner), "PUT", "/sere/audit", **arguments))[0] == 200, "handed on"
+    arguments["body"] = b"x" * 1025
+    assert run(ask(layer(inner), "PUT", "/sere/policy", **arguments))[0] == 413
+    assert run(ask(layer(inner), "DELETE", "/sere/policy", key="t-ops"))[0] == 200, "handed on"
+    assert run(ask(layer(inner), "DELETE", "/sere/policy"))[0] == 401
+    status, _, headers = run(ask(layer(inner), "DELETE", "/v1/models"))
+    assert (status, headers[b"allow"]) == (405, b"GET, HEAD, POST, PUT")

@@ -38,6 +38,8 @@ def served(tmp_path_factory):
         ("POST", "/v1/completions", {"model": "other", "prompt": "a"}, API_KEY, 404),
         ("POST", "/v1/completions", {"prompt": "a", "vllm_xargs": EXACT}, NO_TIER_KEY, 403),
         ("PUT", "/sere/policy", {"select_top_k": 99}, ADMIN, 422),
+        ("PUT", "/sere/policy", b"{", ADMIN, 400),
+        ("PUT", "/sere/audit", {}, ADMIN, 405),
     ],
 )
 def test_access(served, method, path, body, key, status):

@@ -12,7 +12,8 @@ from sere_ray.engine.state import BYTES, COUNTERS, StepTotals
 from sere_ray.errors import ArtifactError, SereError
 from sere_ray.serve import router as router_module
 from sere_ray.serve.control_api import Stats
-from sere_ray.serve.router import HISTORY, Member, Order, SereRouter
+from sere_ray.serve.messages import Member, Order
+from sere_ray.serve.router import HISTORY, SereRouter
 from sere_ray.serve.store import memory_store
 from sere_ray.token_times import BUCKETS
 
@@ -219,6 +220,7 @@ def test_an_artifact_is_sent_once_and_only_when_it_changes(make_router, folder):
         (".hidden.safetensors", ["name of a file in the configured folder"]),
         ("link.safetensors", ["name of a file in the configured folder"]),
         ("", ["name of a file in the configured folder"]),
+        ("a\0.safetensors", ["name of a file in the configured folder"]),
     ],
 )
 def test_an_artifact_that_does_not_fit_changes_nothing(make_router, has_words, name, words):

@@ -18,14 +18,16 @@ from tests.serve.site import Engine, Site
 pytestmark = pytest.mark.timeout(120)
 UNAUTHORIZED, FORBIDDEN, REFUSED = "status of 401", "status of 403", "status of 422"
 NOTHING = "\N{EN DASH}"
+TEXT = ("text", "muted", "accent", "bad")
+"""Colours of text on cards and on the page."""
 
 
 @pytest.fixture
 def make_site(tmp_path, monkeypatch):
     running = []
 
-    def make(has_keys=True):
-        site = Site(tmp_path, has_keys)
+    def make(has_keys=True, auto=None):
+        site = Site(tmp_path, has_keys, auto)
         monkeypatch.setattr(control_api, "find_router", site.find_router)
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
         server = uvicorn.Server(
@@ -113,9 +115,8 @@ def test_the_folder_holds_what_is_served_and_a_licence():
     assert sum((FOLDER / name).stat().st_size for name in names) < 200_000
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+def test_nothing_else_is_open(client):
+    for path in (
         "/sere/ui/__init__.py",
         "/sere/ui/other.js",
         "/sere/ui/app.js/",
@@ -126,10 +127,8 @@ def test_the_folder_holds_what_is_served_and_a_licence():
         "/sere/UI",
         "/sere/policy",
         "/sere/openapi.json",
-    ],
-)
-def test_nothing_else_is_open(client, path):
-    assert client.get(path).status_code == 401
+    ):
+        assert client.get(path).status_code == 401, path
     assert client.request("PUT", "/sere/ui", json={}).status_code == 401
 
 
@@ -388,9 +387,25 @@ def test_in_mode_off_nothing_is_made_up(page, site):
     poll(page)
     poll(page)
     assert text(page, "#tile-saved") == NOTHING
-    assert text(page, "#tile-saved-note") == "not counted while the mode is off"
+    assert text(page, "#tile-saved-note") == "not counted while off"
     assert text(page, "#tile-rerouted") == "0 %"
     assert text(page, "#tile-time") == "7.50 ms"
+
+
+def test_mode_auto_shows_its_level_and_why(browser, make_site):
+    levels = [{"select_top_k": 2}, {"select_top_k": 1}]
+    site = make_site(auto={"tpot_ms": 0.1, "interval_s": 0.5, "patience": 1, "levels": levels})
+    with watched(browser, site.url) as page:
+        page.expected_errors.append(UNAUTHORIZED)
+        connect(page, ADMIN)
+        page.get_by_label("auto", exact=True).check(force=True)
+        page.get_by_role("button", name="Apply").click()
+        page.locator("#notice", has_text="Mode auto at level 2 of 2 (0 = exact): p90").wait_for()
+        assert page.get_by_label("auto", exact=True).is_checked()
+        assert page.get_by_label("select_top_k").input_value() == "1"
+        assert page.get_by_role("button", name="Apply").is_disabled()
+        page.locator("#audit li", has_text="level 2: ").wait_for()
+        assert "level 2: p90 0.2 ms > 0.1 ms." in text(page, "#audit li:first-child")
 
 
 def test_a_rank_that_does_not_answer_is_named_and_its_return_is_no_peak(page, site):
@@ -408,7 +423,7 @@ def test_a_rank_that_does_not_answer_is_named_and_its_return_is_no_peak(page, si
 
 def test_restarted_engines_count_from_zero(page, site):
     for engine in site.engines:
-        engine.steps = 0
+        engine.restart()
     poll(page)
     assert text(page, "#tile-saved") == "5.00 → 2.50"
     assert text(page, "#tile-time") == "7.50 ms"
@@ -443,36 +458,21 @@ def test_every_control_has_a_name(page):
     assert nameless == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(page, scheme):
-    page.emulate_media(color_scheme=scheme)
-    names = [
-        "text",
-        "muted",
-        "accent",
-        "bad",
-        "good",
-        "card",
-        "page",
-        "bad-back",
-        "good-back",
-        "edit",
-        "on-accent",
-    ]
-    value = "(n) => getComputedStyle(document.documentElement).getPropertyValue('--' + n)"
-    colours = {name: luminance(page.evaluate(value, name)) for name in names}
-    pairs = [
-        (ink, paper) for ink in ("text", "muted", "accent", "bad") for paper in ("card", "page")
-    ]
+def test_text_can_be_read_in_light_and_dark(page):
+    """Contrast of 4.5 and more (WCAG 2.2, AA)."""
+    pairs = [(ink, paper) for ink in TEXT for paper in ("card", "page")]
     pairs += [
         ("bad", "bad-back"),
         ("good", "good-back"),
         ("muted", "edit"),
         ("on-accent", "accent"),
     ]
-    for ink, paper in pairs:
-        low, high = sorted((colours[ink], colours[paper]))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+    value = "(n) => getComputedStyle(document.documentElement).getPropertyValue('--' + n)"
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for pair in pairs:
+            low, high = sorted(luminance(page.evaluate(value, name)) for name in pair)
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, pair)
 
 
 def luminance(colour):
@@ -484,11 +484,11 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("width", [DESKTOP["width"], 800, PHONE["width"], 320])
-def test_nothing_is_wider_than_the_screen(page, width):
-    page.set_viewport_size({"width": width, "height": 800})
-    page.wait_for_timeout(100)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    charts = page.evaluate("[...document.querySelectorAll('.uplot')].map((c) => c.clientWidth)")
-    assert len(charts) == 4
-    assert all(150 < chart < width for chart in charts)
+def test_nothing_is_wider_than_the_screen(page):
+    for width in (DESKTOP["width"], 800, PHONE["width"], 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(100)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        charts = page.evaluate("[...document.querySelectorAll('.uplot')].map((c) => c.clientWidth)")
+        assert len(charts) == 4
+        assert all(150 < chart < width for chart in charts)

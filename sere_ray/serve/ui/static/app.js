@@ -139,6 +139,7 @@ function show() {
   document.body.classList.remove("stale");
   byId("picture").hidden = false;
   pill("live", "good");
+  byId("connection").title = `last answer ${clock(lastAnswer)}`;
   if (heat === null) makeCharts();
   const sample = history.latest;
   notice(sample);

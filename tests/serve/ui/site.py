@@ -28,7 +28,7 @@ class Engine(Replica):
 
     def __init__(self, name, gang, gang_size, rank=0):
         super().__init__(name, gang, gang_size, rank)
-        self.idle, self.silent = False, False
+        self.idle, self.silent, self.hangs = False, False, False
         self.restart()
 
     def restart(self):
@@ -36,6 +36,8 @@ class Engine(Replica):
         self.steps, self.steps_counted, self.token_times = 0, 0, [0] * BUCKETS
 
     async def step(self, router, wait=False):
+        while self.hangs:
+            await asyncio.sleep(0.05)
         order = await super().step(router, wait)
         if order.report:
             self.counters = None if self.silent else self._report()
@@ -114,6 +116,11 @@ class Site:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/sere/ui"
         self.has_router = True
+
+    @property
+    def newest(self):
+        """Version that the router holds, with its policy."""
+        return self.router._versions[-1]
 
     def find_router(self, app):
         if not self.has_router:

@@ -126,7 +126,7 @@ def test_keyboard_alone(browser, site):
         page.keyboard.press("Tab")  # past the list of rules: there Enter opens it
         page.keyboard.press("Enter")
         page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
-        assert site.router._versions[-1]["policy"]["mode"] == "observe"
+        assert site.newest["policy"]["mode"] == "observe"
 
 
 def test_every_control_has_a_name(page):

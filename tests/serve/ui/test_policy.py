@@ -1,14 +1,10 @@
 """The policy form: changes, refusals, ranks that do not follow yet, mode auto."""
 
-import asyncio
-import threading
-
 import pytest
 
 from tests.browser import watched
 from tests.serve.deployment import ADMIN
 from tests.serve.ui.actions import REFUSED, UNAUTHORIZED, connect, poll, text
-from tests.serve.ui.site import Engine
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -25,7 +21,7 @@ def test_a_policy_change(page, site):
     assert field.input_value() == "1", "a poll must not undo what is being edited"
     apply.click()
     page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
-    assert site.router._versions[-1]["policy"]["select_top_k"] == 1
+    assert site.newest["policy"]["select_top_k"] == 1
     assert apply.is_disabled()
     poll(page)
     poll(page)
@@ -53,7 +49,7 @@ def test_the_form_has_the_keys_of_the_chosen_rule(page, site):
         page.get_by_label(name, exact=True).fill(value)
     page.get_by_role("button", name="Apply").click()
     page.get_by_text("Version 2 runs on all 2 ranks.").wait_for()
-    policy = site.router._versions[-1]["policy"]
+    policy = site.newest["policy"]
     assert (policy["rule"], policy["experts"], policy["threshold"]) == ("lynx", 6, None)
 
 
@@ -74,29 +70,19 @@ def test_a_refused_change_is_explained_at_its_field(page, site, name, value, wor
     assert page.get_by_label(name).get_attribute("aria-invalid") == "true"
     assert page.get_by_label(name).input_value() == value, "what was typed stays"
     assert page.get_by_label("observe").is_checked()
-    assert site.router._versions[-1]["version"] == 0
+    assert site.newest["version"] == 0
     page.get_by_role("button", name="Undo edits").click()
     assert page.get_by_label("on", exact=True).is_checked()
 
 
 def test_a_change_that_not_all_ranks_follow_yet(page, site):
-    page.expected_errors.append("net::ERR")
-    hang = threading.Event()
-    site.engines[1].silent = True
-
-    async def stuck(*args, **kwargs):
-        while not hang.is_set():
-            await asyncio.sleep(0.05)
-        return await Engine.step(site.engines[1], *args, **kwargs)
-
-    site.engines[1].step = stuck
+    site.engines[1].hangs = True
     poll(page)  # frees the rank from its long poll; now it hangs
     page.get_by_label("select_top_k").fill("1")
     page.get_by_role("button", name="Apply").click()
     page.locator("#settled", has_text="version 1 on 0 of 2 ranks").wait_for()
     assert page.locator("#settling").is_visible()
-    site.engines[1].silent = False
-    hang.set()
+    site.engines[1].hangs = False
     page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
     assert page.locator("#settling").is_hidden()
 

@@ -3,7 +3,7 @@
 import { Api } from "./api.js";
 import { showAudit } from "./audit.js";
 import { lineChart, timeRange } from "./charts.js";
-import { byId, clock, element, mean, number, say } from "./format.js";
+import { byId, clock, element, mean, number, percent, say } from "./format.js";
 import { heatMap } from "./heatmap.js";
 import { History } from "./history.js";
 import { PolicyForm } from "./policy.js";
@@ -40,6 +40,7 @@ async function connect(token) {
   if (mine !== session) return;
   sessionStorage.setItem(TOKEN, token);
   byId("connect").hidden = true;
+  byId("token").value = "";
   byId("forget").hidden = token === "";
   while (mine === session) {
     await poll(mine);
@@ -138,6 +139,7 @@ function show() {
   document.body.classList.remove("stale");
   byId("picture").hidden = false;
   pill("live", "good");
+  byId("connection").title = `last answer ${clock(lastAnswer)}`;
   if (heat === null) makeCharts();
   const sample = history.latest;
   notice(sample);
@@ -156,10 +158,18 @@ function notice(sample) {
   else if (sample?.known && sample.total === null) {
     parts.push(sample.mixedSteps > 0 ? "No pure decode step in the last seconds: every step had prompt rows." : "No traffic: no decode step in the last seconds.");
   }
+  if (stats.auto) parts.push(autoText(stats.auto));
   if (stats.policy.mode === "observe") parts.push("Mode observe: answers are exact; “after” is what mode on would read.");
-  if (stats.policy.mode === "off") parts.push("Mode off: answers are exact and experts are not counted.");
+  if (stats.policy.mode === "off") parts.push("Off: answers are exact and experts are not counted.");
   byId("notice").hidden = parts.length === 0;
   say(byId("notice"), parts.join(" "));
+}
+
+/** Where mode auto is, and what it saw in its last interval. */
+function autoText({ level, levels, tpot_ms: time, load, rerouted_share: share }) {
+  const seen = load === null ? "" : `: p90 of the time per output token ${time === null ? "–" : `${number(time)} ms`}, ` +
+    `${number(load)} rows a step, ${percent(share)} re-routed`;
+  return `Mode auto at level ${level} of ${levels - 1} (0 = exact)${seen}.`;
 }
 
 function makeCharts() {

@@ -22,16 +22,23 @@ function line(entry, restore) {
     head.append(` → version ${entry.after.version} `);
     const button = element("button", { type: "button", class: "link" }, "load into form");
     button.setAttribute("aria-label", `Load version ${entry.after.version} into the policy form`);
-    button.addEventListener("click", () => restore(entry.after.policy));
+    button.addEventListener("click", () => restore({ ...entry.after.policy, mode: entry.mode ?? entry.after.policy.mode }));
     head.append(button);
   }
   return item;
 }
 
-function summary({ refused, before, after, what }) {
+function summary(entry) {
+  return [entry.reason && `level ${entry.level}: ${entry.reason}.`, changed(entry)].filter(Boolean).join(" ");
+}
+
+function changed({ refused, before, after, what, mode, reason }) {
   if (refused) return `refused: ${refused}`;
   if (what === "artifact") return `artifact ${after.sha256.slice(0, 12)}, was ${before.sha256.slice(0, 12)}`;
-  if (before) return changes(before, after.policy).join(", ") || "nothing differs";
+  if (before) {
+    const asked = mode === "auto" && !reason ? ["mode auto"] : [];
+    return [...asked, ...changes(before, after.policy)].join(", ") || "nothing differs";
+  }
   return Object.entries(after?.policy ?? {}).filter(([name, value]) => name !== "similarity" && value !== null)
     .map(([name, value]) => `${name} ${plain(value)}`).join(", ");
 }

@@ -37,9 +37,9 @@ export class PolicyForm {
   /** Show a status of the server. */
   show(status) {
     const edited = this.#edits();
-    this.#policy = status.policy;
+    this.#policy = { ...status.policy, mode: status.mode }; // auto, where the engines have on or off
     for (const field of this.#fields) {
-      if (!(field.name in edited)) field.write(status.policy[field.name]);
+      if (!(field.name in edited)) field.write(this.#policy[field.name]);
     }
     this.#edited();
     const { replicas, replicas_settled: settled, version } = status;

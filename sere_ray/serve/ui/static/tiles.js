@@ -36,7 +36,7 @@ function pace({ start, end, total, mixedSteps }) {
 }
 
 function experts(total, mode, numExperts) {
-  if (!total?.before) return ["–", total && mode === "off" ? "not counted while the mode is off" : ""];
+  if (!total?.before) return ["–", total && mode === "off" ? "not counted while off" : ""];
   const [before, after] = [mean(total.before), mean(total.after)];
   const saved = percent(1 - after / before);
   const difference = mode === "observe" ? `mode on would save ${saved}` : `${saved} fewer`;
@@ -44,7 +44,7 @@ function experts(total, mode, numExperts) {
 }
 
 function rerouted(total, mode, topK) {
-  if (total && mode === "off") return ["0 %", "exact: the mode is off"];
+  if (total && mode === "off") return ["0 %", "exact"];
   if (total?.rerouted == null) return ["–", ""];
   const share = percent(total.rerouted);
   if (mode === "observe") return ["0 %", `exact; mode on would change ${share}`];

@@ -14,6 +14,7 @@ from sere_ray.serve.keys import KeyFile
 from sere_ray.serve.locate import RouterUnavailableError
 from sere_ray.serve.router import SereRouter
 from sere_ray.serve.store import memory_store
+from sere_ray.token_times import BUCKETS
 from tests.serve.deployment import free_port, save_keys
 from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, save_artifact
 
@@ -27,18 +28,27 @@ class Engine(Replica):
 
     def __init__(self, name, gang, gang_size, rank=0):
         super().__init__(name, gang, gang_size, rank)
-        self.reports, self.steps, self.idle, self.silent = 0, 0, False, False
+        self.idle, self.silent, self.hangs = False, False, False
+        self.restart()
+
+    def restart(self):
+        """Count from zero."""
+        self.steps, self.steps_counted, self.token_times = 0, 0, [0] * BUCKETS
 
     async def step(self, router, wait=False):
-        order = await super().step(router, wait)
-        if not order.report:
-            return order
-        if self.silent:
-            self.counters = None
+        while self.hangs:
             await asyncio.sleep(0.05)
-            return order
-        self.steps += 0 if self.idle else STEPS
-        is_counted = self.told[-1].policy["mode"] != "off"
+        order = await super().step(router, wait)
+        if order.report:
+            self.counters = None if self.silent else self._report()
+            await asyncio.sleep(0.05 * self.silent)
+        return order
+
+    def _report(self):
+        new = 0 if self.idle else STEPS
+        self.steps += new
+        self.steps_counted += 0 if self.told[-1].policy["mode"] == "off" else new
+        self.token_times[5] += new
         per_layer = {
             "experts_before": BEFORE,
             "experts_after": AFTER,
@@ -49,22 +59,22 @@ class Engine(Replica):
             "bytes_dispatched_after": BYTES,
             "critical_kept": (0, 0),
         }
-        self.counters = {
+        decode_only = counted(
+            steps=self.steps,
+            steps_counted=self.steps_counted,
+            rows=self.steps * ROWS,
+            decode_rows=self.steps * ROWS,
+            forward_seconds=self.steps * 0.005 * (1 + self.rank),
+            **{key: [self.steps_counted * n for n in each] for key, each in per_layer.items()},
+        )
+        return {
             "layers": [0, 1],
             "top_k": TOP_K,
-            "token_times": self.token_times,
+            "token_times": list(self.token_times),
             "policy": {"union": "global"},
-            "decode_only": counted(
-                steps=self.steps,
-                steps_counted=self.steps * is_counted,
-                rows=self.steps * ROWS,
-                decode_rows=self.steps * ROWS,
-                forward_seconds=self.steps * 0.005 * (1 + self.rank),
-                **{k: [self.steps * n * is_counted for n in v] for k, v in per_layer.items()},
-            ),
+            "decode_only": decode_only,
             "mixed": counted(steps=0),
         }
-        return order
 
 
 class Handle:
@@ -86,12 +96,13 @@ class Handle:
 class Site:
     """A router, the engines that follow it, and the page in front."""
 
-    def __init__(self, folder, has_keys):
+    def __init__(self, folder, has_keys, auto):
         save_artifact(folder / "a.safetensors")
         self.router = SereRouter(
             {"similarity": str(folder / "a.safetensors"), "select_top_k": 2},
             folder=str(folder),
             max_artifact_bytes=LIMIT,
+            auto=auto,
             store=memory_store("router", {}),
             put=lambda content: content,
         )
@@ -105,6 +116,11 @@ class Site:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/sere/ui"
         self.has_router = True
+
+    @property
+    def newest(self):
+        """Version that the router holds, with its policy."""
+        return self.router._versions[-1]
 
     def find_router(self, app):
         if not self.has_router:

@@ -21,7 +21,7 @@ wheel() {
 # build-tools PYTHON: what `wheel` needs.
 build-tools() {
   "$1" -m pip install -q --no-cache-dir "$(pin pip)"
-  "$1" -m pip install -q --no-cache-dir "$(pin hatchling)"
+  "$1" -m pip install -q --no-cache-dir "$(pin hatchling)" -c "$root/constraints/cpu.txt"
 }
 
 # pins: what the CPU image installs of the pinned closure.

@@ -89,10 +89,15 @@ def _text(total: dict[str, Any], stats: dict[str, Any]) -> str:
     """A line on the policy, and one for each kind of step."""
     policy = stats["policy"]
     lines = [
-        f"version {stats['version']} ({policy['mode']}, S={policy['select_top_k']})  "
+        f"version {stats['version']} ({policy['mode']}, {_rule(policy)})  "
         f"{stats['replicas_settled']}/{stats['replicas']} ranks"
     ]
     return "\n".join(lines + [_line(kind, total[kind]) for kind in STEP_KINDS])
+
+
+def _rule(policy: dict[str, Any]) -> str:
+    size = "" if policy["select_top_k"] is None else f"S={policy['select_top_k']}"
+    return size if policy["rule"] == "sere" else f"{policy['rule']} {size}".rstrip()
 
 
 def _line(kind: str, sums: dict[str, Any]) -> str:

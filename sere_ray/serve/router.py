@@ -229,6 +229,7 @@ class SereRouter:
                 keys = {**newest["policy"], **changes, "similarity": self._file.name}
                 policy = Policy.parse(keys, where="policy")
                 policy.for_model(top_k=self._artifact.metadata.top_k, where="policy")
+                policy.check_layers(len(self._artifact.layers), where="policy")
             except SereError as error:
                 self._refuse("policy", who, str(error))
                 raise

@@ -35,6 +35,9 @@ def evaluate(
     prompt: Prompt = 64,
     text_column: TextColumn = "text",
     device: Device = "auto",
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep what the file has of other batch sizes.")
+    ] = False,
 ) -> None:
     """Compare every rule on held-out text: experts read against distance from the exact model.
 
@@ -42,12 +45,15 @@ def evaluate(
     --out frontier.json --html frontier.html
     """
     with user_errors():
-        from sere_ray.evaluation.frontier import Plan
+        from sere_ray.evaluation.frontier import Plan, check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
         from sere_ray.evaluation.frontier_page import write_page
         from sere_ray.evaluation.settings import check_rules, read_settings
-        from sere_ray.results import load_result, write_result
+        from sere_ray.results import check_continues, load_result, write_result
 
+        onto = load_result(out) if append and out.exists() else None
+        if onto:
+            check_continues(onto)
         names = tuple(part.strip() for part in rules.split(","))
         check_rules(names)
         plan = Plan(
@@ -63,7 +69,10 @@ def evaluate(
             device=device,
         )
         chosen = read_settings(settings) if settings else None
-        write_result(out, run(plan, rules=names, settings=chosen, console=console))
+        found = run(plan, rules=names, settings=chosen, console=console)
+        if onto:
+            check_same_text(onto, found, plan.batches)
+        write_result(out, found, onto=onto)
         if html:
             write_page(load_result(out), html)
     print(out)

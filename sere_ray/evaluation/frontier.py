@@ -22,6 +22,9 @@ from sere_ray.evaluation.settings import EXACT, as_policy, grid, label
 from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
 from sere_ray.progress import progress
 
+_AT_ONCE = 64
+"""Texts of a forward pass."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,11 +106,12 @@ class Evaluator:
         return torch.tensor(windows)
 
     def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
-        """Settings at batch sizes; memory holds the logits of the largest batch only."""
+        """Settings at batch sizes; memory holds the logits of ``_AT_ONCE`` texts, or a batch."""
         policies = [self.bind(point.keys) for point in points]
         parts: list[list[Measured]] = [[] for _ in points]
-        size = max(point.batch for point in points)
-        total = len(points) * (len(self.input_ids) // size)
+        largest = max(point.batch for point in points)
+        size = largest * max(1, _AT_ONCE // largest)
+        total = len(points) * -(-len(self.input_ids) // size)
         with progress(console, total, task="evaluate", unit="passes") as advance:
             for chunk in self.chunks(self.input_ids, size):
                 for point, policy, found in zip(points, policies, parts, strict=True):
@@ -201,6 +205,23 @@ def evaluate(
         "rows": rows,
         "comparison": compare(points, found, shares),
     }
+
+
+def check_same_text(old: dict[str, Any], new: dict[str, Any], batches: tuple[int, ...]) -> None:
+    """Refuse to add to a result of another model or text, or one that has these batch sizes.
+
+    Raises:
+        SereError: names what differs.
+    """
+    for name in ("model", "data", "similarity", "sequences", "scored_positions"):
+        if old.get(name) != new[name]:
+            raise SereError(
+                f"--append: the file's {name} is {old.get(name)!r}, this run's is {new[name]!r}; "
+                "write another file"
+            )
+    known = {row["batch"] for row in old["rows"]}.intersection(batches)
+    if known:
+        raise SereError(f"--append: the file has batch sizes {sorted(known)} already")
 
 
 def _rows(

@@ -46,7 +46,8 @@ class EngineExporter:
         self._sink.record(metrics.RANKS, ranks)
         self._sink.record(metrics.POLICY_VERSION, staged)
         self._sink.record(metrics.SETTLED_VERSION, settled)
-        self._sink.record(metrics.SELECT_TOP_K, policy["select_top_k"])
+        if policy["select_top_k"] is not None:  # not every rule has it
+            self._sink.record(metrics.SELECT_TOP_K, policy["select_top_k"])
         labels = {name: str(policy[name]) for name in ("rule", "mode", "union")}
         self._export_info(metrics.POLICY_INFO, labels)
         self._export_info(metrics.ARTIFACT_INFO, {"sha256": sha256[:HASH_DIGITS]})

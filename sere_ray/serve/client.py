@@ -90,7 +90,7 @@ def _text(total: dict[str, Any], stats: dict[str, Any]) -> str:
     """A line on the policy, and one for each kind of step."""
     policy = stats["policy"]
     lines = [
-        f"version {stats['version']} ({policy['mode']}, S={policy['select_top_k']})  "
+        f"version {stats['version']} ({policy['mode']}, {_rule(policy)})  "
         f"{stats['replicas_settled']}/{stats['replicas']} ranks{_tokens(total)}"
     ]
     return "\n".join(lines + [_line(kind, total[kind]) for kind in STEP_KINDS])
@@ -99,6 +99,11 @@ def _text(total: dict[str, Any], stats: dict[str, Any]) -> str:
 def _tokens(total: dict[str, Any]) -> str:
     p90 = quantile_ms(total["token_times"], 0.9)
     return "" if p90 is None else f"  {p90:.1f} ms/token (p90)"
+
+
+def _rule(policy: dict[str, Any]) -> str:
+    size = "" if policy["select_top_k"] is None else f"S={policy['select_top_k']}"
+    return size if policy["rule"] == "sere" else f"{policy['rule']} {size}".rstrip()
 
 
 def _line(kind: str, sums: dict[str, Any]) -> str:

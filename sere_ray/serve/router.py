@@ -329,6 +329,7 @@ class SereRouter:
         keys = {**base, **changes, "similarity": self._file.name}
         policy = Policy.parse({**keys, "mode": "off"} if mode == AUTO else keys, where="policy")
         policy.for_model(top_k=self._top_k, where="policy")
+        policy.check_layers(len(self._artifact.layers), where="policy")
         if mode != AUTO:
             self._pilot = None
             return policy

@@ -131,6 +131,22 @@ def test_evaluate_chosen_settings(similarity, tmp_path):
     assert [row["settings"] for row in rows] == [{}, {"experts": 9}, {"tau": [0.1, 0, 0.1, 0]}]
 
 
+def test_evaluate_appends_other_batch_sizes(similarity, tmp_path, has_words):
+    out = tmp_path / "f.json"
+    common = ("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", out, "--append")
+    common += ("--rules", "oea", "--ranks", "1", *SMALL)
+    for batch in (4, 8):
+        assert run(*common, "--batches", batch).exit_code == 0
+    document = load_result(out)
+    assert [row["batch"] for row in document["rows"]] == [4] * 4 + [8] * 4
+    assert document["command"].count("&&") == 1
+    for options, words in ((["8"], ["[8] already"]), (["2", "--sequences", "8"], ["sequences"])):
+        done = run(*common, "--batches", *options)
+        assert done.exit_code == 2
+        has_words(done.output, "--append", *words)
+    assert load_result(out) == document
+
+
 def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
     out, report = tmp_path / "policy.yaml", tmp_path / "report.json"
     done = run(

@@ -130,7 +130,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_and_the_same_command_goes_on(
     with Killer(tmp_path / "a.work", times=100) as killer, pytest.raises(SereError) as caught:
         job(tmp_path, workers=1)
     assert len(killer.killed) == 3
-    assert str(caught.value).startswith("a worker failed or died 3 times")
+    assert str(caught.value).startswith("a worker died 3 times; if memory ran out, give fewer")
     assert "the same command goes on from there" in str(caught.value)
     assert not (tmp_path / "a").exists()
     done = len(list((tmp_path / "a.work").glob("shard-*")))

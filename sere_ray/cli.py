@@ -50,6 +50,7 @@ for command in (
     app.command()(command)
 bench_app.command("metrics-overhead")(cli_observe.metrics_overhead)
 bench_app.command("calibration")(cli_calibrate.bench_calibration)
+bench_app.command("calibration-memory")(cli_calibrate.bench_memory)
 bench_app.command("calibration-robustness")(cli_calibrate.bench_robustness)
 
 

@@ -96,7 +96,7 @@ def calibrate(
             if workers or work or ray_address:
                 raise SereError("--workers, --work, --ray-address: are for --ray; add it")
             run(**settings, out=out, layer_streamed=layer_streamed, console=console)
-        console.print(f"sha256 {file_sha256(out)}", highlight=False)
+        console.print(f"sha256 {file_sha256(out)}", highlight=False, soft_wrap=True)
         if publish:
             runs = request(publish, "artifact", {"name": out.name})
             console.print(
@@ -114,7 +114,7 @@ def bench_calibration(
     tokens: Annotated[int, typer.Option(min=2048, help="Of a timed pass.")] = 4096,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes.")] = 5,
 ) -> None:
-    """Token rates of calibration against a forward pass that keeps nothing; workers; peak memory.
+    """Token rates of calibration against a forward pass that keeps nothing; 1 and 2 workers.
 
     On a host with a GPU: rates and GPU memory alone, of the model as a whole.
 
@@ -131,6 +131,19 @@ def bench_calibration(
             repeats=repeats,
             console=console,
         )
+    print(out)
+
+
+def bench_memory(out: Out) -> None:
+    """Peak memory on a CPU of a random model of 400 MB, ordinary and one layer at a time.
+
+    Example: sere-ray bench calibration-memory --out calibration-memory-cpu.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.calibration_memory import measure_memory
+        from sere_ray.results import write_result
+
+        write_result(out, measure_memory())
     print(out)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact, file_sha256
 from sere_ray.cli import app
 from sere_ray.demo import assets
 from tests.models import build_checkpoint
@@ -50,6 +50,9 @@ def test_help_shows_the_first_steps():
         ["bench", "step-time"],
         ["bench", "dispatch"],
         ["bench", "plot"],
+        ["bench", "calibration"],
+        ["bench", "calibration-memory"],
+        ["bench", "calibration-robustness"],
     ],
 )
 def test_every_command_has_an_example(command):
@@ -109,6 +112,21 @@ def test_calibrate_writes_an_artifact(tmp_path):
     result = run(app, ["calibrate", str(assets.MODEL), *options, "--length", "32"])
     assert result.exit_code == 0, result.output
     assert SimilarityArtifact.load(out).metadata.tokens == 128
+    assert f"sha256 {file_sha256(out)}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--workers", "2"], ["--workers", "add it"]),
+        (["--ray", "--layer-streamed"], ["--layer-streamed", "leave out --ray"]),
+        (["--publish", "http://127.0.0.1:9"], ["127.0.0.1:9", "is the deployment up"]),
+    ],
+)
+def test_calibrate_options_that_do_not_go_together(tmp_path, options, words):
+    command = ["calibrate", str(assets.MODEL), "--data", str(assets.CALIBRATION)]
+    assert_refused(run(app, [*command, "--out", str(tmp_path / "a"), *options]), words)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

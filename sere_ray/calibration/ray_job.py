@@ -7,6 +7,7 @@ had. A shard is a fixed number of windows whatever the number of workers, and it
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,20 +153,24 @@ def run_shards(
     """
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError, UserCodeException
+    from ray.exceptions import RayError
+    from ray.util.annotations import RayDeprecationWarning
 
     on_gpu = _on_gpu(plan.settings.device, ray.cluster_resources())
     count = workers or max(1, int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1)))
     rows = [{"shard": number, "windows": windows} for number, windows in shards.items()]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        ShardWorker,
-        fn_constructor_args=(plan.settings, plan.config, plan.revision, plan.pad_id, on_gpu),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(count, len(rows))),
-        num_gpus=1 if on_gpu else None,
-        num_cpus=None if on_gpu else 1,
-        ray_remote_args_fn=lambda: {"max_restarts": RETRIES, "max_task_retries": RETRIES},
-    )
+    with warnings.catch_warnings():
+        # the pinned Ray has no other way to bound restarts, and announces that this one will go
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ShardWorker,
+            fn_constructor_args=(plan.settings, plan.config, plan.revision, plan.pad_id, on_gpu),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(count, len(rows))),
+            num_gpus=1 if on_gpu else None,
+            num_cpus=None if on_gpu else 1,
+            ray_remote_args_fn=lambda: {"max_restarts": RETRIES, "max_task_retries": RETRIES},
+        )
     tokens = sum(len(window) for windows in shards.values() for window in windows)
     try:
         with progress(console, tokens, task="calibrate", unit="tokens") as advance:
@@ -173,7 +178,7 @@ def run_shards(
                 number = int(row["shard"][0])
                 folder.save(number, _partial(plan, row))
                 advance(sum(map(len, shards[number])))
-    except (RayError, UserCodeException) as error:
+    except RayError as error:
         raise SereError(_reason(error, folder)) from None
 
 
@@ -190,6 +195,8 @@ def _partial(plan: Plan, row: dict[str, Any]) -> Partial:
 
 def _reason(error: BaseException, folder: WorkFolder) -> str:
     """One message for what ended a worker, and how to go on."""
+    from ray.exceptions import ActorDiedError
+
     causes = [error]
     while (cause := causes[-1].__cause__ or getattr(causes[-1], "cause", None)) is not None:
         causes.append(cause)
@@ -197,10 +204,13 @@ def _reason(error: BaseException, folder: WorkFolder) -> str:
     if own is not None:
         return str(own)
     text = " ".join(str(causes[-1]).split())
-    if any(word in text.lower() for word in ("memory", "oom")):
-        what = "a worker ran out of memory; give fewer --workers or a smaller --batch-size"
+    remedy = "give fewer --workers or a smaller --batch-size"
+    if isinstance(causes[-1], ActorDiedError):  # Ray cannot tell why: its text names all reasons
+        what = f"a worker died {RETRIES + 1} times; if memory ran out, {remedy}"
+    elif "memory" in text.lower():
+        what = f"a worker ran out of memory; {remedy}"
     else:
-        what = f"a worker failed or died {RETRIES + 1} times"
+        what = "a worker failed"
     return (
         f"{what}. {len(folder.done())} shards are kept in {folder.path}: the same command goes on "
         f"from there ({type(causes[-1]).__name__}: {text[:300]})"
@@ -236,7 +246,7 @@ def ray_for(address: str | None, workers: int | None) -> Iterator[None]:
     from ray.data import DataContext
 
     ours = not ray.is_initialized()
-    logging.disable(logging.WARNING)  # Ray Data tells about every step of its own
+    logging.disable(logging.ERROR)  # Ray Data tells every step; we say ourselves what ended it
     try:
         if ours and address is None:
             cores = len(os.sched_getaffinity(0))

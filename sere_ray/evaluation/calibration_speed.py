@@ -1,4 +1,4 @@
-"""How fast calibration is: token rates against a forward pass that keeps nothing; workers; memory.
+"""How fast calibration is: token rates against a forward pass that keeps nothing; workers.
 
 The baseline runs the model with every expert on every token and throws the outputs away.
 """
@@ -25,7 +25,6 @@ from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.calibration.work_folder import WorkFolder
 from sere_ray.demo import assets
 from sere_ray.errors import SereError
-from sere_ray.evaluation.calibration_memory import measure_memory
 from sere_ray.evaluation.models import get_model
 from sere_ray.progress import progress
 
@@ -65,7 +64,7 @@ def run_calibration_bench(
     repeats: int,
     console: Console,
 ) -> None:
-    """Measure rates and, on a CPU, workers and memory; ``save`` gets the content after each part.
+    """Measure rates and, on a CPU, workers; ``save`` gets the content after each part.
 
     Args:
         save: writes the result file.
@@ -89,10 +88,7 @@ def run_calibration_bench(
     }
     save(content)
     if not on_gpu:
-        content["workers"] = worker_rates(repeats, console)
-        save(content)
-        content["memory"] = measure_memory()
-        save(content)
+        save({**content, "workers": worker_rates(repeats, console)})
 
 
 def rates(name: str, *, tokens: int, repeats: int, console: Console) -> list[dict[str, Any]]:

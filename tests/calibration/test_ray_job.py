@@ -29,7 +29,8 @@ from sere_ray.calibration.ray_job import (
     cut,
     run_shards,
 )
-from sere_ray.calibration.work_folder import WorkFolder
+from sere_ray.calibration.similarity import make_sums
+from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.demo import assets
 from sere_ray.errors import ArtifactError, DataError, SereError
 from sere_ray.ray_instance import start_ray
@@ -130,7 +131,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_and_the_same_command_goes_on(
     with Killer(tmp_path / "a.work", times=100) as killer, pytest.raises(SereError) as caught:
         job(tmp_path, workers=1)
     assert len(killer.killed) == 3
-    assert str(caught.value).startswith("a worker failed or died 3 times")
+    assert str(caught.value).startswith("a worker died 3 times; if memory ran out, give fewer")
     assert "the same command goes on from there" in str(caught.value)
     assert not (tmp_path / "a").exists()
     done = len(list((tmp_path / "a.work").glob("shard-*")))
@@ -183,12 +184,11 @@ def test_a_worker_out_of_memory_says_so_and_what_is_done_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = prepare(SETTINGS, tmp_path / "a")
-    shards = dict(enumerate(cut(plan)))
     folder = WorkFolder(tmp_path / "work", plan, cut(plan))
-    run_shards(plan, {0: shards.pop(0)}, folder, 1, Console(file=io.StringIO()))
+    folder.save(0, Partial({0: make_sums("frobenius", 48)}, {}))
     monkeypatch.setattr(ray_job, "ShardWorker", SmallWorker)
     with pytest.raises(SereError, match=r"ran out of memory; give fewer --workers.* 1 shards are"):
-        run_shards(plan, shards, folder, 1, Console(file=io.StringIO()))
+        run_shards(plan, {1: cut(plan)[1]}, folder, 1, Console(file=io.StringIO()))
     assert folder.done() == {0}
 
 
@@ -248,3 +248,18 @@ def test_bad_settings_are_refused_before_ray_starts(
             console=Console(file=io.StringIO()),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_job_file_runs_from_its_own_folder_as_a_cluster_starts_it(tmp_path: Path) -> None:
+    repository = Path(__file__).parents[2]
+    data = ["--data", SETTINGS.data, "--out", str(tmp_path / "no" / "a")]
+    done = subprocess.run(
+        [sys.executable, "job.py", SETTINGS.model, *data],
+        cwd=repository / "calibration",
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "the folder does not exist; create it" in done.stderr

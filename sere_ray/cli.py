@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sere_ray import __version__, cli_calibrate, cli_loadtest, cli_observe, cli_quality, cli_serve
+from sere_ray import (
+    __version__,
+    cli_calibrate,
+    cli_loadtest,
+    cli_observe,
+    cli_quality,
+    cli_serve,
+    cli_serving_bench,
+)
 from sere_ray.cli_common import Out, console, numbers, user_errors
 from sere_ray.errors import SereError
 
@@ -52,6 +60,8 @@ bench_app.command("metrics-overhead")(cli_observe.metrics_overhead)
 bench_app.command("calibration")(cli_calibrate.bench_calibration)
 bench_app.command("calibration-memory")(cli_calibrate.bench_memory)
 bench_app.command("calibration-robustness")(cli_calibrate.bench_robustness)
+bench_app.command()(cli_serving_bench.chaos)
+bench_app.command("serving-overhead")(cli_serving_bench.serving_overhead)
 
 
 def _decimals(option: str, text: str) -> list[float]:

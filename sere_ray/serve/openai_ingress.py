@@ -4,6 +4,7 @@ Ray answers 500 while a dead engine is noticed, lets requests wait without limit
 runs, and cuts a stream off. Here: 503 at once, and an error event at the end of a stream.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +26,7 @@ LOST = Refusal(
 NOBODY = Refusal(
     503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
 )
+QUEUE_CHECK_SECONDS = 1.0
 
 
 class SereIngress(OpenAiIngress):  # type: ignore[misc]
@@ -38,13 +40,19 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
 
     async def _get_response(self, *, body: Any, **kwargs: Any) -> AsyncIterator[Any]:
         model_id = await self._get_model_id(body.model)
-        if has_no_replica(self._get_configured_serve_handle(model_id)):
+        handle = self._get_configured_serve_handle(model_id)
+        if has_no_replica(handle):
             raise NOBODY
         started = False
         try:
-            async for response in super()._get_response(body=body, **kwargs):
-                started = True
+            responses = super()._get_response(body=body, **kwargs)
+            first = await first_response(responses, handle)
+            started = True
+            yield first
+            async for response in responses:
                 yield response
+        except Refusal:
+            raise
         except Exception as error:
             if not is_loss(error):
                 raise
@@ -61,15 +69,45 @@ def is_loss(error: Exception) -> bool:
     return isinstance(error, kinds)
 
 
+async def first_response(responses: AsyncIterator[Any], handle: Any) -> Any:
+    """The first of ``responses``; of a request that finds no replica left, a refusal.
+
+    A replica that died is dropped at the first call that it does not take. The request of that
+    call would then wait for the next gang.
+
+    Raises:
+        Refusal: no replica is left.
+    """
+    first = asyncio.ensure_future(anext(responses))
+    try:
+        while not first.done():
+            await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
+            if not first.done() and has_no_replica(handle) and has_queue(handle):
+                raise NOBODY
+        return first.result()
+    finally:
+        first.cancel()
+
+
 def has_no_replica(handle: Any) -> bool:
-    """Whether the deployment behind a handle was running and no replica is left.
+    """Whether the deployment behind a handle was running and no replica is left."""
+    requests = _request_router(handle)
+    return requests is not None and not requests.curr_replicas
+
+
+def has_queue(handle: Any) -> bool:
+    """Whether a request waits for a replica. (One that a replica has taken does not.)"""
+    return bool(_request_router(handle)._pending_requests_by_id)
+
+
+def _request_router(handle: Any) -> Any:
+    """Ray's request router of a handle; None before the first replica.
 
     Reaches into the handle, as Ray's own ``broadcast`` does: there is no public way to ask.
     """
     router = getattr(handle, "_router", None)
     inner = getattr(router, "_asyncio_router", router)
-    requests = getattr(inner, "request_router", None)
-    return requests is not None and not requests.curr_replicas
+    return getattr(inner, "request_router", None)
 
 
 def answer(refusal: Refusal) -> Response:

@@ -6,6 +6,8 @@ what the router holds, and is ready only when its gang runs the router's newest 
 
 import asyncio
 import logging
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -34,6 +36,9 @@ METRICS = "sere_metrics_interval_s"
 RETRY_SECONDS = 1.0
 RPC_SECONDS = 60.0
 START_SECONDS = 300.0
+WATCH_SECONDS = 0.2
+FAREWELL_SECONDS = 0.5
+"""How long a replica lives on after its engine: requests under way get their answers."""
 
 
 class Follower:
@@ -195,9 +200,15 @@ class _Following:
     _default_engine_cls = SereEngine
     follower: Follower | None = None
     engine: Any
+    _watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the engine with what the router holds."""
+        """Start the engine, then watch it."""
+        await self._start_engine_and_follow()
+        self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
+
+    async def _start_engine_and_follow(self) -> None:
+        """Start with what the router holds; without a policy, as Ray does."""
         config: Any = self._llm_config  # type: ignore[attr-defined]
         additional = dict(config.engine_kwargs.get("additional_config") or {})
         if "sere" not in additional:
@@ -215,9 +226,26 @@ class _Following:
             raise RuntimeError(f"sere-ray: {self.follower.failure}")
         await super().check_health()  # type: ignore[misc]
 
+    async def _end_with_the_engine(self) -> None:
+        """End this process soon after its engine is lost, or cannot follow the router.
+
+        Serve acts on the third failed health check. Until then a dead replica would get most of
+        the requests, since none refuses them faster. A process that is gone gets no request more
+        from any handle that tried once, and its gang restarts at Serve's next look.
+        """
+        while await self._is_healthy():
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.error("sere-ray: the engine is lost; this replica ends")
+        await asyncio.sleep(FAREWELL_SECONDS)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
+
     async def __del__(self) -> None:
         # Serve calls this when the replica's own requests are done. Its engine still takes part
         # in the steps of its siblings.
+        if self._watch is not None:
+            self._watch.cancel()
         if self.follower is not None:
             await self.follower.close(wait=await self._is_healthy())
         await super().__del__()  # type: ignore[misc]

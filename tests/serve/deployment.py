@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -16,18 +15,12 @@ import psutil
 import yaml
 
 from sere_ray.demo import assets
+from sere_ray.evaluation.servers import free_port, served
 from sere_ray.serve.keys import digest
 from tests.engine.conftest import random_artifact
 
 MODEL_ID = "sere-demo"
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
-START_SECONDS = 300
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def save_artifacts(folder):
@@ -84,6 +77,14 @@ class Served:
         }
         return self.request("POST", "/v1/completions", body, key, headers)
 
+    def begin(self, prompt, key=API_KEY, **body):
+        """Send a completion and read nothing: the open connection."""
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=60)
+        body = {"model": MODEL_ID, "prompt": prompt, **body}
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        return connection
+
     def sere(self, what, change=None):
         """GET or PUT with the admin's token; must succeed."""
         method = "GET" if change is None else "PUT"
@@ -127,7 +128,7 @@ def deployed(folder, *, keys=True, environment=None, **arguments):
     if keys:
         save_keys(folder / "keys.yaml")
         access["keys_file"] = str(folder / "keys.yaml")
-    args = {
+    arguments = {
         "model": str(assets.MODEL),
         "model_id": MODEL_ID,
         "sere": {"similarity": str(folder / "a.safetensors"), "select_top_k": 1},
@@ -143,49 +144,9 @@ def deployed(folder, *, keys=True, environment=None, **arguments):
         },
         **arguments,
     }
-    application = {"name": "app", "import_path": "sere_ray.serve:build_app", "args": args}
-    document = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [application],
-    }
-    file = folder / "deployment.yaml"
-    file.write_text(yaml.safe_dump(document))
-    log = folder / "log"
-    command = [sys.executable, "-m", "sere_ray", "serve"]
-    variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--config", str(file), "--metrics-port", str(metrics_port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**variables, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
-            start_new_session=True,
-        )
-    served = Served(process, f"http://127.0.0.1:{port}", log, metrics_port)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while "serving app on" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield served
-    finally:
-        stop(process)
-
-
-def stop(process):
-    """End a deployment and whatever it left."""
-    if process.poll() is not None:
-        return
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(90)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
+    variables = {"PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
+    with served(folder, port, arguments, variables, metrics_port) as process:
+        yield Served(process, f"http://127.0.0.1:{port}", folder / "log", metrics_port)
 
 
 def wait_for(condition, seconds, what):

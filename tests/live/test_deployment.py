@@ -1,58 +1,30 @@
-"""Two ranks on this machine, through HTTP only, as `sere-ray serve` runs them.
-
-One deployment for the whole module; the tests that hurt it come last, in the order of the file.
-"""
+"""Two ranks on this machine, through HTTP only, as `sere-ray serve` runs them."""
 
 import json
-import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
-from tests.serve.deployment import (
-    ADMIN,
-    API_KEY,
-    EXACT_KEY,
-    MODEL_ID,
-    NO_TIER_KEY,
-    deployed,
-    wait_for,
-)
+from tests.live.traffic import at_once, counted
+from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, NO_TIER_KEY, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 PROBLEM = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    with deployed(tmp_path_factory.mktemp("served"), data_parallel_size=2) as deployment:
-        yield deployment
+def served(live):
+    before = live.sere("policy")["policy"], live.sere("artifact")["name"]
+    yield live
+    live.sere("policy", {k: v for k, v in before[0].items() if k != "similarity"})
+    if live.sere("artifact")["name"] != before[1]:
+        live.sere("artifact", {"name": before[1]})
 
 
 @pytest.fixture(scope="module")
 def client(served):
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
-
-
-def counted(served, action):
-    """What the engines counted of decode-only steps during an action."""
-    before = served.sere("stats")["total"]["decode_only"]
-    result = action()
-    after = served.sere("stats")["total"]["decode_only"]
-    names = ("experts_before", "experts_after", "slots_rerouted")
-    numbers = {name: sum(after[name]) - sum(before[name]) for name in names}
-    for name in ("steps", "decode_rows"):
-        numbers[name] = after[name] - before[name]
-    return numbers, result
-
-
-def at_once(served, count, **options):
-    with ThreadPoolExecutor(count) as pool:
-        prompts = [f"Work out {i + 3} + {2 * i + 5}." for i in range(count)]
-        return list(pool.map(lambda prompt: served.complete(prompt, **options), prompts))
 
 
 # --- the OpenAI routes ---------------------------------------------------------------------------
@@ -248,80 +220,22 @@ def test_exact_second_turn_after_a_re_routed_first(served):
     assert rerouted != pytest.approx(stock, abs=1e-4)
 
 
-# --- faults --------------------------------------------------------------------------------------
+# --- clients that hang up ------------------------------------------------------------------------
 
 
-def test_a_killed_router_comes_back_with_its_state(served):
-    status = served.sere("policy", {"mode": "on", "select_top_k": 1, "threshold": 0.25})
-    artifact = served.sere("artifact")
-    (router,) = served.processes("ray::RouterActor")
-    router.send_signal(signal.SIGKILL)
-    found, answer, headers = served.request("GET", "/sere/policy", None, ADMIN)
-    assert found in (200, 503)
-    if found == 503:
-        assert "retry-after" in {name.lower() for name in headers}
-        assert "restarting" in answer["error"]["message"]
-    assert at_once(served, 4)[0][0] == 200  # replicas go on with what they have
-
-    def is_back():
-        found, answer, _ = served.request("GET", "/sere/policy", None, ADMIN)
-        return found == 200 and answer["replicas_settled"] == 2
-
-    seconds = wait_for(is_back, 90, "the router with both replicas")
-    print(f"router back after {seconds:.1f} s")
-    assert served.sere("policy") == status
-    assert served.sere("artifact") == artifact
-    assert served.sere("audit")["entries"][-1]["what"] == "restart"
-    assert served.sere("policy", {"threshold": None})["replicas_settled"] == 2
-
-
-def test_a_killed_rank_ends_its_requests_and_the_gang_comes_back(served):
-    served.sere("policy", {"mode": "on", "select_top_k": 2, "threshold": 0.5})
-    policy = served.sere("policy")
-    (victim,) = served.processes("VLLM::Worker_DP1")
-    results = []
-
-    def long_request():
-        start = time.monotonic()
-        results.append((served.complete(max_tokens=200)[0], time.monotonic() - start))
-
-    threads = [threading.Thread(target=long_request) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.0)
-    victim.send_signal(signal.SIGKILL)
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a client hangs"
-    print("requests under way:", sorted(results))
-    assert {status for status, _ in results} == {503}
-    assert max(seconds for _, seconds in results) < 20
-    status, answer, headers = served.complete(max_tokens=4)
-    assert status == 503
-    assert "again" in answer["error"]["message"]
-    assert "retry-after" in {name.lower() for name in headers}
-
-    def answers():
-        try:
-            return served.complete(max_tokens=4)[0] == 200
-        except OSError:
-            return False
-
-    seconds = wait_for(answers, 240, "the gang")
-    print(f"gang back after {seconds:.1f} s")
-    assert served.sere("policy") == policy
-    counts, _ = counted(served, lambda: at_once(served, 8))
-    assert counts["slots_rerouted"] > 0
-
-
-def test_sigterm_drains(served, client):
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(served, stream):
+    """Its row is computed no longer."""
+    clients, tokens = 8, 200
     served.sere("policy", {"mode": "on"})
-    stream = client.completions.create(
-        model=MODEL_ID, prompt="1 + 1", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
-    )
-    pieces = [next(stream)]
-    served.process.send_signal(signal.SIGTERM)
-    pieces += list(stream)
-    assert pieces[-1].choices[0].finish_reason == "length"
-    assert served.process.wait(timeout=90) == 0
-    assert "Traceback" not in served.log.read_text()
+
+    def hang_up():
+        body = {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
+        connections = [served.begin("1 + 1", **body) for _ in range(clients)]
+        time.sleep(0.5)
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")
+
+    counts, _ = counted(served, hang_up)
+    assert 0 < counts["decode_rows"] < clients * tokens / 2

@@ -1,0 +1,65 @@
+"""What becomes of a request when the last replica is gone; handles are stand-ins for Ray's."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from sere_ray.serve import openai_ingress
+from sere_ray.serve.access import Refusal
+from sere_ray.serve.openai_ingress import first_response, has_no_replica
+
+
+def handle(replicas, pending=()):
+    router = SimpleNamespace(
+        curr_replicas=dict.fromkeys(replicas), _pending_requests_by_id=dict.fromkeys(pending)
+    )
+    return SimpleNamespace(_router=SimpleNamespace(request_router=router))
+
+
+async def answer_after(seconds, closed):
+    try:
+        await asyncio.sleep(seconds)
+        yield "first"
+        yield "second"
+    finally:
+        closed.append(True)
+
+
+@pytest.fixture(autouse=True)
+def _check_often(monkeypatch):
+    monkeypatch.setattr(openai_ingress, "QUEUE_CHECK_SECONDS", 0.02)
+
+
+def ask(handle, seconds=0.2):
+    closed = []
+
+    async def run():
+        responses = answer_after(seconds, closed)
+        first = await first_response(responses, handle)
+        return [first, *[response async for response in responses]]
+
+    try:
+        return asyncio.run(asyncio.wait_for(run(), 5)), closed
+    except Refusal as refusal:
+        return refusal, closed
+
+
+@pytest.mark.parametrize(("replicas", "pending"), [(["a"], []), (["a"], ["request"]), ([], [])])
+def test_a_request_that_somebody_has_or_can_take_goes_on(replicas, pending):
+    answers, closed = ask(handle(replicas, pending))
+    assert answers == ["first", "second"]
+    assert closed
+
+
+def test_a_request_that_nobody_can_take_is_refused_at_once():
+    refusal, closed = ask(handle([], ["request"]), seconds=60)
+    assert (refusal.status, refusal.code) == (503, "no_engine")
+    assert refusal.headers["retry-after"]
+    assert closed, "the request goes on"
+
+
+def test_a_deployment_that_never_ran_is_no_lost_one():
+    assert not has_no_replica(SimpleNamespace(_router=SimpleNamespace(request_router=None)))
+    assert has_no_replica(handle([]))
+    assert not has_no_replica(handle(["a"]))

@@ -1,0 +1,53 @@
+"""Two gangs of two real ranks: one is killed under load, then the deployment is told to stop."""
+
+import json
+import signal
+
+import psutil
+import pytest
+
+from sere_ray.evaluation.chaos import Load, answers_of, disturb
+from tests.serve.deployment import MODEL_ID, deployed
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(590)]
+PROMPTS = [f"Work out {i + 3} + {2 * i + 5}." for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def two_gangs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gangs")
+    options = {"keys": False, "num_replicas": 2, "data_parallel_size": 2}
+    with deployed(folder, **options) as deployment:
+        yield deployment
+
+
+def test_a_killed_engine(two_gangs):
+    """Answers of the exact tier in float32 are those of the undisturbed deployment."""
+    load = Load(two_gangs.url, MODEL_ID, answers_of(two_gangs.url, MODEL_ID, PROMPTS))
+    root = psutil.Process(two_gangs.process.pid)
+    engines = two_gangs.processes("VLLM::EngineCore")
+    assert len(engines) == 4
+    result = disturb(load, ["engine"], root=root, streams=4, console=None)
+    print(json.dumps(result, indent=1))
+    for end in ("wrong_answers", "hung_clients", "unclean_errors"):
+        assert result[end] == 0, result["errors_seen"]
+    for kill in result["killed"]:
+        assert kill["answers_meanwhile"] > 0, "the other gang did not go on"
+        assert kill["last_error_s"] is None or kill["last_error_s"] < 10
+    now = two_gangs.processes("VLLM::EngineCore")
+    assert len(now) == 4
+    orphans = [e for e in engines if e.is_running() and e not in now]
+    assert not orphans, "an engine outlived its replica"
+
+
+def test_sigterm_drains(two_gangs):
+    body = {"max_tokens": 150, "ignore_eos": True, "stream": True}
+    response = two_gangs.begin("1 + 1", **body).getresponse()
+    events = [response.readline()]
+    two_gangs.process.send_signal(signal.SIGTERM)
+    events += response.read().splitlines()
+    *_, last, done = [event for event in events if event.startswith(b"data: ")]
+    assert done == b"data: [DONE]"
+    assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+    assert two_gangs.process.wait(timeout=90) == 0
+    assert "Traceback" not in two_gangs.log.read_text()

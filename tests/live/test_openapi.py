@@ -21,14 +21,14 @@ def test_schemathesis_finds_nothing(live, tmp_path):
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
     command += ["run", f"{live.url}/sere/openapi.json", "--max-examples", "15", "--seed", "1"]
     command += ["--header", f"Authorization: Bearer {ADMIN}", "--continue-on-failure"]
-    command += ["--request-timeout", "15", "--max-time", "30", "--phases", "coverage,fuzzing"]
+    command += ["--request-timeout", "15", "--max-time", "20", "--phases", "coverage,fuzzing"]
     try:
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
         )
         print(done.stdout[-1500:])
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert "6 selected / 6 total" in done.stdout
+        assert "Tested: 6" in done.stdout
         assert ADMIN not in done.stdout
     finally:
         restore = {k: v for k, v in before["policy"].items() if k != "similarity"}

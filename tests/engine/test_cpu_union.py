@@ -12,6 +12,7 @@ from sere_ray.engine.cpu_expert_parallel import (
     _drop_foreign_slots,
     expert_owner,
     gather_rows,
+    gather_together,
     reduce_rows,
 )
 from sere_ray.engine.cpu_union import UnionCpuState
@@ -43,6 +44,13 @@ def exchange_rows(rank, port, sizes, dtype):
             torch.arange(n * 5).view(-1, 5).to(dtype) + 100 * r for r, n in enumerate(of_ranks)
         ]
         assert torch.equal(gathered, torch.cat(expected))
+        ids = torch.arange(of_ranks[rank] * 2, dtype=torch.int32).view(-1, 2, 1) + rank
+        together = gather_together([rows, ids], of_ranks, group)
+        for found, apart in zip(
+            together, (gathered, gather_rows(ids, of_ranks, group)), strict=True
+        ):
+            assert found.dtype == apart.dtype
+            assert torch.equal(found, apart)
         reduced = reduce_rows(gathered * (rank + 1), of_ranks, group)
         assert reduced.dtype == dtype
         parts = [(rows * (r + 1)).float() for r in range(RANKS)]

@@ -192,6 +192,18 @@ POLICY = Row(
             ),
         ),
         Panel(
+            "Decisions of mode auto",
+            "Level changes in two minutes: up re-routes more.",
+            "none",
+            (
+                Query(
+                    "sum by (direction) "
+                    f"(increase(ray_sere_controller_decisions_total{APP}[{WINDOW}]))",
+                    "{{direction}}",
+                ),
+            ),
+        ),
+        Panel(
             "S and artifact",
             "select_top_k by rank; the artifact's hash.",
             "none",

@@ -213,6 +213,14 @@ GANG_RESTARTS = Metric(
     "gangs that joined the router actor beyond the first num_replicas",
     "router actor",
 )
+DECISIONS = Metric(
+    "sere_controller_decisions_total",
+    "counter",
+    "decisions",
+    ("app", "direction"),
+    "levels changed by mode auto: up re-routes more, down less",
+    "router actor",
+)
 REFUSED = Metric(
     "sere_requests_refused_total",
     "counter",

@@ -124,6 +124,8 @@ class SereRouter:
         elif state.get("auto") is not None:
             self._resume(Policy.parse({**state["auto"], "similarity": self._file.name}))
         self._measure(metrics.GANG_RESTARTS, 0)
+        for direction in ("up", "down"):
+            self._measure(metrics.DECISIONS, 0, direction=direction)
 
     # --- replicas ------------------------------------------------------------------------------
 
@@ -268,6 +270,7 @@ class SereRouter:
         pilot = self._pilot
         if pilot is None:
             return
+        level = pilot.status()["level"]
         decision = pilot.observe(await self._counted())
         async with self._change:
             if not decision.reason or pilot is not self._pilot:
@@ -278,6 +281,8 @@ class SereRouter:
                 "policy", AUTO, version, before=newest["policy"], mode=AUTO, **vars(decision)
             )
             self._save()
+        direction = "up" if decision.level > level else "down"
+        self._measure(metrics.DECISIONS, 1, direction=direction)
         await self._announce(version["version"], 0.0)
 
     # --- inside --------------------------------------------------------------------------------
@@ -433,9 +438,9 @@ class SereRouter:
             self._measure(metrics.GANG_RESTARTS, len(self._gangs_met) > self._gangs)
         self._measure(metrics.ROUTER_VERSION, self._versions[-1]["version"])
 
-    def _measure(self, metric: metrics.Metric, value: float) -> None:
+    def _measure(self, metric: metrics.Metric, value: float, **labels: str) -> None:
         if self._sink is not None:
-            self._sink.record(metric, value)
+            self._sink.record(metric, value, **labels)
 
     async def _announce(self, version: int, timeout_s: float) -> None:
         async with self._news:

@@ -24,7 +24,7 @@ def draw_panels(server: Prometheus, start: float, end: float, path: Path) -> Non
             _draw(axis, server, query, start, end)
         axis.set_title(f"{panel.title} [{panel.unit}]", fontsize=8, loc="left")
         axis.tick_params(labelsize=6)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a line at 0 is seen
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=5, loc="lower left")
     for axis in list(axes.flat)[len(panels) :]:

@@ -8,6 +8,7 @@ import pytest
 
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
+from sere_ray.observe.metrics import DECISIONS
 from sere_ray.serve import ServeConfig
 from sere_ray.serve import router as router_module
 from sere_ray.serve.app import build_app, llm_config
@@ -17,6 +18,7 @@ from sere_ray.serve.router import SereRouter
 from sere_ray.serve.server import OPTIONS
 from sere_ray.serve.store import memory_store
 from sere_ray.token_times import bucket_of
+from tests.observe.recorded import Recorded
 from tests.serve.test_controller import step_ms
 from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, run, save_artifact
 
@@ -337,3 +339,18 @@ def test_levels_are_ordered_by_strength():
     assert [p.mode for p in policies] == ["off", *["on"] * 4]
     assert [p.threshold for p in policies] == [0.8, 0.5, None, None, None]
     assert [p.select_top_k for p in policies] == [3, 3, 3, 1, 1]
+
+
+def test_every_change_of_level_is_exported(folder):
+    async def scenario():
+        recorded = Recorded()
+        async with Deployment(folder) as deployment:
+            router = deployment.restart(sink=recorded)  # the ranks follow this one now
+            assert recorded.of(DECISIONS, direction="up") == 0
+            await router.set_policy({"mode": "auto"}, "ops")
+            level = (await deployment.levels([60] * 20))[-1]
+            assert recorded.of(DECISIONS, direction="up") == level > 0
+            assert (await deployment.levels([0]))[-1] == 0
+            assert recorded.of(DECISIONS, direction="down") == 1
+
+    run(scenario())

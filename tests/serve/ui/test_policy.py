@@ -93,6 +93,7 @@ def test_mode_auto_shows_its_level_and_why(browser, make_site):
     with watched(browser, site.url) as page:
         page.expected_errors.append(UNAUTHORIZED)
         connect(page, ADMIN)
+        page.locator("#connection", has_text="live").wait_for()
         page.get_by_label("auto", exact=True).check(force=True)
         page.get_by_role("button", name="Apply").click()
         page.locator("#notice", has_text="Mode auto at level 2 of 2 (0 = exact): p90").wait_for()

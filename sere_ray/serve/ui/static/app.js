@@ -156,10 +156,14 @@ function notice(sample) {
   if (silent > 0) parts.push(`${silent} of ${stats.replicas} ranks did not answer; the totals leave them out.`);
   if (stats.replicas === 0) parts.push("No rank follows the router: engines are starting, or gone.");
   else if (sample?.known && sample.total === null) {
-    parts.push(sample.mixedSteps > 0 ? "No pure decode step in the last seconds: every step had prompt rows." : "No traffic: no decode step in the last seconds.");
+    parts.push(sample.mixedSteps > 0
+      ? "No pure decode step in the last seconds: every step had prompt rows."
+      : "No traffic: no decode step in the last seconds.");
   }
   if (stats.auto) parts.push(autoText(stats.auto));
-  if (stats.policy.mode === "observe") parts.push("Mode observe: answers are exact; “after” is what mode on would read.");
+  if (stats.policy.mode === "observe") {
+    parts.push("Mode observe: answers are exact; “after” is what mode on would read.");
+  }
   if (stats.policy.mode === "off") parts.push("Off: answers are exact and experts are not counted.");
   byId("notice").hidden = parts.length === 0;
   say(byId("notice"), parts.join(" "));
@@ -167,7 +171,8 @@ function notice(sample) {
 
 /** Where mode auto is, and what it saw in its last interval. */
 function autoText({ level, levels, tpot_ms: time, load, rerouted_share: share }) {
-  const seen = load === null ? "" : `: p90 of the time per output token ${time === null ? "–" : `${number(time)} ms`}, ` +
+  const timeText = time === null ? "–" : `${number(time)} ms`;
+  const seen = load === null ? "" : `: p90 of the time per output token ${timeText}, ` +
     `${number(load)} rows a step, ${percent(share)} re-routed`;
   return `Mode auto at level ${level} of ${levels - 1} (0 = exact)${seen}.`;
 }
@@ -196,7 +201,9 @@ function drawCharts() {
 }
 
 function showLayers(sample) {
-  const columns = { before: "read before", after: "read after", reroutedPerStep: "slots re-routed", critical: "critical kept" };
+  const columns = {
+    before: "read before", after: "read after", reroutedPerStep: "slots re-routed", critical: "critical kept",
+  };
   const head = ["layer", ...Object.values(columns).map((name) => `${name} / step`)];
   const rows = (sample?.layers ?? []).map((layer, row) => element("tr", {},
     element("th", { scope: "row" }, String(layer)),

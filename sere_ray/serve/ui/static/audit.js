@@ -22,7 +22,8 @@ function line(entry, restore) {
     head.append(` → version ${entry.after.version} `);
     const button = element("button", { type: "button", class: "link" }, "load into form");
     button.setAttribute("aria-label", `Load version ${entry.after.version} into the policy form`);
-    button.addEventListener("click", () => restore({ ...entry.after.policy, mode: entry.mode ?? entry.after.policy.mode }));
+    const { policy } = entry.after;
+    button.addEventListener("click", () => restore({ ...policy, mode: entry.mode ?? policy.mode }));
     head.append(button);
   }
   return item;

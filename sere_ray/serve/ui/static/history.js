@@ -22,8 +22,10 @@ export function means(counted, topK) {
   const share = (part, whole) => (part === null || !whole ? null : part / whole);
   const byLayer = (name) =>
     (counted[name] === null || stepsCounted === 0 ? null : counted[name].map((value) => value / stepsCounted));
-  const pair = (name, change) =>
-    (counted[`${name}_before`] === null || stepsCounted === 0 ? null : ["before", "after"].map((side) => change(`${name}_${side}`)));
+  const pair = (name, change) => {
+    if (counted[`${name}_before`] === null || stepsCounted === 0) return null;
+    return [change(`${name}_before`), change(`${name}_after`)];
+  };
   const layers = counted.slots_rerouted.length;
   return {
     steps,

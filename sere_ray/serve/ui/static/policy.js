@@ -72,7 +72,7 @@ export class PolicyForm {
     const names = Object.keys(edits);
     const shown = this.#shown;
     this.#apply.disabled = this.#reset.disabled = names.length === 0;
-    say(this.#difference, names.length === 0 ? "" : changes({ ...this.#policy }, { ...this.#policy, ...edits }).join(", "));
+    say(this.#difference, changes(this.#policy, { ...this.#policy, ...edits }).join(", "));
     for (const field of this.#fields) {
       field.root.hidden = !shown.includes(field);
       field.root.classList.toggle("edited", field.name in edits);

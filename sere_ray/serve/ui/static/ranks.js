@@ -20,7 +20,8 @@ export function showRanks(sample, newest, mode) {
   const names = ["rank", "rows / step", "ms / step", mode === "observe" ? "on would re-route" : "re-routed", "version"];
   const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
   byId("ranks").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
-  say(byId("ranks-note"), [slowest && slowness(slowest), sample.total && betweenRanks(sample, mode)].filter(Boolean).join(" "));
+  const notes = [slowest && slowness(slowest), sample.total && betweenRanks(sample, mode)];
+  say(byId("ranks-note"), notes.filter(Boolean).join(" "));
 }
 
 const slowness = (slowest) => `Rank ${slowest.rank} is ${percent(slowest.excess)} slower than the fastest of its gang.`;

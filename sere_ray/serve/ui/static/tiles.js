@@ -3,8 +3,10 @@
 import { byId, element, mean, number, percent, say } from "./format.js";
 
 const TILES = {
-  saved: ["Experts read", "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
-  rerouted: ["Re-routed", "Share of the tokens' expert choices that the rule changed. 0 % is exact; the more, the more quality is at risk."],
+  saved: ["Experts read",
+    "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
+  rerouted: ["Re-routed",
+    "Share of the tokens' expert choices that the rule changed. 0 % is exact; the more, the more quality is at risk."],
   time: ["Step time", "Mean forward pass of a decode step. Every token of every stream waits for one."],
   rows: ["Batch size", "Sequences that decode together in one step, over the ranks of a gang."],
 };

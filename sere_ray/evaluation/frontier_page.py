@@ -47,7 +47,7 @@ def draw_frontier(document: dict[str, Any]) -> "Figure":
     batches = sorted({row["batch"] for row in rows if row["batch"] > 1}) or [1]
     columns = min(3, len(batches))
     lines = -(-len(batches) // columns)
-    figure = Figure(figsize=(3.0 * columns, 2.3 * lines), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, batch in zip(panels, batches, strict=False):
         _draw_panel(axes, [row for row in rows if row["batch"] == batch])

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     model_validator,
 )
@@ -25,10 +25,23 @@ from sere_ray.errors import PolicyError
 from sere_ray.rules import RULES, Layer
 
 RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
-Tau = Annotated[float, Field(ge=0.0, le=1.0)]
-PerLayer = Annotated[
-    tuple[Tau, ...],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+
+
+def _as_tau(value: object) -> float | tuple[float, ...] | None:
+    """A number from 0 to 1, or one for each layer."""
+    several = isinstance(value, list | tuple)
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+    if value is None:
+        return None
+    if not numbers or not plain or not all(0 <= n <= 1 for n in numbers):
+        raise PydanticCustomError("tau", "must be a number from 0 to 1, or a list of them")
+    return tuple(map(float, numbers)) if several else float(numbers[0])
+
+
+Tau = Annotated[
+    float | tuple[float, ...] | None,
+    PlainValidator(_as_tau, json_schema_input_type=float | list[float] | None),
 ]
 Mode = Literal["off", "observe", "on"]
 Union = Literal["global", "local"]
@@ -74,7 +87,7 @@ class Policy(BaseModel):
     alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
     base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
     depth: int | None = Field(None, ge=1, description="the last bin")
-    tau: Tau | PerLayer | None = Field(
+    tau: Tau = Field(
         None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
     )
     beta: float | None = Field(

@@ -47,14 +47,14 @@ def draw_frontier(document: dict[str, Any]) -> "Figure":
     batches = sorted({row["batch"] for row in rows if row["batch"] > 1}) or [1]
     columns = min(3, len(batches))
     lines = -(-len(batches) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.3 * lines), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, batch in zip(panels, batches, strict=False):
         _draw_panel(axes, [row for row in rows if row["batch"] == batch])
         axes.set_title(f"batch {batch}", fontsize=10, loc="left")
     for axes in panels[len(batches) :]:
         axes.set_axis_off()
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=6)
     figure.supxlabel(f"experts read per layer and step, of {document['num_experts']}", fontsize=10)
     figure.supylabel("KL to the exact model, nats", fontsize=10)
     return figure
@@ -116,7 +116,7 @@ def _draw_panel(axes: Any, rows: Rows) -> None:
             linestyle="-" if joined else "",
             linewidth=2 if rule == OURS else 1,
             elinewidth=0.8,
-            markersize=5,
+            markersize=3.5,
             label=rule,
         )
     axes.set_yscale("log")

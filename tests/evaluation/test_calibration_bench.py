@@ -66,7 +66,7 @@ def test_more_tokens_of_a_data_set_start_with_the_fewer_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(robustness, "TOKENS", (1024, 2048))
-    monkeypatch.setattr(robustness, "METRICS", ("frobenius", "cka"))
+    monkeypatch.setattr(robustness, "METRICS", {"frobenius": 2048, "cka": 2048})
     model, tokenizer = demo_model(), load_tokenizer(str(assets.MODEL))
     windows = robustness._windows(robustness._data_sets()["arithmetic"], tokenizer)
     nested = robustness.calibrate_nested(model, "a", windows, QUIET)

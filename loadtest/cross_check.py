@@ -19,8 +19,9 @@ from statistics import median
 
 from sere_ray.loadtest.driver import Plan, Target
 from sere_ray.loadtest.endpoint import find_model
-from sere_ray.loadtest.figures import Slo, figures, sample
+from sere_ray.loadtest.figures import figures, sample
 from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.stub import stub
 from sere_ray.loadtest.workload import text_workload
 from sere_ray.results import write_result

@@ -8,7 +8,6 @@ histograms of our own, are printed at the end and written with --figures.
 """
 
 import json
-import os
 import random
 import sys
 import time
@@ -26,11 +25,10 @@ from sere_ray.loadtest.client import Client, now
 from sere_ray.loadtest.collector import Collector
 from sere_ray.loadtest.driver import PATHS, Target, watch_lag
 from sere_ray.loadtest.endpoint import find_model
-from sere_ray.loadtest.figures import Slo
+from sere_ray.loadtest.options import read_keys
+from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.workload import (
-    ClientKey,
     arithmetic_workload,
-    load_keys,
     load_trace,
     load_workload,
 )
@@ -50,10 +48,7 @@ class Session:
         self.target = None
         path = options.workload
         self.entries = load_workload(Path(path)) if path else arithmetic_workload()
-        own = os.environ.get("OPENAI_API_KEY")
-        self.keys = load_keys(Path(options.keys)) if options.keys else []
-        if own and not self.keys:
-            self.keys = [ClientKey(key=own)]
+        self.keys = read_keys(Path(options.keys) if options.keys else None)
 
     def find_target(self):
         """Once a test has a host: the web UI may change it."""

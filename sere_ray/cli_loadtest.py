@@ -1,17 +1,13 @@
-"""The commands of the load test: run, ab, sweep, check, report, workload."""
+"""The commands of the load test."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sere_ray.cli_common import Out, console, user_errors
 from sere_ray.errors import SereError
-
-if TYPE_CHECKING:
-    from sere_ray.loadtest.ab import Shape
-    from sere_ray.loadtest.driver import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Latency and cost of an endpoint, from outside.")
 
@@ -97,14 +93,22 @@ def run(
         from dataclasses import replace
 
         from sere_ray.loadtest.arrivals import Arrivals, parse_steps
-        from sere_ray.loadtest.figures import Slo as Limits
+        from sere_ray.loadtest.options import make_plan
         from sere_ray.loadtest.single import run_single
+        from sere_ray.loadtest.slo import Slo as Limits
 
         if sum(value is not None for value in (streams, rate, steps, trace)) != 1:
             raise SereError("give one of --streams, --rate, --steps and --trace")
-        if trace is not None and workload is not None:
-            raise SereError("--trace brings its own lengths: leave --workload out")
-        plan = _plan(url, model, api, keys, trace or workload, stall, speed if trace else None)
+        plan = make_plan(
+            url,
+            model=model,
+            api=api,
+            keys_file=keys,
+            workload=workload,
+            trace=trace,
+            speed=speed,
+            stall=stall,
+        )
         plan = replace(plan, seconds=seconds, warmup=warmup, streams=streams, seed=seed)
         if rate is not None:
             plan = replace(plan, arrivals=Arrivals.at(rate, burstiness))
@@ -118,16 +122,15 @@ def run(
         _finish(content, out, html, csv, None, max_lag_ms, require_slo)
 
 
-@app.command()
-def ab(
+def compare(
     out: Out,
     url: Url = "http://127.0.0.1:8000",
     policies: Policies = "off,S=2,S=1",
     streams: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: users that wait for their answer.")
+        str | None, typer.Option(help="Closed loop: users that wait, such as 16 or 4,16,64.")
     ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Open loop: Poisson requests per second.")
+    rates: Annotated[
+        str | None, typer.Option(help="Open loop: Poisson requests per second, such as 2 or 1,2,4.")
     ] = None,
     rounds: Rounds = 4,
     seconds: Seconds = 15,
@@ -152,87 +155,34 @@ def ab(
     """Policies of one deployment against each other, in interleaved blocks of one run.
 
     The admin token is in SERE_ADMIN_TOKEN. The policy is put back afterwards, whatever happens.
+    With several loads (`sweep` is the same command) the file is written after each.
 
     Example: sere-ray loadtest ab --streams 16 --policies off,S=2,S=1 --slo tpot=50 --out ab.json
     """
     with user_errors():
-        from sere_ray.loadtest.ab import Shape
+        from dataclasses import replace
 
-        if (streams is None) == (rate is None):
-            raise SereError("give one of --streams and --rate")
-        plan = _plan(url, model, api, keys, workload, stall, None)
-        content = _compare(
+        from sere_ray.loadtest.ab import Comparison, run_comparison
+        from sere_ray.loadtest.options import make_plan, parse_policies, parse_shapes
+        from sere_ray.loadtest.slo import Slo as Limits
+
+        plan = make_plan(url, model=model, api=api, keys_file=keys, workload=workload, stall=stall)
+        comparison = Comparison(
             url,
-            plan,
-            [Shape(streams, rate)],
-            policies,
-            {"rounds": rounds, "processes": processes},
-            {"seconds": seconds, "warmup": warmup, "seed": seed, "cache": cache},
-            slo,
+            replace(plan, seconds=seconds, warmup=warmup, seed=seed, cache=cache),
+            parse_shapes(streams, rates),
+            parse_policies(policies),
+            rounds,
+            Limits.parse(slo),
             _price(usd_per_gpu_hour, gpus),
-            out,
+            processes,
         )
+        content = run_comparison(comparison, _saver(out), console)
         _finish(content, out, html, csv, png, max_lag_ms, require_slo)
 
 
-@app.command()
-def sweep(
-    out: Out,
-    rates: Annotated[
-        str | None, typer.Option(help="Requests per second, such as 1,2,4 (open loop, Poisson).")
-    ] = None,
-    streams: Annotated[
-        str | None, typer.Option(help="Or concurrent streams, such as 4,16,64 (closed loop).")
-    ] = None,
-    url: Url = "http://127.0.0.1:8000",
-    policies: Policies = "off,S=2,S=1",
-    rounds: Rounds = 3,
-    seconds: Seconds = 15,
-    warmup: Warmup = 3,
-    workload: Workload = None,
-    model: Model = None,
-    api: Api = "chat",
-    keys: Keys = None,
-    slo: Slo = "",
-    usd_per_gpu_hour: Price = None,
-    gpus: Gpus = 1,
-    cache: Cache = "cold",
-    stall: Stall = 30,
-    processes: Processes = 1,
-    max_lag_ms: MaxLag = 50,
-    seed: Seed = 0,
-    html: Html = None,
-    csv: Csv = None,
-    png: Png = None,
-) -> None:
-    """The same comparison at several loads: where re-routing pays, and where it stops.
-
-    The file is written after each load.
-
-    Example: sere-ray loadtest sweep --rates 1,2,4 --slo tpot=50 --out sweep.json --png sweep.png
-    """
-    with user_errors():
-        from sere_ray.loadtest.ab import Shape
-
-        if (streams is None) == (rates is None):
-            raise SereError("give one of --streams and --rates")
-        if rates is not None:
-            shapes = [Shape(rate=rate) for rate in _positive("--rates", rates)]
-        else:
-            shapes = [Shape(int(count)) for count in _positive("--streams", streams or "")]
-        plan = _plan(url, model, api, keys, workload, stall, None)
-        content = _compare(
-            url,
-            plan,
-            shapes,
-            policies,
-            {"rounds": rounds, "processes": processes},
-            {"seconds": seconds, "warmup": warmup, "seed": seed, "cache": cache},
-            slo,
-            _price(usd_per_gpu_hour, gpus),
-            out,
-        )
-        _finish(content, out, html, csv, png, max_lag_ms, None)
+for _name in ("ab", "sweep"):
+    app.command(_name)(compare)
 
 
 @app.command()
@@ -259,14 +209,14 @@ def demo(
     """
     with user_errors():
         from sere_ray.loadtest.demo import run_demo_comparison
-        from sere_ray.loadtest.figures import Price
-        from sere_ray.results import write_result
+        from sere_ray.loadtest.options import positive
+        from sere_ray.loadtest.slo import Price
 
         content = run_demo_comparison(
-            lambda content: write_result(out, content),
+            _saver(out),
             price=Price(usd_per_gpu_hour),
             port=port,
-            rates=_positive("--rates", rates) if rates else [],
+            rates=positive("--rates", rates) if rates else [],
             rounds=rounds,
             console=console,
         )
@@ -285,10 +235,9 @@ def check(
     """
     with user_errors():
         from sere_ray.loadtest.check import run_check
-        from sere_ray.results import write_result
 
         run_check(
-            lambda content: write_result(out, content),
+            _saver(out),
             streams=streams,
             seconds=seconds,
             console=console,
@@ -316,16 +265,16 @@ def soak(
     with user_errors():
         from dataclasses import replace
 
+        from sere_ray.loadtest.options import make_plan
         from sere_ray.loadtest.soak import run_soak
-        from sere_ray.results import write_result
 
-        plan = _plan(url, None, "chat", keys, None, stall, None)
+        plan = make_plan(url, keys_file=keys, stall=stall)
         run_soak(
             replace(plan, seconds=60 * minutes),
             url=url,
             pid=pid,
             kill_rank=kill_rank,
-            save=lambda content: write_result(out, content),
+            save=_saver(out),
             console=console,
         )
     print(out)
@@ -366,6 +315,7 @@ def workload(
     """
     with user_errors():
         from sere_ray.artifact import atomic_path
+        from sere_ray.loadtest.options import word_range
         from sere_ray.loadtest.workload import arithmetic_workload, text_workload, to_lines
 
         if kind == "arithmetic":
@@ -373,8 +323,8 @@ def workload(
         else:
             entries = text_workload(
                 requests=requests,
-                prompt_words=_range("--prompt-words", prompt_words),
-                output_tokens=_range("--output-tokens", output_tokens),
+                prompt_words=word_range("--prompt-words", prompt_words),
+                output_tokens=word_range("--output-tokens", output_tokens),
                 seed=seed,
             )
         with atomic_path(out) as temporary:
@@ -382,72 +332,10 @@ def workload(
     print(out)
 
 
-def _plan(
-    url: str,
-    model: str | None,
-    api: Literal["chat", "completions"],
-    keys_file: Path | None,
-    workload: Path | None,
-    stall: float,
-    trace_speed: float | None,
-) -> "Plan":
-    from sere_ray.loadtest.client import Limits
-    from sere_ray.loadtest.driver import Plan, Target
-    from sere_ray.loadtest.endpoint import find_model
-    from sere_ray.loadtest.workload import (
-        ClientKey,
-        arithmetic_workload,
-        load_keys,
-        load_trace,
-        load_workload,
-    )
-
-    if workload is None:
-        entries = arithmetic_workload()
-    elif trace_speed is None:
-        entries = load_workload(workload)
-    else:
-        entries = load_trace(workload, speed=trace_speed)
-    own = os.environ.get("OPENAI_API_KEY")
-    keys = load_keys(keys_file) if keys_file else [ClientKey(key=own)] if own else []
-    target = Target(
-        f"{url.rstrip('/')}/v1",
-        find_model(url, keys, model),
-        api,
-        tuple(keys),
-        Limits(stall=stall),
-    )
-    return Plan(target, tuple(entries), seconds=0)
-
-
-def _compare(
-    url: str,
-    plan: "Plan",
-    shapes: "list[Shape]",
-    policies: str,
-    options: dict[str, int],
-    block: dict[str, Any],
-    slo: str,
-    price: Any,
-    out: Path,
-) -> dict[str, Any]:
-    from dataclasses import replace
-
-    from sere_ray.loadtest.ab import Comparison, run_comparison
-    from sere_ray.loadtest.endpoint import parse_policies
-    from sere_ray.loadtest.figures import Slo as Limits
+def _saver(out: Path) -> Callable[[dict[str, Any]], None]:
     from sere_ray.results import write_result
 
-    comparison = Comparison(
-        url,
-        replace(plan, **block),
-        shapes,
-        parse_policies(policies),
-        slo=Limits.parse(slo),
-        price=price,
-        **options,
-    )
-    return run_comparison(comparison, lambda content: write_result(out, content), console)
+    return lambda content: write_result(out, content)
 
 
 def _finish(
@@ -477,23 +365,6 @@ def _finish(
 
 
 def _price(usd_per_gpu_hour: float | None, gpus: int) -> Any:
-    from sere_ray.loadtest.figures import Price
+    from sere_ray.loadtest.slo import Price
 
     return None if usd_per_gpu_hour is None else Price(usd_per_gpu_hour, gpus)
-
-
-def _positive(option: str, text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) <= 0:
-        raise SereError(f"{option} = {text!r}: must be numbers above 0, comma-separated")
-    return values
-
-
-def _range(option: str, text: str) -> tuple[int, int]:
-    values = [int(value) for value in _positive(option, text)]
-    if len(values) != 2 or not 1 <= values[0] <= values[1]:
-        raise SereError(f"{option} = {text!r}: must be LEAST,MOST, such as 20,120")
-    return values[0], values[1]

@@ -12,8 +12,9 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.driver import Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
-from sere_ray.loadtest.figures import Price, Sample, Slo, figures, pool, rounded, sample
+from sere_ray.loadtest.figures import Sample, figures, pool, rounded, sample
 from sere_ray.loadtest.pool import Generator, generator
+from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.serve.client import Deployment
 from sere_ray.serve.stats import means
 

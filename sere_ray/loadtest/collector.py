@@ -3,8 +3,9 @@
 from typing import Any
 
 from sere_ray.loadtest.client import Outcome
-from sere_ray.loadtest.figures import PERCENTILES, Slo, rounded
+from sere_ray.loadtest.figures import PERCENTILES, rounded
 from sere_ray.loadtest.histogram import Histogram
+from sere_ray.loadtest.slo import Slo
 
 TIMES = ("ttft", "itl", "tpot", "latency", "lag")
 _COUNTS = ("requests", "failures", "good", "output_tokens", "good_tokens")

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-import yaml
 from rich.console import Console
 
 from sere_ray.errors import SereError
@@ -52,33 +51,6 @@ def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
     if model is not None and model not in served:
         raise SereError(f"--model {model}: the endpoint serves {', '.join(served)}")
     return model or served[0]
-
-
-def parse_policies(text: str) -> dict[str, dict[str, Any]]:
-    """Name and changed keys of each policy of ``off,S=2,S=1:threshold=0.3``.
-
-    ``off``, ``observe`` and ``auto`` are modes; ``S=2`` is mode ``on``; further keys follow colons.
-
-    Raises:
-        SereError: another form, or a name twice.
-    """
-    policies: dict[str, dict[str, Any]] = {}
-    for name in (part.strip() for part in text.split(",")):
-        head, *keys = name.split(":")
-        if head.startswith("S=") and head[2:].isdecimal():
-            change: dict[str, Any] = {"mode": "on", "select_top_k": int(head[2:])}
-        else:
-            change = {"mode": head}
-        pairs = [key.partition("=") for key in keys]
-        if change["mode"] not in ("on", "off", "observe", "auto") or not all(p[1] for p in pairs):
-            raise SereError(
-                f"--policies: {name!r}: must be off, observe, auto or S=NUMBER, with further keys "
-                "after colons, such as S=2:threshold=0.3"
-            )
-        if name in policies:
-            raise SereError(f"--policies: {name!r} is there twice")
-        policies[name] = change | {key: yaml.safe_load(value) for key, _, value in pairs}
-    return policies
 
 
 def set_policy(url: str, policy: Mapping[str, Any]) -> None:

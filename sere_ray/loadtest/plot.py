@@ -49,10 +49,9 @@ def draw(document: dict[str, Any]) -> "Figure":
     figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.6), layout="constrained")
     grid = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
     for axes, (label, draw_panel) in zip(grid, panels, strict=False):
-        axes.margins(y=0.1)
         draw_panel(axes)
         axes.set_ylabel(label, fontsize=9)
-        axes.set_ylim(bottom=0, top=axes.get_ylim()[1])
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1 or 1)
         axes.grid(alpha=0.3, axis="y")
     return figure
 

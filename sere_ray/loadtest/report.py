@@ -23,6 +23,7 @@ _COLUMNS: tuple[tuple[str, str], ...] = (
     ("slo_kept", "within SLO"),
     ("usd_per_million_output_tokens", "$ per million tokens"),
     ("experts_read", "experts read"),
+    ("engine_step_ms", "engine step, ms"),
     ("answers_right", "answers right"),
     ("prefix_cache_hit_rate", "cache hits"),
     ("failures", "failed"),
@@ -39,6 +40,7 @@ _NOTES = (
         "at this load: a machine that waits costs the same",
     ),
     ("experts read", "per layer and decode step, counted in the engines; exact: by `observe`"),
+    ("engine step", "forward pass of a step in which every row decodes, timed in the engines"),
     ("answers right", "of requests whose answer the workload knows"),
     ("cache hits", "share of prompt tokens found in the prefix cache; - = the server does not say"),
     ("[a, b]", "95 % bootstrap interval over rounds"),
@@ -95,7 +97,7 @@ def _page(document: dict[str, Any]) -> str:
         for load, own in by_load(rows).items()
     )
     notes = _list(_NOTES)
-    skipped = ("rows", "blocks")
+    skipped = ("rows", "blocks", "note")
     conditions = _list((k, _plain(v)) for k, v in document.items() if k not in skipped)
     title = f"Load test: {', '.join(policies(rows))}"
     return (
@@ -117,7 +119,8 @@ def _terms(document: dict[str, Any]) -> str:
         if price is None
         else f"price: {document['gpus']} x ${price:g} an hour"
     )
-    return html.escape(f"Model {document['model']}; SLO: {document['slo']}; {cost}.")
+    note = document.get("note", "")
+    return html.escape(f"Model {document['model']}; SLO: {document['slo']}; {cost}. {note}")
 
 
 def _sentences(rows: Rows) -> str:
@@ -133,7 +136,8 @@ def _sentences(rows: Rows) -> str:
         ):
             if row.get(f"{name}_ratio") is not None:
                 low, high = row[f"{name}_ratio_95"]
-                parts.append(f"{what} x {row[f'{name}_ratio']:g} [{_cell(low)}, {_cell(high)}]")
+                times = f"{row[f'{name}_ratio']:g} times [{_cell(low)}, {_cell(high)}]"
+                parts.append(f"{what} {times}")
         if parts:
             lines.append(f"<b>{_name(row)}</b> against {_name(base)}: {', '.join(parts)}")
     return "".join(f"<p>{line}</p>" for line in lines)

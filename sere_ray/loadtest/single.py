@@ -6,8 +6,9 @@ from rich.console import Console
 
 from sere_ray.errors import SereError
 from sere_ray.loadtest.driver import Plan
-from sere_ray.loadtest.figures import Price, Slo, figures, sample
+from sere_ray.loadtest.figures import figures, sample
 from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.slo import Price, Slo
 
 
 def run_single(

@@ -26,8 +26,9 @@ from sere_ray.demo.assets import final_answer
 from sere_ray.errors import SereError
 from sere_ray.loadtest.client import Outcome, now
 from sere_ray.loadtest.driver import Load, Plan
-from sere_ray.loadtest.endpoint import kept_policy, parse_policies, set_policy
+from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import rounded
+from sere_ray.loadtest.options import parse_policies
 from sere_ray.loadtest.pool import generator
 
 STREAMS = 4

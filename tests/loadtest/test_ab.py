@@ -13,9 +13,10 @@ from rich.console import Console
 from sere_ray.errors import SereError
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.endpoint import find_model, kept_policy, parse_policies
-from sere_ray.loadtest.figures import Price, Slo
+from sere_ray.loadtest.endpoint import find_model, kept_policy
+from sere_ray.loadtest.options import parse_policies, parse_shapes, word_range
 from sere_ray.loadtest.report import write_reports
+from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
 from tests.loadtest.servers import Control, serving
@@ -201,3 +202,20 @@ def test_run_on_a_plain_endpoint_judges_by_slo(tmp_path):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["failures"] == 0
     assert row["slo_kept"] == 0
+
+
+def test_loads_of_the_command_line(has_words):
+    assert parse_shapes("4,16", None) == [Shape(streams=4), Shape(streams=16)]
+    assert parse_shapes(None, "0.5") == [Shape(rate=0.5)]
+    for streams, rates, words in (
+        (None, None, "--streams and --rates"),
+        ("4", "1", "--streams and --rates"),
+        ("0", None, "--streams = '0'"),
+        (None, "fast", "--rates = 'fast'"),
+    ):
+        with pytest.raises(SereError) as error:
+            parse_shapes(streams, rates)
+        has_words(str(error.value), words)
+    with pytest.raises(SereError) as error:
+        word_range("--prompt-words", "9,3")
+    has_words(str(error.value), "--prompt-words", "20,120")

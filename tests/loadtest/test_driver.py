@@ -6,9 +6,10 @@ import pytest
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.client import Limits, Outcome, now
 from sere_ray.loadtest.driver import Load, Plan, Target, run_part
-from sere_ray.loadtest.figures import Price, Slo, figures, pool, sample
+from sere_ray.loadtest.figures import figures, pool, sample
 from sere_ray.loadtest.histogram import Histogram
 from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.workload import ClientKey, Entry
 from tests.loadtest.servers import DONE, serving, token, usage
 

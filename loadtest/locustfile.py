@@ -53,7 +53,9 @@ class Session:
     def find_target(self):
         """Once a test has a host: the web UI may change it."""
         self.target = None
-        options, host = self.environment.parsed_options, self.environment.host.rstrip("/")
+        options, host = self.environment.parsed_options, (self.environment.host or "").rstrip("/")
+        if not host:
+            raise SereError("--host is missing: the endpoint's address, without /v1")
         model = find_model(host, self.keys, options.model or None)
         self.target = Target(f"{host}/v1", model, options.api, tuple(self.keys))
 

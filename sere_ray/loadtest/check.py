@@ -39,23 +39,28 @@ def run_check(
     Raises:
         SereError: the errors are beyond the limit at the required rate already.
     """
-    rows = []
     with _cores() as (own, others), stub(others) as url, generator() as sender:
-        for factor in _FACTORS:
-            row = _measure(sender, url, factor * REQUIRED_RATE, streams, seconds)
-            rows.append(row)
-            console.print(_line(row), highlight=False)
-            if not row["within_limit"] or not row["stub_keeps_up"]:
-                break
-    good = [row for row in rows if row["within_limit"] and row["stub_keeps_up"]]
-    verdict = _verdict(rows)
+        rows = climb(lambda rate: _measure(sender, url, rate, streams, seconds), console)
+    verdict = verdict_of(rows)
     console.print(verdict, highlight=False)
     save({"limit_ms": LIMIT_MS, "cores": [own, others], "verdict": verdict, "rows": rows})
-    if not good:
-        raise SereError(
-            f"the generator is off by more than {LIMIT_MS:g} ms at {REQUIRED_RATE} tokens/s in "
-            f"{streams} streams: use an idle machine, or fewer streams"
-        )
+    if not _is_good(rows[0]):
+        raise SereError(f"{verdict}: too early; use an idle machine, or fewer streams")
+
+
+def climb(measure: Callable[[int], dict[str, Any]], console: Console) -> list[dict[str, Any]]:
+    """Rows of growing rates; the last one is beyond the limit, or the highest rate."""
+    rows: list[dict[str, Any]] = []
+    for factor in _FACTORS:
+        rows.append(measure(factor * REQUIRED_RATE))
+        console.print(_line(rows[-1]), highlight=False)
+        if not _is_good(rows[-1]):
+            break
+    return rows
+
+
+def _is_good(row: dict[str, Any]) -> bool:
+    return bool(row["within_limit"] and row["stub_keeps_up"])
 
 
 def _measure(
@@ -117,7 +122,8 @@ def _cores() -> Iterator[tuple[int | None, int | None]]:
         os.sched_setaffinity(0, before)
 
 
-def _verdict(rows: list[dict[str, Any]]) -> str:
+def verdict_of(rows: list[dict[str, Any]]) -> str:
+    """How far the generator can be trusted, in words."""
     last = rows[-1]
     where = f"{last['streams']} streams x {last['tokens_per_s_per_stream']} tokens/s"
     if not last["within_limit"]:

@@ -1,9 +1,12 @@
 """The locustfile as users run it, against a real server."""
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -94,3 +97,39 @@ def test_failures_are_failures(tmp_path):
     row = figures(out)
     assert row["failures"] == row["requests"] > 0
     assert row["ttft_ms_p50"] is None
+
+
+def test_the_web_ui_starts_a_test():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ui = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "ClosedUser"]
+    with serving(gap=0.02) as server:
+        process = subprocess.Popen(
+            [*command, "--web-host", "127.0.0.1", "--web-port", str(port)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            poll(lambda: b"<html" in urlopen(ui).read())
+            form = f"user_count=2&spawn_rate=2&host={server.url}".encode()
+            assert json.load(urlopen(f"{ui}/swarm", form))["success"]
+            poll(lambda: len(server.requests) > 4)
+            names = {row["method"] for row in json.load(urlopen(f"{ui}/stats/requests"))["stats"]}
+            assert {"TTFT", "ITL", "TPOT", "answer"} <= names
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def poll(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"not within {seconds} s")

@@ -78,9 +78,7 @@ def calibrate_on_ray(
             console.print(f"resuming: {len(done)} of {len(shards)} shards are done")
         if left:
             with ray_for(address, workers):
-                run_shards(
-                    plan, {number: shards[number] for number in left}, folder, workers, console
-                )
+                run_shards(plan, left, folder, workers, console)
         total = folder.merged()
         artifact = write_artifact(plan, out, total.sums, total.fingerprints)
         folder.remove()

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -167,16 +166,12 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, expected: SimilarityA
     check_equal(found, expected)
 
 
-class SmallWorker(ShardWorker):
-    """A worker that may not take more memory than it has once the model is loaded."""
+class HungryWorker(ShardWorker):
+    """A worker that asks for more memory than there is."""
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms, before[1]))
-        try:
-            return super().__call__(rows)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
+        torch.empty(2**46, dtype=torch.uint8)
+        return super().__call__(rows)
 
 
 @pytest.mark.usefixtures("_ray")
@@ -186,7 +181,7 @@ def test_a_worker_out_of_memory_says_so_and_what_is_done_is_kept(
     plan = prepare(SETTINGS, tmp_path / "a")
     folder = WorkFolder(tmp_path / "work", plan, cut(plan))
     folder.save(0, Partial({0: make_sums("frobenius", 48)}, {}))
-    monkeypatch.setattr(ray_job, "ShardWorker", SmallWorker)
+    monkeypatch.setattr(ray_job, "ShardWorker", HungryWorker)
     with pytest.raises(SereError, match=r"ran out of memory; give fewer --workers.* 1 shards are"):
         run_shards(plan, {1: cut(plan)[1]}, folder, 1, Console(file=io.StringIO()))
     assert folder.done() == {0}

@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.capabilities import check_policy
 from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import ArtifactError, UnsupportedError
 from sere_ray.kernel.compiler import check_compiler
@@ -40,14 +41,15 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     policy, startup = parse_key(sere_config(vllm_config))
     check_vllm_version(installed_vllm())
     check_options(vllm_config)
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    check_policy(policy, on_gpu=on_gpu, ranks=vllm_config.parallel_config.data_parallel_size)
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
-    if vllm_config.device_config.device_type == "cuda":
+    if on_gpu:
         if startup.check_ranks:
             raise UnsupportedError(
                 "sere.check_ranks = True: ranks are compared on CPU engines only; leave it out"
             )
-        check_cuda_policy(policy)
         check_compiler()
     model = vllm_config.model_config
     if not model.is_moe:
@@ -70,40 +72,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     )
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
     policy.check_layers(len(artifact.layers))
-    if vllm_config.parallel_config.data_parallel_size > 1:
-        check_union(policy)
     return policy, startup, artifact
-
-
-def check_union(policy: Policy) -> None:
-    """Refuse a rule that would need more of other data-parallel ranks than they send.
-
-    Raises:
-        UnsupportedError: names both keys.
-    """
-    if policy.rule not in ("sere", "topk") and policy.union == "global":
-        raise UnsupportedError(
-            f"sere.union = 'global': ranks exchange what the rule 'sere' needs, and rule = "
-            f"{policy.rule!r} needs more; use union = 'local' or rule = 'sere'"
-        )
-
-
-def check_cuda_policy(policy: Policy) -> None:
-    """Refuse what the CUDA kernel does not compute.
-
-    Raises:
-        UnsupportedError: names the key.
-    """
-    if policy.rule != "sere":
-        raise UnsupportedError(
-            f"sere.rule = {policy.rule!r}: the CUDA kernel computes 'sere' alone so far, a CPU "
-            "engine every rule; use rule = 'sere' on a GPU"
-        )
-    if policy.prefer_local_rank is not None:
-        raise UnsupportedError(
-            f"sere.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot choose "
-            "stand-ins by rank yet, a CPU engine can; only null is allowed on a GPU: leave it out"
-        )
 
 
 def check_options(vllm_config: Any) -> None:

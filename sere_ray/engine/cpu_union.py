@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.capabilities import check_policy
 from sere_ray.config import BoundPolicy, Policy, Startup
 from sere_ray.dispatch import Greeting, naming_missing_ranks
-from sere_ray.engine.checks import check_union
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
@@ -127,7 +127,7 @@ class UnionCpuState(CpuState):
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
         super().check_supported(policy)
-        check_union(policy)
+        check_policy(policy, on_gpu=False, ranks=dist.get_world_size(self.group))
 
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """See the base class; a collective call in the first layer of a pass."""

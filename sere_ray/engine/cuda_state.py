@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.capabilities import check_policy
 from sere_ray.config import Policy
-from sere_ray.engine.checks import check_cuda_policy
 from sere_ray.engine.state import EngineState, Routing
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, MAX_ROUTED_ROWS, Aligned, RuleKernel
@@ -77,7 +77,7 @@ class CudaState(EngineState):
 
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
-        check_cuda_policy(policy)
+        check_policy(policy, on_gpu=True, ranks=1)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.capabilities import check_change, check_swap
 from sere_ray.config import BoundPolicy, Policy
 from sere_ray.engine.cuda_state import CudaState, Deferred
 from sere_ray.engine.rank_words import RankWords, read_words, write_words
@@ -103,15 +104,8 @@ class UnionCudaState(CudaState):
         """
         policy = self.check_policy(value, artifact)
         if artifact is not None:
-            raise PolicyError(
-                f"sere.similarity = {policy.similarity!r}: data-parallel engines on GPUs keep the "
-                f"artifact they were started with ({self.policy.similarity!r}); restart them"
-            )
-        if policy.union != self.policy.union:
-            raise PolicyError(
-                f"sere.union = {policy.union!r}: captured graphs hold {self.policy.union!r}; "
-                "restart the engine to change it"
-            )
+            check_swap(policy.similarity, self.policy.similarity, on_gpu=True, ranks=self.num_ranks)
+        check_change(policy, self.policy, on_gpu=True, ranks=self.num_ranks)
         self.version += 1
         self.policies[self.version] = policy.for_model(top_k=self.top_k)
         self.policy = policy

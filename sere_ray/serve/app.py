@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sere_ray.capabilities import check_policy
 from sere_ray.serve.artifacts import read_artifact
 from sere_ray.serve.auto import level_policies
 from sere_ray.serve.config import ServeConfig
@@ -40,14 +41,19 @@ def build_app(args: dict[str, Any]) -> Any:
 
 
 def check_artifact(config: ServeConfig) -> None:
-    """Check the policy and its levels against the artifact's model, where its file is here.
+    """Check the policy against the engines, and, where its file is here, the artifact's model.
 
     The router actor checks again: it may run on another node.
 
     Raises:
-        SereError: the artifact is damaged, or a key does not fit its model.
+        SereError: these engines cannot run the policy, the artifact is damaged, or a key does not
+            fit its model.
     """
-    if config.sere is None or not config.sere.similarity_path.is_file():
+    if config.sere is None:
+        return
+    on_gpu, ranks = config.device == "gpu", config.data_parallel_size
+    check_policy(config.sere, on_gpu=on_gpu, ranks=ranks)
+    if not config.sere.similarity_path.is_file():
         return
     artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()
     top_k = artifact.metadata.top_k
@@ -77,6 +83,8 @@ def llm_config(config: ServeConfig) -> Any:
             "folder": None if config.artifacts is None else local(config.artifacts),
             "max_artifact_bytes": config.max_artifact_bytes,
             "gangs": config.num_replicas,
+            "on_gpu": config.device == "gpu",
+            "ranks": config.data_parallel_size,
             "auto": None if config.auto is None else config.auto.model_dump(exclude_unset=True),
             "starts_auto": config.starts_auto,
         }

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.capabilities import check_change, check_swap
 from sere_ray.config import Policy
-from sere_ray.errors import ArtifactError, SereError
+from sere_ray.errors import SereError
 from sere_ray.observe import metrics
 from sere_ray.observe.sink import Sink
 from sere_ray.serve.artifacts import ArtifactFile, path_in, read_artifact
@@ -57,6 +58,8 @@ class SereRouter:
         folder: of artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
         gangs: that the deployment has; those beyond are counted as restarts.
+        on_gpu: whether ranks compute on GPUs.
+        ranks: of a gang.
         sink: of metrics; None exports none.
         auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
         starts_auto: begin in it.
@@ -71,6 +74,8 @@ class SereRouter:
         folder: str | None,
         max_artifact_bytes: int,
         gangs: int = 1,
+        on_gpu: bool = False,
+        ranks: int = 1,
         sink: Sink | None = None,
         auto: Mapping[str, Any] | None = None,
         starts_auto: bool = False,
@@ -89,6 +94,7 @@ class SereRouter:
         self._folder = None if folder is None else Path(folder)
         self._max_bytes = max_artifact_bytes
         self._sink, self._gangs = sink, gangs
+        self._on_gpu, self._ranks = on_gpu, ranks
         self._gangs_met: set[str] = set()
         self._members: dict[str, _Seen] = {}
         self._gang_start: dict[str, Update] = {}
@@ -227,7 +233,8 @@ class SereRouter:
         """Swap the artifact for another file of the configured folder.
 
         Raises:
-            ArtifactError: no such file, too large, damaged, or of other weights; nothing changed.
+            SereError: no such file, too large, damaged, or of other weights, or these engines keep
+                the artifact they were started with; nothing changed.
         """
         async with self._change:
             newest = self._versions[-1]
@@ -235,7 +242,8 @@ class SereRouter:
                 new = read_artifact(path_in(self._folder, name), self._max_bytes)
                 artifact = new.parse()
                 artifact.check_replaces(self._artifact, path=name)
-            except ArtifactError as error:
+                check_swap(name, self._file.name, on_gpu=self._on_gpu, ranks=self._ranks)
+            except SereError as error:
                 self._refuse("artifact", who, str(error))
                 raise
             policy = Policy.parse({**newest["policy"], "similarity": new.name})
@@ -335,6 +343,8 @@ class SereRouter:
         policy = Policy.parse({**keys, "mode": "off"} if mode == AUTO else keys, where="policy")
         policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
+        running = Policy.parse(newest)
+        check_change(policy, running, on_gpu=self._on_gpu, ranks=self._ranks, where="policy")
         if mode != AUTO:
             self._pilot = None
             return policy

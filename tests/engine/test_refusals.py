@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sere_ray.capabilities import check_policy
 from sere_ray.config import Policy
 from sere_ray.engine import checks
 from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
@@ -37,7 +38,7 @@ def moe(checkpoint):
         ({"threshold": float("nan")}, ["sere.threshold = nan"]),
         ({"min_primary_experts": -1}, ["sere.min_primary_experts = -1"]),
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
-        ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere'"]),
+        ({"rule": "best"}, ["sere.rule = 'best'", "'sere', 'topk', 'oea'"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
         ({"prefer_local_rank": 2}, ["sere.prefer_local_rank = 2", "less than or equal to 1"]),
     ],
@@ -219,9 +220,9 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
 
 def test_a_policy_that_the_cuda_kernel_does_not_compute(has_words):
     policy = {"similarity": "a.safetensors", "select_top_k": 1}
-    checks.check_cuda_policy(Policy.parse(policy))
+    check_policy(Policy.parse(policy), on_gpu=True, ranks=1)
     with pytest.raises(UnsupportedError) as error:
-        checks.check_cuda_policy(Policy.parse({**policy, "prefer_local_rank": 0.1}))
+        check_policy(Policy.parse({**policy, "prefer_local_rank": 0.1}), on_gpu=True, ranks=1)
     has_words(str(error.value), "prefer_local_rank = 0.1", "CUDA kernel", "only null", "leave it")
 
 

@@ -58,13 +58,14 @@ def make_router(folder, monkeypatch):
     monkeypatch.setattr(router_module, "ATTACHED_SECONDS", 0.5)
     values = {}
 
-    def make():
+    def make(**engines):
         return SereRouter(
             {"similarity": str(folder / "a.safetensors"), "select_top_k": 2},
             folder=str(folder),
             max_artifact_bytes=LIMIT,
             store=memory_store("router", values),
             put=lambda content: content,
+            **engines,
         )
 
     return make
@@ -256,6 +257,42 @@ def test_a_policy_that_is_not_valid_changes_nothing(make_router, has_words, chan
             await router.set_policy(changes, "eve")
         has_words(str(caught.value), *words)
         assert await router.policy() == before
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("engines", "changes", "words"),
+    [
+        ({"ranks": 2}, {"rule": "oea"}, ["policy.union = 'global'", "'oea'", "union = 'local'"]),
+        ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
+        ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
+        ({"on_gpu": True, "ranks": 2}, {"union": "local"}, ["policy.union = 'local'", "restart"]),
+    ],
+)
+def test_what_engines_would_refuse_is_not_handed_to_them(
+    make_router, has_words, engines, changes, words
+):
+    """They would restart, and refuse it again."""
+
+    async def scenario():
+        router = make_router(**engines)
+        before = await router.policy()
+        with pytest.raises(SereError) as caught:
+            await router.set_policy(changes, "eve")
+        has_words(str(caught.value), *words)
+        assert await router.policy() == before
+
+    run(scenario())
+
+
+def test_ranks_on_gpus_keep_their_artifact(make_router, has_words):
+    async def scenario():
+        router = make_router(on_gpu=True, ranks=2)
+        with pytest.raises(SereError) as caught:
+            await router.set_artifact("b.safetensors", "eve")
+        has_words(str(caught.value), "'b.safetensors'", "'a.safetensors'", "restart")
+        assert (await router.policy())["version"] == 0
 
     run(scenario())
 

@@ -1,0 +1,73 @@
+"""Which policies an engine can run, by device and number of data-parallel ranks.
+
+In one place for engines, which refuse what they cannot run, and for deployments, which must not
+hand an engine what it would refuse: its gang would restart and refuse it again.
+"""
+
+from sere_ray.config import Policy
+from sere_ray.errors import PolicyError, UnsupportedError
+
+
+def check_policy(policy: Policy, *, on_gpu: bool, ranks: int, where: str = "sere") -> None:
+    """Refuse a policy that engines of this kind cannot run.
+
+    Args:
+        policy: valid for the model.
+        on_gpu: whether a rank computes on a GPU.
+        ranks: data-parallel ranks.
+        where: name of the policy in error messages.
+
+    Raises:
+        UnsupportedError: names the key.
+    """
+    if on_gpu:
+        _check_kernel(policy, where)
+    if ranks > 1 and policy.rule not in ("sere", "topk") and policy.union == "global":
+        raise UnsupportedError(
+            f"{where}.union = 'global': ranks exchange what the rule 'sere' needs, and rule = "
+            f"{policy.rule!r} needs more; use union = 'local' or rule = 'sere'"
+        )
+
+
+def check_change(
+    policy: Policy, running: Policy, *, on_gpu: bool, ranks: int, where: str = "sere"
+) -> None:
+    """Refuse a policy that running engines cannot change to; as :func:`check_policy`, and more.
+
+    Raises:
+        UnsupportedError: engines of this kind cannot run it.
+        PolicyError: these engines would have to restart for it.
+    """
+    check_policy(policy, on_gpu=on_gpu, ranks=ranks, where=where)
+    if on_gpu and ranks > 1 and policy.union != running.union:
+        raise PolicyError(
+            f"{where}.union = {policy.union!r}: captured graphs hold {running.union!r}; "
+            "restart the engine to change it"
+        )
+
+
+def check_swap(name: str, running: str, *, on_gpu: bool, ranks: int) -> None:
+    """Refuse another artifact where running engines keep theirs.
+
+    Raises:
+        PolicyError: names both files.
+    """
+    if on_gpu and ranks > 1:
+        raise PolicyError(
+            f"sere.similarity = {name!r}: data-parallel engines on GPUs keep the artifact they "
+            f"were started with ({running!r}); restart them"
+        )
+
+
+def _check_kernel(policy: Policy, where: str) -> None:
+    if policy.rule != "sere":
+        raise UnsupportedError(
+            f"{where}.rule = {policy.rule!r}: the CUDA kernel computes 'sere' alone so far, a CPU "
+            "engine every rule; use rule = 'sere' on a GPU"
+        )
+    if policy.prefer_local_rank is not None:
+        raise UnsupportedError(
+            f"{where}.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot "
+            "choose stand-ins by rank yet, a CPU engine can; only null is allowed on a GPU: leave "
+            "it out"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -15,11 +16,11 @@ PROBLEM = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
 
 @pytest.fixture(scope="module")
 def served(live):
-    before = live.sere("policy")["policy"], live.sere("artifact")["name"]
+    policy, artifact = live.sere("policy")["policy"], live.sere("artifact")
     yield live
-    live.sere("policy", {k: v for k, v in before[0].items() if k != "similarity"})
-    if live.sere("artifact")["name"] != before[1]:
-        live.sere("artifact", {"name": before[1]})
+    live.sere("policy", {k: v for k, v in policy.items() if k != "similarity"})
+    if live.sere("artifact")["sha256"] != artifact["sha256"]:
+        live.sere("artifact", {"name": Path(artifact["name"]).name})
 
 
 @pytest.fixture(scope="module")

@@ -291,7 +291,7 @@ def test_ranks_on_gpus_keep_their_artifact(make_router, has_words):
         router = make_router(on_gpu=True, ranks=2)
         with pytest.raises(SereError) as caught:
             await router.set_artifact("b.safetensors", "eve")
-        has_words(str(caught.value), "'b.safetensors'", "'a.safetensors'", "restart")
+        has_words(str(caught.value), "'b.safetensors'", "a.safetensors'", "restart")
         assert (await router.policy())["version"] == 0
 
     run(scenario())

@@ -4,17 +4,26 @@ In one place for engines, which refuse what they cannot run, and for deployments
 hand an engine what it would refuse: its gang would restart and refuse it again.
 """
 
+from typing import TypedDict
+
 from sere_ray.config import Policy
 from sere_ray.errors import PolicyError, UnsupportedError
 
 
-def check_policy(policy: Policy, *, on_gpu: bool, ranks: int, where: str = "sere") -> None:
+class EngineKind(TypedDict):
+    """What decides which policies engines can run: arguments of the checks below."""
+
+    on_gpu: bool
+    several_ranks: bool
+
+
+def check_policy(policy: Policy, *, on_gpu: bool, several_ranks: bool, where: str = "sere") -> None:
     """Refuse a policy that engines of this kind cannot run.
 
     Args:
         policy: valid for the model.
         on_gpu: whether a rank computes on a GPU.
-        ranks: data-parallel ranks.
+        several_ranks: whether there is more than one data-parallel rank.
         where: name of the policy in error messages.
 
     Raises:
@@ -22,7 +31,7 @@ def check_policy(policy: Policy, *, on_gpu: bool, ranks: int, where: str = "sere
     """
     if on_gpu:
         _check_kernel(policy, where)
-    if ranks > 1 and policy.rule not in ("sere", "topk") and policy.union == "global":
+    if several_ranks and policy.rule not in ("sere", "topk") and policy.union == "global":
         raise UnsupportedError(
             f"{where}.union = 'global': ranks exchange what the rule 'sere' needs, and rule = "
             f"{policy.rule!r} needs more; use union = 'local' or rule = 'sere'"
@@ -30,7 +39,7 @@ def check_policy(policy: Policy, *, on_gpu: bool, ranks: int, where: str = "sere
 
 
 def check_change(
-    policy: Policy, running: Policy, *, on_gpu: bool, ranks: int, where: str = "sere"
+    policy: Policy, running: Policy, *, on_gpu: bool, several_ranks: bool, where: str = "sere"
 ) -> None:
     """Refuse a policy that running engines cannot change to; as :func:`check_policy`, and more.
 
@@ -38,21 +47,21 @@ def check_change(
         UnsupportedError: engines of this kind cannot run it.
         PolicyError: these engines would have to restart for it.
     """
-    check_policy(policy, on_gpu=on_gpu, ranks=ranks, where=where)
-    if on_gpu and ranks > 1 and policy.union != running.union:
+    check_policy(policy, on_gpu=on_gpu, several_ranks=several_ranks, where=where)
+    if on_gpu and several_ranks and policy.union != running.union:
         raise PolicyError(
             f"{where}.union = {policy.union!r}: captured graphs hold {running.union!r}; "
             "restart the engine to change it"
         )
 
 
-def check_swap(name: str, running: str, *, on_gpu: bool, ranks: int) -> None:
+def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) -> None:
     """Refuse another artifact where running engines keep theirs.
 
     Raises:
         PolicyError: names both files.
     """
-    if on_gpu and ranks > 1:
+    if on_gpu and several_ranks:
         raise PolicyError(
             f"sere.similarity = {name!r}: data-parallel engines on GPUs keep the artifact they "
             f"were started with ({running!r}); restart them"

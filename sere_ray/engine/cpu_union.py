@@ -127,7 +127,7 @@ class UnionCpuState(CpuState):
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
         super().check_supported(policy)
-        check_policy(policy, on_gpu=False, ranks=dist.get_world_size(self.group))
+        check_policy(policy, on_gpu=False, several_ranks=True)
 
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """See the base class; a collective call in the first layer of a pass."""

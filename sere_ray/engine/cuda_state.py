@@ -77,7 +77,7 @@ class CudaState(EngineState):
 
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
-        check_policy(policy, on_gpu=True, ranks=1)
+        check_policy(policy, on_gpu=True, several_ranks=False)
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""

@@ -104,8 +104,8 @@ class UnionCudaState(CudaState):
         """
         policy = self.check_policy(value, artifact)
         if artifact is not None:
-            check_swap(policy.similarity, self.policy.similarity, on_gpu=True, ranks=self.num_ranks)
-        check_change(policy, self.policy, on_gpu=True, ranks=self.num_ranks)
+            check_swap(policy.similarity, self.policy.similarity, on_gpu=True, several_ranks=True)
+        check_change(policy, self.policy, on_gpu=True, several_ranks=True)
         self.version += 1
         self.policies[self.version] = policy.for_model(top_k=self.top_k)
         self.policy = policy

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sere_ray.capabilities import check_policy
+from sere_ray.capabilities import EngineKind, check_policy
 from sere_ray.serve.artifacts import read_artifact
 from sere_ray.serve.auto import level_policies
 from sere_ray.serve.config import ServeConfig
@@ -51,8 +51,7 @@ def check_artifact(config: ServeConfig) -> None:
     """
     if config.sere is None:
         return
-    on_gpu, ranks = config.device == "gpu", config.data_parallel_size
-    check_policy(config.sere, on_gpu=on_gpu, ranks=ranks)
+    check_policy(config.sere, **engine_kind(config))
     if not config.sere.similarity_path.is_file():
         return
     artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()
@@ -83,8 +82,7 @@ def llm_config(config: ServeConfig) -> Any:
             "folder": None if config.artifacts is None else local(config.artifacts),
             "max_artifact_bytes": config.max_artifact_bytes,
             "gangs": config.num_replicas,
-            "on_gpu": config.device == "gpu",
-            "ranks": config.data_parallel_size,
+            **engine_kind(config),
             "auto": None if config.auto is None else config.auto.model_dump(exclude_unset=True),
             "starts_auto": config.starts_auto,
         }
@@ -119,6 +117,11 @@ def engine_arguments(config: ServeConfig) -> dict[str, Any]:
             "enable_expert_parallel": True,
         }
     return {**arguments, **config.engine}
+
+
+def engine_kind(config: ServeConfig) -> EngineKind:
+    """Of the engines that a configuration asks for."""
+    return {"on_gpu": config.device == "gpu", "several_ranks": config.data_parallel_size > 1}
 
 
 def local(path: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.capabilities import check_change, check_swap
+from sere_ray.capabilities import EngineKind, check_change, check_swap
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.observe import metrics
@@ -59,7 +59,7 @@ class SereRouter:
         max_artifact_bytes: size limit of an artifact.
         gangs: that the deployment has; those beyond are counted as restarts.
         on_gpu: whether ranks compute on GPUs.
-        ranks: of a gang.
+        several_ranks: whether a gang has more than one.
         sink: of metrics; None exports none.
         auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
         starts_auto: begin in it.
@@ -75,7 +75,7 @@ class SereRouter:
         max_artifact_bytes: int,
         gangs: int = 1,
         on_gpu: bool = False,
-        ranks: int = 1,
+        several_ranks: bool = False,
         sink: Sink | None = None,
         auto: Mapping[str, Any] | None = None,
         starts_auto: bool = False,
@@ -94,7 +94,7 @@ class SereRouter:
         self._folder = None if folder is None else Path(folder)
         self._max_bytes = max_artifact_bytes
         self._sink, self._gangs = sink, gangs
-        self._on_gpu, self._ranks = on_gpu, ranks
+        self._engines = EngineKind(on_gpu=on_gpu, several_ranks=several_ranks)
         self._gangs_met: set[str] = set()
         self._members: dict[str, _Seen] = {}
         self._gang_start: dict[str, Update] = {}
@@ -242,7 +242,7 @@ class SereRouter:
                 new = read_artifact(path_in(self._folder, name), self._max_bytes)
                 artifact = new.parse()
                 artifact.check_replaces(self._artifact, path=name)
-                check_swap(name, self._file.name, on_gpu=self._on_gpu, ranks=self._ranks)
+                check_swap(name, self._file.name, **self._engines)
             except SereError as error:
                 self._refuse("artifact", who, str(error))
                 raise
@@ -344,7 +344,7 @@ class SereRouter:
         policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
         running = Policy.parse(newest)
-        check_change(policy, running, on_gpu=self._on_gpu, ranks=self._ranks, where="policy")
+        check_change(policy, running, **self._engines, where="policy")
         if mode != AUTO:
             self._pilot = None
             return policy

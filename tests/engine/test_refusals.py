@@ -220,9 +220,11 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
 
 def test_a_policy_that_the_cuda_kernel_does_not_compute(has_words):
     policy = {"similarity": "a.safetensors", "select_top_k": 1}
-    check_policy(Policy.parse(policy), on_gpu=True, ranks=1)
+    check_policy(Policy.parse(policy), on_gpu=True, several_ranks=False)
     with pytest.raises(UnsupportedError) as error:
-        check_policy(Policy.parse({**policy, "prefer_local_rank": 0.1}), on_gpu=True, ranks=1)
+        check_policy(
+            Policy.parse({**policy, "prefer_local_rank": 0.1}), on_gpu=True, several_ranks=False
+        )
     has_words(str(error.value), "prefer_local_rank = 0.1", "CUDA kernel", "only null", "leave it")
 
 

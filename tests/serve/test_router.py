@@ -264,10 +264,18 @@ def test_a_policy_that_is_not_valid_changes_nothing(make_router, has_words, chan
 @pytest.mark.parametrize(
     ("engines", "changes", "words"),
     [
-        ({"ranks": 2}, {"rule": "oea"}, ["policy.union = 'global'", "'oea'", "union = 'local'"]),
+        (
+            {"several_ranks": True},
+            {"rule": "oea"},
+            ["policy.union = 'global'", "'oea'", "union = 'local'"],
+        ),
         ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
         ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
-        ({"on_gpu": True, "ranks": 2}, {"union": "local"}, ["policy.union = 'local'", "restart"]),
+        (
+            {"on_gpu": True, "several_ranks": True},
+            {"union": "local"},
+            ["policy.union = 'local'", "restart"],
+        ),
     ],
 )
 def test_what_engines_would_refuse_is_not_handed_to_them(
@@ -288,7 +296,7 @@ def test_what_engines_would_refuse_is_not_handed_to_them(
 
 def test_ranks_on_gpus_keep_their_artifact(make_router, has_words):
     async def scenario():
-        router = make_router(on_gpu=True, ranks=2)
+        router = make_router(on_gpu=True, several_ranks=True)
         with pytest.raises(SereError) as caught:
             await router.set_artifact("b.safetensors", "eve")
         has_words(str(caught.value), "'b.safetensors'", "a.safetensors'", "restart")

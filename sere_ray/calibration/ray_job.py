@@ -201,7 +201,7 @@ def _reason(error: BaseException, folder: WorkFolder) -> str:
     own = next((cause for cause in causes if isinstance(cause, SereError)), None)
     if own is not None:
         return str(own)
-    text = " ".join(str(causes[-1]).split())
+    text = _last_words(error, causes[-1])
     remedy = "give fewer --workers or a smaller --batch-size"
     if isinstance(causes[-1], ActorDiedError):  # Ray cannot tell why: its text names all reasons
         what = f"a worker died {RETRIES + 1} times; if memory ran out, {remedy}"
@@ -211,8 +211,18 @@ def _reason(error: BaseException, folder: WorkFolder) -> str:
         what = "a worker failed"
     return (
         f"{what}. {len(folder.done())} shards are kept in {folder.path}: the same command goes on "
-        f"from there ({type(causes[-1]).__name__}: {text[:300]})"
+        f"from there ({text[:300]})"
     )
+
+
+def _last_words(error: BaseException, cause: BaseException) -> str:
+    """Name and text of what ended a worker. Ray has an exception of user code only as text."""
+    from ray.exceptions import UserCodeException
+
+    if isinstance(cause, UserCodeException):
+        traceback, _, _ = str(error).partition("\n\nThe above exception was the direct cause")
+        return traceback.strip().splitlines()[-1]
+    return " ".join(f"{type(cause).__name__}: {cause}".split())
 
 
 def _on_gpu(device: str, resources: dict[str, float]) -> bool:

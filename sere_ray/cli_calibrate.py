@@ -100,7 +100,9 @@ def calibrate(
         if publish:
             runs = request(publish, "artifact", {"name": out.name})
             console.print(
-                f"{publish} runs {runs['name']}, sha256 {runs['sha256']}", highlight=False
+                f"{publish} runs {runs['name']}, sha256 {runs['sha256']}",
+                highlight=False,
+                soft_wrap=True,
             )
     print(out)
 

@@ -52,7 +52,12 @@ def run_monitor_demo(port: int, metrics_port: int, prometheus_port: int, console
             thread = threading.Thread(target=_load, args=(f"http://{HOST}:{port}/v1", stop))
             thread.start()
             try:
-                console.print(urls(port, metrics_port, server.url), highlight=False, markup=False)
+                console.print(
+                    urls(port, metrics_port, server.url),
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,  # a wrapped link cannot be opened
+                )
                 wait_for_signal()
                 console.print("stopping: requests under way finish")
             finally:

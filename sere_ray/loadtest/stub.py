@@ -74,6 +74,8 @@ async def _emit(writer: asyncio.StreamWriter, received: float, rate: float, coun
     writer.write(_HEAD)
     for number in range(1, count + 1):
         await asyncio.sleep(received + number / rate - time.perf_counter())
+        if writer.is_closing():
+            raise ConnectionError("the client is gone")
         at = time.perf_counter()
         text = f"{received:.7f} {at:.7f} " if number == 1 else f"{at:.7f} "
         choice = f'{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":null}}'

@@ -215,7 +215,7 @@ def step_time(
     profile: Annotated[
         Path | None, typer.Option(help="Write the kernels of stock and S=1, too (GPU).")
     ] = None,
-    profile_batch: Annotated[int, typer.Option(min=1, help="Its batch, one of --batches.")] = 16,
+    profile_batch: Annotated[int, typer.Option(min=1, help="Its batch or rows per rank.")] = 16,
     data_parallel_size: Annotated[
         int, typer.Option(min=1, max=8, help="Ranks with data and expert parallelism, a GPU each.")
     ] = 1,
@@ -239,8 +239,8 @@ def step_time(
         if data_parallel_size > 1:
             from sere_ray.evaluation.expert_parallel import run_expert_parallel
 
-            if batches or profile:
-                raise SereError("--batches, --profile: for one rank; use --rows-per-rank")
+            if batches:
+                raise SereError("--batches: for one rank; use --rows-per-rank")
             run_expert_parallel(
                 model,
                 out,
@@ -253,6 +253,8 @@ def step_time(
                 chosen=_names(arms) if arms else None,
                 compiled=not eager,
                 append=append,
+                profile=profile,
+                profile_rows=profile_batch,
                 console=console,
             )
             print(out)

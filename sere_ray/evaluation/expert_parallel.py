@@ -57,6 +57,8 @@ def run_expert_parallel(
     chosen: tuple[str, ...] | None,
     compiled: bool,
     append: bool,
+    profile: Path | None,
+    profile_rows: int,
     console: Console,
 ) -> None:
     """Measure, and write the result after every number of rows.
@@ -73,6 +75,8 @@ def run_expert_parallel(
         chosen: names of the settings to time; None is all. Stock always is.
         compiled: run vLLM's compiled graphs; False = eager.
         append: keep the rows of ``out``; a row that is measured again is replaced.
+        profile: file for the kernels of stock and of each way at S = 1, on rank 0.
+        profile_rows: their decode rows per rank.
         console: where progress goes.
 
     Raises:
@@ -89,6 +93,10 @@ def run_expert_parallel(
             if value not in allowed:
                 raise SereError(f"{option}: {value!r} is none of {', '.join(allowed)}")
     _check_machine(num_ranks, ways, routers)
+    if profile and not on_gpu():
+        raise SereError("--profile: needs a GPU")
+    if profile and profile_rows not in rows:
+        raise SereError(f"--profile-batch = {profile_rows}: must be one of --rows-per-rank")
     onto = load_result(out) if append and out.exists() else None
     if onto:
         check_continues(onto)
@@ -110,12 +118,16 @@ def run_expert_parallel(
             ports=_free_ports(len(ways) + 1),
             compiled=compiled,
             num_ranks=num_ranks,
+            profile_rows=profile_rows if profile else None,
         )
         found: list[dict[str, Any]] = []
         with _reports(plan) as reports:
             console.print(f"starting {len(ways) + 1} engines on {num_ranks} ranks: {served.name}")
             next(reports)
             for of_ranks in reports:
+                if profile and "profile" in of_ranks[0]:
+                    write_result(profile, {"rows": profile_rows_of(plan, of_ranks[0])})
+                    continue
                 found += result_rows(plan, of_ranks)
                 write_result(out, {"rows": found}, onto=onto, row_key=ROW_KEY)
                 console.print(f"{of_ranks[0]['router']}, {of_ranks[0]['rows']} rows per rank: done")
@@ -173,6 +185,21 @@ def result_rows(plan: RankPlan, of_ranks: list[Report]) -> list[dict[str, Any]]:
     return rows
 
 
+def profile_rows_of(plan: RankPlan, of_rank: Report) -> list[dict[str, Any]]:
+    """Rows of the profile: as those of one GPU, with ``union`` and ``data_parallel_size``."""
+    return [
+        {
+            "model": plan.model.name,
+            "router": of_rank["router"],
+            "data_parallel_size": plan.num_ranks,
+            "union": way,
+            "arm": "S=1" if way else "stock",
+            **kernels,
+        }
+        for way, kernels in of_rank["profile"].items()
+    ]
+
+
 def _slots(counters: list[dict[str, Any]]) -> float:
     """Slots re-routed per layer and step, of all ranks."""
     decode = [of_rank["decode_only"] for of_rank in counters]
@@ -217,7 +244,7 @@ def _reports(plan: RankPlan) -> Iterator[Iterator[list[Report]]]:
         process.start()
 
     def collect() -> Iterator[list[Report]]:
-        for _ in range(1 + len(plan.routers) * len(plan.rows)):
+        for _ in range(1 + len(plan.routers) * len(plan.rows) + bool(plan.profile_rows)):
             found: dict[int, Report] = {}
             while len(found) < plan.num_ranks:
                 rank, report = _next_result(results, processes)

@@ -31,7 +31,7 @@ def profile_arms(bench: Bench, router: Router, batch: int) -> list[dict[str, Any
     ]
 
 
-def profile_steps(engine: Any, model: Model, batch: int) -> dict[str, Any]:
+def profile_steps(engine: Any, model: Model, batch: int, *, seed: int = 0) -> dict[str, Any]:
     """Kernels of ten decode steps, those that take longest first.
 
     Between two synchronisations of the GPU, ten steps are launched whole: the one that was in
@@ -40,7 +40,7 @@ def profile_steps(engine: Any, model: Model, batch: int) -> dict[str, Any]:
     # CUDA graphs that were captured before do not survive CUPTI's leaving and coming back.
     os.environ["TEARDOWN_CUPTI"] = "0"
     os.environ["DISABLE_CUPTI_LAZY_REINIT"] = "1"
-    steps = decode_steps(engine, model, batch, _STEPS + 16, seed=0)
+    steps = decode_steps(engine, model, batch, _STEPS + 16, seed=seed)
     for _ in range(4):
         next(steps)
     torch.cuda.synchronize()

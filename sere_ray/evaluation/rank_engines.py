@@ -25,6 +25,7 @@ from sere_ray.evaluation.engines import (
     decode_steps,
     on_gpu,
 )
+from sere_ray.evaluation.kernels import profile_steps
 from sere_ray.evaluation.models import Model
 from sere_ray.evaluation.routing import Router, skew_gates
 
@@ -51,6 +52,7 @@ class RankPlan:
         ports: the first of some free ones, for each engine.
         compiled: run vLLM's compiled graphs.
         num_ranks: data-parallel size.
+        profile_rows: decode rows per rank of steps whose kernels are listed; None = no profile.
     """
 
     model: Model
@@ -65,6 +67,7 @@ class RankPlan:
     ports: list[int]
     compiled: bool
     num_ranks: int
+    profile_rows: int | None = None
 
     def policy(self, way: str, changes: dict[str, Any]) -> Policy:
         """The policy of an arm in one of the engines."""
@@ -102,6 +105,24 @@ def measure_rank(rank: int, plan: RankPlan, report: Callable[[Report], None]) ->
         for rows in plan.rows:
             found = _measure_rows(rank, plan, engines, rows, order)
             report({"router": router, "rows": rows, **found})
+    if plan.profile_rows:
+        profile = _profile(rank, plan, engines, plan.profile_rows)
+        report({"router": plan.routers[-1], "profile": profile})
+
+
+def _profile(
+    rank: int, plan: RankPlan, engines: dict[str | None, Any], rows: int
+) -> dict[str | None, dict[str, Any]]:
+    """Kernels of this rank in steps of stock, and of each way at S = 1, by way.
+
+    A collective's time holds the wait for the other rank.
+    """
+    found = {}
+    for way, engine in engines.items():
+        if way:
+            set_policy(engine, plan.policy(way, {}))
+        found[way] = profile_steps(engine, plan.model, rows, seed=rank)
+    return found
 
 
 def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:

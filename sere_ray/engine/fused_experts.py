@@ -1,8 +1,8 @@
 """Decode batches of a layer through :mod:`sere_ray.engine.gate_up`, in the place of vLLM's GEMMs.
 
 Tiles are in ``tiles/*.json``, made by kernels/tune_experts.py, a file for each shape and GPU named
-as vLLM names its own. Where there is none, or a batch is anything but the plain bf16 case, vLLM's
-own code runs.
+as vLLM names its own. A rank's shard of the experts takes those of the whole layer. Where there are
+none, or a batch is anything but the plain bf16 case, vLLM's own code runs.
 """
 
 import functools
@@ -77,19 +77,26 @@ def tiles_for(num_experts: int, width: int, rows: int) -> Tiles | None:
     """
     from vllm import envs
     from vllm.model_executor.layers.fused_moe import get_config
-    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
     if envs.VLLM_TUNED_CONFIG_FOLDER is not None or envs.VLLM_BATCH_INVARIANT or get_config():
         return None  # the user's choice
-    measured = _load(_FOLDER / get_config_file_name(num_experts, width, None))
+    measured = _load(_FOLDER, num_experts, width)
     if not measured or rows > max(measured):
         return None
     return measured[min(measured, key=lambda tuned: abs(tuned - rows))]
 
 
+_SHARDS = (1, 2, 4, 8, 16)
+"""Of how many expert-parallel ranks the experts may be one's."""
+
+
 @functools.cache
-def _load(file: Path) -> dict[int, Tiles]:
-    if not file.is_file():
+def _load(folder: Path, num_experts: int, width: int) -> dict[int, Tiles]:
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    names = [get_config_file_name(num_experts * shards, width, None) for shards in _SHARDS]
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         return {}
     from sere_ray.engine.gate_up import Tile
 

@@ -8,6 +8,7 @@ import torch
 
 PRIME = 1_000_003
 OPTIONS = {
+    "dtype": "bfloat16",
     "enable_expert_parallel": True,
     "distributed_executor_backend": "uni",
     # In one process with its engine core, a rank that drains its queue runs no pass, and the others
@@ -52,6 +53,23 @@ def engine_of(folder, key, port, *, before=False):
         running_engine(folder, key, **OPTIONS) as engine,
     ):
         yield engine
+
+
+@contextmanager
+def own_gemms():
+    """Engines that are started inside use ``gate_up.py``, for which small models have no tiles."""
+    from sere_ray.engine import fused_experts
+    from sere_ray.engine.gate_up import Tile
+
+    tiles, measured = (
+        fused_experts.Tiles(Tile(16, 16, 64), Tile(16, 16, 64)),
+        fused_experts.tiles_for,
+    )
+    fused_experts.tiles_for = lambda *_: tiles
+    try:
+        yield
+    finally:
+        fused_experts.tiles_for = measured
 
 
 class Recorder:
@@ -159,8 +177,11 @@ def exercise(rank, ports, folder, key, requests, tokens):
     recorder.full = True
     with engine_of(folder, key, ports[2], before=True) as engine:
         answers(engine, "before", key)
+    with own_gemms(), engine_of(folder, key, ports[4]) as engine:
+        answers(engine, "S=K, own GEMMs", {**key, "select_top_k": 4})
+        answers(engine, "S=1, own GEMMs", key)
     local = {**key, "union": "local"}
-    with engine_of(folder, local, ports[3]) as engine:
+    with own_gemms(), engine_of(folder, local, ports[3]) as engine:
         answers(engine, "local observe", {**local, "mode": "observe"})
         answers(engine, "local", local)
     return report

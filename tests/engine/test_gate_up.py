@@ -377,6 +377,8 @@ def test_shapes_without_tiles_are_left_to_vllm(tmp_path, monkeypatch):
     found = fused_experts.tiles_for(8, 48, 4)
     assert found == (Tile(16, 32, 128), Tile(16, 64, 128, overlap=True, ahead=512))
     assert fused_experts.tiles_for(8, 48, 12).gate_up == Tile(16, 64, 128)
+    assert fused_experts.tiles_for(2, 48, 4) == found  # a rank's shard of the layer
+    assert fused_experts.tiles_for(6, 48, 4) is None
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     assert fused_experts.tiles_for(8, 48, 1) is None
 

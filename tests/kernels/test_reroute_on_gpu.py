@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.memory import Settings, StepInput
+from sere_ray.kernel.memory import STEP, Settings, StepInput
 from sere_ray.rules.sere import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -207,7 +207,7 @@ def test_step_input_is_copied_in_order() -> None:
         snapshots.append((device_step.buffer.clone(), device_settings.buffer.clone()))
         wanted.append((kinds, number))
     for (step_bytes, setting_bytes), (kinds, number) in zip(snapshots, wanted, strict=True):
-        assert torch.equal(step_bytes[16:].view(torch.int8).cpu(), kinds)
+        assert torch.equal(step_bytes[STEP.size :].view(torch.int8).cpu(), kinds)
         s = number % 5
         assert setting_bytes.cpu().view(torch.int32)[1] == (s if 0 < s < 4 else 4)
 

@@ -123,7 +123,9 @@ def library_versions(names: Sequence[str] = _LIBRARIES) -> dict[str, str]:
 
 
 def _command() -> list[str]:
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0])
+    name = "sere-ray" if program.name == "__main__.py" else program.name  # python -m sere_ray
+    return [name, *sys.argv[1:]]
 
 
 def _gpu() -> dict[str, Any]:

@@ -140,7 +140,6 @@ def check_options(vllm_config: Any) -> None:
             f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: not tested yet",
             "use pipeline_parallel_size = 1",
         ),
-        (parallel.enable_eplb, "enable_eplb = True: not tested yet", "start without it"),
         (parallel.use_ubatching, "micro-batching (enable_dbo): not supported", "start without it"),
     ]
     for is_refused, what, remedy in refused:

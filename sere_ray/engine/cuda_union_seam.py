@@ -184,7 +184,11 @@ def _prepare(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _what_follows(runner: Any) -> tuple[bool, bool]:
-    """Are the ids of all ranks gathered, and may the experts be given them sorted?"""
+    """Are the ids of all ranks gathered, and may the experts be given them sorted?
+
+    Where a load balancer (EPLB) maps ids before they are gathered, the gathered ones are not those
+    that the rule speaks of: then the union is exchanged before.
+    """
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
         MoEPrepareAndFinalizeNaiveDPEPModular,
@@ -196,6 +200,8 @@ def _what_follows(runner: Any) -> tuple[bool, bool]:
             f"sere: layer {runner.layer_name!r} sends its rows to all ranks before it routes them "
             f"({type(experts.quant_method).__name__}); use data_parallel_size = 1"
         )
+    if runner.router.eplb_state is not None:
+        return False, False
     gathers = type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNaiveDPEPModular
     sorts = type(kernel.fused_experts) is TritonExperts and not experts.apply_router_weight_on_input
     return gathers, gathers and sorts

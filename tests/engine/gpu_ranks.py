@@ -39,7 +39,7 @@ def choose_rank(rank):
 
 
 @contextmanager
-def engine_of(folder, key, port, *, before=False):
+def engine_of(folder, key, port, *, before=False, **options):
     """An engine of this rank, on ports of its own: a second one would meet an old store."""
     from vllm import envs
 
@@ -50,7 +50,7 @@ def engine_of(folder, key, port, *, before=False):
     os.environ["VLLM_DP_MASTER_PORT"] = str(port)
     with (
         before_dispatch() if before else nullcontext(),
-        running_engine(folder, key, **OPTIONS) as engine,
+        running_engine(folder, key, **OPTIONS, **options) as engine,
     ):
         yield engine
 
@@ -184,6 +184,38 @@ def exercise(rank, ports, folder, key, requests, tokens):
     with own_gemms(), engine_of(folder, local, ports[3]) as engine:
         answers(engine, "local observe", {**local, "mode": "observe"})
         answers(engine, "local", local)
+    return report
+
+
+BALANCED = {
+    "enable_eplb": True,
+    "eplb_config": {
+        "num_redundant_experts": 2,
+        "window_size": 8,
+        "step_interval": 8,  # experts move several times within the answers
+        "use_async": False,
+    },
+}
+
+
+def exercise_balanced(rank, ports, folder, key, requests, tokens):
+    """Engines with vLLM's load balancer: stock, and with the key."""
+    choose_rank(rank)
+    from sere_ray.engine.control import read_counters
+    from tests.engine.conftest import generate
+
+    report = {}
+    with engine_of(folder, None, ports[0], **BALANCED) as engine:
+        report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
+    for number, dispatch in enumerate(({}, {"union": "local"}), start=1):
+        policy = {**key, **dispatch}
+        with engine_of(folder, policy, ports[number], **BALANCED) as engine:
+            for size in (4, 1):
+                changed = {**policy, "select_top_k": size}
+                engine.collective_rpc("sere_set_policy", args=(changed,))
+                read_counters(engine, reset=True)
+                given = generate(engine, requests[rank], tokens=tokens[rank])[0]
+                report[policy.get("union", "global"), size] = given, read_counters(engine)
     return report
 
 

@@ -2,8 +2,8 @@
 
 vLLM 0.32 refuses EPLB on a CPU, where its map is the identity, so no engine runs here and the
 map below stands in for its Triton kernel. What is proven: the router hands the map re-routed
-logical ids, so that the balancer places, replicates and counts what is computed. An engine with
-EPLB on GPUs was not tested, and is refused.
+logical ids, so that the balancer places, replicates and counts what is computed. Engines with it:
+``test_gpu_load_balancer.py``.
 """
 
 import numpy as np

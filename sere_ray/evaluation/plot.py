@@ -30,6 +30,7 @@ def draw(document: dict[str, Any], picture: Path) -> None:
 
     kinds: list[tuple[set[str], Callable[[dict[str, Any]], Figure]]] = [
         ({"model", "batch", "arm", "speedup"}, draw_step_time),
+        ({"model", "rows_per_rank", "union", "arm", "speedup"}, draw_expert_parallel),
         ({"gone", "method", "kl_mean"}, draw_failover),
         ({"ranks", "rows_per_rank", "destination_ranks_mean", "samples"}, draw_scale),
         ({"rule", "settings", "experts_read_mean", "kl_mean"}, draw_frontier),
@@ -65,8 +66,24 @@ def draw_step_time(document: dict[str, Any]) -> "Figure":
             textwrap.fill(model, 44) + f"\n{router} routing", fontsize=9, loc="left"
         )
     machine = document["machine"]
-    figure.suptitle(f"decode step on {machine.get('gpu', machine.get('cpu'))}", fontsize=11)
+    device = machine.get("gpu", machine.get("cpu"))
+    ranks = rows[0].get("data_parallel_size", 1)
+    where = device if ranks == 1 else f"{ranks} ranks, each on one {device}"
+    figure.suptitle(f"decode step on {where}", fontsize=11)
     return figure
+
+
+def draw_expert_parallel(document: dict[str, Any]) -> "Figure":
+    """The same over the rows of a rank, a line for each arm and way of taking the union."""
+    rows = [
+        {
+            **row,
+            "batch": row["rows_per_rank"],
+            "arm": f"{row['arm']}, {row['union']}" if row["union"] else row["arm"],
+        }
+        for row in document["rows"]
+    ]
+    return draw_step_time({**document, "rows": rows})
 
 
 def _draw_speedup(axes: Any, rows: Rows) -> None:
@@ -109,7 +126,7 @@ def _finish(axes: Any, rows: Rows) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({row["batch"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel("batch")
+    axes.set_xlabel("rows per rank" if "rows_per_rank" in rows[0] else "batch")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -23,3 +23,15 @@ def test_failover_and_scale(tmp_path):
         draw({"rows": [{"ranks": 8}]}, tmp_path / "other.png")
     with pytest.raises(SereError, match=r"\.png or \.svg"):
         draw({"rows": rows}, tmp_path / "scale.pdf")
+
+
+def test_expert_parallel_steps(tmp_path):
+    row = {"model": "m", "router": "uniform", "data_parallel_size": 2, "speedup_min": 1.0}
+    row |= {"speedup_max": 2.0, "speedup": 1.5, "step_ms": 4.0}
+    rows = [
+        {**row, "rows_per_rank": count, "union": union, "arm": arm}
+        for count in (8, 16)
+        for union, arm in ((None, "stock"), ("global", "S=1"), ("local", "S=1"))
+    ]
+    draw({"machine": {"gpu": "a GPU"}, "rows": rows}, tmp_path / "ranks.svg")
+    assert "<svg" in (tmp_path / "ranks.svg").read_text()

@@ -1,7 +1,7 @@
 """The commands about quality: evaluate, tune."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ def evaluate(
     prompt: Prompt = 64,
     text_column: TextColumn = "text",
     device: Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Of the weights; auto: the checkpoint's, on a CPU float32."),
+    ] = "auto",
     append: Annotated[
         bool, typer.Option("--append", help="Keep what the file has of other batch sizes.")
     ] = False,
@@ -67,6 +71,7 @@ def evaluate(
             batches=tuple(numbers("--batches", batches, range(1, 257))),
             ranks=tuple(numbers("--ranks", ranks, range(1, 9))),
             device=device,
+            dtype=dtype,
         )
         chosen = read_settings(settings) if settings else None
         found = run(plan, rules=names, settings=chosen, console=console)

@@ -7,10 +7,7 @@ arithmetic, calibration text). Needs torch, transformers and tokenizers, and no 
 """
 
 import argparse
-import hashlib
 import json
-import math
-import platform
 import time
 from itertools import chain
 from pathlib import Path
@@ -19,10 +16,10 @@ from typing import Any
 import corpus
 import measure
 import torch
-import torch.nn.functional as F
-import transformers
 from batches import CHAT_LENGTH, SOURCE_LENGTH, chat_rows, source_stream, windows
+from forward import training_losses
 from torch import Tensor, nn
+from training import make_optimizer, save, schedule, versions
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
@@ -52,75 +49,6 @@ def make_config(tokenizer: PreTrainedTokenizerFast, aux: float) -> Qwen3MoeConfi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-# --- forward pass for training -----------------------------------------------------------------
-
-
-def dense_experts(block: nn.Module, x: Tensor, config: Qwen3MoeConfig) -> tuple[Tensor, Tensor]:
-    """The stock block's function as two dense products, and the load-balancing term.
-
-    Every expert runs on every token and a zero gate drops the ones that are not routed to. With
-    experts this small that is faster than gathering tokens, and it compiles to a static graph.
-    The balancing term is per layer, so that no layer can lean on another one's balance.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    count, inner = config.num_experts, config.moe_intermediate_size
-    probabilities = F.linear(flat, block.gate.weight).float().softmax(-1)
-    top, index = probabilities.topk(config.num_experts_per_tok, dim=-1)
-    top = top / top.sum(-1, keepdim=True)
-    gates = torch.zeros_like(probabilities).scatter(1, index, top)
-    gate_up = F.linear(flat, block.experts.gate_up_proj.reshape(count * 2 * inner, -1))
-    gate, up = gate_up.view(-1, count, 2 * inner).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up * gates.to(gate.dtype).unsqueeze(-1)
-    down = block.experts.down_proj.transpose(1, 2).reshape(count * inner, -1)
-    out = hidden.reshape(-1, count * inner) @ down.to(hidden.dtype)
-    load = (gates > 0).float().mean(0)
-    return out.view_as(x), count * (load * probabilities.mean(0)).sum()
-
-
-def training_losses(
-    model: Qwen3MoeForCausalLM, ids: Tensor, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss and mean balancing term of a batch of rows.
-
-    Dropout on what each block adds is what lets a source of this size be read many times; chats
-    are generated, so they go without. A pad token is a target only when it directly follows text,
-    where it marks the end of a document.
-    """
-    base, config = model.model, model.config
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    x = F.dropout(base.embed_tokens(inputs), dropout)
-    positions = torch.arange(inputs.shape[1], device=ids.device).unsqueeze(0)
-    rotary = base.rotary_emb(x, position_ids=positions)
-    balance = x.new_zeros((), dtype=torch.float32)
-    for layer in base.layers:
-        attended, _ = layer.self_attn(layer.input_layernorm(x), rotary, None)
-        x = x + F.dropout(attended, dropout)
-        out, term = dense_experts(layer.mlp, layer.post_attention_layernorm(x), config)
-        x = x + F.dropout(out, dropout)
-        balance = balance + term / config.num_hidden_layers
-    logits = F.linear(base.norm(x), base.embed_tokens.weight).float()
-    padding = (inputs == config.pad_token_id) & (targets == config.pad_token_id)
-    targets = targets.masked_fill(padding, -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), balance
-
-
-# --- training ----------------------------------------------------------------------------------
-
-
-def make_optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone; norm weights are left free."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = matrices[0].is_cuda
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused)
-
-
-def schedule(progress: float) -> float:
-    """Warm up over the first 2 %, then a cosine to zero; progress is the share of the budget."""
-    return min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 @torch.no_grad()
@@ -181,40 +109,6 @@ def train(
         "source_epochs": round(source_tokens / stream.numel(), 1),
         "chat_tokens": step * args.chat_rows * CHAT_LENGTH,
         "validation_loss": round(validation_loss(model, valid), 4),
-    }
-
-
-# --- saving ------------------------------------------------------------------------------------
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file: names that readers other than this transformers release expect."""
-    settings = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    """Write the checkpoint in bf16, greedy by default; return the hash of the weights."""
-    model.to(torch.bfloat16)
-    model.generation_config.update(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rewrite(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    rewrite(folder / "config.json", num_experts=model.config.num_experts)
-    (folder / "model.safetensors").chmod(0o644)
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What the run ran on, so that a reader can tell why numbers differ."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    return {
-        "device": name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

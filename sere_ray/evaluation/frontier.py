@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
-from sere_ray.calibration.loading import load_model, load_tokenizer, model_name, pick_device
+from sere_ray.calibration.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_name,
+    pick_device,
+    pick_dtype,
+)
 from sere_ray.config import BoundPolicy
 from sere_ray.errors import DataError, SereError
 from sere_ray.evaluation.comparison import Point, compare
@@ -23,7 +30,9 @@ from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
 from sere_ray.progress import progress
 
 _AT_ONCE = 64
-"""Texts of a forward pass."""
+"""Texts of a forward pass on a CPU."""
+_LOGITS_BYTES = 2 * 2**30
+"""Of a forward pass on a GPU; some five tensors of the size are held."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Plan:
     batches: tuple[int, ...]
     ranks: tuple[int, ...]
     device: str
+    dtype: str = "auto"
     revision: str | None = None
 
     def check(self) -> None:
@@ -76,11 +86,12 @@ class Evaluator:
         self.plan = plan
         self.artifact = SimilarityArtifact.load(plan.similarity)
         windows = self.windows(plan.data)
+        device = pick_device(plan.device)
         self.model = load_model(
             plan.model,
             revision=plan.revision,
-            device=pick_device(plan.device),
-            dtype="float32" if plan.device == "cpu" else "auto",
+            device=device,
+            dtype=pick_dtype(plan.dtype, device, load_config(plan.model, plan.revision)),
         )
         layers = find_moe_layers(self.model)
         self.shape = moe_shape(self.model, layers)
@@ -106,11 +117,11 @@ class Evaluator:
         return torch.tensor(windows)
 
     def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
-        """Settings at batch sizes; memory holds the logits of ``_AT_ONCE`` texts, or a batch."""
+        """Settings at batch sizes; memory holds the logits of some texts, at least of a batch."""
         policies = [self.bind(point.keys) for point in points]
         parts: list[list[Measured]] = [[] for _ in points]
         largest = max(point.batch for point in points)
-        size = largest * max(1, _AT_ONCE // largest)
+        size = largest * max(1, self.texts_at_once() // largest)
         total = len(points) * -(-len(self.input_ids) // size)
         with progress(console, total, task="evaluate", unit="passes") as advance:
             for chunk in self.chunks(self.input_ids, size):
@@ -118,6 +129,14 @@ class Evaluator:
                     found.append(chunk.measure(policy, point.batch))
                     advance(1)
         return [Measured.join(found) for found in parts]
+
+    def texts_at_once(self) -> int:
+        """Texts of a forward pass: few on a CPU, many where launches cost more than arithmetic."""
+        if self.model.device.type == "cpu":
+            return _AT_ONCE
+        scored = self.plan.length - self.plan.prompt_tokens
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        return _LOGITS_BYTES // (4 * scored * vocabulary)
 
     def bind(self, keys: dict[str, Any]) -> BoundPolicy:
         """A setting for this model.
@@ -202,6 +221,7 @@ def evaluate(
         "top_k": shape.top_k,
         "sequences": plan.sequences,
         "scored_positions": plan.sequences * (plan.length - plan.prompt_tokens),
+        "dtype": str(evaluator.model.dtype).removeprefix("torch."),
         "rows": rows,
         "comparison": compare(points, found, shares),
     }

@@ -30,7 +30,7 @@ def topk(
         return topk_ids.clone(), topk_weights.clone()
     order = topk_weights.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     stays = (rank < size) | ~changeable_rows(topk_ids, row_kind, layer.num_experts)[..., None]
     kept = torch.where(stays, topk_weights, 0.0)
     scale = topk_weights.sum(dim=-1, keepdim=True) / kept.sum(dim=-1, keepdim=True)

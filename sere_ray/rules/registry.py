@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sere_ray.rules.interface import Choice, Layer, Rule
 from sere_ray.rules.margin import margin
 from sere_ray.rules.peers import lynx, oea, topk, xshare
-from sere_ray.rules.sere import reroute
+from sere_ray.rules.sere_steps import reroute_steps
 
 
 class RuleInfo(NamedTuple):
@@ -25,30 +24,20 @@ class RuleInfo(NamedTuple):
 def sere(
     topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
 ) -> Choice:
-    """:func:`sere_ray.reroute`, step by step."""
+    """:func:`sere_ray.reroute` of every step."""
     del scores
     if layer.similarity is None:
         raise ValueError("the rule 'sere' needs the similarity of the layer, got None")
-    shape = topk_ids.shape
-    steps = zip(
-        topk_ids.reshape(-1, *shape[-2:]),
-        topk_weights.reshape(-1, *shape[-2:]),
-        row_kind.expand(shape[:-1]).reshape(-1, shape[-2]),
-        strict=True,
+    new_ids = reroute_steps(
+        topk_ids,
+        topk_weights,
+        layer.similarity,
+        row_kind,
+        select_top_k=layer.select_top_k,
+        threshold=layer.threshold,
+        min_primary_experts=layer.min_primary_experts,
     )
-    new_ids = [
-        reroute(
-            ids,
-            weights,
-            layer.similarity,
-            row_kind=kinds,
-            select_top_k=layer.select_top_k,
-            threshold=layer.threshold,
-            min_primary_experts=layer.min_primary_experts,
-        )
-        for ids, weights, kinds in steps
-    ]
-    return torch.stack(new_ids).view(shape), topk_weights.clone()
+    return new_ids, topk_weights.clone()
 
 
 RULES: dict[str, RuleInfo] = {

@@ -3,7 +3,7 @@
     python calibration/judge_model/text.py --out TEXT
     python calibration/judge_model/train.py --text TEXT --out DIR --minutes 5 --seed 0
 
-writes ``DIR/model`` (weights in bf16, configuration, tokenizer, metrics). Started again after it
+writes ``DIR/judge-seed0`` (weights in bf16, configuration, tokenizer, metrics). Started again after it
 was killed, it goes on from ``DIR/checkpoint.pt``. Needs torch, transformers and tokenizers.
 """
 
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     if run.take_up():
         print(f"goes on at step {run.step}, {run.seconds:.0f} s")
     history = train(run, valid)
-    folder = args.out / "model"
+    folder = args.out / f"judge-seed{args.seed}"
     digest = save(run.model, tokenizer, folder)
     tokens = run.step * args.rows * SOURCE_LENGTH
     metrics = {

@@ -5,7 +5,7 @@ The baseline runs the model with every expert on every token and throws the outp
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,6 +27,8 @@ from sere_ray.demo import assets
 from sere_ray.errors import SereError
 from sere_ray.evaluation.models import get_model
 from sere_ray.progress import progress
+
+Rows = list[dict[str, Any]]
 
 LENGTH = 128
 BATCH_SIZE = 16
@@ -64,7 +66,7 @@ def run_calibration_bench(
     repeats: int,
     console: Console,
 ) -> None:
-    """Measure rates and, on a CPU, workers; ``save`` gets the content after each part.
+    """Measure rates and, on a CPU, workers; ``save`` gets the content after each repeat.
 
     Args:
         save: writes the result file.
@@ -84,15 +86,19 @@ def run_calibration_bench(
         "length": LENGTH,
         "batch_size": BATCH_SIZE,
         "threads": None if on_gpu else 1,
-        "rows": rates(model, tokens=tokens, repeats=repeats, console=console),
     }
-    save(content)
+    of_repeats = rates(model, tokens=tokens, repeats=repeats, console=console)
+    for done, rows in enumerate(of_repeats, start=1):
+        content |= {"repeats": done, "rows": rows}
+        save(content)
     if not on_gpu:
         save({**content, "workers": worker_rates(repeats, console)})
 
 
-def rates(name: str, *, tokens: int, repeats: int, console: Console) -> list[dict[str, Any]]:
+def rates(name: str, *, tokens: int, repeats: int, console: Console) -> Iterator[Rows]:
     """Token rates of every metric and the baseline, interleaved in this process.
+
+    Yields the rows of all repeats so far after each, so that a run that is cut off has some.
 
     Args:
         name: ``demo`` or a public shape of :func:`~sere_ray.evaluation.models.get_model`.
@@ -113,10 +119,10 @@ def rates(name: str, *, tokens: int, repeats: int, console: Console) -> list[dic
             for arm in ARMS:
                 timings[arm].append(_pass(arm, model, layers, batches))
                 advance(1)
-    return [_row(arm, timings, tokens) for arm in ARMS]
+            yield [_row(arm, timings, tokens) for arm in ARMS]
 
 
-def worker_rates(repeats: int, console: Console) -> list[dict[str, Any]]:
+def worker_rates(repeats: int, console: Console) -> Rows:
     """Token rates of the Ray job on the demo model with 1 and 2 workers of one core, interleaved.
 
     The time from the moment on at which every worker has finished a shard: a job's start is
@@ -176,6 +182,7 @@ def _row(arm: str, timings: dict[str, list[Timing]], tokens: int) -> dict[str, A
     return {
         "arm": arm,
         "tokens": tokens,
+        **_spread("seconds", own, 2),
         **_spread("tokens_per_s", [tokens / seconds for seconds in own], 0),
         **_spread("to_forward", [b / o for b, o in zip(baseline, own, strict=True)], 3),
         "gpu_peak_beside_model_mib": round(max(peaks)) if peaks else None,

@@ -98,17 +98,17 @@ def test_the_recipe_writes_a_checkpoint_that_our_tools_load(recipe, folder, tmp_
 
     _, train = recipe
     train.main(arguments(folder, tmp_path))
-    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "judge-seed0" / "metrics.json").read_text())
     assert metrics["run"]["steps"] == 4
     assert metrics["history"][0]["step"] == 1
     assert 1 < metrics["heldout"]["model"]["perplexity"] < 400
     assert len(metrics["experts_on_heldout_text"]["layers"]) == 2
     model = load_model(
-        str(tmp_path / "model"), revision=None, device=torch.device("cpu"), dtype="float32"
+        str(tmp_path / "judge-seed0"), revision=None, device=torch.device("cpu"), dtype="float32"
     )
     shape = moe_shape(model, find_moe_layers(model))
     assert (shape.num_experts, shape.top_k, shape.layers) == (64, 8, (0, 1))
-    assert load_tokenizer(str(tmp_path / "model"))("def f")["input_ids"]
+    assert load_tokenizer(str(tmp_path / "judge-seed0"))("def f")["input_ids"]
 
 
 def test_the_default_size_is_what_can_be_carried(recipe):

@@ -13,6 +13,7 @@ from sere_ray.calibration.similarity import (
     FrobeniusSums,
     Sums,
     check_exact_fits,
+    in_blocks,
     make_sums,
 )
 from sere_ray.errors import SereError
@@ -219,3 +220,12 @@ def test_exact_cka_refuses_large_models() -> None:
     with pytest.raises(SereError, match=r"2400\.0 GiB.*use 'cka'"):
         check_exact_fits(layers=48, num_experts=128, tokens=51200, hidden_size=2048)
     assert math.isclose(48 * 128 * 51200 * 2048 * 4 / 2**30, 2400)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 130])
+def test_blocks_of_columns_have_the_same_gram_matrix(columns: int) -> None:
+    features = torch.randn(6, columns, dtype=torch.float64, generator=torch.manual_seed(0))
+    blocks = in_blocks(features, 8)
+    assert blocks.shape[:2] == (8, 6)
+    assert torch.allclose((blocks @ blocks.mT).sum(0), features @ features.T, atol=1e-12)
+    assert torch.equal(in_blocks(features, 1)[0], features)

@@ -23,7 +23,7 @@ def demo_model() -> Any:
 
 
 def test_rates_of_every_arm() -> None:
-    rows = speed.rates("demo", tokens=2048, repeats=1, console=QUIET)
+    (_, rows) = speed.rates("demo", tokens=2048, repeats=2, console=QUIET)
     assert [row["arm"] for row in rows] == list(speed.ARMS)
     assert rows[0]["to_forward"] == 1
     for row in rows:

@@ -22,8 +22,10 @@ from random_layers import GPU, RandomLayers
 from rich.console import Console
 from torch import Tensor
 
+from sere_ray.config import BoundPolicy
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
+from sere_ray.kernel.memory import Settings
 from sere_ray.progress import progress
 from sere_ray.results import write_result
 from sere_ray.rules.sere import apply_plan, count, make_plan
@@ -38,11 +40,30 @@ Launch = Callable[[int], Any]
 
 
 class Layers(RandomLayers):
-    """The same with a place for new ids: each replay of a graph starts from the gate's."""
+    """The same with a place for new ids: each replay of a graph starts from the gate's.
+
+    Attributes:
+        margin: the layers under the rule ``margin``, which keeps first choices alone: those that
+            sere keeps with S = 1. Every other slot is refilled.
+        margin_weights: what it changes in place; beta = 1 keeps their sum through many replays.
+    """
 
     def __init__(self, rows: int, num_experts: int, top_k: int, select_top_k: int) -> None:
         super().__init__(LAYERS, rows, num_experts, top_k, select_top_k)
         self.new_ids, self.new_weights = torch.empty_like(self.ids), torch.empty_like(self.weights)
+        policy = BoundPolicy(
+            mode="on",
+            rule="margin",
+            select_top_k=top_k,
+            threshold=None,
+            min_primary_experts=0,
+            knobs=(("tau", 1.0), ("beta", 1.0)),
+        )
+        settings = Settings(GPU, LAYERS)
+        settings.write(policy, top_k=top_k, num_experts=num_experts)
+        rows_of = zip(self.layers, settings.buffer, strict=True)
+        self.margin = [layer._replace(settings=row) for layer, row in rows_of]
+        self.margin_weights = self.weights.clone()
 
 
 def arms(
@@ -86,7 +107,7 @@ def arms(
             renormalize=True,
             block_size=BLOCK_SIZE,
         )
-    found |= _vllm_launches(num_experts, data)
+    found |= _margin_launches(kernel, rows, data) | _vllm_launches(num_experts, data)
     if compiled:
         fast = torch.compile(_reference, dynamic=False)
         found["compiled_us"] = lambda layer: fast(
@@ -95,6 +116,31 @@ def arms(
             data.layers[layer].tables.similarity,
             data.kinds,
             data.select_top_k,
+        )
+    return found
+
+
+def _margin_launches(kernel: RuleKernel, rows: int, data: Layers) -> dict[str, Launch]:
+    """The rule ``margin`` in the three launches."""
+
+    def arguments(layer: int) -> tuple[Any, ...]:
+        return data.ids[layer], data.new_ids[layer], data.margin_weights[layer], data.margin[layer]
+
+    found: dict[str, Launch] = {
+        "margin_us": lambda layer: kernel.reroute(*arguments(layer), logits=data.logits[layer]),
+        "margin_with_sorting_us": lambda layer: kernel.reroute_and_align(
+            *arguments(layer), logits=data.logits[layer], block_size=BLOCK_SIZE
+        ),
+    }
+    if kernel.can_route and rows <= MAX_ROUTED_ROWS:
+        found["margin_with_top_k_us"] = lambda layer: kernel.route_and_align(
+            data.logits[layer],
+            data.new_ids[layer],
+            data.new_weights[layer],
+            data.margin[layer],
+            is_padding=None,
+            renormalize=True,
+            block_size=BLOCK_SIZE,
         )
     return found
 
@@ -242,6 +288,9 @@ def measure(
     for ours, stock, added_name in (
         ("with_sorting_us", "vllm_sorting_us", "added_when_sorting_us"),
         ("with_top_k_us", "vllm_top_k_us", "added_with_top_k_us"),
+        ("margin_us", "added_us", "margin_over_sere_us"),
+        ("margin_with_sorting_us", "with_sorting_us", "margin_over_sere_when_sorting_us"),
+        ("margin_with_top_k_us", "with_top_k_us", "margin_over_sere_with_top_k_us"),
     ):
         if {ours, stock} <= medians.keys():
             row[added_name] = round(medians[ours] - medians[stock], 3)
@@ -261,6 +310,7 @@ def plot(result: Path, picture: Path) -> None:
 
     document = json.loads(result.read_text())
     arms = {
+        "margin_with_top_k_us": "ours: top-k, margin and sort, 1 launch",
         "published_us": "published structure, 6 launches",
         "vllm_top_k_us": "vLLM: top-k, sort by expert, 3 launches",
         "with_top_k_us": "ours: top-k, re-route and sort, 1 launch",

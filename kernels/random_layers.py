@@ -29,7 +29,7 @@ class RandomLayers:
         self.logits = scores.to(GPU, torch.bfloat16)
         self.ids, self.weights = top.indices.int().to(GPU), top.values.to(GPU)
         similarity = torch.rand((layers, num_experts, num_experts), generator=g)
-        settings, step = Settings(GPU), StepInput(rows, GPU)
+        settings, step = Settings(GPU, layers), StepInput(rows, GPU)
         policy = BoundPolicy(
             mode="on", select_top_k=select_top_k, threshold=None, min_primary_experts=0
         )
@@ -40,6 +40,11 @@ class RandomLayers:
         self.select_top_k = select_top_k
         self.counters = torch.zeros((2, layers, 4), dtype=torch.int64, device=GPU)
         self.layers = [
-            DeviceLayer(LayerTables.build(matrix, GPU), settings, step, self.counters[:, layer])
+            DeviceLayer(
+                LayerTables.build(matrix, GPU),
+                settings.buffer[layer],
+                step,
+                self.counters[:, layer],
+            )
             for layer, matrix in enumerate(similarity)
         ]

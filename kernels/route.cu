@@ -1,8 +1,8 @@
 // The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch of one block:
-// all that lies between the gate's logits and the expert GEMM of a decode step. See rule.cuh.
+// all that lies between the gate's logits and the expert GEMM of a decode step. See rule.cuh and margin.cuh.
 //   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
 //   E is a power of two, 32..256
-#include "rule.cuh"
+#include "margin.cuh"
 
 namespace {
 
@@ -131,13 +131,22 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
   __syncthreads();
   choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start);
 
-  const auto load = [&](int row, int slot) {
+  const auto chosen_slot = [&](int row, int slot) {
     const float weight = chosen.weight[row][slot];
-    topk_weights[row * K + slot] = renormalize ? weight * chosen.scale[row] : weight;
     const int expert = chosen.expert[row][slot];
     const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
-    return Slot{Id(expert), weight, kind, expert >= 0};
+    return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind, expert >= 0};
   };
-  apply_rule(shared, a, start, load, [&](int index, Id id) { count_slot(counting, shared, index, id); });
+  const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
+  if (start.has_work && start.settings.rule == MARGIN) {
+    apply_margin(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, count);
+  } else {
+    const auto load = [&](int row, int slot) {
+      const Slot s = chosen_slot(row, slot);
+      topk_weights[row * K + slot] = s.weight;
+      return s;
+    };
+    apply_rule(shared, a, start, load, count);
+  }
   sort_slots(counting, shared, sorted, new_ids, num_rows);
 }

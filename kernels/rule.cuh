@@ -22,6 +22,7 @@ namespace {
 
 constexpr int PADDING = 0, EXACT = 2;              // row kinds; 1 = re-routable
 constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
+constexpr int MARGIN = 1;                          // rules; 0 = sere. See margin.cuh
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ constexpr int ceil_pow2(int n) {
@@ -43,13 +44,17 @@ typedef unsigned short Expert;
 #endif
 constexpr int NEAR = E > 256 ? 32 : STRIDE < 128 ? STRIDE : 128;  // so many neighbours fit shared memory
 
-struct __align__(16) Settings {                    // written by the host between two steps
+struct __align__(16) Settings {                    // of one layer, written by the host between two steps
   int mode;
+  int rule;
   int select_top_k;                                // S, 1..K; K = the identity
   int min_primary_experts;                         // m, 0..E
   int has_threshold;
   float threshold;                                 // rho
-  int unused[3];
+  int tau;                                         // of margin, as are the others: in units of demand
+  int runners_up;
+  float beta, fill;
+  int unused[2];
 };
 
 struct __align__(16) Step {                        // written by the host before every step
@@ -80,14 +85,17 @@ struct Shared {
     unsigned short order[MAX_ROWS * K];            // a slot's place among those of its expert
   };
   int lowest_rank[STRIDE];                         // best rank any row gives the expert, K = none
-  int target[STRIDE];                              // where a slot that names the expert goes
+  union {
+    int target[STRIDE];                            // where a slot that names the expert goes
+    int demand[STRIDE];                            // of margin
+  };
   int is_read[STRIDE];                             // is it read after the rule
 };
 
 struct Arguments {
   const Id* ids;                                 // [num_rows][K]
   Id* new_ids;                                   // may be ids: every slot is read before it is written
-  const float* weights;                            // [num_rows][K]
+  float* weights;                                  // [num_rows][K]; margin changes them in place
   int num_rows;
   const Expert* neighbours;                        // [E][STRIDE]: of each expert all, most similar first
   const float* similarity;                         // [E][E], read only under a threshold
@@ -289,6 +297,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
     shared.lowest_rank[v] = K;
+    shared.demand[v] = 0;
     shared.is_read[v] = 0;
   }
   wait_for_earlier_kernels();
@@ -427,7 +436,7 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
 }  // namespace
 
 #define RULE_PARAMETERS                                                                                  \
-  const Id *ids, Id *new_ids, const float *weights, int num_rows, const void *neighbours,                \
+  const Id *ids, Id *new_ids, float *weights, int num_rows, const void *neighbours,                      \
       const float *similarity, const void *settings, const void *step, const signed char *row_kind,      \
       unsigned long long *counters, int counter_stride, const unsigned char *unavailable
 #define RULE_ARGUMENTS                                                                                   \

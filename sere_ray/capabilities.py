@@ -9,6 +9,9 @@ from typing import TypedDict
 from sere_ray.config import Policy
 from sere_ray.errors import PolicyError, UnsupportedError
 
+KERNEL_RULES = ("sere", "margin")
+"""What a GPU engine computes."""
+
 
 class EngineKind(TypedDict):
     """What decides which policies engines can run: arguments of the checks below."""
@@ -69,10 +72,10 @@ def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) ->
 
 
 def _check_kernel(policy: Policy, where: str) -> None:
-    if policy.rule != "sere":
+    if policy.rule not in KERNEL_RULES:
         raise UnsupportedError(
-            f"{where}.rule = {policy.rule!r}: the CUDA kernel computes 'sere' alone so far, a CPU "
-            "engine every rule; use rule = 'sere' on a GPU"
+            f"{where}.rule = {policy.rule!r}: the CUDA kernel computes {' and '.join(KERNEL_RULES)}"
+            ", a CPU engine every rule; use one of these on a GPU"
         )
     if policy.prefer_local_rank is not None:
         raise UnsupportedError(

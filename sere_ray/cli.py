@@ -206,7 +206,7 @@ def step_time(
         str, typer.Option(help="uniform and, on a GPU, skewed: some experts are preferred.")
     ] = "uniform",
     arms: Annotated[
-        str | None, typer.Option(help="Settings to time, such as off,S=2,S=1; stock always is.")
+        str | None, typer.Option(help="Settings to time, such as off,S=2,margin; stock always is.")
     ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
     append: Annotated[

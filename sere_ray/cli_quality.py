@@ -95,7 +95,7 @@ def tune(
     ] = None,
     batches: Annotated[str, typer.Option(help="Decode batch sizes that must keep it.")] = "8,16,32",
     rules: Annotated[
-        str, typer.Option(help="Rules to choose among; GPUs serve sere alone so far.")
+        str, typer.Option(help="Rules to choose among; GPUs serve sere and margin.")
     ] = "sere,oea,xshare,lynx,margin",
     report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
     sequences: Sequences = 128,

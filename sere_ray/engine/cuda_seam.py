@@ -62,23 +62,21 @@ def route(
     """
     state: CudaState = router.sere_state
     state.check_nothing_deferred()
+    layer, is_softmax = router.sere_layer, is_plain_softmax(router)
     sorts = router.capture_fn is None and _sorts_as_expected(router.sere_runner())
-    chooses = _is_plain_softmax(router) and indices_type in (None, torch.int32)
+    chooses = is_softmax and indices_type in (None, torch.int32)
     if sorts and chooses and state.can_route(router_logits):
         is_padding = _padding_mask(router_logits.shape[0])
-        return state.defer_routing(
-            router.sere_layer, router_logits, is_padding, renormalize=router.renormalize
-        )
+        return state.defer_routing(layer, router_logits, is_padding, renormalize=router.renormalize)
+    scores = state.scores_of(layer, router_logits, is_softmax=is_softmax)
     topk_weights, topk_ids = original(hidden_states, router_logits, indices_type, **kwargs)
-    if sorts:
-        state.defer(router.sere_layer, topk_ids, topk_weights)
-    else:
-        state.reroute_inplace(router.sere_layer, topk_ids, topk_weights)
+    reroute = state.defer if sorts else state.reroute_inplace
+    reroute(layer, topk_ids, topk_weights, scores)
     return topk_weights, topk_ids
 
 
-def _is_plain_softmax(router: Any) -> bool:
-    """Is the gate a softmax and a top-k, without groups and bias? `route.cu` knows that one."""
+def is_plain_softmax(router: Any) -> bool:
+    """Is the gate a softmax and a top-k, without groups and bias? The kernels know that one."""
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 
     return type(router).__bases__ == (FusedTopKRouter,) and router.scoring_func == "softmax"

@@ -17,9 +17,16 @@ from sere_ray.capabilities import check_policy
 from sere_ray.config import Policy
 from sere_ray.engine.state import EngineState, Routing
 from sere_ray.errors import UnsupportedError
-from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, MAX_ROUTED_ROWS, Aligned, RuleKernel
+from sere_ray.kernel.launcher import (
+    LOGIT_DTYPES,
+    MAX_ALIGNED_ROWS,
+    MAX_ROUTED_ROWS,
+    Aligned,
+    RuleKernel,
+    reads_logits,
+)
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
-from sere_ray.rules import RuleCounts
+from sere_ray.rules import RULES, RuleCounts
 
 MAX_ROUTED_LOGITS = 4096
 """Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses
@@ -33,6 +40,8 @@ class Deferred(NamedTuple):
     topk_ids: Tensor
     topk_weights: Tensor
     logits: Tensor | None = None
+    chooses: bool = False
+    """The ids are still to be chosen from the logits, as the fields below say."""
     is_padding: Tensor | None = None
     renormalize: bool = False
 
@@ -58,11 +67,12 @@ class CudaState(EngineState):
             layer: LayerTables.build(self.artifact.layers[layer], self.device)
             for layer in self.layers
         }
-        self.settings = Settings(self.device)
+        self.settings = Settings(self.device, len(self.layers))
         self.step_input = StepInput(self.max_rows, self.device)
         shape = (2, len(self.layers), len(RuleCounts._fields))
         self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.deferred: Deferred | None = None
+        self.without_scores: set[int] = set()
         self.exact_requests: set[str] = set()
         self.kernel(torch.int32).load(self.device, ("reroute", "reroute_and_align"))
         for logits in (torch.bfloat16, torch.float32):
@@ -78,6 +88,38 @@ class CudaState(EngineState):
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
         check_policy(policy, on_gpu=True, several_ranks=False)
+        self.check_scores(policy)
+
+    def check_scores(self, policy: Policy) -> None:
+        """Refuse a rule that reads scores which a gate here does not give.
+
+        Raises:
+            UnsupportedError: the gate has groups, a bias, another function than softmax, or logits
+                of a type that the kernels do not read.
+        """
+        if RULES[policy.rule].needs_scores and self.without_scores:
+            raise UnsupportedError(
+                f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax "
+                f"of {' or '.join(str(dtype) for dtype in LOGIT_DTYPES)}; that of layer "
+                f"{min(self.without_scores)} does not; use rule = 'sere'"
+            )
+
+    def scores_of(self, layer: int, logits: Tensor, *, is_softmax: bool) -> Tensor | None:
+        """A gate's logits, if rules can read scores from them.
+
+        Args:
+            layer: decoder layer.
+            logits: ``[T, E]``.
+            is_softmax: whether the gate chooses the K best of their softmax.
+
+        Raises:
+            UnsupportedError: they cannot, and the running rule does.
+        """
+        if is_softmax and reads_logits(logits):
+            return logits
+        self.without_scores.add(layer)
+        self.check_scores(self.policy)
+        return None
 
     def apply_policy(self) -> None:
         """Copy the policy's numbers to the device, behind every step launched so far."""
@@ -103,17 +145,28 @@ class CudaState(EngineState):
         """The next pass computes nobody's rows: leave it alone."""
         self.step_input.clear()
 
-    def reroute_inplace(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Apply the policy to one layer of the running step and count."""
-        kernel = self.kernel(topk_ids.dtype)
-        kernel.reroute(topk_ids, topk_ids, topk_weights, self.layer(layer))
+    def reroute_inplace(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None = None
+    ) -> None:
+        """Apply the policy to one layer of the running step and count.
 
-    def defer(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Re-route when the experts sort these ids: :meth:`align`."""
+        Args:
+            layer: decoder layer.
+            topk_ids: ``[T, K]``.
+            topk_weights: ``[T, K]``.
+            logits: of :meth:`scores_of`.
+        """
+        kernel = self.kernel(topk_ids.dtype)
+        kernel.reroute(topk_ids, topk_ids, topk_weights, self.layer(layer), logits=logits)
+
+    def defer(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None = None
+    ) -> None:
+        """Re-route when the experts sort these ids: :meth:`align`; as :meth:`reroute_inplace`."""
         if topk_ids.shape[0] > MAX_ALIGNED_ROWS:
-            self.reroute_inplace(layer, topk_ids, topk_weights)
+            self.reroute_inplace(layer, topk_ids, topk_weights, logits)
         else:
-            self.deferred = Deferred(layer, topk_ids, topk_weights)
+            self.deferred = Deferred(layer, topk_ids, topk_weights, logits)
 
     def can_route(self, logits: Tensor) -> bool:
         """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
@@ -139,7 +192,7 @@ class CudaState(EngineState):
         shape = (logits.shape[0], self.top_k)
         weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
         ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-        self.deferred = Deferred(layer, ids, weights, logits, is_padding, renormalize)
+        self.deferred = Deferred(layer, ids, weights, logits, True, is_padding, renormalize)
         return weights, ids
 
     def align(
@@ -156,7 +209,7 @@ class CudaState(EngineState):
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
-        if held.logits is not None:
+        if held.chooses and held.logits is not None:
             return self.kernel(topk_ids.dtype, held.logits.dtype).route_and_align(
                 held.logits,
                 topk_ids,
@@ -167,7 +220,12 @@ class CudaState(EngineState):
                 block_size=block_size,
             )
         return self.kernel(topk_ids.dtype).reroute_and_align(
-            topk_ids, topk_ids, held.topk_weights, self.layer(held.layer), block_size=block_size
+            topk_ids,
+            topk_ids,
+            held.topk_weights,
+            self.layer(held.layer),
+            block_size=block_size,
+            logits=held.logits,
         )
 
     def check_nothing_deferred(self) -> None:
@@ -194,5 +252,6 @@ class CudaState(EngineState):
 
     def layer(self, layer: int) -> DeviceLayer:
         """What a launch reads and writes of a decoder layer."""
-        counters = self.counters[:, self.position[layer]]
-        return DeviceLayer(self.tables[layer], self.settings, self.step_input, counters)
+        position = self.position[layer]
+        counters, settings = self.counters[:, position], self.settings.buffer[position]
+        return DeviceLayer(self.tables[layer], settings, self.step_input, counters)

@@ -66,7 +66,7 @@ class UnionCudaState(CudaState):
         shape = (2, len(self.artifact.layers), NUM_COUNTERS)
         self.gathered_counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.gathered_step = StepInput(self.max_rows * self.num_ranks, self.device)
-        self.identity = Settings(self.device)
+        self.identity = Settings(self.device)  # of every layer
         self.ranks = torch.zeros(self.num_experts, dtype=torch.uint8, device=self.device)
         self.version = 0
         super().__post_init__()
@@ -179,6 +179,7 @@ class UnionCudaState(CudaState):
         *,
         placement: Placement | None,
         sorts: bool,
+        logits: Tensor | None = None,
     ) -> None:
         """Re-route a layer's ids in place, or arrange for it to happen when they are gathered.
 
@@ -188,6 +189,7 @@ class UnionCudaState(CudaState):
             topk_weights: ``[T, K]``.
             placement: where experts are if ids will be gathered; None if they will not.
             sorts: whether the experts may be given gathered ids sorted.
+            logits: of :meth:`scores_of`.
         """
         gathers = placement is not None
         way: Way = "gathered" if gathers and not self.before_dispatch else "before"
@@ -202,7 +204,7 @@ class UnionCudaState(CudaState):
         if way == "before":
             self.reroute_before_dispatch(layer, topk_ids, topk_weights)
         elif way == "local":
-            self.reroute_inplace(layer, topk_ids, topk_weights)
+            self.reroute_inplace(layer, topk_ids, topk_weights, logits)
         if placement is not None:
             self.placements[layer] = placement
             self.awaited = layer, sorts
@@ -245,8 +247,10 @@ class UnionCudaState(CudaState):
         across_ranks.reroute_gathered(*self._gathered_arguments(held))
 
     def _gathered_arguments(self, held: Deferred) -> tuple[Any, ...]:
-        settings = self.settings if self.way == "gathered" else self.identity
-        counters = self.gathered_counters[:, self.position[held.layer]]
+        position = self.position[held.layer]
+        rows = (self.settings.buffer[position], self.identity.buffer[0])
+        settings = rows[self.way != "gathered"]
+        counters = self.gathered_counters[:, position]
         layer = DeviceLayer(self.tables[held.layer], settings, self.gathered_step, counters)
         kernel = self.kernel(held.topk_ids.dtype)
         return kernel, held.topk_ids, held.topk_weights, layer, self.placements[held.layer]

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.cuda_seam import request_kinds
+from sere_ray.engine.cuda_seam import is_plain_softmax, request_kinds
 from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
 from sere_ray.engine.row_kinds import row_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
@@ -80,11 +80,18 @@ def ranks_of_engine() -> dict[str, Any]:
     }
 
 
-def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: Any) -> Routing:
+def route(
+    router: Any,
+    original: Callable[..., Routing],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Routing:
     """The gate's choice, re-routed or waiting to be gathered; as ``cuda_seam.route``."""
     state: UnionCudaState = router.sere_state
     state.check_nothing_deferred()
-    topk_weights, topk_ids = original(*args, **kwargs)
+    topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
     if router.capture_fn is not None:
         raise UnsupportedError(
             "sere: enable_return_routed_experts = True with data parallelism on a GPU: ids are "
@@ -95,7 +102,10 @@ def route(router: Any, original: Callable[..., Routing], *args: Any, **kwargs: A
     placement = state.placements.get(layer)
     if gathers and placement is None:  # in the first pass, which no graph captures
         placement = _placement(runner, state.num_experts, state.device)
-    state.route_layer(layer, topk_ids, topk_weights, placement=placement, sorts=sorts)
+    scores = state.scores_of(layer, router_logits, is_softmax=is_plain_softmax(router))
+    state.route_layer(
+        layer, topk_ids, topk_weights, placement=placement, sorts=sorts, logits=scores
+    )
     return topk_weights, topk_ids
 
 

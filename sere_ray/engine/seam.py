@@ -181,6 +181,9 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         route = cuda_union_seam.route if isinstance(state, UnionCudaState) else cuda_seam.route
         router.__class__ = _rerouting_class(router.__class__, route)
+        if not cuda_seam.is_plain_softmax(router):
+            state.without_scores.add(layer)
+        state.check_scores(state.policy)
     else:
         check_gate(state.policy, router)
         router.__class__ = _rerouting_class(router.__class__, cpu_seam.route)

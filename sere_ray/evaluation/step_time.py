@@ -4,6 +4,7 @@ One engine without the ``sere`` key (stock) and one with it take turns. Repeats 
 all settings in random order, so that drift of the machine hits all alike.
 """
 
+import bisect
 import itertools
 import random
 import statistics
@@ -35,6 +36,8 @@ from sere_ray.progress import progress
 ROW_KEY = ("model", "router", "batch", "arm")
 """What tells rows of a result file apart."""
 _WARM_UP_TOKENS = 10
+_TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
+"""Of the arm ``margin``: from the smallest demand that is told from 0, by factors of 1.4, to 1."""
 Save = Callable[[dict[str, Any]], None]
 """Takes the measured content of the result file so far."""
 
@@ -54,17 +57,11 @@ class Arm:
 
 
 def arms(similarity: str, top_k: int) -> list[Arm]:
-    """Stock, then the rule discarded (`observe`), then S = K, K/2, 2 and 1 without floor."""
+    """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
+    common = {"similarity": similarity, "min_primary_experts": 0}
 
     def policy(select_top_k: int, mode: str = "on") -> Policy:
-        return Policy.parse(
-            {
-                "similarity": similarity,
-                "select_top_k": select_top_k,
-                "min_primary_experts": 0,
-                "mode": mode,
-            }
-        )
+        return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
 
     sizes = sorted({top_k, top_k // 2, 2, 1}, reverse=True)
     return [
@@ -72,6 +69,7 @@ def arms(similarity: str, top_k: int) -> list[Arm]:
         Arm("off", policy(1, "off")),
         Arm("observe", policy(1, "observe")),
         *(Arm(f"S={size}", policy(size)) for size in sizes),
+        Arm("margin", Policy.parse({**common, "rule": "margin", "tau": _TAUS[0]})),
     ]
 
 
@@ -85,7 +83,8 @@ class Plan:
         repeats: interleaved repeats of every point.
         tokens: decode steps that are timed in a repeat.
         routers: how tokens spread over the experts.
-        arms: names of the timed settings; None is all, on a GPU without ``observe``.
+        arms: names of the timed settings; None is all but ``margin``, whose tau is sought first,
+            and on a GPU without ``observe``.
         compiled: run vLLM's compiled graphs; False = eager.
     """
 
@@ -104,7 +103,8 @@ class Plan:
             SereError: an arm that the model does not have.
         """
         names = [arm.name for arm in settings]
-        chosen = self.arms or tuple(n for n in names if n != "observe" or not on_gpu())
+        left_out = {"margin", "observe"} if on_gpu() else {"margin"}
+        chosen = self.arms or tuple(n for n in names if n not in left_out)
         for name in chosen:
             if name not in names:
                 raise SereError(f"--arms: {name!r} is none of {', '.join(names)}")
@@ -210,8 +210,12 @@ def _measure_batch(
 ) -> list[dict[str, Any]]:
     times: dict[str, list[list[float]]] = {}
     experts: dict[str, float] = {}
-    timed = bench.plan.timed(bench.settings)
-    counted = [arm for arm in bench.settings if arm in timed or arm.name == "observe"]
+    timed = [
+        _reads_like_s2(bench, arm, batch) if arm.name == "margin" else arm
+        for arm in bench.plan.timed(bench.settings)
+    ]
+    observe = next(arm for arm in bench.settings if arm.name == "observe")
+    counted = timed if observe in timed else [*timed, observe]
     for repeat in range(bench.plan.repeats + 1):
         arms_now = timed if repeat else counted  # the first one warms up and counts
         for arm in order.sample(arms_now, len(arms_now)):
@@ -235,6 +239,24 @@ def _measure_batch(
     ]
 
 
+def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
+    """``margin`` with the largest tau at which it reads no fewer experts than S = 2."""
+
+    def experts_of(arm: Arm) -> float:
+        engine = bench.engine(arm)
+        read_counters(engine, reset=True)
+        _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
+        return experts_read(read_counters(engine), "experts_after")
+
+    def with_tau(tau: float) -> Arm:
+        policy = margin.policy and margin.policy.model_copy(update={"tau": tau})
+        return Arm(margin.name, policy)
+
+    wanted = experts_of(next(arm for arm in bench.settings if arm.name == "S=2"))
+    fewer = bisect.bisect_left(_TAUS, True, key=lambda tau: experts_of(with_tau(tau)) < wanted)
+    return with_tau(_TAUS[max(fewer - 1, 0)])
+
+
 def _row(
     bench: Bench,
     router: Router,
@@ -253,6 +275,7 @@ def _row(
         "batch": batch,
         "arm": arm.name,
         "select_top_k": arm.select_top_k,
+        "tau": arm.policy.tau if arm.policy else None,
         "mode": arm.policy.mode if arm.policy else None,
         "step_ms": round(statistics.median(step_ms), 3),
         "step_ms_min": round(min(step_ms), 3),

@@ -19,8 +19,8 @@ logger = logging.getLogger("vllm.sere_ray")
 INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
 
 
-HEADER = "rule.cuh"
-"""What the kernel files include."""
+HEADERS = ("rule.cuh", "margin.cuh")
+"""What kernel files include."""
 
 
 def source_path(name: str) -> Path:
@@ -48,7 +48,7 @@ def compile_cubin(name: str, defines: Mapping[str, int], architecture: str) -> b
         UnsupportedError: cuda-core or NVRTC is not installed, or does not know the architecture.
     """
     options = [f"{key}={value}" for key, value in sorted(defines.items())]
-    sources = [source_path(file).read_text() for file in (name, HEADER)]
+    sources = [source_path(file).read_text() for file in (name, *HEADERS)]
     key = "\n".join((*sources, *options, architecture, _nvrtc_version()))
     path = cache_folder() / f"{Path(name).stem}-{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if path.is_file():

@@ -32,6 +32,15 @@ FILES = {
 """Which file of ``kernels/`` holds a kernel."""
 
 
+LOGIT_DTYPES = (torch.bfloat16, torch.float32)
+"""Of the gate's logits, as the kernels read them."""
+
+
+def reads_logits(logits: Tensor) -> bool:
+    """Whether the kernels can read these."""
+    return logits.dtype in LOGIT_DTYPES and logits.is_contiguous()
+
+
 class Aligned(NamedTuple):
     """Slots sorted by expert, as vLLM's Triton expert GEMM reads them."""
 
@@ -73,7 +82,7 @@ class RuleKernel:
     def can_route(self) -> bool:
         """Whether :meth:`route_and_align` takes this shape."""
         power = self.num_experts == power_of_two(self.num_experts)
-        logits = self.logit_dtype in (torch.bfloat16, torch.float32)
+        logits = self.logit_dtype in LOGIT_DTYPES
         return power and 32 <= self.num_experts <= 256 and logits and not self.unavailable
 
     def defines(self, name: str, threads: int) -> dict[str, int]:
@@ -112,6 +121,7 @@ class RuleKernel:
         topk_weights: Tensor,
         layer: DeviceLayer,
         *,
+        logits: Tensor | None = None,
         unavailable: Tensor | None = None,
     ) -> None:
         """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
@@ -119,12 +129,14 @@ class RuleKernel:
         Args:
             topk_ids: ``[T, K]`` contiguous.
             new_ids: ``[T, K]`` contiguous.
-            topk_weights: ``float32 [T, K]`` contiguous.
+            topk_weights: ``float32 [T, K]`` contiguous; the rule ``margin`` changes them in place.
             layer: this layer's.
-            unavailable: ``[E]`` bool, with a kernel that was made for it.
+            logits: ``[T, E]`` of a softmax gate, bfloat16 or float32, contiguous. Without them the
+                rule ``margin`` must not be set.
+            unavailable: ``[E]`` bool, with a kernel that was made for it. It has no ``margin``.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
-        self.launch("reroute", topk_ids, arguments)
+        self.launch("reroute", topk_ids, arguments + self._logits(logits))
 
     def reroute_and_align(
         self,
@@ -134,6 +146,7 @@ class RuleKernel:
         layer: DeviceLayer,
         *,
         block_size: int,
+        logits: Tensor | None = None,
     ) -> Aligned:
         """Re-route and sort the slots by their new expert, in the same launch.
 
@@ -143,9 +156,11 @@ class RuleKernel:
             topk_weights: as for :meth:`reroute`.
             layer: as for :meth:`reroute`.
             block_size: a power of two, rows of an expert GEMM's tile.
+            logits: as for :meth:`reroute`.
         """
         aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, None)
+        arguments += self._logits(logits)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
         return aligned
 
@@ -165,7 +180,8 @@ class RuleKernel:
         Args:
             logits: ``[T, E]`` of ``logit_dtype``, contiguous, at most ``MAX_ROUTED_ROWS`` rows.
             new_ids: ``[T, K]``, written.
-            topk_weights: ``float32 [T, K]``, written: bit for bit what vLLM's top-k kernel gives.
+            topk_weights: ``float32 [T, K]``, written: bit for bit what vLLM's top-k kernel gives,
+                but for rows that the rule ``margin`` changes.
             layer: as for :meth:`reroute`.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
@@ -249,13 +265,23 @@ class RuleKernel:
             np.int32(topk_ids.shape[0]),
             layer.tables.neighbours.data_ptr(),
             layer.tables.similarity.data_ptr(),
-            layer.settings.buffer.data_ptr(),
+            layer.settings.data_ptr(),
             step_address,
             step_address + STEP.size,
             layer.counters.data_ptr(),
             np.int32(layer.counters.stride(0)),
             unavailable.data_ptr() if unavailable is not None else 0,
         )
+
+    def _logits(self, logits: Tensor | None) -> tuple[Any, ...]:
+        if logits is None:
+            return 0, np.int32(0)
+        if not reads_logits(logits) or logits.shape[1] != self.num_experts:
+            raise ValueError(
+                f"logits must be contiguous [T, {self.num_experts}] of {LOGIT_DTYPES}, got "
+                f"{logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
+            )
+        return logits.data_ptr(), np.int32(logits.dtype.itemsize)
 
     def launch(
         self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...], *, early: bool = True

@@ -7,11 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sere_ray.capabilities import KERNEL_RULES
 from sere_ray.config import BoundPolicy
-from sere_ray.rules import REROUTABLE
+from sere_ray.rules import REROUTABLE, Layer
+from sere_ray.rules.margin import demand_units
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
-_SETTINGS = struct.Struct("iiiif12x")
+_RULES = {name: number for number, name in enumerate(KERNEL_RULES)}
+_SETTINGS = struct.Struct("iiiiifiiff8x")
 STEP = struct.Struct("iiiii12x")
 """What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
 
@@ -44,22 +47,35 @@ class LayerTables(NamedTuple):
 class Settings:
     """The policy's numbers in device memory: a captured graph follows a change of them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.buffer = torch.zeros(_SETTINGS.size, dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device, layers: int = 1) -> None:
+        shape = (layers, _SETTINGS.size)
+        self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
         """Takes effect for everything that is launched afterwards on the current stream."""
-        identity = not 0 < policy.select_top_k < top_k
-        # torch rounds to float32 as the reference does, beyond its range to infinity
-        rho = float(torch.tensor(policy.threshold or 0.0, dtype=torch.float32))
-        packed = _SETTINGS.pack(
-            _MODES[policy.mode],
-            top_k if identity else policy.select_top_k,
-            min(max(policy.min_primary_experts, 0), num_experts),
-            policy.threshold is not None,
-            rho,
+        packed = (
+            _pack(policy, policy.of_layer(layer, num_experts, None), top_k)
+            for layer in range(len(self.buffer))
         )
-        _copy_to_device(packed, self.buffer)
+        _copy_to_device(b"".join(packed), self.buffer.view(-1))
+
+
+def _pack(policy: BoundPolicy, layer: Layer, top_k: int) -> bytes:
+    identity = not 0 < layer.select_top_k < top_k
+    # torch rounds to float32 as the reference does, beyond its range to infinity
+    rho = float(torch.tensor(layer.threshold or 0.0, dtype=torch.float32))
+    return _SETTINGS.pack(
+        _MODES[policy.mode],
+        _RULES[policy.rule],
+        top_k if identity else layer.select_top_k,
+        min(max(layer.min_primary_experts, 0), layer.num_experts),
+        layer.threshold is not None,
+        rho,
+        demand_units(layer.tau),
+        min(layer.runners_up, layer.num_experts),
+        layer.beta,
+        layer.fill,
+    )
 
 
 class StepInput:
@@ -116,7 +132,8 @@ class DeviceLayer(NamedTuple):
     """What a launch reads and writes of one layer, beside ids and weights."""
 
     tables: LayerTables
-    settings: Settings
+    settings: Tensor
+    """This layer's row of :class:`Settings`."""
     step: StepInput
     counters: Tensor
     """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""

@@ -110,9 +110,12 @@ def refill(
 ) -> Choice:
     """Rows take their own best-scored kept experts, distinct ones: first those they had.
 
+    Equal scores: the lowest index.
+
     The weight of expert v is ``W p_v / (Z^beta Z_K^(1 - beta))``: p the score, times ``fill`` for a
     stand-in; Z the sum of p over what the row takes, Z_K over what it had; W the sum of its former
-    weights. So beta = 1 renormalises. A row that finds fewer than K drops slots.
+    weights. So beta = 1 renormalises, and a factor common to a row's scores changes nothing. A row
+    that finds fewer than K drops slots.
 
     Args:
         kept: ``[..., E]`` bool.
@@ -133,9 +136,11 @@ def refill(
     before = scores[unserved].gather(1, ids).sum(dim=1, keepdim=True)
     own = torch.zeros_like(scores[unserved], dtype=torch.bool).scatter_(1, ids, True)
     p = torch.where(own, scores[unserved], fill * scores[unserved])
-    rank_by = (scores[unserved] + own).masked_fill(~of_rows[unserved], 0.0)  # scores are <= 1
+    # The bits of floats in 0..1 are in their order, and below 2^30.
+    rank_by = scores[unserved].view(torch.int32) + own.int() * 2**30
+    rank_by = rank_by.masked_fill(~of_rows[unserved], -1)
     new_ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-    taken = rank_by.gather(1, new_ids) > 0
+    taken = rank_by.gather(1, new_ids) >= 0
     p = torch.where(taken, p.gather(1, new_ids), 0.0)
     scale = p.sum(dim=1, keepdim=True) ** beta * before ** (1 - beta)
     new_weights = torch.where(taken, p * weights.sum(dim=1, keepdim=True) / scale, 0.0)

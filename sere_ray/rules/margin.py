@@ -24,6 +24,10 @@ from sere_ray.rules.peers import best_experts, top_of_rows
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
+SCORE_UNIT = 2**22
+"""Of a row's scores, which are integers before they are added up: 511 of them fit 31 bits."""
+_NAMED, _DEMAND = 1, 2**16
+"""What a row adds to an expert's number in :func:`ask`: once for naming it, and per unit."""
 
 
 def margin(
@@ -34,16 +38,49 @@ def margin(
     With m = K a batch of one row is exact. Weights: :func:`sere_ray.rules.interface.refill`.
     """
     scores = need_scores(scores)
+    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer), layer)
+    return refill(kept, topk_ids, topk_weights, scores, row_kind, beta=layer.beta, fill=layer.fill)
+
+
+def ask(
+    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer
+) -> Tensor:
+    """What some rows want of each expert, ``[..., E]`` int64: numbers to add up over ranks.
+
+    Of a rank at most ``UNIT + 1`` is told, which is more than any tau: so much is asked for what
+    is kept anyway, first choices and experts of exact rows.
+    """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
-    demanded = demand(topk_ids, scores, row_kind, layer)
-    first = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
-    kept = first | (demanded > round(layer.tau * UNIT))
+    anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
+    wanted = demand(topk_ids, scores, row_kind, layer).clamp(max=UNIT + 1)
+    wanted = wanted.masked_fill(anyway, UNIT + 1)
+    named = anyway | named_by(topk_ids, rows, layer.num_experts)
+    return wanted * _DEMAND + named.long() * _NAMED
+
+
+def keep(asked: Tensor, layer: Layer) -> Tensor:
+    """``[..., E]`` bool: the experts that are kept, all of which somebody named.
+
+    A row keeps its own kept choices, so each of them is read.
+
+    Args:
+        asked: sums of :func:`ask` over less than 2^16 ranks.
+        layer: as there.
+    """
+    named, wanted = is_named(asked), asked // _DEMAND
+    kept = wanted > demand_units(layer.tau)
     # The floor is filled by demand with experts that somebody named.
-    named = first | named_by(topk_ids, rows, layer.num_experts)
-    enough = best_experts(kept, demanded.masked_fill(~named, -1), layer.min_primary_experts)
-    return refill(
-        enough & named, topk_ids, topk_weights, scores, row_kind, beta=layer.beta, fill=layer.fill
-    )
+    return named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+
+
+def is_named(asked: Tensor) -> Tensor:
+    """``[..., E]`` bool: the experts that somebody named."""
+    return asked % _DEMAND > 0
+
+
+def demand_units(tau: float) -> int:
+    """A demand as an integer."""
+    return round(tau * UNIT)
 
 
 def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> Tensor:
@@ -51,16 +88,22 @@ def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> 
 
     A row's lead for a chosen expert is its score less the mean score of the ``runners_up`` best
     unchosen experts, at least 0, divided by the sum of the chosen scores.
+
+    The same bits on every device: scores are divided by the row's best and rounded to integers of
+    2^-22 (q), so that their sums have no order. Then, in float32 and in this order,
+    lead = (n q - sum of the n runners-up) / (sum of the chosen q, times n), squared, times 2^20,
+    rounded half to even. A factor common to a row's scores cancels out.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = torch.where(rows[..., None], topk_ids, 0).long()
-    of_chosen = scores.gather(-1, chosen)
+    units = (scores / scores.amax(dim=-1, keepdim=True) * SCORE_UNIT).round()
+    units = torch.where(rows[..., None], units, 0.0).long()
+    of_chosen = units.gather(-1, chosen)
     count = min(layer.runners_up, layer.num_experts - topk_ids.shape[-1])
-    reference = torch.zeros_like(of_chosen[..., :1])
-    if count:
-        others = scores.scatter(-1, chosen, 0.0)
-        reference = others.topk(count, dim=-1).values.mean(dim=-1, keepdim=True)
-    lead = (of_chosen - reference).clamp(min=0) / of_chosen.sum(dim=-1, keepdim=True)
-    units = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
-    total = units.new_zeros((*units.shape[:-2], layer.num_experts))
-    return total.scatter_add_(-1, chosen.flatten(-2), units.flatten(-2))
+    others = units.scatter(-1, chosen, 0).topk(count, dim=-1).values.sum(dim=-1, keepdim=True)
+    count = max(count, 1)  # without others a lead is the score itself
+    ahead = (count * of_chosen - others).clamp(min=0).float()
+    lead = ahead / (of_chosen.sum(dim=-1, keepdim=True).float() * count)
+    wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
+    total = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))
+    return total.scatter_add_(-1, chosen.flatten(-2), wanted.flatten(-2))

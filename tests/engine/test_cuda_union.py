@@ -20,15 +20,17 @@ from sere_ray.errors import PolicyError, UnsupportedError
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, sere
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernels.emulator import COMPILER, KernelError
 from tests.kernels.kernel_cases import check_local_alignment, library
+from tests.kernels.margin_cases import by_reference
+from tests.kernels.test_margin_on_cpu import exp
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
 RULE = "PPPqPPPPPPqP"
 SIGNATURES = {
-    "reroute": RULE,
+    "reroute": RULE + "Pq",
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_ranks": RULE + "P",
@@ -125,7 +127,7 @@ def emulated(monkeypatch, tmp_path_factory):
             topk_ids.shape[0],
             layer.tables.neighbours.data_ptr(),
             layer.tables.similarity.data_ptr(),
-            layer.settings.buffer.data_ptr(),
+            layer.settings.data_ptr(),
             step,
             step + STEP.size,
             layer.counters.data_ptr(),
@@ -195,7 +197,7 @@ class Group:
 
     def run_layer(self, layer, kinds, sizes, seed, block, gathers):
         generator = torch.Generator().manual_seed(seed * 100 + layer)
-        ids, weights = [], []
+        ids, weights, logits = [], [], []
         for rank, size in enumerate(sizes):
             scores = torch.rand(size, E, generator=generator)
             top = scores.topk(K, sorted=False)
@@ -203,6 +205,7 @@ class Group:
             chosen[len(kinds[rank]) :] = -1  # as vLLM marks padding
             ids.append(chosen)
             weights.append(top.values.contiguous())
+            logits.append(scores)
         before = torch.cat(ids)
 
         def before_gather(rank):
@@ -212,6 +215,7 @@ class Group:
                 weights[rank],
                 placement=self.placements[rank] if gathers else None,
                 sorts=block is not None,
+                logits=logits[rank],
             )
 
         threads = [threading.Thread(target=before_gather, args=(r,)) for r in range(RANKS)]
@@ -229,6 +233,7 @@ class Group:
                     check_local_alignment(gathered, aligned, block, self.placements[rank].local_ids)
             state.check_nothing_deferred()
             after.append(gathered)
+        self.logits = torch.cat(logits)  # of the last layer
         return before, all_weights, after
 
 
@@ -346,6 +351,50 @@ def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
     for rank, state in enumerate(group.states):
         report = state.read_counters(reset=False)
         assert sum(report["decode_only"]["slots_rerouted"]) == slots[rank]
+
+
+@needs_compiler
+def test_margin_with_a_local_union(emulated):
+    """Each rank by its own rows; ids and weights are changed before they are gathered."""
+    group = Group(union="local", rule="margin", select_top_k=None, tau=0.05, min_primary_experts=2)
+    kinds, sizes = PASSES["mixed"]
+    layer, row_kind = LAYERS[-1], padded(kinds, sizes)
+    before, weights, after = group.run_pass(kinds, sizes)[layer]
+    ids_of_ranks, slots = [], 0
+    for rank in range(RANKS):
+        rows = slice(rank * 8, rank * 8 + 8)
+        # a generator gives the weights again, which were changed in place
+        given = group.logits[rows].gather(1, before[rows].long().clamp(min=0))
+        knobs = Layer(E, tau=0.05, min_primary_experts=2)
+        ids, new_weights, counts = by_reference(
+            before[rows], given, group.logits[rows], row_kind[rows], knobs, exp
+        )
+        ids_of_ranks.append(ids)
+        known = row_kind[rows] != PADDING
+        torch.testing.assert_close(weights[rows][known], new_weights[known])
+        report = group.states[rank].read_counters(reset=False)
+        kind = report["mixed" if EXACT in row_kind[rows] else "decode_only"]
+        found = [kind[name][-1] for name in ("experts_before", "experts_after", "slots_rerouted")]
+        assert found == list(counts[:3])
+        slots += counts[2]
+    assert slots > 0
+    for of_rank in after:
+        assert torch.equal(of_rank, torch.cat(ids_of_ranks))
+
+
+@needs_compiler
+def test_a_gate_without_scores_refuses_margin(emulated, has_words):
+    state = Group(union="local").states[0]
+    margin = {"similarity": "f", "rule": "margin", "tau": 0.1, "union": "local"}
+    logits = torch.zeros(3, E)
+    assert state.scores_of(0, logits, is_softmax=True) is logits
+    assert state.scores_of(0, logits, is_softmax=False) is None
+    with pytest.raises(UnsupportedError) as caught:
+        state.set_policy(margin)
+    has_words(str(caught.value), "sere.rule = 'margin'", "softmax", "layer 0", "rule = 'sere'")
+    running = Group(union="local", rule="margin", select_top_k=None, tau=0.1).states[0]
+    with pytest.raises(UnsupportedError, match="needs a gate"):
+        running.scores_of(2, logits.half(), is_softmax=True)
 
 
 @needs_compiler

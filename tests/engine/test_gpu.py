@@ -14,6 +14,7 @@ from sere_ray.engine.state import all_states
 from sere_ray.errors import UnsupportedError
 from sere_ray.rules import PADDING, REROUTABLE, sere
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.kernels.margin_cases import by_reference, gpu_exp
 from tests.models import TOP_K
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -73,6 +74,49 @@ def test_stock_tokens_and_fewer_experts(checkpoint, architecture):
     assert not any(found["off"][1]["experts_before"])
 
 
+def test_margin_reads_fewer_and_keeps_stocks_tokens_where_it_keeps_all(checkpoint):
+    """Live switches between the two rules, too: one engine runs all of them."""
+    margin = {"rule": "margin", "select_top_k": None, "tau": 1.0}
+    stock, found = tokens_of(
+        checkpoint("qwen3_moe_64"),
+        {
+            "S=1": {},
+            "all kept": {**margin, "min_primary_experts": 64},
+            "observe": {**margin, "mode": "observe"},
+            "firsts": margin,
+            "S=K": {"select_top_k": TOP_K},
+        },
+    )
+    for name in ("all kept", "observe", "S=K"):
+        assert found[name][0] == stock, name
+    counts = {name: of_policy for name, (_, of_policy) in found.items()}
+    assert counts["all kept"]["experts_after"] == counts["all kept"]["experts_before"]
+    assert not any(counts["all kept"]["slots_rerouted"])
+    for name in ("firsts", "observe"):
+        assert sum(counts[name]["experts_after"]) < sum(counts[name]["experts_before"])
+        assert sum(counts[name]["slots_rerouted"]) > 0
+    assert found["firsts"][0] != stock
+
+
+def test_a_lone_request_is_exact_under_margin(checkpoint):
+    folder = checkpoint("qwen3_moe_64")
+    with running_engine(folder, **GRAPHS) as engine:
+        stock, _ = generate(engine, prompts(1))
+    key = {"similarity": sere_key(folder)["similarity"], "rule": "margin", "tau": 1.0}
+    with running_engine(folder, key, **GRAPHS) as engine:
+        assert generate(engine, prompts(1))[0] == stock
+
+
+def test_margin_is_refused_where_the_gate_has_groups(checkpoint):
+    folder = checkpoint("deepseek_v2")
+    key = {"similarity": sere_key(folder)["similarity"], "rule": "margin", "tau": 0.1}
+    with (
+        pytest.raises(UnsupportedError, match=r"sere.rule = 'margin': needs a gate"),
+        running_engine(folder, key, **GRAPHS),
+    ):
+        pass
+
+
 def test_random_fp8_experts(checkpoint, tmp_path):
     """vLLM quantises the gates too, so only random weights go with online quantisation."""
     folder = checkpoint("qwen3_moe")
@@ -124,8 +168,9 @@ class Recorder:
                 if held is None:
                     return original(state, *args)
                 layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
+                logits = held.logits
             else:
-                held, (layer, ids, weights) = None, args
+                held, (layer, ids, weights, logits) = None, args
             rows = ids.shape[0]
             if layer not in self.buffers:
                 shape = (self.rows, ids.shape[1])
@@ -133,8 +178,13 @@ class Recorder:
                     torch.full(shape, -9, dtype=kind, device=ids.device)
                     for kind in (torch.int32, torch.float32, torch.int32, torch.float32)
                 )
-            before, weight, after, weight_after = self.buffers[layer]
-            if held and held.logits is not None:  # not chosen yet: let vLLM's own kernel choose
+                shape = (self.rows, state.num_experts)
+                scores = torch.zeros(shape, dtype=torch.float32, device=ids.device)
+                self.buffers[layer] += (scores,)
+            before, weight, after, weight_after, scores = self.buffers[layer]
+            if logits is not None:
+                scores[:rows].copy_(logits)
+            if held and held.chooses:  # not chosen yet: let vLLM's own kernel choose
                 gate = held.logits
                 chosen = fused_topk(gate, gate, ids.shape[1], held.renormalize)
                 before[:rows].copy_(chosen[1])
@@ -177,13 +227,46 @@ def recorder(monkeypatch):
     return recorder
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_moe_64", "deepseek_v2"])
-def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
-    """Chunked prefill beside decode, graphs, padding, async scheduling, a policy that changes."""
+MARGIN = {"rule": "margin", "select_top_k": None, "threshold": None, "tau": 0.02}
+BY_SERE = [{}, {"select_top_k": 1}, {"select_top_k": TOP_K}, {"threshold": None}]
+BY_MARGIN = [
+    MARGIN,
+    {"select_top_k": 1},
+    {**MARGIN, "tau": [1.0, 0.0, 0.05, 0.01], "beta": 1.0, "min_primary_experts": 0},
+    {**MARGIN, "runners_up": 3, "fill": 1.0, "mode": "observe"},
+]
+
+
+def recount(bound, position, similarity, before, weights, logits, row_kind):
+    """Ids, weights and counters of a layer, by the reference."""
+    if bound.rule == "margin":
+        layer = bound.of_layer(position, len(similarity), None)
+        return by_reference(before, weights, logits, row_kind, layer, gpu_exp)
+    arguments = {
+        "row_kind": row_kind,
+        "select_top_k": bound.select_top_k,
+        "threshold": bound.threshold,
+        "min_primary_experts": bound.min_primary_experts,
+    }
+    wanted = sere.reroute(before, weights, similarity, **arguments)
+    plan = sere.make_plan(before, weights, similarity, **arguments)
+    return wanted, weights, sere.count(plan, before, wanted, row_kind)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "graphs"),
+    [
+        ("qwen3_moe", BY_SERE, COMPILED),
+        ("qwen3_moe_64", BY_SERE, GRAPHS),
+        ("deepseek_v2", BY_SERE, GRAPHS),
+        pytest.param("qwen3_moe", BY_MARGIN, GRAPHS, id="margin"),
+        pytest.param("qwen3_moe_64", BY_MARGIN, GRAPHS, id="margin_with_top_k"),
+    ],
+)
+def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, changes, graphs):
+    """Chunked prefill beside decode, graphs, padding, async scheduling, rules that change."""
     folder = checkpoint(architecture)
     key = sere_key(folder, select_top_k=2, threshold=0.9, min_primary_experts=3)
-    changes = [{}, {"select_top_k": 1}, {"select_top_k": TOP_K}, {"threshold": None}]
-    graphs = COMPILED if architecture == "qwen3_moe" else GRAPHS
     options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
     with running_engine(folder, key, **options) as engine:
         state = all_states()[-1]  # earlier engines of this process are there, too
@@ -207,7 +290,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
         counters = read_counters(engine)
         artifact = state.artifact
     layers = counters["layers"]
-    recount = np.zeros((2, len(layers), 4), dtype=np.int64)
+    recount_of = np.zeros((2, len(layers), 4), dtype=np.int64)
     totals = np.zeros((2, 2), dtype=np.int64)
     graphed = 0
     for kinds, bound, kind, copies in recorder.steps:
@@ -215,25 +298,23 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
             continue
         totals[kind] += (1, np.count_nonzero(kinds == REROUTABLE))
         for position, layer in enumerate(layers):
-            before, weights, after, weights_after = (tensor.cpu() for tensor in copies[layer])
+            before, weights, after, weights_after, logits = (t.cpu() for t in copies[layer])
             rows = len(kinds)
-            assert torch.equal(weights[:rows], weights_after[:rows])  # bit for bit
             # Rows behind a step's are a graph's padding, or left from a larger step.
             graphed += bool((before[rows] == -1).all())
             row_kind = torch.from_numpy(kinds)
             assert PADDING not in kinds
-            arguments = {
-                "row_kind": row_kind,
-                "select_top_k": bound.select_top_k,
-                "threshold": bound.threshold,
-                "min_primary_experts": bound.min_primary_experts,
-            }
-            similarity = artifact.layers[layer]
-            wanted = sere.reroute(before[:rows], weights[:rows], similarity, **arguments)
+            given = (before[:rows], weights[:rows], logits[:rows], row_kind)
+            wanted, wanted_weights, counts = recount(
+                bound, position, artifact.layers[layer], *given
+            )
+            recount_of[kind, position] += [int(number) for number in counts]
+            if bound.mode == "observe":
+                wanted, wanted_weights = before[:rows], weights[:rows]
             assert torch.equal(after[:rows], wanted)
-            plan = sere.make_plan(before[:rows], weights[:rows], similarity, **arguments)
-            counts = sere.count(plan, before[:rows], wanted, row_kind)
-            recount[kind, position] += [int(number) for number in counts]
+            changed = (before[:rows] != wanted).any(dim=1) & (bound.rule == "margin")
+            assert torch.equal(weights[:rows][~changed], weights_after[:rows][~changed])
+            torch.testing.assert_close(weights_after[:rows], wanted_weights, rtol=1e-5, atol=1e-8)
     assert bool(recorder.chosen) == (architecture == "qwen3_moe_64")
     if architecture != "deepseek_v2":  # whose gate, with groups, leaves padding rows their ids
         assert graphed, "no step was padded to a graph's size"
@@ -242,7 +323,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture):
         found = counters[name]
         assert (found["steps"], found["decode_rows"]) == tuple(totals[kind])
         for position, counter in enumerate(COUNTERS):
-            assert found[counter] == recount[kind, :, position].tolist(), (name, counter)
+            assert found[counter] == recount_of[kind, :, position].tolist(), (name, counter)
     assert totals[:, 1].sum() == 24 * (9 - 1)
 
 

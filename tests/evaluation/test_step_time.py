@@ -104,10 +104,13 @@ def plan(**changes):
 
 def test_arms_by_name():
     settings = arms("a.safetensors", 4)
-    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings]
+    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings[:-1]]
+    assert settings[-1].name == "margin"
     chosen = plan(arms=("S=1", "off")).timed(settings)
     assert [arm.name for arm in chosen] == ["stock", "off", "S=1"]
-    with pytest.raises(SereError, match="'S=3' is none of stock, off, observe, S=4, S=2, S=1"):
+    with pytest.raises(
+        SereError, match="'S=3' is none of stock, off, observe, S=4, S=2, S=1, margin"
+    ):
         plan(arms=("S=3",)).timed(settings)
 
 
@@ -122,18 +125,26 @@ def test_a_wrong_plan_is_refused_before_an_engine_starts():
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A bench of engines that take 8 ms a step, or S with re-routing, and read as many experts."""
+    """A bench of engines that take 8 ms a step, or S with re-routing, and read as many experts.
+
+    ``margin`` reads 4 experts, 2.5 beyond a tau of 0.01 and 1 beyond 0.1.
+    """
+
+    def reads(policy):
+        if policy.rule == "margin":
+            return 4 if policy.tau < 0.01 else 2.5 if policy.tau < 0.1 else 1
+        return policy.select_top_k
 
     def set_policy(engine, policy):
         engine.policy = policy
 
     def read_counters(engine, reset=True):
-        after = [engine.policy.select_top_k] * 2
+        after = [reads(engine.policy)] * 2
         return {"decode_only": {"steps": 1, "experts_before": [8, 8], "experts_after": after}}
 
     def decode_steps(engine, model, batch, tokens, seed):
         policy = getattr(engine, "policy", None)
-        step = policy.select_top_k if policy and policy.mode == "on" else 8
+        step = reads(policy) if policy and policy.mode == "on" else 8
         yield from (number * step / 1e3 for number in range(tokens + 1))
 
     for function in (set_policy, read_counters, decode_steps):
@@ -158,6 +169,15 @@ def test_rows(bench):
     assert [row["experts_read"] for row in rows] == [8, 8, 2]  # stock's from `observe`, not timed
     assert [row["floor_ms"] for row in rows] == [16, 16, 4]
     assert {row["repeats"] for row in rows} == {3}
+
+
+def test_margin_is_timed_with_a_tau_that_reads_like_s2(bench):
+    row = step_time._measure_batch(
+        bench(plan(arms=("margin",))), "uniform", 2, random.Random(0), lambda: None
+    )[-1]
+    assert row["arm"] == "margin"
+    assert 0.07 < row["tau"] < 0.1
+    assert (row["experts_read"], row["step_ms"]) == (2.5, 2.5)
 
 
 def test_rows_are_saved_after_every_batch(bench):

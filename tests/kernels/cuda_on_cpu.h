@@ -404,6 +404,12 @@ inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
 inline int __clzll(long long value) { return value ? __builtin_clzll(value) : 64; }
 template <class T> T __ldg(const T* address) { return *address; }
 
+// Rounded to nearest, ties to even, and never fused: -ffp-contract=off.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __int2float_rn(int value) { return float(value); }
+inline int __float2int_rn(float value) { return int(rintf(value)); }
+
 inline int __float_as_int(float value) { return cuda_on_cpu::bit_cast<int>(value); }
 inline unsigned __float_as_uint(float value) { return cuda_on_cpu::bit_cast<unsigned>(value); }
 inline float __int_as_float(int value) { return cuda_on_cpu::bit_cast<float>(value); }

@@ -82,7 +82,8 @@ def device_layer(
     step.write(case.kinds.numpy(), counter_row=1, own=own, reroutable=reroutable)
     if counters is None:
         counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
-    return DeviceLayer(LayerTables.build(case.similarity, device), settings, step, counters)
+    tables = LayerTables.build(case.similarity, device)
+    return DeviceLayer(tables, settings.buffer[0], step, counters)
 
 
 @functools.cache
@@ -106,7 +107,7 @@ def rule_arguments(
         ids.shape[0],
         layer.tables.neighbours,
         layer.tables.similarity,
-        layer.settings.buffer,
+        layer.settings,
         layer.step.buffer,
         layer.step.buffer[STEP.size :],
         layer.counters,

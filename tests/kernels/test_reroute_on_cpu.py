@@ -28,6 +28,7 @@ from .kernel_cases import (
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
 CPU = torch.device("cpu")
+NO_LOGITS = (None, 0)
 
 
 def arguments(case: Case, ids, new_ids, mode: str = "on"):
@@ -41,7 +42,12 @@ def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode
     new_ids = ids if inplace else torch.full_like(ids, -7)
     packed, counters = arguments(case, ids, new_ids, mode)
     launch(
-        library(kernel, "reroute", threads, cache), "reroute", *packed, threads=threads, seed=seed
+        library(kernel, "reroute", threads, cache),
+        "reroute",
+        *packed,
+        *NO_LOGITS,
+        threads=threads,
+        seed=seed,
     )
     assert counters[0].tolist() == [0, 0, 0, 0]
     if not inplace:
@@ -94,6 +100,7 @@ def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode:
         library(kernel, "reroute_and_align", threads, cache),
         "reroute_and_align",
         *packed,
+        *NO_LOGITS,
         *sorted_arguments,
         threads=threads,
         seed=seed,

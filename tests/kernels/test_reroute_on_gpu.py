@@ -143,8 +143,10 @@ def test_captured_graph_follows_settings_and_row_kinds() -> None:
     base = as_launched(
         make_case(seed=1, rows=48, experts=128, slots=8, select_top_k=1, gate=True, kinds="none")
     )
-    layer = device_layer(base, GPU)
-    tables, settings_, step, counters = layer
+    settings_ = Settings(GPU)
+    layer = device_layer(base, GPU)._replace(settings=settings_.buffer[0])
+    tables, _, step, counters = layer
+    settings_.write(policy(base), top_k=8, num_experts=128)
     step.clear()
     kernel = kernel_of(base)
     ids, weights = base.ids.to(GPU), base.weights.to(GPU)
@@ -209,7 +211,7 @@ def test_step_input_is_copied_in_order() -> None:
     for (step_bytes, setting_bytes), (kinds, number) in zip(snapshots, wanted, strict=True):
         assert torch.equal(step_bytes[STEP.size :].view(torch.int8).cpu(), kinds)
         s = number % 5
-        assert setting_bytes.cpu().view(torch.int32)[1] == (s if 0 < s < 4 else 4)
+        assert setting_bytes.cpu().view(torch.int32)[0, 2] == (s if 0 < s < 4 else 4)
 
 
 def test_wrong_tensors_are_named() -> None:

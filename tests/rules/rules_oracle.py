@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 REROUTABLE, PADDING = 1, 0
 
 
@@ -82,12 +84,15 @@ def _lynx(rows, anyway, layer):
 def _margin(rows, anyway, layer):
     worth = [0] * layer.num_experts
     for ids, _, p in rows:
-        others = sorted((p[e] for e in range(layer.num_experts) if e not in ids), reverse=True)
+        best = np.float32(max(p))
+        units = [round(float(np.float32(score) / best) * 2**22) for score in p]
+        others = sorted((units[e] for e in range(layer.num_experts) if e not in ids), reverse=True)
         others = others[: layer.runners_up]
-        reference = sum(others) / len(others) if others else 0.0
-        total = sum(p[e] for e in ids)
+        count = max(len(others), 1)
+        total = np.float32(sum(units[e] for e in ids)) * np.float32(count)
         for e in ids:
-            worth[e] += round((max(p[e] - reference, 0.0) / total) ** 2 * 2**20)
+            lead = np.float32(max(count * units[e] - sum(others), 0)) / total
+            worth[e] += round(float(lead * lead) * 2**20)
     named = {e for ids, _, _ in rows for e in ids}
     kept = anyway | _first(rows, 1) | {e for e in named if worth[e] > round(layer.tau * 2**20)}
     return _fill_up(kept, named, worth, layer.min_primary_experts)

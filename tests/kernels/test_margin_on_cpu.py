@@ -1,0 +1,193 @@
+"""``kernels/margin.cuh`` in its three kernels, run on the CPU: the integers of the reference."""
+
+import ctypes
+import ctypes.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sere_ray.kernel.launcher import RuleKernel
+from tests.rules.test_sere import RULES, assert_same_ids
+
+from .emulator import COMPILER, launch
+from .kernel_cases import check_aligned, empty_alignment, library, rule_arguments
+from .margin_cases import (
+    SHAPES,
+    Found,
+    MarginCase,
+    check_margin,
+    device_layer,
+    make_margin_case,
+    margin_cases,
+)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
+
+CPU = torch.device("cpu")
+_expf = ctypes.CDLL(ctypes.util.find_library("m")).expf
+_expf.restype, _expf.argtypes = ctypes.c_float, [ctypes.c_float]
+
+
+def exp(values: Tensor) -> Tensor:
+    """The exponential that kernels compiled with g++ call."""
+    flat = values.flatten().tolist()
+    return torch.from_numpy(np.array([_expf(x) for x in flat], np.float32)).view(values.shape)
+
+
+def run(
+    case: MarginCase,
+    *,
+    cache: Path,
+    threads: int = 64,
+    seed: int = 0,
+    block: int | None = None,
+    inplace: bool = True,
+    mode: str = "on",
+) -> Found:
+    """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
+    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
+    layer = device_layer(case, CPU, mode)
+    ids, weights = case.ids.clone(), case.weights.clone()
+    new_ids = ids if inplace else torch.full_like(ids, -7)
+    name = "reroute_and_align" if block else "reroute"
+    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
+    launch(
+        library(kernel, name, threads, cache),
+        name,
+        *rule_arguments(ids, new_ids, weights, layer),
+        case.logits,
+        case.logits.dtype.itemsize,
+        *sorted_arguments,
+        threads=threads,
+        seed=seed,
+    )
+    if aligned:
+        check_aligned(new_ids, aligned, block, case.logits.shape[1])
+    assert layer.counters[0].tolist() == [0] * 4
+    return new_ids, weights, tuple(layer.counters[1].tolist())
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
+    @settings(RULES, max_examples=25)
+    @given(
+        case=margin_cases(experts=experts, slots=slots),
+        seed=st.integers(0, 3),
+        inplace=st.booleans(),
+        block=st.sampled_from([None, 16, 64]),
+    )
+    def every(case: MarginCase, seed: int, inplace: bool, block: int | None) -> None:
+        found = run(case, cache=cache, seed=seed, inplace=inplace, block=block)
+        check_margin(found, case.expected(exp), case)
+
+    every()
+
+
+@pytest.mark.parametrize("threads", [512, 1024])
+def test_block_sizes_as_launched(threads: int, cache: Path) -> None:
+    for rows, tau in ((1, 0.1), (16, 0.004), (70, 0.02), (512, 0.05)):
+        case = make_margin_case(seed=rows, rows=rows, experts=128, slots=8, floor=8, tau=tau)
+        found = run(case, cache=cache, threads=threads, seed=1, block=16)
+        check_margin(found, case.expected(exp), case)
+
+
+def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
+    """Every row wants expert 1 as much as its first choice, 0: a quarter each, beyond 31 bits."""
+    case = make_margin_case(seed=0, rows=9000, experts=4, slots=2, kinds="decode", tau=1.0)
+    case.logits.copy_(torch.tensor([60.0, 60.0, -60.0, -60.0]))
+    case.ids.copy_(torch.tensor([0, 1]))
+    case.weights.fill_(0.5)
+    ids, weights, counts = run(case, cache=cache, threads=512, seed=2)
+    check_margin((ids, weights, counts), case.expected(exp), case)
+    assert counts == (2, 2, 0, 0)
+
+
+def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
+    case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
+    wanted = case.expected(exp)
+    assert not torch.equal(wanted[0], case.ids)
+    for block in (None, 16):
+        ids, weights, counts = run(case, cache=cache, mode="observe", block=block, inplace=False)
+        assert_same_ids(ids, case.ids, "observe")
+        assert torch.equal(weights, case.weights)
+        assert counts == wanted[2]
+        ids, weights, counts = run(case, cache=cache, mode="off", block=block, inplace=False)
+        assert_same_ids(ids, case.ids, "off")
+        assert torch.equal(weights, case.weights)
+        assert counts == (0, 0, 0, 0)
+
+
+def test_a_batch_of_one_is_exact(cache: Path) -> None:
+    for seed in range(5):
+        case = make_margin_case(
+            seed=seed, rows=1, experts=128, slots=8, kinds="decode", floor=8, tau=1.0
+        )
+        ids, weights, counts = run(case, cache=cache)
+        assert torch.equal(ids, case.ids)
+        assert torch.equal(weights, case.weights)
+        assert counts == (8, 8, 0, 0)
+
+
+# --- with the gate's top-k in the launch ----------------------------------------------------------
+
+
+def route(case: MarginCase, *, cache: Path, seed: int, block: int, mode: str = "on") -> Found:
+    """One launch of ``route_and_align``; padding rows are those whose ids are -1."""
+    dtype = case.logits.dtype
+    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], torch.int32, logit_dtype=dtype)
+    layer = device_layer(case, CPU, mode)
+    new_ids, weights = torch.full_like(case.ids, -7), torch.full_like(case.weights, -7)
+    aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
+    launch(
+        library(kernel, "route_and_align", 512, cache),
+        "route_and_align",
+        case.logits,
+        case.ids[:, 0] < 0,
+        0,
+        weights,
+        None,
+        *rule_arguments(new_ids, new_ids, weights, layer)[1:],
+        *sorted_arguments,
+        threads=512,
+        seed=seed,
+    )
+    check_aligned(new_ids, aligned, block, case.logits.shape[1])
+    return new_ids, weights, tuple(layer.counters[1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "dtype"),
+    [(128, 8, torch.bfloat16), (64, 6, torch.float32), (256, 8, torch.bfloat16)],
+)
+def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
+    @settings(RULES, max_examples=12)
+    @given(
+        case=margin_cases(
+            experts=experts,
+            slots=slots,
+            dtype=dtype,
+            id_dtype=torch.int32,
+            shuffled=False,
+            rows=st.integers(0, 20) | st.sampled_from([63, 64]),
+        ),
+        seed=st.integers(0, 3),
+        block=st.sampled_from([16, 64]),
+    )
+    def every(case: MarginCase, seed: int, block: int) -> None:
+        ids, weights = case.ids, case.logits.float().softmax(dim=1)
+        gone = (ids < 0).any(dim=1)
+        ids[gone] = -1  # a row is padding as a whole
+        order = case.logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        case = case._replace(weights=weights.gather(1, order.indices[:, :slots]))
+        found = route(case, cache=cache, seed=seed, block=block)
+        wanted = case.expected(exp)
+        assert_same_ids(found[0], wanted[0], "route")
+        assert found[2] == wanted[2]
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)
+
+    every()

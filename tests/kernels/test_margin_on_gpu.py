@@ -1,0 +1,178 @@
+"""``kernels/margin.cuh`` on a GPU: the integers of the reference, in a graph beside sere, too."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere_ray.config import BoundPolicy
+from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
+from sere_ray.kernel.memory import LayerTables, Settings
+from sere_ray.rules import sere
+from tests.rules.test_sere import RULES, assert_same_ids
+
+from .kernel_cases import check_aligned
+from .margin_cases import (
+    KNOBS,
+    SHAPES,
+    Found,
+    MarginCase,
+    check_margin,
+    device_layer,
+    gpu_exp,
+    make_margin_case,
+    margin_cases,
+)
+from .test_route_on_gpu import vllm_top_k
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda", 0)
+
+
+def run(case: MarginCase, *, block: int | None = None, mode: str = "on") -> Found:
+    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
+    layer = device_layer(case, GPU, mode)
+    ids, weights, logits = case.ids.to(GPU), case.weights.to(GPU), case.logits.to(GPU)
+    if block:
+        aligned = kernel.reroute_and_align(
+            ids, ids, weights, layer, block_size=block, logits=logits
+        )
+        check_aligned(ids.cpu(), aligned, block, case.logits.shape[1])
+    else:
+        kernel.reroute(ids, ids, weights, layer, logits=logits)
+    assert not layer.counters[0].any()
+    return ids.cpu(), weights.cpu(), tuple(layer.counters[1].tolist())
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int) -> None:
+    @settings(RULES, max_examples=50)
+    @given(
+        case=margin_cases(
+            experts=experts,
+            slots=slots,
+            rows=st.integers(0, 40) | st.integers(0, 512),
+            id_dtype=torch.int64 if experts in (33, 60) else torch.int32,
+        ),
+        block=st.sampled_from([None, 16, 64]),
+    )
+    def every(case: MarginCase, block: int | None) -> None:
+        check_margin(run(case, block=block), case.expected(gpu_exp), case)
+
+    every()
+
+
+@pytest.mark.parametrize("rows", [513, 4096, 131_072])
+def test_many_rows(rows: int) -> None:
+    case = make_margin_case(seed=rows, rows=rows, experts=60, slots=4, tau=1.0, floor=4)
+    check_margin(run(case), case.expected(gpu_exp), case)
+
+
+def test_twenty_runs_are_one() -> None:
+    case = make_margin_case(seed=9, rows=400, experts=128, slots=8, tau=0.05, kinds="decode")
+    first = run(case)
+    for _ in range(20):
+        again = run(case)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert first[2] == again[2]
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "dtype"),
+    [(128, 8, torch.bfloat16), (64, 6, torch.float32), (256, 8, torch.bfloat16)],
+)
+def test_vllms_choice_then_the_rule(experts: int, slots: int, dtype: torch.dtype) -> None:
+    kernel = RuleKernel(experts, slots, torch.int32, logit_dtype=dtype)
+    for seed in range(60):
+        case = make_margin_case(
+            seed=seed,
+            rows=(1, 2, 7, 16, 33, MAX_ROUTED_ROWS)[seed % 6],
+            experts=experts,
+            slots=slots,
+            dtype=dtype,
+            tied=seed % 4 == 3,
+            floor=(0, slots)[seed % 2],
+            **{name: values[seed % len(values)] for name, values in KNOBS.items()},
+        )
+        logits, padding = case.logits.to(GPU), (case.ids < 0).any(dim=1).to(GPU)
+        renormalize = seed % 3 == 0
+        weights, ids = vllm_top_k(logits, slots, renormalize, padding)
+        case = case._replace(ids=ids.cpu(), weights=weights.cpu())
+        layer = device_layer(case, GPU)
+        new_ids, new_weights = torch.full_like(ids, -7), torch.full_like(weights, -7)
+        aligned = kernel.route_and_align(
+            logits,
+            new_ids,
+            new_weights,
+            layer,
+            is_padding=padding,
+            renormalize=renormalize,
+            block_size=16,
+        )
+        found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
+        check_margin(found, case.expected(gpu_exp), case, f"seed {seed}")
+        check_aligned(new_ids.cpu(), aligned, 16, experts)
+
+
+def test_captured_graph_follows_the_rule() -> None:
+    """One capture; then sere and margin take turns, with settings and steps of their own."""
+    base = make_margin_case(seed=1, rows=48, experts=128, slots=8, tau=0.0, shuffled=False)
+    settings_ = Settings(GPU, layers=2)
+    similarity = torch.rand((128, 128), generator=torch.Generator().manual_seed(0))
+    layer = device_layer(base, GPU)._replace(
+        tables=LayerTables.build(similarity, GPU), settings=settings_.buffer[1]
+    )
+    kernel = RuleKernel(128, 8, torch.int32)
+    kernel.load(GPU, ("reroute", "reroute_and_align"))
+    ids, weights, logits = base.ids.to(GPU), base.weights.to(GPU), base.logits.to(GPU)
+    both = [(ids.clone(), weights.clone()) for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for new_ids, new_weights in both:
+            new_ids.copy_(ids)
+            new_weights.copy_(weights)
+        kernel.reroute(both[0][0], *both[0], layer, logits=logits)
+        aligned = kernel.reroute_and_align(
+            both[1][0], *both[1], layer, logits=logits, block_size=16
+        )
+    for seed in range(40):
+        rows = 48 if seed % 3 else 31  # the rest is graph padding
+        knobs = {name: values[seed % len(values)] for name, values in KNOBS.items()}
+        case = make_margin_case(
+            seed=seed, rows=rows, experts=128, slots=8, shuffled=False, floor=8, **knobs
+        )
+        by_sere = seed % 2 == 0
+        bound = case.policy()
+        if by_sere:
+            bound = BoundPolicy(
+                mode="on", select_top_k=1 + seed % 7, threshold=None, min_primary_experts=8
+            )
+        settings_.write(bound, top_k=8, num_experts=128)
+        ids.fill_(-1)
+        for to, source in ((ids, case.ids), (weights, case.weights), (logits, case.logits)):
+            to[:rows].copy_(source)
+        layer.step.write(case.kinds.numpy(), counter_row=seed % 2)
+        layer.counters.zero_()
+        graph.replay()
+        wanted_ids, wanted_weights, counts = case.expected(gpu_exp)
+        if by_sere:
+            wanted_weights = case.weights
+            wanted_ids = sere.reroute(
+                case.ids,
+                case.weights,
+                similarity,
+                row_kind=case.kinds,
+                select_top_k=1 + seed % 7,
+                min_primary_experts=8,
+            )
+        for new_ids, new_weights in both:
+            assert_same_ids(new_ids[:rows].cpu(), wanted_ids, f"seed {seed}")
+            torch.testing.assert_close(new_weights[:rows].cpu(), wanted_weights)
+            assert bool((new_ids[rows:] == -1).all())
+        if not by_sere:
+            assert layer.counters[1].tolist() == [2 * number for number in counts]
+        check_aligned(both[1][0].cpu(), aligned, 16, 128)

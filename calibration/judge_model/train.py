@@ -3,8 +3,8 @@
     python calibration/judge_model/text.py --out TEXT
     python calibration/judge_model/train.py --text TEXT --out DIR --minutes 5 --seed 0
 
-writes ``DIR/judge-seed0`` (weights in bf16, configuration, tokenizer, metrics). Started again after it
-was killed, it goes on from ``DIR/checkpoint.pt``. Needs torch, transformers and tokenizers.
+writes ``DIR/judge-seed0`` (weights in bf16, configuration, tokenizer, metrics). Started again after
+it was killed, it goes on from ``DIR/checkpoint.pt``. Needs torch, transformers and tokenizers.
 """
 
 import argparse

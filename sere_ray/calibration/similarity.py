@@ -36,7 +36,7 @@ def working_bytes(device: torch.device) -> int:
 def in_blocks(columns: Tensor, blocks: int) -> Tensor:
     """``[blocks, E, D / blocks]`` of ``[E, D]``; columns of zeros are added where D asks for it."""
     padded = pad(columns, (0, -columns.shape[1] % blocks))
-    return padded.reshape(len(columns), blocks, -1).transpose(0, 1)
+    return padded.view(len(columns), blocks, -1).transpose(0, 1)
 
 
 class Sums(ABC):

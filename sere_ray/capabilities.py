@@ -34,10 +34,12 @@ def check_policy(policy: Policy, *, on_gpu: bool, several_ranks: bool, where: st
     """
     if on_gpu:
         _check_kernel(policy, where)
-    if several_ranks and policy.rule not in ("sere", "topk") and policy.union == "global":
+    shared = ("sere", "topk") if on_gpu else ("sere", "topk", "margin")
+    if several_ranks and policy.rule not in shared and policy.union == "global":
         raise UnsupportedError(
-            f"{where}.union = 'global': ranks exchange what the rule 'sere' needs, and rule = "
-            f"{policy.rule!r} needs more; use union = 'local' or rule = 'sere'"
+            f"{where}.union = 'global': ranks exchange what the rules {', '.join(shared)} need"
+            f"{' on a GPU' if on_gpu else ''}, and rule = {policy.rule!r} needs more; use "
+            "union = 'local' or rule = 'sere'"
         )
 
 

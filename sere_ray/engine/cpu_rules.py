@@ -12,6 +12,11 @@ from sere_ray.rules.interface import named_by
 from sere_ray.rules.sere_cpu import StepCounts
 
 
+def scores_of(router_logits: Tensor) -> Tensor:
+    """``[T, E]`` float32: what a gate of :func:`check_gate` ranks experts by."""
+    return router_logits.float().softmax(dim=-1)
+
+
 def choose_and_count(
     rule: str,
     topk_ids: Tensor,
@@ -34,12 +39,34 @@ def choose_and_count(
         layer: what the rule knows of it.
         owner: ``[E]`` int64, rank of every expert; None = one rank.
     """
-    scores = router_logits.float().softmax(dim=-1)
+    scores = scores_of(router_logits)
     new_ids, new_weights = RULES[rule].apply(topk_ids, topk_weights, scores, row_kind, layer)
     rows = row_kind != PADDING
     before, after = (named_by(ids, rows, layer.num_experts) for ids in (topk_ids, new_ids))
-    changed = (new_ids != topk_ids).any(dim=1) & rows
-    counts = StepCounts(
+    counts = count_choice(topk_ids, new_ids, row_kind, before, after, owner)
+    return (name_dropped(new_ids, topk_ids), new_weights), counts
+
+
+def count_choice(
+    topk_ids: Tensor,
+    new_ids: Tensor,
+    row_kind: Tensor,
+    before: Tensor,
+    after: Tensor,
+    owner: Tensor | None,
+) -> StepCounts:
+    """Counters of a layer.
+
+    Args:
+        topk_ids: ``[T, K]``, the gate's.
+        new_ids: ``[T, K]``, the rule's; -1 = dropped.
+        row_kind: ``[T]`` int8.
+        before: ``[E]`` bool, experts that somebody names.
+        after: ``[E]`` bool, likewise after the rule.
+        owner: as for :func:`choose_and_count`.
+    """
+    changed = (new_ids != topk_ids).any(dim=1) & (row_kind != PADDING)
+    return StepCounts(
         experts_before=int(before.sum()),
         experts_after=int(after.sum()),
         slots_rerouted=_slots_changed(topk_ids[changed], new_ids[changed]),
@@ -47,7 +74,6 @@ def choose_and_count(
         experts_max_rank_before=_busiest(before, owner),
         experts_max_rank_after=_busiest(after, owner),
     )
-    return (name_dropped(new_ids, topk_ids), new_weights), counts
 
 
 def _slots_changed(before: Tensor, after: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sere_ray.config import Policy
 from sere_ray.engine.cpu_rules import check_gate, choose_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
-from sere_ray.rules import NO_RANK, REROUTABLE, Choice, LocalRanks
+from sere_ray.rules import NO_RANK, REROUTABLE, Choice, Layer, LocalRanks
 from sere_ray.rules.sere_cpu import StepCounts, reroute_and_count
 
 
@@ -98,18 +98,28 @@ class CpuState(EngineState):
         old = topk_ids.clone(), topk_weights.clone()
         if self.bound.mode == "off" or not self.has_decode_row():
             return old
-        position, matrix = self.position[layer], self.similarity[layer]
-        new, counts = choose_and_count(
+        new, counts = self.apply_other_rule(layer, topk_ids, topk_weights, router_logits)
+        self.counters[self.current_kind, self.position[layer]] += counts
+        return new if self.bound.mode == "on" else old
+
+    def apply_other_rule(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
+    ) -> tuple[Choice, StepCounts]:
+        """What a rule other than ``sere`` chooses for a layer, and what changed."""
+        return choose_and_count(
             self.bound.rule,
             topk_ids,
             topk_weights,
             router_logits,
             self.row_kind[: topk_ids.shape[0]],
-            self.bound.of_layer(position, len(matrix), matrix),
+            self.knobs(layer),
             self.owner.get(layer),
         )
-        self.counters[self.current_kind, position] += counts
-        return new if self.bound.mode == "on" else old
+
+    def knobs(self, layer: int) -> Layer:
+        """What a rule is given beside the rows of a layer."""
+        matrix = self.similarity[layer]
+        return self.bound.of_layer(self.position[layer], len(matrix), matrix)
 
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """Do what comes before the rule in a layer; one rank has nothing to do."""

@@ -1,11 +1,12 @@
 """One union over the rows of all data-parallel ranks of a CPU engine.
 
-Under data and expert parallelism every rank routes its own rows. Two all-reduces (MIN) make all
-of them derive the same primary set:
+Under data and expert parallelism every rank routes its own rows. Two all-reduces make all of them
+derive the same set of kept experts:
 
-- once per pass, in its first MoE layer: :class:`Header`, a few numbers;
+- once per pass, in its first MoE layer: :class:`Header`, a few numbers (MIN);
 - in every MoE layer, before rows are dispatched: one byte per expert, the lowest rank of a slot
-  in which a row names it.
+  in which a row names it (MIN); under the rule ``margin`` one integer per expert, what the rank's
+  rows ask for (SUM).
 
 vLLM already runs a pass on all ranks or on none, since dispatch is a collective too: an idle rank
 runs dummy passes, warm-up included. So a dummy pass takes part here and names nothing, and a
@@ -36,11 +37,12 @@ from sere_ray.artifact import SimilarityArtifact
 from sere_ray.capabilities import check_policy
 from sere_ray.config import BoundPolicy, Policy, Startup
 from sere_ray.dispatch import Greeting, naming_missing_ranks
+from sere_ray.engine.cpu_rules import count_choice, scores_of
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
 from sere_ray.errors import PolicyError, SereError
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, RuleCounts
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Choice, RuleCounts, margin, name_dropped
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
 
 
@@ -156,11 +158,31 @@ class UnionCpuState(CpuState):
             return super().apply_rule(layer, topk_ids, topk_weights, kinds)
         similarity = self.similarity[layer]
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
-        self._take_minimum(ranks)
+        self._reduce(ranks, dist.ReduceOp.MIN)
         arguments = self.rule_arguments(layer, topk_ids.shape[0])
         if self.startup.check_ranks:
             self._compare(layer, ranks, **{**arguments, "local": None})
         return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
+
+    def apply_other_rule(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
+    ) -> tuple[Choice, StepCounts]:
+        """See the base class; ``margin`` is collective where the union is over all ranks."""
+        if self.bound.union == "local" or self.bound.rule != "margin":
+            return super().apply_other_rule(layer, topk_ids, topk_weights, router_logits)
+        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
+        scores = scores_of(router_logits)
+        asked = margin.ask(topk_ids, topk_weights, scores, kinds, knobs)
+        self._reduce(asked, dist.ReduceOp.SUM)
+        kept = margin.keep(asked, knobs)
+        if self.startup.check_ranks:
+            self._raise_if_different(layer, kept)
+        new_ids, new_weights = margin.refill_rows(
+            kept, topk_ids, topk_weights, scores, kinds, knobs
+        )
+        named = margin.is_named(asked)
+        counts = count_choice(topk_ids, new_ids, kinds, named, kept, self.owner.get(layer))
+        return (name_dropped(new_ids, topk_ids), new_weights), counts
 
     def _compare(self, layer: int, ranks: Tensor, **arguments: Any) -> None:
         """Raise on every rank alike if one of them sends a slot of some expert elsewhere."""
@@ -169,9 +191,12 @@ class UnionCpuState(CpuState):
         experts[experts >= len(ranks)] = -1
         kinds = torch.full((len(experts),), REROUTABLE, dtype=torch.int8, device="cpu")
         targets, _ = reroute_by_ranks(experts, ranks, self.similarity[layer], kinds, **arguments)
-        checksum = zlib.crc32(targets.numpy().tobytes())
+        self._raise_if_different(layer, targets)
+
+    def _raise_if_different(self, layer: int, derived: Tensor) -> None:
+        checksum = zlib.crc32(derived.numpy().tobytes())
         fields = torch.tensor([checksum, -checksum], dtype=torch.int64, device="cpu")
-        self._take_minimum(fields)
+        self._reduce(fields, dist.ReduceOp.MIN)
         if fields[0] != -fields[1]:
             raise SereError(
                 f"sere.check_ranks: ranks re-route layer {layer} differently under policy number "
@@ -242,7 +267,7 @@ class UnionCpuState(CpuState):
             int(not self.has_exact_row),
         )
         fields = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        self._take_minimum(fields)
+        self._reduce(fields, dist.ReduceOp.MIN)
         common = Header(*fields.tolist())
         self._check(common)
         self.staged = {v: s for v, s in self.staged.items() if v >= common.version}
@@ -252,9 +277,9 @@ class UnionCpuState(CpuState):
             self.current_kind = DECODE_ONLY if common.no_exact_row else MIXED
         self.agreed = True
 
-    def _take_minimum(self, numbers: Tensor) -> None:
+    def _reduce(self, numbers: Tensor, operation: Any) -> None:
         with naming_missing_ranks(self.group, self.greeting):
-            dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
+            dist.all_reduce(numbers, operation, group=self.group)
 
     def _check(self, common: Header) -> None:
         """Raise on every rank alike, so that none is left waiting."""

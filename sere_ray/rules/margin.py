@@ -39,7 +39,7 @@ def margin(
     """
     scores = need_scores(scores)
     kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer), layer)
-    return refill(kept, topk_ids, topk_weights, scores, row_kind, beta=layer.beta, fill=layer.fill)
+    return refill_rows(kept, topk_ids, topk_weights, scores, row_kind, layer)
 
 
 def ask(
@@ -71,6 +71,18 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
     kept = wanted > demand_units(layer.tau)
     # The floor is filled by demand with experts that somebody named.
     return named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+
+
+def refill_rows(
+    kept: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+) -> Choice:
+    """What rows take of the kept experts, ``[..., E]`` bool."""
+    return refill(kept, topk_ids, topk_weights, scores, row_kind, beta=layer.beta, fill=layer.fill)
 
 
 def is_named(asked: Tensor) -> Tensor:

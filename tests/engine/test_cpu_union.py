@@ -1,5 +1,6 @@
 """What data-parallel ranks of a CPU engine exchange, in two gloo processes without an engine."""
 
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from sere_ray.engine.cpu_expert_parallel import (
 )
 from sere_ray.engine.cpu_union import UnionCpuState
 from sere_ray.errors import ArtifactError, PolicyError, SereError
-from sere_ray.rules import EXACT, PADDING, reroute
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, name_dropped, reroute
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 2
@@ -240,6 +241,72 @@ def test_a_thousand_switches_under_load(tmp_path):
             assert new_ids == rule_of(policy, layer, ids, weights, kinds)
     assert len(policies) > 50
     assert {seed for *_, seed in policies} == set(range(ARTIFACTS))
+
+
+MARGIN = {"rule": "margin", "tau": 0.02, "runners_up": 4}
+MARGIN_POLICIES = [
+    MARGIN,
+    {**MARGIN, "min_primary_experts": 0, "beta": 1.0},
+    {**MARGIN, "tau": [1.0, 0.005]},
+    {**MARGIN, "union": "local"},
+    {**MARGIN, "mode": "observe"},
+    {"select_top_k": 1},
+]
+
+
+def margin_under_load(rank, port):
+    """Passes of uneven ranks, some of them idle, under rules and unions that change.
+
+    Returns:
+        Per pass and layer: number of the policy, what was counted (experts before, experts after,
+        slots), ids, weights, logits, kinds, new ids, new weights.
+    """
+    state = make_state(gloo_group(rank, port), check_ranks=True)
+    pace, calls = np.random.default_rng(rank), []
+    generator = torch.Generator().manual_seed(rank)
+    for number in range(60):
+        policy = number % len(MARGIN_POLICIES)
+        state.set_policy({"similarity": "a.safetensors", **MARGIN_POLICIES[policy]})
+        count = int(pace.integers(0, 7))
+        kinds, of_pass = pace.integers(REROUTABLE, EXACT + 1, size=count).astype(np.int8), []
+        with state.step(kinds):
+            for layer in range(LAYERS):
+                logits = 2 * torch.randn((max(count, 1), EXPERTS), generator=generator)
+                weights, ids = logits.softmax(-1).topk(TOP_K)
+                new = state.choose(layer, ids.int(), weights, logits)
+                kind = state.row_kind[: len(ids)].clone()
+                of_pass.append([t.tolist() for t in (ids, weights, logits, kind, *new)])
+        counters = state.counters.sum(axis=0)[:, :3].tolist()
+        state.counters[:] = 0
+        calls += [(policy, *call) for call in zip(counters, of_pass, strict=True)]
+    return calls
+
+
+def test_margin_keeps_one_set_of_experts_on_all_ranks():
+    """Ids of each rank are those of the rule on the rows of both; so are the experts counted."""
+    changed = 0
+    for number, calls in enumerate(zip(*run_ranks(margin_under_load, free_port()), strict=True)):
+        keys = MARGIN_POLICIES[calls[0][0]]
+        if keys.get("rule") != "margin":
+            continue
+        policy = Policy.parse({"similarity": "a.safetensors", **keys})
+        knobs = policy.for_model(top_k=TOP_K).of_layer(number % LAYERS, EXPERTS, None)
+        for group in [calls] if policy.union == "global" else [[call] for call in calls]:
+            fields = [list(chain(*of)) for of in zip(*(call[2] for call in group), strict=True)]
+            ids, weights, logits, kinds, new_ids, new_weights = map(torch.tensor, fields)
+            scores = logits.softmax(-1)
+            wanted = RULES["margin"].apply(ids, weights, scores, kinds.to(torch.int8), knobs)
+            exactly = policy.mode == "observe"
+            assert torch.equal(new_ids, ids if exactly else name_dropped(wanted[0], ids))
+            assert torch.equal(new_weights, weights if exactly else wanted[1])
+            changed += int((new_ids != ids).sum())
+            decodes, rows = bool((kinds == REROUTABLE).any()), kinds != PADDING
+            read = [len(set(of[rows].flatten().tolist()) - {-1}) for of in (ids, wanted[0])]
+            for _, counts, _ in group:
+                assert counts[:2] == (read if decodes else [0, 0])
+            stayed = (wanted[0][:, :, None] == ids[:, None, :]).any(dim=2)
+            assert sum(counts[2] for _, counts, _ in group) == int((~stayed[rows]).sum())
+    assert changed > 100
 
 
 def disagree(rank, port, what):

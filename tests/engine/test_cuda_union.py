@@ -24,8 +24,7 @@ from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernels.emulator import COMPILER, KernelError
 from tests.kernels.kernel_cases import check_local_alignment, library
-from tests.kernels.margin_cases import by_reference
-from tests.kernels.test_margin_on_cpu import exp
+from tests.kernels.margin_cases import by_reference, emulated_exp
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
 RULE = "PPPqPPPPPPqP"
@@ -367,7 +366,7 @@ def test_margin_with_a_local_union(emulated):
         given = group.logits[rows].gather(1, before[rows].long().clamp(min=0))
         knobs = Layer(E, tau=0.05, min_primary_experts=2)
         ids, new_weights, counts = by_reference(
-            before[rows], given, group.logits[rows], row_kind[rows], knobs, exp
+            before[rows], given, group.logits[rows], row_kind[rows], knobs, emulated_exp
         )
         ids_of_ranks.append(ids)
         known = row_kind[rows] != PADDING

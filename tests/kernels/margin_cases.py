@@ -3,6 +3,8 @@
 Both are given the same scores: exp(logit - best logit) as the device's own ``expf`` computes it.
 """
 
+import ctypes
+import ctypes.util
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -77,6 +79,19 @@ def by_reference(
     if REROUTABLE not in kinds:
         counts = [0] * 4  # steps without a decode row are not counted
     return name_dropped(new_ids, ids), new_weights, tuple(counts)
+
+
+@functools.cache
+def _expf() -> Callable[[float], float]:
+    function = ctypes.CDLL(ctypes.util.find_library("m")).expf
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
+    return function
+
+
+def emulated_exp(values: Tensor) -> Tensor:
+    """The exponential that kernels call in the emulator."""
+    flat = [_expf()(value) for value in values.flatten().tolist()]
+    return torch.tensor(flat, dtype=torch.float32).view(values.shape)
 
 
 EXPONENTIALS = """

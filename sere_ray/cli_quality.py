@@ -1,11 +1,14 @@
 """The commands about quality: evaluate, tune."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sere_ray.cli_common import console, numbers, user_errors
+
+if TYPE_CHECKING:
+    from sere_ray.evaluation.frontier import Plan
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
@@ -49,7 +52,7 @@ def evaluate(
     --out frontier.json --html frontier.html
     """
     with user_errors():
-        from sere_ray.evaluation.frontier import Plan, check_same_text
+        from sere_ray.evaluation.frontier import check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
         from sere_ray.evaluation.frontier_page import write_page
         from sere_ray.evaluation.settings import check_rules, read_settings
@@ -60,19 +63,8 @@ def evaluate(
             check_continues(onto)
         names = tuple(part.strip() for part in rules.split(","))
         check_rules(names)
-        plan = Plan(
-            model=model,
-            similarity=similarity,
-            data=data,
-            text_column=text_column,
-            sequences=sequences,
-            length=length,
-            prompt_tokens=prompt,
-            batches=tuple(numbers("--batches", batches, range(1, 257))),
-            ranks=tuple(numbers("--ranks", ranks, range(1, 9))),
-            device=device,
-            dtype=dtype,
-        )
+        text = (data, text_column, sequences, length, prompt)
+        plan = _plan(model, similarity, text, batches, ranks, device, dtype)
         chosen = read_settings(settings) if settings else None
         found = run(plan, rules=names, settings=chosen, console=console)
         if onto:
@@ -94,6 +86,12 @@ def tune(
         float | None, typer.Option(help="Budget: top-1 agreement, 0..1.")
     ] = None,
     batches: Annotated[str, typer.Option(help="Decode batch sizes that must keep it.")] = "8,16,32",
+    by_rows: Annotated[
+        bool,
+        typer.Option(
+            "--by-rows/--one-setting", help="A setting for each range of batch sizes, or for all."
+        ),
+    ] = True,
     rules: Annotated[
         str, typer.Option(help="Rules to choose among; GPUs serve sere and margin.")
     ] = "sere,oea,xshare,lynx,margin",
@@ -110,7 +108,6 @@ def tune(
     --check b.jsonl --max-kl 0.01 --batches 8,16,32 --out policy.yaml
     """
     with user_errors():
-        from sere_ray.evaluation.frontier import Plan
         from sere_ray.evaluation.settings import check_rules
         from sere_ray.evaluation.tune import Budget, write_policy
         from sere_ray.evaluation.tune import tune as run
@@ -119,21 +116,40 @@ def tune(
 
         names = tuple(part.strip() for part in rules.split(","))
         check_rules(names)
-        plan = Plan(
-            model=model,
-            similarity=similarity,
-            data=data,
-            text_column=text_column,
-            sequences=sequences,
-            length=length,
-            prompt_tokens=prompt,
-            batches=tuple(numbers("--batches", batches, range(1, 257))),
-            ranks=(1,),
-            device=device,
-        )
-        found = run(plan, check, Budget(max_kl, min_agreement), names, console)
+        text = (data, text_column, sequences, length, prompt)
+        plan = _plan(model, similarity, text, batches, "1", device)
+        budget = Budget(max_kl, min_agreement)
+        found = run(plan, check, budget, names, console, by_rows=by_rows)
         write_policy(found["policy"], out)
         if report:
             write_result(report, found)
         print_report(found, console)
     print(out)
+
+
+def _plan(
+    model: str,
+    similarity: Path,
+    text: tuple[str, str, int, int, int],
+    batches: str,
+    ranks: str,
+    device: str,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+) -> "Plan":
+    """What the options say; ``text``: data, column, sequences, length, prompt."""
+    from sere_ray.evaluation.frontier import Plan
+
+    data, text_column, sequences, length, prompt = text
+    return Plan(
+        model=model,
+        similarity=similarity,
+        data=data,
+        text_column=text_column,
+        sequences=sequences,
+        length=length,
+        prompt_tokens=prompt,
+        batches=tuple(numbers("--batches", batches, range(1, 257))),
+        ranks=tuple(numbers("--ranks", ranks, range(1, 9))),
+        device=device,
+        dtype=dtype,
+    )

@@ -62,7 +62,13 @@ def policy_get(url: Url = DEFAULT_URL) -> None:
 
 @policy_app.command("set")
 def policy_set(
-    changes: Annotated[list[str], typer.Argument(help="KEY=VALUE ..., of the policy's keys.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE ..., of the policy's keys.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A whole policy, YAML, as tune writes; its artifact stays as it is."),
+    ] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Change keys of the policy without a restart, on all replicas.
@@ -72,7 +78,10 @@ def policy_set(
     with user_errors():
         from sere_ray.serve.client import request
 
-        print(json.dumps(request(url, "policy", change=_changes(changes)), indent=2))
+        if bool(changes) == (file is not None):
+            raise SereError("give KEY=VALUE ... or --file FILE, one of the two")
+        change = _changes(changes or []) if file is None else _policy_of(file)
+        print(json.dumps(request(url, "policy", change=change), indent=2))
 
 
 def stats(
@@ -100,3 +109,14 @@ def _changes(pairs: list[str]) -> dict[str, Any]:
             raise SereError(f"{pair!r}: must be KEY=VALUE, such as select_top_k=1")
         changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
     return changes
+
+
+def _policy_of(file: Path) -> dict[str, Any]:
+    """Every key of a policy file but the artifact: what it does not name is at its default."""
+    from sere_ray.config import Policy
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SereError(f"--file = {file}: not a readable YAML file ({error})") from None
+    return Policy.parse(content, where=str(file)).model_dump(exclude={"similarity"})

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from sere_ray.errors import PolicyError
+from sere_ray.row_ranges import RowRange, RowRanges, refuse
 from sere_ray.rules import RULES, Layer
 
 RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
@@ -84,6 +85,9 @@ class Policy(BaseModel):
         "visits anyway, 0..1; null = the most similar, wherever it is",
     )
     experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
+    max_per_rank: int | None = Field(
+        None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
+    )
     alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
     base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
     depth: int | None = Field(None, ge=1, description="the last bin")
@@ -98,6 +102,15 @@ class Policy(BaseModel):
     )
     runners_up: int | None = Field(
         None, ge=1, description="how many unchosen experts a chosen one is compared with"
+    )
+
+    balance_ranks: bool | None = Field(
+        None, description="whether tau counts what the busiest expert-parallel rank reads"
+    )
+    by_rows: RowRanges = Field(
+        None,
+        description="other values of the rule's keys for steps of few re-routable rows: a list "
+        "such as [{up_to: 8, tau: 0.01}]",
     )
 
     @model_validator(mode="after")
@@ -116,7 +129,24 @@ class Policy(BaseModel):
                 )
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        for number, entry in enumerate(self.by_rows or ()):
+            self._check_range(number, entry)
         return self
+
+    def _check_range(self, number: int, entry: RowRange) -> None:
+        allowed = [key for key in RULES[self.rule].keys if key not in _ALL_STEPS]
+        for key, value in entry.keys:
+            if key not in allowed:
+                message = f"an entry takes up_to and, of rule {self.rule!r}, {', '.join(allowed)}"
+                raise refuse(f".{number}.{key}", value, message)
+        try:
+            self._of_range(entry, where=f"by_rows.{number}")
+        except PolicyError as error:
+            raise PydanticCustomError("rule_key", "{text}", {"text": str(error)}) from None
+
+    def _of_range(self, entry: RowRange, where: str = "sere") -> Self:
+        """The policy of the steps of an entry."""
+        return self.parse({**self.model_dump(exclude={"by_rows"}), **dict(entry.keys)}, where=where)
 
     @classmethod
     def parse(cls, value: object, *, where: str = "sere") -> Self:
@@ -147,6 +177,10 @@ class Policy(BaseModel):
         Raises:
             PolicyError: ``select_top_k`` is larger than K.
         """
+        ranges = [
+            (e.up_to, self._of_range(e).for_model(top_k=top_k, where=f"{where}.by_rows.{number}"))
+            for number, e in enumerate(self.by_rows or ())
+        ]
         if self.select_top_k is not None and self.select_top_k > top_k:
             raise PolicyError(
                 f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
@@ -163,6 +197,7 @@ class Policy(BaseModel):
             union=self.union,
             prefer_local_rank=self.prefer_local_rank,
             knobs=tuple((key, value) for key, value in others if value is not None),
+            by_rows=tuple(ranges),
         )
 
     def check_layers(self, count: int, where: str = "sere") -> None:
@@ -176,6 +211,8 @@ class Policy(BaseModel):
                 f"{where}.tau = {list(self.tau)}: has {len(self.tau)} numbers, this model has "
                 f"{count} MoE layers; give one number, or one for each layer"
             )
+        for number, entry in enumerate(self.by_rows or ()):
+            self._of_range(entry).check_layers(count, f"{where}.by_rows.{number}")
 
     @property
     def similarity_path(self) -> Path:
@@ -231,14 +268,31 @@ class BoundPolicy(BaseModel):
     prefer_local_rank: float | None = None
     knobs: tuple[tuple[str, Any], ...] = ()
     """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
+    by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()
+    """Most re-routable rows of a step, and its numbers; from small steps to large ones."""
 
-    def of_layer(self, position: int, num_experts: int, similarity: Tensor | None) -> Layer:
+    def for_rows(self, rows: int) -> "BoundPolicy":
+        """The numbers of a step.
+
+        Args:
+            rows: re-routable rows that the kept experts are chosen over.
+        """
+        return next((bound for up_to, bound in self.by_rows if rows <= up_to), self)
+
+    def of_layer(
+        self,
+        position: int,
+        num_experts: int,
+        similarity: Tensor | None,
+        owner: Tensor | None = None,
+    ) -> Layer:
         """What the rule is given in one layer.
 
         Args:
             position: of the layer among the MoE layers, from 0.
             num_experts: E.
             similarity: ``[E, E]`` float32, where the rule reads it.
+            owner: ``[E]`` int64, the expert-parallel rank of each expert; None = one rank.
         """
         knobs = {
             key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
@@ -246,6 +300,7 @@ class BoundPolicy(BaseModel):
         return Layer(
             num_experts,
             similarity=similarity,
+            owner=owner,
             select_top_k=self.select_top_k,
             threshold=self.threshold,
             min_primary_experts=self.min_primary_experts,
@@ -253,6 +308,8 @@ class BoundPolicy(BaseModel):
         )
 
 
+_ALL_STEPS = ("prefer_local_rank",)
+"""Keys of a rule that hold for steps of every size."""
 _BOUND = ("select_top_k", "threshold", "min_primary_experts")
 """Knobs that have fields of their own in :class:`BoundPolicy`."""
 _RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))

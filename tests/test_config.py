@@ -26,6 +26,7 @@ KEYS = [
     "mode",
     "prefer_local_rank",
     "experts",
+    "max_per_rank",
     "alpha",
     "base",
     "depth",
@@ -33,6 +34,8 @@ KEYS = [
     "beta",
     "fill",
     "runners_up",
+    "balance_ranks",
+    "by_rows",
 ]
 NAN, INF = float("nan"), float("inf")
 
@@ -385,9 +388,11 @@ def other(rule: str, **keys: Any) -> dict[str, Any]:
         other("topk", select_top_k=2),
         other("oea", select_top_k=1),
         other("xshare", experts=24),
+        other("xshare", experts=24, max_per_rank=3),
         other("lynx", experts=24, alpha=4.0, base=2.0, depth=8),
         other("margin", tau=0.01),
         other("margin", tau=[0.01, 0.0, 1.0], beta=0.0, fill=0.5, runners_up=4),
+        other("margin", tau=0.01, balance_ranks=True),
     ],
 )
 def test_keys_of_other_rules(value: dict[str, Any]) -> None:
@@ -419,6 +424,9 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
         (other("margin", tau=[0.1, 2]), ["sere.tau = [0.1, 2]: must be a number", "or a list"]),
         (other("margin", tau=True), ["sere.tau = True: must be a number"]),
         (other("margin", tau=0.1, fill=-1.0), ["sere.fill = -1.0", "greater than or equal to 0"]),
+        (other("xshare", experts=3, max_per_rank=0), ["sere.max_per_rank = 0", "greater than"]),
+        (other("lynx", experts=3, max_per_rank=1), ["sere.max_per_rank = 1", "'lynx'"]),
+        (other("margin", tau=0.1, balance_ranks=1), ["sere.balance_ranks = 1", "boolean"]),
         (other("lynx", experts=3, base=1.0), ["sere.base = 1.0", "greater than 1"]),
     ],
 )
@@ -434,6 +442,67 @@ def test_a_list_has_a_number_for_each_layer(has_words: Any) -> None:
     with pytest.raises(PolicyError) as caught:
         policy.check_layers(3)
     has_words(str(caught.value), "sere.tau = [0.1, 0.2]", "2 numbers", "3 MoE layers")
+
+
+# --- by the rows of a step ---------------------------------------------------------------------
+
+RANGES = [{"up_to": 4, "tau": 0.1, "fill": 1.0}, {"up_to": 16, "tau": [0.2, 0.3]}]
+
+
+def test_keys_by_the_rows_of_a_step() -> None:
+    policy = Policy.parse(other("margin", tau=0.4, fill=0.5, by_rows=RANGES))
+    for again in (policy.model_dump(), json.loads(policy.model_dump_json())):
+        assert Policy.parse(again) == policy
+    assert policy.model_dump()["by_rows"][0] == RANGES[0], "an entry holds what was written"
+    bound = policy.for_model(top_k=4)
+    layers = {rows: bound.for_rows(rows).of_layer(1, 48, None) for rows in (0, 1, 4, 5, 16, 17)}
+    assert [of.tau for of in layers.values()] == [0.1, 0.1, 0.1, 0.3, 0.3, 0.4]
+    assert [of.fill for of in layers.values()] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    assert all(of.min_primary_experts == 4 for of in layers.values())
+    assert len({bound, policy.for_model(top_k=4)}) == 1
+    assert Policy.parse(other("margin", tau=0.4)).for_model(top_k=4).for_rows(1).by_rows == ()
+
+
+def test_null_in_an_entry_is_a_key_not_given() -> None:
+    entry = {"up_to": 8, "threshold": None}
+    policy = Policy.parse({**SMALLEST, "threshold": 0.5, "by_rows": [entry]})
+    bound = policy.for_model(top_k=4)
+    assert (bound.for_rows(8).threshold, bound.for_rows(9).threshold) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "words"),
+    [
+        ([], ["by_rows = []", "1 to 16 entries", "up_to: 8"]),
+        ({"up_to": 8, "tau": 0.1}, ["by_rows = {", "must be a list"]),
+        ([[8, 0.1]], ["by_rows.0 = [8, 0.1]", "must be a mapping"]),
+        ([{"tau": 0.1}], ["by_rows.0.up_to = None", "above 0"]),
+        ([{"up_to": 0, "tau": 0.1}], ["by_rows.0.up_to = 0", "above 0"]),
+        ([{"up_to": True, "tau": 0.1}], ["by_rows.0.up_to = True"]),
+        ([RANGES[1], RANGES[0]], ["by_rows.1.up_to = 4", "above 16", "small steps to large"]),
+        ([RANGES[0], RANGES[0]], ["by_rows.1.up_to = 4", "above 4"]),
+        ([{"up_to": 8}], ["by_rows.0 = {'up_to': 8}", "changes nothing"]),
+        ([{"up_to": 8, "tau": 2}], ["sere.by_rows.0.tau = 2: must be a number from 0 to 1"]),
+        ([{"up_to": 8, "tau": None}], ["sere.by_rows.0.tau is missing"]),
+        ([{"up_to": 8, "taus": 2}], ["by_rows.0.taus = 2", "up_to", "'margin'", "runners_up"]),
+        ([{"up_to": 8, "mode": "off"}], ["by_rows.0.mode = 'off'", "an entry takes up_to"]),
+        ([{"up_to": 8, "select_top_k": 2}], ["by_rows.0.select_top_k = 2", "'margin'"]),
+        ([{"up_to": n, "tau": 0.1} for n in range(1, 18)], ["1 to 16 entries"]),
+    ],
+)
+def test_entries_are_refused_by_name(ranges: Any, words: list[str], has_words: Any) -> None:
+    has_words(refusal(other("margin", tau=0.4, by_rows=ranges)), *words)
+
+
+def test_entries_are_checked_against_the_model(has_words: Any) -> None:
+    policy = Policy.parse(other("margin", tau=0.4, by_rows=RANGES))
+    with pytest.raises(PolicyError) as caught:
+        policy.check_layers(3)
+    has_words(str(caught.value), "sere.by_rows.1.tau = [0.2, 0.3]", "3 MoE layers")
+    entry = {"up_to": 8, "select_top_k": 5}
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse({**SMALLEST, "by_rows": [entry]}).for_model(top_k=4)
+    has_words(str(caught.value), "sere.by_rows.0.select_top_k = 5", "K = 4")
 
 
 # --- what an engine takes at its start ---------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.config import Policy
+from sere_ray.config import BoundPolicy, Policy
 from sere_ray.engine.cpu_rules import check_gate, choose_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.rules import NO_RANK, REROUTABLE, Choice, Layer, LocalRanks
@@ -27,6 +27,7 @@ class CpuState(EngineState):
         max_rows: most rows of a forward pass.
         owner: decoder layer index -> ``[E]`` int64, the rank that holds each expert; no entry
             where one rank holds them all.
+        union_rows: re-routable rows of the running step that experts are chosen over.
     """
 
     max_rows: int
@@ -39,7 +40,7 @@ class CpuState(EngineState):
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
-        self.decode_rows = 0
+        self.decode_rows = self.union_rows = 0
         _compile_rule(self.top_k, local=False)
         self.apply_policy()
 
@@ -79,9 +80,14 @@ class CpuState(EngineState):
 
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """Take over the row kinds of a pass; ``[rows]`` int8."""
-        self.decode_rows = int((kinds == REROUTABLE).sum())
+        self.decode_rows = self.union_rows = int((kinds == REROUTABLE).sum())
         self.current_kind = self.step_kind(kinds)
         self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
+
+    @property
+    def running(self) -> BoundPolicy:
+        """The policy's numbers for the running step."""
+        return self.bound.for_rows(self.union_rows)
 
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
@@ -119,7 +125,8 @@ class CpuState(EngineState):
     def knobs(self, layer: int) -> Layer:
         """What a rule is given beside the rows of a layer."""
         matrix = self.similarity[layer]
-        return self.bound.of_layer(self.position[layer], len(matrix), matrix)
+        position, owner = self.position[layer], self.owner.get(layer)
+        return self.running.of_layer(position, len(matrix), matrix, owner)
 
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """Do what comes before the rule in a layer; one rank has nothing to do."""
@@ -149,15 +156,16 @@ class CpuState(EngineState):
 
     def rule_arguments(self, layer: int, num_rows: int) -> dict[str, Any]:
         """The policy as the rule takes it, for that many rows of this layer."""
-        tolerance, owner = self.bound.prefer_local_rank, self.owner.get(layer)
+        running, owner = self.running, self.owner.get(layer)
+        tolerance = running.prefer_local_rank
         local = None
         if tolerance is not None and owner is not None:
             home = torch.full((num_rows,), self.home_rank(), dtype=torch.int64, device="cpu")
             local = LocalRanks(owner, home, tolerance)
         return {
-            "select_top_k": self.bound.select_top_k,
-            "threshold": self.bound.threshold,
-            "min_primary_experts": self.bound.min_primary_experts,
+            "select_top_k": running.select_top_k,
+            "threshold": running.threshold,
+            "min_primary_experts": running.min_primary_experts,
             "local": local,
             "owner": owner,
         }

@@ -3,7 +3,7 @@
 Under data and expert parallelism every rank routes its own rows. Two all-reduces make all of them
 derive the same set of kept experts:
 
-- once per pass, in its first MoE layer: :class:`Header`, a few numbers (MIN);
+- once per pass, in its first MoE layer: :class:`Header`, a few numbers, and each rank's rows (MIN);
 - in every MoE layer, before rows are dispatched: one byte per expert, the lowest rank of a slot
   in which a row names it (MIN); under the rule ``margin`` one integer per expert, what the rank's
   rows ask for (SUM).
@@ -44,6 +44,9 @@ from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
 from sere_ray.errors import PolicyError, SereError
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Choice, RuleCounts, margin, name_dropped
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
+
+_NO_ROWS = 2**31
+"""Above every number of rows."""
 
 
 class Header(NamedTuple):
@@ -266,15 +269,19 @@ class UnionCpuState(CpuState):
             int(self.decode_rows == 0),
             int(not self.has_exact_row),
         )
-        fields = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        # A place for each rank, which it alone fills: the minimum has the rows of all of them.
+        rows = [_NO_ROWS] * self.group.size()
+        rows[dist.get_rank(self.group)] = self.decode_rows
+        fields = torch.tensor([*mine, *rows], dtype=torch.int64, device="cpu")
         self._reduce(fields, dist.ReduceOp.MIN)
-        common = Header(*fields.tolist())
+        common = Header(*fields[: len(mine)].tolist())
         self._check(common)
         self.staged = {v: s for v, s in self.staged.items() if v >= common.version}
         self.bound, self.similarity = self.staged[common.version]
         self.group_decodes = not common.no_decode_row
         if self.bound.union == "global":
             self.current_kind = DECODE_ONLY if common.no_exact_row else MIXED
+            self.union_rows = int(fields[len(mine) :].sum())
         self.agreed = True
 
     def _reduce(self, numbers: Tensor, operation: Any) -> None:

@@ -1,12 +1,14 @@
 """Rules at equal experts read, and at equal distance from the exact model.
 
+With several expert-parallel ranks the experts that count are those of the busiest one.
+
 A rule's frontier at one batch size: of its settings, those that no other of them beats in both
 numbers; between them log KL is taken as linear in the experts read. Peers get the best of all their
 settings on the very rows they are judged on.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,8 @@ class Point:
     """Its rule, or ``exact``."""
     keys: dict[str, Any]
     batch: int
+    ranks: int | None = None
+    """Number of expert-parallel ranks that the rule was told; None where it does not matter."""
 
 
 class Frontier:
@@ -70,37 +74,51 @@ Values = dict[str, tuple[Doubles, Doubles]]
 """Rule -> reads and KL of its settings, ``[settings, texts]`` each."""
 
 
-def compare(points: list[Point], found: list[Measured], shares: Doubles) -> list[dict[str, Any]]:
-    """Per batch size: ours against SERE and the best peer at SERE's experts, and anywhere.
+def compare(
+    points: list[Point], found: list[Measured], shares: Doubles, ranks: tuple[int, ...] = (1,)
+) -> list[dict[str, Any]]:
+    """Per batch size and number of ranks: ours against SERE and the best peer at SERE's experts,
+    and anywhere.
 
     Args:
         points: settings at batch sizes.
         found: what each of them did.
         shares: resamples of texts.
+        ranks: numbers of expert-parallel ranks; the experts are those of the busiest one.
 
     Returns:
         Rows of a result file; none where ours, SERE and a third rule were not all measured.
     """
     rows = []
     for batch in dict.fromkeys(point.batch for point in points if point.batch > 1):
-        settings: dict[str, list[dict[str, Any]]] = {}
-        measured: dict[str, list[Measured]] = {}
-        for point, of_point in zip(points, found, strict=True):
-            if point.batch == batch and point.rule != EXACT:
-                settings.setdefault(point.rule, []).append(point.keys)
-                measured.setdefault(point.rule, []).append(of_point)
-        if not {OURS, "sere"} < settings.keys():
-            return []
-        values = {rule: _values(of_rule) for rule, of_rule in measured.items()}
-        for i, keys in enumerate(settings["sere"]):
-            if keys.get("threshold") is None:
-                at = f"experts of SERE S={keys['select_top_k']}"
-                numbers = functools.partial(_at_sere, position=i)
-                rows.append({"batch": batch, "at": at} | _bootstrap(values, shares, numbers))
-        rows.append(
-            {"batch": batch, "at": "worst anywhere"} | _bootstrap(values, shares, _anywhere)
-        )
+        for count in ranks:
+            of_case = [
+                (point, measured)
+                for point, measured in zip(points, found, strict=True)
+                if point.batch == batch and point.rule != EXACT and point.ranks in (None, count)
+            ]
+            if not {OURS, "sere"} < {point.rule for point, _ in of_case}:
+                return []
+            case = {"batch": batch, "ranks": count}
+            rows += [case | row for row in _compare_case(of_case, shares, count)]
     return rows
+
+
+def _compare_case(
+    of_case: list[tuple[Point, Measured]], shares: Doubles, ranks: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one batch size and number of ranks."""
+    measured: dict[str, list[Measured]] = {}
+    for point, of_point in of_case:
+        measured.setdefault(point.rule, []).append(of_point)
+    values = {rule: _values(of_rule, ranks) for rule, of_rule in measured.items()}
+    of_sere = [point.keys for point, _ in of_case if point.rule == "sere"]
+    for i, keys in enumerate(of_sere):
+        if keys.get("threshold") is None:
+            numbers = functools.partial(_at_sere, position=i)
+            at = f"experts of SERE S={keys['select_top_k']}"
+            yield {"at": at} | _bootstrap(values, shares, numbers)
+    yield {"at": "worst anywhere"} | _bootstrap(values, shares, _anywhere)
 
 
 def best_peer(frontiers: Frontiers, reads: float) -> tuple[str, float]:
@@ -143,8 +161,8 @@ def _anywhere(frontiers: Frontiers, _: Means) -> dict[str, float]:
     return {"experts": worst[0], "kl_to_best_peer": worst[1]}
 
 
-def _values(measured: list[Measured]) -> tuple[Doubles, Doubles]:
-    reads = np.stack([found.reads for found in measured]).astype(np.float64)
+def _values(measured: list[Measured], ranks: int) -> tuple[Doubles, Doubles]:
+    reads = np.stack([found.busiest[ranks] for found in measured]).astype(np.float64)
     kl = np.stack([found.kl.mean(axis=1) for found in measured]).astype(np.float64)
     return reads, kl
 

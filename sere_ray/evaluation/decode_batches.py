@@ -87,17 +87,23 @@ class DecodeBatches:
             self.prompt: Cache = model(self.ids[:, :prompt_tokens], use_cache=True).past_key_values
             self.exact = self._forward({}).log_softmax(dim=-1)
 
-    def measure(self, policy: BoundPolicy, batch: int) -> Measured:
+    def measure(self, policy: BoundPolicy, batch: int, ranks: int = 1) -> Measured:
         """Run a policy with ``batch`` rows a step; N is a multiple of it.
+
+        Args:
+            policy: what to run.
+            batch: B.
+            ranks: what a rule that looks at ranks takes for their number.
 
         Raises:
             UnsupportedError: its rule reads scores that this model's gate does not choose by.
         """
         counts = Counts(len(self.ids) // batch, self.ranks)
-        rules = {
-            layer: LayerRule(policy, i, self.similarity.get(layer), module.gate_weight, counts)
-            for i, (layer, module) in enumerate(self.layers.items())
-        }
+        policy, rules = policy.for_rows(batch), {}
+        for i, (layer, module) in enumerate(self.layers.items()):
+            experts, similarity = len(module.gate_weight), self.similarity.get(layer)
+            knobs = policy.of_layer(i, experts, similarity, linear_owner(experts, ranks))
+            rules[layer] = LayerRule(policy.rule, knobs, module.gate_weight, counts)
         logits = self._forward(rules)
         found = logits.log_softmax(dim=-1)
         kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
@@ -150,18 +156,11 @@ class Counts:
 
 
 class LayerRule:
-    """A policy in one layer, over all decode steps of all batches at once."""
+    """A rule in one layer, over all decode steps of all batches at once."""
 
-    def __init__(
-        self,
-        policy: BoundPolicy,
-        position: int,
-        similarity: Tensor | None,
-        gate_weight: Tensor,
-        counts: Counts,
-    ) -> None:
-        self.policy, self.gate_weight, self.counts = policy, gate_weight, counts
-        self.layer = policy.of_layer(position, len(gate_weight), similarity)
+    def __init__(self, rule: str, layer: Layer, gate_weight: Tensor, counts: Counts) -> None:
+        self.rule, self.layer = RULES[rule], layer
+        self.gate_weight, self.counts = gate_weight, counts
 
     def __call__(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         """New choice of ``[D, N, K]``; N rows are G batches of B."""
@@ -178,7 +177,7 @@ class LayerRule:
         return named.view_as(ids), new_weights.view_as(weights)
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
-        rule = RULES[self.policy.rule]
+        rule = self.rule
         if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
             return compiled_sere(ids, weights, self.layer)
         scores = None
@@ -187,6 +186,12 @@ class LayerRule:
             check_chosen_by(scores, ids, index)
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
         return rule.apply(ids, weights, scores, kinds, self.layer)
+
+
+def linear_owner(num_experts: int, ranks: int) -> Tensor:
+    """``[E]`` int64: vLLM's linear placement, larger shards first."""
+    parts = torch.arange(num_experts).tensor_split(ranks)
+    return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])
 
 
 def compiled_sere(ids: Tensor, weights: Tensor, layer: Layer) -> Choice:

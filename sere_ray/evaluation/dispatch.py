@@ -28,6 +28,7 @@ from sere_ray.config import BoundPolicy
 from sere_ray.demo import assets
 from sere_ray.demo.quality import PROMPT_TOKENS, heldout_windows
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report
+from sere_ray.evaluation.decode_batches import linear_owner
 from sere_ray.evaluation.teacher_forced import LayerRows, Rerouter, exact_logits
 
 DTYPE = torch.bfloat16
@@ -94,12 +95,6 @@ def measure_dispatch(
 
 def _load() -> PreTrainedModel:
     return load_model(str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32")
-
-
-def linear_owner(num_experts: int, ranks: int) -> Tensor:
-    """``[E]`` int64: vLLM's linear placement, larger shards first."""
-    shards = [part.shape[0] for part in np.array_split(np.arange(num_experts), ranks)]
-    return torch.repeat_interleave(torch.arange(ranks), torch.tensor(shards))
 
 
 def _record(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sere_ray.artifact import SimilarityArtifact
-from sere_ray.calibration.collect import find_moe_layers, moe_shape
+from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
 from sere_ray.calibration.loading import (
     load_config,
@@ -25,7 +25,7 @@ from sere_ray.config import BoundPolicy
 from sere_ray.errors import DataError, SereError
 from sere_ray.evaluation.comparison import Point, compare
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.settings import EXACT, as_policy, grid, label
+from sere_ray.evaluation.settings import EXACT, as_policy, grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
 from sere_ray.progress import progress
 
@@ -126,7 +126,7 @@ class Evaluator:
         with progress(console, total, task="evaluate", unit="passes") as advance:
             for chunk in self.chunks(self.input_ids, size):
                 for point, policy, found in zip(points, policies, parts, strict=True):
-                    found.append(chunk.measure(policy, point.batch))
+                    found.append(chunk.measure(policy, point.batch, point.ranks or 1))
                     advance(1)
         return [Measured.join(found) for found in parts]
 
@@ -199,12 +199,7 @@ def evaluate(
     """
     evaluator = Evaluator(plan)
     shape = evaluator.shape
-    exact = {"rule": "topk", "select_top_k": shape.top_k}
-    points = [Point(EXACT, exact, batch) for batch in plan.batches]
-    for batch in plan.batches:
-        sizes = {"batch": batch, "num_experts": shape.num_experts, "top_k": shape.top_k}
-        of_batch = settings or [keys for rule in rules for keys in grid(rule, **sizes)]
-        points += [Point(keys["rule"], keys, batch) for keys in of_batch]
+    points = _points(plan, shape, rules, settings)
     found = evaluator.measure(points, console)
     shares = draws(plan.sequences)
     rows = [
@@ -223,8 +218,29 @@ def evaluate(
         "scored_positions": plan.sequences * (plan.length - plan.prompt_tokens),
         "dtype": str(evaluator.model.dtype).removeprefix("torch."),
         "rows": rows,
-        "comparison": compare(points, found, shares),
+        "comparison": compare(points, found, shares, plan.ranks),
     }
+
+
+def _points(
+    plan: Plan, shape: MoEShape, rules: tuple[str, ...], settings: list[dict[str, Any]] | None
+) -> list[Point]:
+    """Everything to measure; what looks at ranks with each number of them."""
+    exact = {"rule": "topk", "select_top_k": shape.top_k}
+    points = [Point(EXACT, exact, batch) for batch in plan.batches]
+    for batch in plan.batches:
+        sizes = {"batch": batch, "num_experts": shape.num_experts, "top_k": shape.top_k}
+        for keys in settings or [keys for rule in rules for keys in grid(rule, **sizes)]:
+            counts = plan.ranks if looks_at_ranks(keys) else (None,)
+            points += [Point(keys["rule"], keys, batch, count) for count in counts]
+        if not settings:
+            points += [
+                Point(rule, keys, batch, count)
+                for count in plan.ranks
+                for rule in rules
+                for keys in rank_grid(rule, count, **sizes)
+            ]
+    return points
 
 
 def check_same_text(old: dict[str, Any], new: dict[str, Any], batches: tuple[int, ...]) -> None:
@@ -259,4 +275,5 @@ def _rows(
             **mean(found.busiest[count], shares).fields("experts_read_max_rank", 3),
         }
         for count in ranks
+        if point.ranks in (None, count)
     ]

@@ -24,9 +24,7 @@ def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[st
     that B rows name with one slot and with all of them, if they choose evenly.
     """
     sizes = range(1, min(top_k, 7))
-    least, most = (num_experts * (1 - (1 - k / num_experts) ** batch) for k in (1, top_k))
-    between = (least + (most - least) * i / (_BUDGETS - 1) for i in range(_BUDGETS))
-    budgets = sorted({max(1, round(budget)) for budget in between})
+    budgets = _budgets(batch, num_experts, top_k, ranks=1)
     found: dict[str, list[dict[str, Any]]] = {
         "sere": [
             {"select_top_k": size, "threshold": rho, "min_primary_experts": 0}
@@ -40,6 +38,30 @@ def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[st
         "margin": [{"tau": tau} for tau in _TAUS],
     }
     return [{"rule": rule, **keys} for keys in found[rule]]
+
+
+def rank_grid(
+    rule: str, ranks: int, *, batch: int, num_experts: int, top_k: int
+) -> list[dict[str, Any]]:
+    """Further settings of rules that look at where experts lie, for so many ranks."""
+    caps = _budgets(batch, num_experts, top_k, ranks)
+    found: dict[str, list[dict[str, Any]]] = {
+        "xshare": [{"experts": num_experts, "max_per_rank": cap} for cap in caps],
+        "margin": [{"tau": tau, "balance_ranks": True} for tau in _TAUS],
+    }
+    return [{"rule": rule, **keys} for keys in found.get(rule, []) if ranks > 1]
+
+
+def _budgets(batch: int, num_experts: int, top_k: int, ranks: int) -> list[int]:
+    """Numbers of experts of a rank, between one slot of each row and all of them."""
+    least, most = (num_experts * (1 - (1 - k / num_experts) ** batch) for k in (1, top_k))
+    between = (least + (most - least) * i / (_BUDGETS - 1) for i in range(_BUDGETS))
+    return sorted({max(1, round(budget / ranks)) for budget in between})
+
+
+def looks_at_ranks(keys: dict[str, Any]) -> bool:
+    """Whether what a setting does depends on where experts lie."""
+    return bool(keys.get("max_per_rank") or keys.get("balance_ranks"))
 
 
 def read_settings(path: Path) -> list[dict[str, Any]]:

@@ -152,6 +152,7 @@ class Rerouter:
     def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """New ids ``[D, B, K]``, step by step."""
         rows = torch.full((topk_ids.shape[1],), REROUTABLE, dtype=torch.int8)
+        policy = self.policy.for_rows(len(rows))
         new_ids = topk_ids.clone()
         for step, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
             of_step, counts = reroute_and_count(
@@ -159,9 +160,9 @@ class Rerouter:
                 weights,
                 self.similarity[layer],
                 rows,
-                select_top_k=self.policy.select_top_k,
-                threshold=self.policy.threshold,
-                min_primary_experts=self.policy.min_primary_experts,
+                select_top_k=policy.select_top_k,
+                threshold=policy.threshold,
+                min_primary_experts=policy.min_primary_experts,
                 local=self._local_ranks(),
             )
             self.reads.layer_steps += 1

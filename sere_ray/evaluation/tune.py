@@ -1,10 +1,16 @@
 """``sere-ray tune``: the settings that read the fewest experts within a budget of quality.
 
-A setting fits if the bad end of its 95 % interval keeps the budget at every batch size asked for.
+A setting fits if the bad end of its 95 % interval keeps the budget at every batch size that it is
+for. Each batch size asked for ends a range of sizes with a setting of its own, which has to fit at
+both ends of the range and reads the fewest experts there. All ranges have one rule.
+
 What is found on one text is checked on a second one, which had no part in the choice.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ import yaml
 from rich.console import Console
 
 from sere_ray.artifact import atomic_path
+from sere_ray.calibration.collect import MoEShape
 from sere_ray.errors import SereError
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.frontier import Evaluator, Plan
@@ -97,19 +104,25 @@ class Text:
             evaluator.chunks(evaluator.windows(data), max(plan.batches))
         )
         self.shares = draws(plan.sequences)
+        self.known: dict[tuple[str, int], Measured] = {}
         self.exact = self.measure({"rule": "topk", "select_top_k": evaluator.shape.top_k})
 
-    def measure(self, keys: dict[str, Any]) -> dict[int, Measured]:
-        """A setting at every batch size."""
-        policy = self.evaluator.bind(keys)
-        return {
-            batch: Measured.join([chunk.measure(policy, batch) for chunk in self.chunks])
-            for batch in self.batches
-        }
+    def measure(
+        self, keys: dict[str, Any], batches: Sequence[int] | None = None
+    ) -> dict[int, Measured]:
+        """A setting at batch sizes, None = all; what was measured before is remembered."""
+        policy, name = self.evaluator.bind(keys), json.dumps(keys, sort_keys=True)
+        found = {}
+        for batch in batches or self.batches:
+            if (name, batch) not in self.known:
+                parts = [chunk.measure(policy, batch) for chunk in self.chunks]
+                self.known[name, batch] = Measured.join(parts)
+            found[batch] = self.known[name, batch]
+        return found
 
-    def attempt(self, keys: dict[str, Any]) -> Candidate:
+    def attempt(self, keys: dict[str, Any], batches: Sequence[int] | None = None) -> Candidate:
         """The same, held against the budget."""
-        found = self.measure(keys)
+        found = self.measure(keys, batches)
         spent = [self.budget.spent(of_batch, self.shares) for of_batch in found.values()]
         return Candidate(keys, found, all(self.budget.kept(number) for number in spent))
 
@@ -133,7 +146,13 @@ class Text:
 
 
 def tune(
-    plan: Plan, check_data: str, budget: Budget, rules: tuple[str, ...], console: Console
+    plan: Plan,
+    check_data: str,
+    budget: Budget,
+    rules: tuple[str, ...],
+    console: Console,
+    *,
+    by_rows: bool,
 ) -> dict[str, Any]:
     """The content of a report: the policy, what it was predicted to do, what it did.
 
@@ -143,6 +162,7 @@ def tune(
         budget: what may be lost.
         rules: names of the rules to choose among.
         console: where progress goes.
+        by_rows: a setting for each range of batch sizes, or else one for all.
 
     Raises:
         SereError: something cannot be used, or no setting keeps the budget.
@@ -150,11 +170,12 @@ def tune(
     budget.check()
     evaluator = Evaluator(plan)
     text = Text(evaluator, plan.data, budget)
+    ranges = ranges_between(plan.batches) if by_rows else [plan.batches]
     best: Candidate | None = None
     tried: list[dict[str, Any]] = []
     for rule in rules:
         with waiting(console, f"trying {rule}"):
-            found = best_of_rule(text, rule)
+            found = best_of_rule(text, rule, ranges)
         tried.append({"rule": rule, "experts_read_mean": round(found.reads, 3) if found else None})
         if found and (best is None or found.reads < best.reads):
             best = found
@@ -183,42 +204,72 @@ def write_policy(policy: dict[str, Any], path: Path) -> None:
         temporary.write_text(yaml.safe_dump(policy, sort_keys=False), encoding="utf-8")
 
 
-def best_of_rule(text: Text, rule: str) -> Candidate | None:
-    """The setting of a rule that reads the fewest experts and fits; None where none does."""
+def ranges_between(batches: Sequence[int]) -> list[tuple[int, ...]]:
+    """Both ends of each range of batch sizes; the first holds what is below the smallest, too.
+
+    Example:
+        >>> ranges_between((16, 4, 8))
+        [(4,), (4, 8), (8, 16)]
+    """
+    ends = sorted(set(batches))
+    return [(ends[0],), *itertools.pairwise(ends)]
+
+
+def best_of_rule(text: Text, rule: str, ranges: list[tuple[int, ...]]) -> Candidate | None:
+    """The settings of a rule that read the fewest experts and fit; None where none do."""
+    keys: dict[str, Any] = {}
+    entries: list[dict[str, Any]] = []
+    for batches in ranges:
+        attempt = functools.partial(text.attempt, batches=batches)
+        found = _best_of_range(attempt, text.evaluator.shape, batches, rule)
+        if found is None:
+            return None
+        if keys and keys != found.keys:
+            entries.append({"up_to": batches[0], **keys})
+        keys = found.keys
+    if entries:
+        changes = [{key: e[key] for key in e if key != "rule"} for e in entries]
+        keys = {**keys, "by_rows": changes}
+    return text.attempt(keys)
+
+
+def _best_of_range(
+    attempt: Try, shape: MoEShape, batches: tuple[int, ...], rule: str
+) -> Candidate | None:
+    """The same for one range of batch sizes."""
     if rule == "margin":
-        return _best_margin(text)
-    shape = text.evaluator.shape
+        return _best_margin(attempt, len(shape.layers))
     sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
-    settings = [keys for batch in text.batches for keys in grid(rule, batch=batch, **sizes)]
+    settings = [keys for batch in batches for keys in grid(rule, batch=batch, **sizes)]
     settings = [keys for i, keys in enumerate(settings) if keys not in settings[:i]]
     if rule == "sere":  # a server has its default floor
         settings = [{**keys, "min_primary_experts": None} for keys in settings]
-    fitting = [c for c in map(text.attempt, settings) if c.fits]
+    fitting = [c for c in map(attempt, settings) if c.fits]
     return min(fitting, key=lambda candidate: candidate.reads, default=None)
 
 
-def _best_margin(text: Text) -> Candidate | None:
+def _best_margin(attempt: Try, layers: int) -> Candidate | None:
     """tau by bisection; then what the weights are made of; then a tau for every layer."""
-    first = _largest_tau(text.attempt, lambda tau: {"rule": "margin", "tau": tau})
+    first = _largest_tau(attempt, lambda tau: {"rule": "margin", "tau": tau})
     if first is None:
         return None
     keys = dict(first.keys)
-    slope = _slope(text.attempt, keys)
+    slope = _slope(attempt, keys)
     for name, values in _SHAPES:
-        options = [text.attempt({**keys, name: value}) for value in values]
+        options = [attempt({**keys, name: value}) for value in values]
         keys = min(options, key=lambda c: c.log_kl + slope * c.reads).keys
-    taus = np.full(len(text.evaluator.shape.layers), keys["tau"])
-    current = text.attempt(keys)
-    for layer in range(len(taus)):
+    taus = np.full(layers, keys["tau"])
+    current = attempt(keys)
+    for layer in range(layers):
         for factor in _PER_LAYER:
             other = taus.copy()
             other[layer] *= factor
-            found = text.attempt({**keys, "tau": other.clip(max=1.0).tolist()})
+            found = attempt({**keys, "tau": other.clip(max=1.0).tolist()})
             if found.log_kl + slope * found.reads < current.log_kl + slope * current.reads:
                 taus, current = other, found
     relative = taus / taus.mean()
     tuned = _largest_tau(
-        text.attempt, lambda tau: {**keys, "tau": (relative * tau).clip(max=1.0).tolist()}
+        attempt, lambda tau: {**keys, "tau": (relative * tau).clip(max=1.0).tolist()}
     )
     fitting = [c for c in (first, tuned) if c is not None]
     return min(fitting, key=lambda candidate: candidate.reads)
@@ -245,8 +296,12 @@ def _slope(attempt: Try, keys: dict[str, Any]) -> float:
 
 def _plain(keys: dict[str, Any]) -> dict[str, Any]:
     """Without keys that are left at null, numbers short enough to read."""
-    return {
-        key: [round(v, 6) for v in value] if isinstance(value, list) else value
-        for key, value in keys.items()
-        if value is not None
-    }
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        if isinstance(value, dict):
+            return _plain(value)
+        return round(value, 6) if isinstance(value, float) else value
+
+    return {key: short(value) for key, value in keys.items() if value is not None}

@@ -11,8 +11,8 @@ from sere_ray.evaluation.settings import label
 
 def print_report(found: dict[str, Any], console: Console) -> None:
     """Predicted and checked, one row for each batch size."""
-    policy = {key: value for key, value in found["policy"].items() if key != "similarity"}
-    table = Table(title=f"{policy['rule']}: {label(policy)}", box=SIMPLE_HEAD)
+    print_settings(found["policy"], console)
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("text", "batch", "experts", "of exact", "KL, nats", "top-1"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for name, rows in (("predicted", found["predicted"]), ("second text", found["checked"])):
@@ -34,6 +34,17 @@ def print_report(found: dict[str, Any], console: Console) -> None:
         else "the second text does not keep the budget with its whole interval: allow for it, or "
         "choose on more text"
     )
+
+
+def print_settings(policy: dict[str, Any], console: Console) -> None:
+    """The rule, and a line for each range of batch sizes."""
+    keys = {k: v for k, v in policy.items() if k not in ("similarity", "by_rows")}
+    entries = policy.get("by_rows", [])
+    console.print(f"rule {policy['rule']}", highlight=False)
+    for entry in entries:
+        own = {**keys, **{key: value for key, value in entry.items() if key != "up_to"}}
+        console.print(f"  up to {entry['up_to']} rows: {label(own)}", highlight=False)
+    console.print(f"  {'more' if entries else 'any step'}: {label(keys)}", highlight=False)
 
 
 def _with_interval(row: dict[str, Any], field: str, form: str) -> str:

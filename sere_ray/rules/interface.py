@@ -31,6 +31,9 @@ class Layer:
         threshold: rho of ``sere``.
         min_primary_experts: m of ``sere`` and ``margin``.
         experts: n of ``xshare`` and ``lynx``, a number of kept experts.
+        max_per_rank: of ``xshare``, how many of them a rank may hold; None = any number.
+        owner: ``[E]`` int64, the expert-parallel rank of each expert, for ``max_per_rank`` and
+            ``balance_ranks``; None = one rank holds them all.
         alpha: of ``lynx``, bins per unit of logit.
         base: of ``lynx``, what a bin's score is a power of.
         depth: of ``lynx``, the last bin.
@@ -38,6 +41,7 @@ class Layer:
         beta: of ``margin``, 1 = weights renormalised, 0 = the gate's scale.
         fill: of ``margin``, factor of the weight of a stand-in.
         runners_up: of ``margin``, how many unchosen experts a chosen one is compared with.
+        balance_ranks: of ``margin``, whether tau counts what the busiest rank reads.
     """
 
     num_experts: int
@@ -46,6 +50,8 @@ class Layer:
     threshold: float | None = None
     min_primary_experts: int = 0
     experts: int = 0
+    max_per_rank: int | None = None
+    owner: Tensor | None = None
     alpha: float = 2.0
     base: float = 2.0
     depth: int = 8
@@ -53,6 +59,7 @@ class Layer:
     beta: float = 0.5
     fill: float = 0.5
     runners_up: int = 8
+    balance_ranks: bool = False
 
 
 Rule = Callable[[Tensor, Tensor, Tensor | None, Tensor, Layer], Choice]

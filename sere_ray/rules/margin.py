@@ -6,6 +6,10 @@ for an expert is the sum of the squared leads over the rows that chose it; exper
 than tau are kept, and every row's first choice. A slot whose expert is not kept goes to the row's
 own best-scored kept expert, with less weight than its score says: the gate did not choose it.
 
+Under expert parallelism a step waits for the rank that reads the most. There an expert saves
+nothing unless the busiest ranks all lose one: ``balance_ranks`` decides by levels, see
+:func:`of_level`.
+
 Demand is a sum of integers, so that it is the same in whatever order rows and ranks are added up.
 """
 
@@ -20,7 +24,7 @@ from sere_ray.rules.interface import (
     need_scores,
     refill,
 )
-from sere_ray.rules.peers import best_experts, top_of_rows
+from sere_ray.rules.peers import best_experts, place_in_rank, top_of_rows
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
@@ -68,9 +72,21 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
         layer: as there.
     """
     named, wanted = is_named(asked), asked // _DEMAND
-    kept = wanted > demand_units(layer.tau)
+    decisive = of_level(wanted, layer.owner) if layer.balance_ranks else wanted
+    kept = named & (decisive > demand_units(layer.tau))
     # The floor is filled by demand with experts that somebody named.
     return named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+
+
+def of_level(wanted: Tensor, owner: Tensor | None) -> Tensor:
+    """``[..., E]`` int64: what is wanted of the level of each expert.
+
+    Experts of equal place in the orders of their ranks are a level; the n-th one is what the
+    busiest rank would read as its n-th expert. Sums fall from level to level, and one with a first
+    choice is above every tau. On one rank a level is one expert.
+    """
+    level = place_in_rank(wanted.argsort(dim=-1, descending=True, stable=True), owner)
+    return torch.zeros_like(wanted).scatter_add_(-1, level, wanted).gather(-1, level)
 
 
 def refill_rows(

@@ -56,14 +56,20 @@ def xshare(
     """XShare (arXiv 2602.07265).
 
     U = each row's first choice, then experts by the sum of their scores over re-routable rows,
-    until U holds n = ``experts``. Each row selects its K anew inside U. Its variant with a cap per
-    rank is not built.
+    until U holds n = ``experts``. Each row selects its K anew inside U.
+
+    With ``max_per_rank``, its variant for expert parallelism, an expert is passed over whose rank
+    has so many of U already. First choices stay, even above the cap, and so do the experts of exact
+    rows: without them a row could be left with nothing it asked for.
     """
     scores = need_scores(scores)
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     demand = torch.where(rows[..., None], scores, 0.0).sum(dim=-2)
     first = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
-    kept = best_experts(first, demand, layer.experts)
+    if layer.max_per_rank is not None:
+        full = place_in_rank(by_demand(first, demand), layer.owner) >= layer.max_per_rank
+        demand = demand.masked_fill(full, -1.0)
+    kept = best_experts(first, demand, layer.experts) & (first | (demand >= 0))
     return refill(kept, topk_ids, topk_weights, scores, row_kind)
 
 
@@ -109,9 +115,25 @@ def best_experts(first: Tensor, demand: Tensor, count: int) -> Tensor:
 
     Equal demand: the lowest index. If ``first`` holds ``count`` or more, nothing is added.
     """
-    order = (
-        demand.double().masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
-    )
     best = torch.zeros_like(first)
-    best.scatter_(-1, order[..., :count], True)
+    best.scatter_(-1, by_demand(first, demand)[..., :count], True)
     return first | best
+
+
+def by_demand(first: Tensor, demand: Tensor) -> Tensor:
+    """``[..., E]`` int64: experts in the order they are kept in, ``first`` before all others."""
+    worth = demand.double().masked_fill(first, torch.inf)
+    return worth.argsort(dim=-1, descending=True, stable=True)
+
+
+def place_in_rank(order: Tensor, owner: Tensor | None) -> Tensor:
+    """``[..., E]`` int64: how many experts of an expert's own rank come before it.
+
+    Args:
+        order: ``[..., E]`` int64, experts from first to last.
+        owner: ``[E]`` int64, the rank that holds each expert; None = one rank holds all.
+    """
+    rank = torch.zeros_like(order) if owner is None else owner.to(order.device)[order]
+    of_ranks = torch.nn.functional.one_hot(rank).cumsum(dim=-2)  # [..., E, ranks]
+    place = of_ranks.gather(-1, rank[..., None]).squeeze(-1) - 1
+    return torch.empty_like(order).scatter_(-1, order, place)

@@ -49,11 +49,11 @@ RULES: dict[str, RuleInfo] = {
     ),
     "topk": RuleInfo(topk, ("select_top_k",), ("select_top_k",), False),
     "oea": RuleInfo(oea, ("select_top_k",), ("select_top_k",), True),
-    "xshare": RuleInfo(xshare, ("experts",), ("experts",), True),
+    "xshare": RuleInfo(xshare, ("experts", "max_per_rank"), ("experts",), True),
     "lynx": RuleInfo(lynx, ("experts", "alpha", "base", "depth"), ("experts",), True),
     "margin": RuleInfo(
         margin,
-        ("tau", "min_primary_experts", "beta", "fill", "runners_up"),
+        ("tau", "min_primary_experts", "beta", "fill", "runners_up", "balance_ranks"),
         ("tau",),
         True,
     ),

@@ -59,6 +59,10 @@ def level_policies(base: Policy, config: AutoConfig, top_k: int) -> list[Policy]
     Raises:
         PolicyError: a level is not valid for the model, or not stronger than the one before.
     """
+    if base.by_rows is not None:
+        raise PolicyError(
+            "policy.by_rows: mode 'auto' sets keys for steps of every size; leave by_rows out"
+        )
     keys = base.model_dump()
     policies = [Policy.parse({**keys, "mode": "off"})]
     for number, level in enumerate(config.levels):

@@ -28,6 +28,8 @@ SETTINGS = (
     {"rule": "xshare", "experts": 16},
     {"rule": "lynx", "experts": 16},
     {**MARGIN, "tau": [0.002, 0.004, 0.006, 0.01]},
+    {**MARGIN, "balance_ranks": True},
+    {**MARGIN, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "fill": 1.0}]},
 )
 
 
@@ -57,7 +59,7 @@ def with_similarity(similarity, keys):
     return Policy.parse({"similarity": similarity, **keys})
 
 
-@pytest.mark.parametrize("keys", SETTINGS, ids=lambda keys: keys["rule"])
+@pytest.mark.parametrize("keys", SETTINGS, ids=lambda keys: ",".join(map(str, keys)))
 def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch, keys):
     """On the very logits, every row of mixed and decode-only steps, ``==``."""
     calls = []
@@ -74,16 +76,20 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     policy = with_similarity(similarity, keys)
     set_policy(engine, policy)
     read_counters(engine)
-    generate(engine, prompts(8, seed=5, length=(20, 60)), tokens=6)
-    bound, info, changed = policy.for_model(top_k=TOP_K), RULES[keys["rule"]], 0
+    batches = (2, 4, 8) if policy.by_rows else (8,)
+    for batch in batches:
+        generate(engine, prompts(batch, seed=5, length=(20, 60)), tokens=6)
+    bound, info = policy.for_model(top_k=TOP_K), RULES[keys["rule"]]
+    changed, sizes = 0, set()
     for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:
             assert torch.equal(new_ids, ids)
             continue
         scores = logits.float().softmax(-1)
-        expected_ids, expected_weights = info.apply(
-            ids, weights, scores, kinds, bound.of_layer(layer, EXPERTS, None)
-        )
+        rows = int((kinds == REROUTABLE).sum())
+        sizes.add(rows)
+        knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None)
+        expected_ids, expected_weights = info.apply(ids, weights, scores, kinds, knobs)
         kept = expected_ids >= 0
         assert torch.equal(new_ids[kept], expected_ids[kept])
         assert (new_weights[~kept] == 0).all(), "a dropped slot weighs nothing"
@@ -91,6 +97,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         assert torch.equal(new_ids[kinds == EXACT], ids[kinds == EXACT])
         changed += int((new_ids != ids).any())
     assert changed > 4
+    assert sizes.issuperset(batches)
     decode = read_counters(engine)["decode_only"]
     pairs = zip(decode["experts_after"], decode["experts_before"], strict=True)
     assert all(after < before for after, before in pairs)

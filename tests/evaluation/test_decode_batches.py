@@ -99,6 +99,32 @@ def test_stronger_rules_read_less_and_cost_more(batches, keys):
     assert (found.reads.reshape(2, 8) == found.reads.reshape(2, 8)[:, :1]).all()
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rule": "xshare", "experts": 48, "max_per_rank": 2},
+        {"rule": "margin", "tau": 0.05, "balance_ranks": True},
+    ],
+)
+def test_rules_that_look_at_ranks_read_less_on_the_busiest(batches, keys):
+    exact = batches.measure(bound(rule="topk", select_top_k=4), 16)
+    one, eight = (batches.measure(bound(**keys), 16, ranks) for ranks in (1, 8))
+    assert eight.busiest[8].mean() < exact.busiest[8].mean() - 1
+    assert (eight.reads > one.reads).all(), "a cap of each, or the level of each, is more in all"
+
+
+def test_by_rows_is_the_setting_of_the_batch(batches):
+    margin = {"rule": "margin", "tau": 0.02}
+    policy = bound(**margin, by_rows=[{"up_to": 4, "tau": 0.05}, {"up_to": 8, "tau": 0.1}])
+    for batch, tau in ((4, 0.05), (8, 0.1), (16, 0.02)):
+        found, alone = (
+            batches.measure(policy, batch),
+            batches.measure(bound(**margin | {"tau": tau}), batch),
+        )
+        assert np.array_equal(found.kl, alone.kl)
+        assert np.array_equal(found.reads, alone.reads)
+
+
 def test_the_model_is_left_as_it_was(batches, model, windows):
     before = exact_logits(model, windows, PROMPT)
     batches.measure(bound(rule="margin", tau=1.0), 16)

@@ -13,8 +13,9 @@ from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
-from sere_ray.evaluation.settings import grid, label
+from sere_ray.evaluation.settings import grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import draws
+from sere_ray.evaluation.tune import ranges_between
 from sere_ray.results import load_result
 from sere_ray.rules import RULES
 
@@ -54,7 +55,8 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
     def measured(reads, factor):
         kl = np.full((texts, 4), factor * np.exp(-reads), dtype=np.float32)
         ones = np.ones((texts, 4), dtype=np.float32)
-        return Measured(kl, ones, ones[:, 1:], np.full(texts, reads, dtype=np.float32), {})
+        experts = np.full(texts, reads, dtype=np.float32)
+        return Measured(kl, ones, ones[:, 1:], experts, {1: experts, 2: experts / 2})
 
     points, found = [Point("exact", {}, 4)], [measured(9.0, 0.0)]
     for rule, factor in (("sere", 2.0), ("oea", 1.0), ("margin", 0.25)):
@@ -72,13 +74,32 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
     assert rows["worst anywhere"]["kl_to_best_peer"] == pytest.approx(1 / 4, rel=1e-3)
     assert compare(points[:4], found[:4], draws(texts)) == [], "ours is not among them"
 
+    points.append(Point("oea", {"select_top_k": 9}, 4, ranks=2))
+    found.append(measured(3.0, 0.5))
+    of_ranks = compare(points, found, draws(texts), ranks=(1, 2))
+    first = {row["ranks"]: row for row in of_ranks if row["at"] == "experts of SERE S=3"}
+    assert first[1] == row, "a setting for two ranks has no part in what one rank does"
+    assert (first[2]["experts"], first[2]["best_peer"]) == (1.5, "oea")
+    assert first[2]["kl_to_best_peer"] == pytest.approx(1 / 2, rel=1e-3)
+
 
 @pytest.mark.parametrize("rule", RULES)
 def test_grids_are_policies(rule):
-    settings = grid(rule, batch=16, num_experts=128, top_k=8)
+    sizes = {"batch": 16, "num_experts": 128, "top_k": 8}
+    settings = grid(rule, **sizes)
     assert len({label(keys) for keys in settings}) == len(settings) > 2
-    for keys in settings:
+    of_ranks = rank_grid(rule, 8, **sizes)
+    assert bool(of_ranks) == (rule in ("xshare", "margin"))
+    assert all(map(looks_at_ranks, of_ranks))
+    assert not any(map(looks_at_ranks, settings))
+    assert rank_grid(rule, 1, **sizes) == []
+    for keys in settings + of_ranks:
         Policy.parse({"similarity": "-", **keys}).for_model(top_k=8)
+
+
+def test_ranges_between_batch_sizes():
+    assert ranges_between((16, 4, 8)) == [(4,), (4, 8), (8, 16)]
+    assert ranges_between((8,)) == [(8,)]
 
 
 # --- a small run -------------------------------------------------------------------------------
@@ -88,16 +109,20 @@ def test_evaluate(similarity, tmp_path):
     out, page, picture = (tmp_path / name for name in ("f.json", "f.html", "f.png"))
     done = run(
         *("evaluate", "--similarity", similarity, "--data", HELD_OUT, "--out", out),
-        *("--html", page, "--batches", "1,8", "--ranks", "1,4", "--rules", "sere,oea,margin"),
+        *("--html", page, "--batches", "1,8", "--ranks", "1,4", "--rules", "sere,xshare,margin"),
         *SMALL,
     )
     assert done.exit_code == 0, done.output
     document = load_result(out)
     assert (document["model"], document["data"]) == ("model", "heldout.jsonl")
     rows = document["rows"]
-    sizes = [(r, b) for r in ("sere", "oea", "margin") for b in (1, 8)]
-    count = sum(len(grid(r, batch=b, num_experts=48, top_k=4)) for r, b in sizes)
-    assert len(rows) == (count + 2) * 2
+    everywhere, of_four = 2, 0  # settings; two change nothing
+    for rule, batch in ((r, b) for r in ("sere", "xshare", "margin") for b in (1, 8)):
+        sizes = {"batch": batch, "num_experts": 48, "top_k": 4}
+        everywhere += len(grid(rule, **sizes))
+        of_four += len(rank_grid(rule, 4, **sizes))
+    assert len(rows) == everywhere * 2 + of_four
+    assert {row["ranks"] for row in rows if looks_at_ranks(row["settings"])} == {4}
     fields = {"rule", "settings", "batch", "ranks", "experts_read_mean", "experts_read_max_rank"}
     fields |= {"kl_mean", "kl_p99", "top1_agreement", "perplexity"}
     for row in rows:
@@ -109,7 +134,7 @@ def test_evaluate(similarity, tmp_path):
             assert (row["kl_mean"], row["experts_read_mean"]) == (0.0, 4.0)
         if row["ranks"] == 1:
             assert row["experts_read_max_rank"] == row["experts_read_mean"]
-    assert {row["batch"] for row in document["comparison"]} == {8}
+    assert {(row["batch"], row["ranks"]) for row in document["comparison"]} == {(8, 1), (8, 4)}
     text = page.read_text()
     assert "margin against the others" in text
     assert 'src="http' not in text
@@ -167,6 +192,29 @@ def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
     best = min(row["experts_read_mean"] for row in found["tried"] if row["experts_read_mean"])
     assert predicted["experts_read_mean"] == pytest.approx(best, abs=0.01)
     assert "second text" in done.output
+
+
+def test_tune_by_the_rows_of_a_step(similarity, tmp_path):
+    out, report = tmp_path / "policy.yaml", tmp_path / "report.json"
+    common = ("tune", "--similarity", similarity, "--data", DATA, "--check", HELD_OUT, "--out", out)
+    common += ("--report", report, "--max-kl", "0.1", "--batches", "16,2", "--rules", "oea,sere")
+    done = run(*common, *SMALL)
+    assert done.exit_code == 0, done.output
+    ranges = json.loads(report.read_text())
+    policy = Policy.parse(yaml.safe_load(out.read_text()))
+    (entry,) = policy.by_rows
+    assert entry.up_to == 2
+    smaller, larger = (policy.for_model(top_k=4).for_rows(rows) for rows in (2, 3))
+    assert smaller.select_top_k > larger.select_top_k, "few rows have few experts to go to"
+    assert [row["batch"] for row in ranges["predicted"]] == [16, 2]
+    assert all(row["kl_mean_95"][1] <= 0.1 for row in ranges["predicted"])
+    assert "up to 2 rows: S=" in done.output
+    done = run(*common, *SMALL, "--one-setting")
+    assert done.exit_code == 0, done.output
+    assert Policy.parse(yaml.safe_load(out.read_text())).by_rows is None
+    of_one = json.loads(report.read_text())
+    reads = [sum(r["experts_read_mean"] for r in f["predicted"]) for f in (ranges, of_one)]
+    assert reads[0] < reads[1]
 
 
 # --- refusals ----------------------------------------------------------------------------------

@@ -68,7 +68,18 @@ def _oea(rows, anyway, layer):
 def _xshare(rows, anyway, layer):
     everyone = range(layer.num_experts)
     worth = [sum(p[e] for _, _, p in rows) for e in everyone]
-    return _fill_up(anyway | _first(rows, 1), set(everyone), worth, layer.experts)
+    kept = anyway | _first(rows, 1)
+    if layer.max_per_rank is None:
+        return _fill_up(kept, set(everyone), worth, layer.experts)
+    for e in sorted(set(everyone) - kept, key=lambda e: (-worth[e], e)):
+        on_its_rank = sum(_rank(layer, other) == _rank(layer, e) for other in kept)
+        if len(kept) < layer.experts and on_its_rank < layer.max_per_rank:
+            kept = kept | {e}
+    return kept
+
+
+def _rank(layer, e):
+    return 0 if layer.owner is None else int(layer.owner[e])
 
 
 def _lynx(rows, anyway, layer):
@@ -94,8 +105,24 @@ def _margin(rows, anyway, layer):
             lead = np.float32(max(count * units[e] - sum(others), 0)) / total
             worth[e] += round(float(lead * lead) * 2**20)
     named = {e for ids, _, _ in rows for e in ids}
-    kept = anyway | _first(rows, 1) | {e for e in named if worth[e] > round(layer.tau * 2**20)}
+    first, least = anyway | _first(rows, 1), round(layer.tau * 2**20)
+    kept = first | {e for e in named if worth[e] > least}
+    if layer.balance_ranks:
+        kept = first | (_levels(first, worth, least, layer) & named)
     return _fill_up(kept, named, worth, layer.min_primary_experts)
+
+
+def _levels(first, worth, least, layer):
+    """Experts of the levels that stay; a level has the n-th expert of every rank."""
+    ranks = {}
+    for e in sorted(range(layer.num_experts), key=lambda e: (e not in first, -worth[e], e)):
+        ranks.setdefault(_rank(layer, e), []).append(e)
+    stay = set()
+    for n in range(max(map(len, ranks.values()))):
+        level = {of_rank[n] for of_rank in ranks.values() if n < len(of_rank)}
+        if level & first or sum(worth[e] for e in level) > least:
+            stay |= level
+    return stay
 
 
 _KEPT = {"oea": _oea, "xshare": _xshare, "lynx": _lynx, "margin": _margin}

@@ -1,11 +1,14 @@
 """Every rule behind the common interface: against brute force, by hand, and what all must keep."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
+from sere_ray.rules.margin import UNIT, above
 from tests.rules import rules_oracle
 
 E, K = 12, 3
@@ -17,6 +20,7 @@ KNOBS = {
     "lynx": {"experts": 5},
     "margin": {"tau": 0.02, "min_primary_experts": 3, "runners_up": 4},
 }
+OWNER = torch.tensor([0] * 5 + [1] * 4 + [2] * 3)
 FULL = {
     "sere": {"select_top_k": K},
     "topk": {"select_top_k": K},
@@ -64,6 +68,9 @@ def test_equals_brute_force(name, data):
         "min_primary_experts": data.draw(st.integers(0, E)),
         "runners_up": data.draw(st.integers(1, E)),
         "beta": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "max_per_rank": data.draw(st.sampled_from([None, 1, 2, 4])),
+        "balance_ranks": data.draw(st.booleans()),
+        "owner": data.draw(st.sampled_from([None, OWNER])),
     }
     of_layer = Layer(E, **knobs)
     new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds_of(*kinds), of_layer)
@@ -170,6 +177,43 @@ def test_margin_by_hand():
     assert new_ids.tolist() == [[0, 3], [0, 3]]
     assert new_weights[0].tolist() == pytest.approx([0.6 / 0.605, 0.005 / 0.605])
     assert torch.equal(new_weights[1], weights[1])
+
+
+def test_cap_of_xshare_by_hand():
+    """Rank 0 holds experts 0..2, rank 1 the rest; 0 and 1 are first choices, above the cap of 1."""
+    scores = torch.tensor([[0.5, 0.0, 0.3, 0.1, 0.1], [0.0, 0.5, 0.3, 0.05, 0.15]]).clamp(min=1e-6)
+    ids, weights = torch.tensor([[0, 2], [1, 2]]), torch.tensor([[0.625, 0.375]] * 2)
+    owner = torch.tensor([0, 0, 0, 1, 1])
+    for cap, expected in ((None, [[0, 2], [1, 2]]), (1, [[0, 4], [1, 4]]), (3, [[0, 2], [1, 2]])):
+        of_layer = Layer(5, experts=4, max_per_rank=cap, owner=owner)
+        new_ids, _ = RULES["xshare"].apply(ids, weights, scores, kinds_of(1, 1), of_layer)
+        assert new_ids.tolist() == expected
+
+
+def test_margin_by_levels_by_hand():
+    """The busiest rank reads two for its first choices, so the other may keep two as well."""
+    demanded = torch.tensor([50, 40, 9, 8, 7, 3])
+    first = torch.tensor([True, True, False, False, False, False])
+    owner = torch.tensor([0, 0, 0, 1, 1, 1])
+    for units, third in ((11, True), (12, False)):  # the third level is demanded 9 + 3
+        of_layer = Layer(6, tau=units / UNIT, balance_ranks=True, owner=owner)
+        kept = above(demanded, first, of_layer)
+        assert kept.tolist() == [True, True, third, True, True, third]
+    on_one_rank = dataclasses.replace(of_layer, tau=7 / UNIT, owner=None)
+    assert above(demanded, first, on_one_rank).tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.002, 0.02, 0.2])
+def test_levels_of_one_rank_are_experts(tau):
+    ids, weights, scores = draw(9, 11)
+    kinds = torch.full((9,), REROUTABLE, dtype=torch.int8)
+    plain = layer("margin", tau=tau)
+    straight = RULES["margin"].apply(ids, weights, scores, kinds, plain)
+    by_levels = dataclasses.replace(plain, balance_ranks=True)
+    for one, other in zip(
+        straight, RULES["margin"].apply(ids, weights, scores, kinds, by_levels), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_margin_does_not_depend_on_the_order_of_rows():

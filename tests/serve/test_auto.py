@@ -330,6 +330,14 @@ def test_levels_that_do_not_fit_the_model_or_each_other(folder, levels, words, h
     has_words(str(caught.value), *words)
 
 
+def test_levels_do_not_go_with_settings_by_rows(folder, has_words):
+    sere = {"similarity": str(folder / "a.safetensors"), "select_top_k": 2}
+    sere["by_rows"] = [{"up_to": 4, "select_top_k": 3}]
+    with pytest.raises(SereError) as caught:
+        build_app({**VALID, "sere": sere, "auto": {"tpot_ms": 5, "levels": [{"select_top_k": 1}]}})
+    has_words(str(caught.value), "policy.by_rows", "'auto'", "leave by_rows out")
+
+
 def test_levels_are_ordered_by_strength():
     base = Policy.parse({"similarity": "a", "select_top_k": 3, "threshold": 0.8})
     levels = [{"threshold": 0.5}, {"threshold": None}, {"threshold": None, "select_top_k": 1}]

@@ -261,6 +261,23 @@ def test_a_policy_that_is_not_valid_changes_nothing(make_router, has_words, chan
     run(scenario())
 
 
+BY_ROWS = [{"up_to": 4, "select_top_k": 3}, {"up_to": 16, "threshold": 0.5}]
+
+
+def test_a_policy_by_rows_is_kept_and_shown(make_router):
+    async def scenario():
+        router = make_router(several_ranks=True)
+        status = await router.set_policy({"by_rows": BY_ROWS}, "eve")
+        assert status["policy"]["by_rows"] == BY_ROWS
+        assert (await router.set_policy({"select_top_k": 1}, "eve"))["policy"]["by_rows"] == BY_ROWS
+        assert (await make_router(several_ranks=True).policy())["policy"]["by_rows"] == BY_ROWS
+        with pytest.raises(SereError, match="select_top_k = 9"):
+            await router.set_policy({"by_rows": [{"up_to": 4, "select_top_k": 9}]}, "eve")
+        assert (await router.set_policy({"by_rows": None}, "eve"))["policy"]["by_rows"] is None
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     ("engines", "changes", "words"),
     [
@@ -271,6 +288,7 @@ def test_a_policy_that_is_not_valid_changes_nothing(make_router, has_words, chan
         ),
         ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
         ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
+        ({"on_gpu": True}, {"by_rows": BY_ROWS}, ["policy.by_rows", "CUDA kernel", "leave it out"]),
         (
             {"on_gpu": True, "several_ranks": True},
             {"union": "local"},

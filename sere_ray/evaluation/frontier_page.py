@@ -127,7 +127,7 @@ def _comparison(rows: Rows) -> str:
     if not rows:
         return ""
     fields = (
-        ("experts", "experts"),
+        ("experts", "experts of the busiest rank"),
         ("kl", "KL of margin"),
         ("kl_to_sere", "to SERE's"),
         ("kl_to_best_peer", "to the best peer's"),
@@ -136,14 +136,15 @@ def _comparison(rows: Rows) -> str:
     head = "".join(f"<th>{name}</th>" for _, name in fields)
     body = "".join(
         f"<tr><td>{row['batch']}</td><td>{html.escape(row['at'])}</td>"
-        f"<td>{row['best_peer']}</td>"
+        f"<td>{row['ranks']}</td><td>{row['best_peer']}</td>"
         + "".join(f"<td>{_with_interval(row, field, '{:.4g}')}</td>" for field, _ in fields)
         + "</tr>"
         for row in rows
     )
     return (
         "<h2>margin against the others</h2><div class=wide><table>"
-        f"<tr><th>batch</th><th>at</th><th>best peer</th>{head}</tr>{body}</table></div>"
+        f"<tr><th>batch</th><th>at</th><th>ranks</th><th>best peer</th>{head}</tr>"
+        f"{body}</table></div>"
     )
 
 

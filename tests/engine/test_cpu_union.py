@@ -17,9 +17,10 @@ from sere_ray.engine.cpu_expert_parallel import (
     gather_together,
     reduce_rows,
 )
+from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cpu_union import UnionCpuState
 from sere_ray.errors import ArtifactError, PolicyError, SereError
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, name_dropped, reroute
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 2
@@ -346,6 +347,25 @@ def test_ranks_that_differ_say_so(has_words, what):
     for messages in run_ranks(disagree, free_port(), what):
         assert len(messages) == 1, "the rank raised nothing"
         has_words(messages[0], "differ in their policies", "similarity artifact", "same 'sere' key")
+
+
+def test_a_rule_is_told_which_rank_holds_an_expert():
+    keys = {"rule": "xshare", "experts": EXPERTS, "max_per_rank": 2}
+    policy = Policy.parse({"similarity": "a.safetensors", **keys})
+    state = CpuState(policy, make_artifact(), TOP_K, 64)
+    logits = torch.randn(5, EXPERTS, generator=torch.manual_seed(0))
+    weights, ids = logits.softmax(-1).topk(TOP_K)
+    kinds, found = torch.full((5,), REROUTABLE, dtype=torch.int8), []
+    for owner in (None, torch.arange(EXPERTS) // 4):
+        if owner is not None:
+            state.owner[0] = owner
+        layer = Layer(EXPERTS, experts=EXPERTS, max_per_rank=2, owner=owner)
+        expected = RULES["xshare"].apply(ids, weights, logits.softmax(-1), kinds, layer)[0]
+        with state.step(kinds.numpy()):
+            new_ids, _ = state.choose(0, ids, weights, logits)
+        assert torch.equal(new_ids, name_dropped(expected, ids))
+        found.append(new_ids)
+    assert not torch.equal(*found)
 
 
 def damage(rank, port):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
-from sere_ray.rules.margin import UNIT, above
+from sere_ray.rules.margin import UNIT, keep, of_level
 from tests.rules import rules_oracle
 
 E, K = 12, 3
@@ -140,9 +140,10 @@ def test_batch_of_one():
     """What a lone row gets: ``margin`` and ``sere`` have a floor, the published rules have none."""
     ids, weights, scores = draw(1, 6)
     one = kinds_of(REROUTABLE)
-    for name in ("margin", "sere"):
+    by_rank = {"balance_ranks": True, "owner": OWNER}
+    for name, knobs in (("margin", {}), ("margin", by_rank), ("sere", {})):
         new_ids, new_weights = RULES[name].apply(
-            ids, weights, scores, one, layer(name, min_primary_experts=K)
+            ids, weights, scores, one, layer(name, min_primary_experts=K, **knobs)
         )
         assert torch.equal(new_ids, ids)
         assert torch.equal(new_weights, weights)
@@ -192,15 +193,18 @@ def test_cap_of_xshare_by_hand():
 
 def test_margin_by_levels_by_hand():
     """The busiest rank reads two for its first choices, so the other may keep two as well."""
-    demanded = torch.tensor([50, 40, 9, 8, 7, 3])
-    first = torch.tensor([True, True, False, False, False, False])
+    first = UNIT + 1
+    wanted = torch.tensor([first, first, 9, 8, 7, 3])
     owner = torch.tensor([0, 0, 0, 1, 1, 1])
-    for units, third in ((11, True), (12, False)):  # the third level is demanded 9 + 3
+    expected = [first + 8, first + 7, 9 + 3, first + 8, first + 7, 9 + 3]
+    assert of_level(wanted, owner).tolist() == expected
+    assert torch.equal(of_level(wanted, None), wanted)
+    asked = wanted * 2**16 + 1  # each is named once
+    for units, third in ((11, True), (12, False)):
         of_layer = Layer(6, tau=units / UNIT, balance_ranks=True, owner=owner)
-        kept = above(demanded, first, of_layer)
-        assert kept.tolist() == [True, True, third, True, True, third]
-    on_one_rank = dataclasses.replace(of_layer, tau=7 / UNIT, owner=None)
-    assert above(demanded, first, on_one_rank).tolist() == [True] * 4 + [False] * 2
+        assert keep(asked, of_layer).tolist() == [True, True, third, True, True, third]
+    asked[4] -= 1  # and this one by nobody
+    assert keep(asked, of_layer).tolist() == [True, True, False, True, False, False]
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.002, 0.02, 0.2])

@@ -4,7 +4,9 @@
 //   reroute_gathered, reroute_gathered_and_align
 // Elsewhere ranks exchange one byte an expert between two launches, and each re-routes its own rows:
 //   lowest_ranks, all-reduce MIN, reroute_by_ranks
-#include "rule.cuh"
+// or, under the rule margin, one integer:
+//   ask_of_ranks, all-reduce SUM, reroute_by_asked
+#include "margin.cuh"
 
 namespace {
 
@@ -132,4 +134,45 @@ reroute_by_ranks(RULE_PARAMETERS, const unsigned char* ranks) {
   for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = min((int)ranks[v], K);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   apply_rule(shared, a, start, load, [](int, Id) {});
+}
+
+// Writes asked, [E]: what this rank's rows want of each expert, as ask() of sere_ray/rules/margin.py gives it; all 0 in
+// a step that the rule leaves alone.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
+  const Arguments a = RULE_ARGUMENTS;
+  __shared__ Shared shared;
+  Start start;
+  begin(start, shared, a);
+  finish_copies();
+  __syncthreads();
+  const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
+  Row first;
+  if (start.has_work) ask_for_all(shared, a, start.settings, LOGITS_ARGUMENTS, load, first);
+  __syncthreads();
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) {
+    const int rank = shared.lowest_rank[v], demand = rank == 0 ? UNIT + 1 : min(shared.demand[v], UNIT + 1);
+    asked[v] = demand * DEMAND + (rank < K);
+  }
+}
+
+// Re-routes this rank's rows by the sum over ranks of what ask_of_ranks wrote.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked) {
+  const Arguments a = RULE_ARGUMENTS;
+  __shared__ Shared shared;
+  Start start;
+  begin(start, shared, a);
+  if (!start.has_work) return;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) {
+    const long long sum = asked[v], wanted = sum / DEMAND;
+    shared.lowest_rank[v] = wanted > UNIT ? 0 : sum > 0 ? 1 : K;
+    shared.demand[v] = int(min(wanted, (long long)UNIT));
+  }
+  finish_copies();
+  __syncthreads();
+  const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
+  refill_all(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
 }

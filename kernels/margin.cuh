@@ -9,6 +9,7 @@ namespace {
 
 constexpr int REROUTABLE = 1;
 constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
+constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
 constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
 constexpr unsigned ALL_SLOTS = (1u << K) - 1;      // the lanes below K hold the slots of a warp's row
 
@@ -221,24 +222,26 @@ __device__ __forceinline__ unsigned staying(const Slot& s, unsigned kept) {
   return __ballot_sync(ALL_LANES, s.valid && is_kept);
 }
 
-// The rule on the whole batch: load(row, slot) gives a slot, then(slot index, final id) is told of every slot.
-// Writes ids and weights; where ids are in place, those of changed rows only. Counts.
-template <class Load, class Then>
-__device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
-                                             const Logits& logits, Load load, Then then) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  finish_copies();
-  __syncthreads();
-  Row first;                                       // of the warp, in a small batch its only one: it stays in registers
+// The first half of the rule, on the whole batch: fills shared.lowest_rank and shared.demand. load(row, slot) gives
+// a slot. Gives the warp's first row back, in a small batch its only one.
+template <class Load>
+__device__ __forceinline__ void ask_for_all(Shared& shared, const Arguments& a, const Settings& settings,
+                                            const Logits& logits, Load load, Row& first) {
 #pragma unroll 1
-  for (int row = warp; row < a.num_rows; row += WARPS) {
+  for (int row = threadIdx.x / 32; row < a.num_rows; row += WARPS) {
     Row r = load_row(row, load);
     if (r.changeable) load_scores(r, logits, row);
-    if (row == warp) first = r;
-    ask(shared, r, start.settings.runners_up);
+    if (row == threadIdx.x / 32) first = r;
+    ask(shared, r, settings.runners_up);
   }
-  __syncthreads();
+}
 
+// The second half: then(slot index, final id) is told of every slot. Writes ids and weights; where ids are in place,
+// those of changed rows only. Counts. first: the warp's first row with its scores, or null.
+template <class Load, class Then>
+__device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
+                                           const Logits& logits, const Row* first, Load load, Then then) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned kept = kept_experts(shared, start.settings);
   const bool observes = start.settings.mode == OBSERVE;
   int changed = 0;
@@ -249,12 +252,13 @@ __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a,
       a.weights[row * K + slot] = weight;
       then(row * K + slot, id);
     };
-    Row r = row == warp ? first : load_row(row, load);
+    const bool is_known = first && row == warp;
+    Row r = is_known ? *first : load_row(row, load);
     const unsigned stays = staying(r.slot, kept);
     const bool changes = r.changeable && stays != ALL_SLOTS;
     if (changes && row >= start.step.own_begin && row < start.step.own_end) changed += K - __popc(stays);
     if (changes && !observes) {
-      if (row != warp) load_scores(r, logits, row);
+      if (!is_known) load_scores(r, logits, row);
       refill(r, stays, kept, start.settings, write);
     } else if (lane < K) {
       if (a.new_ids != a.ids) write(lane, int(r.slot.id), r.slot.weight);
@@ -265,6 +269,18 @@ __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a,
   unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
   if (warp == WARPS - 1) count_experts(shared, kept, counters);
+}
+
+// The rule on the whole batch.
+template <class Load, class Then>
+__device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
+                                             const Logits& logits, Load load, Then then) {
+  finish_copies();
+  __syncthreads();
+  Row first;                                       // stays in registers between the halves
+  ask_for_all(shared, a, start.settings, logits, load, first);
+  __syncthreads();
+  refill_all(shared, a, start, logits, &first, load, then);
 }
 
 }  // namespace

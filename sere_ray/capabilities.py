@@ -11,6 +11,8 @@ from sere_ray.errors import PolicyError, UnsupportedError
 
 KERNEL_RULES = ("sere", "margin")
 """What a GPU engine computes."""
+SHARED_RULES = ("sere", "topk", "margin")
+"""What several ranks compute over the rows of all of them."""
 
 
 class EngineKind(TypedDict):
@@ -34,12 +36,10 @@ def check_policy(policy: Policy, *, on_gpu: bool, several_ranks: bool, where: st
     """
     if on_gpu:
         _check_kernel(policy, where)
-    shared = ("sere", "topk") if on_gpu else ("sere", "topk", "margin")
-    if several_ranks and policy.rule not in shared and policy.union == "global":
+    if several_ranks and policy.rule not in SHARED_RULES and policy.union == "global":
         raise UnsupportedError(
-            f"{where}.union = 'global': ranks exchange what the rules {', '.join(shared)} need"
-            f"{' on a GPU' if on_gpu else ''}, and rule = {policy.rule!r} needs more; use "
-            "union = 'local' or rule = 'sere'"
+            f"{where}.union = 'global': ranks exchange what the rules {', '.join(SHARED_RULES)} "
+            f"need, and rule = {policy.rule!r} needs more; use union = 'local' or one of these"
         )
 
 
@@ -53,11 +53,17 @@ def check_change(
         PolicyError: these engines would have to restart for it.
     """
     check_policy(policy, on_gpu=on_gpu, several_ranks=several_ranks, where=where)
-    if on_gpu and several_ranks and policy.union != running.union:
-        raise PolicyError(
-            f"{where}.union = {policy.union!r}: captured graphs hold {running.union!r}; "
-            "restart the engine to change it"
-        )
+    if on_gpu and several_ranks:
+        if policy.union != running.union:
+            raise PolicyError(
+                f"{where}.union = {policy.union!r}: captured graphs hold {running.union!r}; "
+                "restart the engine to change it"
+            )
+        if policy.union == "global" and policy.rule != running.rule:
+            raise PolicyError(
+                f"{where}.rule = {policy.rule!r}: under union = 'global' captured graphs hold what "
+                f"ranks exchange for {running.rule!r}; restart the engine to change it"
+            )
 
 
 def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) -> None:

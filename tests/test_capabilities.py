@@ -4,7 +4,7 @@ import pytest
 
 from sere_ray.capabilities import check_change, check_policy
 from sere_ray.config import Policy
-from sere_ray.errors import UnsupportedError
+from sere_ray.errors import PolicyError, UnsupportedError
 
 SERE = {"select_top_k": 1}
 MARGIN = {"rule": "margin", "tau": 0.01}
@@ -27,7 +27,6 @@ def test_what_a_gpu_computes_can_change_while_it_runs(keys):
     [
         (OEA, True, False, ["sere.rule = 'oea'", "sere and margin", "a CPU engine every rule"]),
         (OEA, False, True, ["sere.union = 'global'", "rule = 'oea'", "union = 'local'"]),
-        (MARGIN, True, True, ["sere.union = 'global'", "rule = 'margin'", "union = 'local'"]),
         ({**SERE, "prefer_local_rank": 0.1}, True, False, ["sere.prefer_local_rank = 0.1"]),
     ],
 )
@@ -37,7 +36,13 @@ def test_refusals(keys, on_gpu, several_ranks, words, has_words):
     has_words(str(caught.value), *words)
 
 
-def test_with_a_local_union_ranks_need_nothing_of_each_other():
-    for keys in (MARGIN, {**SERE}):
-        local = policy({**keys, "union": "local"})
-        check_policy(local, on_gpu=True, several_ranks=True)
+def test_captured_graphs_hold_what_ranks_exchange(has_words):
+    ranks_of_gpus = {"on_gpu": True, "several_ranks": True}
+    for keys in (MARGIN, SERE):
+        check_policy(policy(keys), **ranks_of_gpus)
+        check_change(policy(keys), policy(keys), **ranks_of_gpus)
+    with pytest.raises(PolicyError) as caught:
+        check_change(policy(MARGIN), policy(SERE), **ranks_of_gpus)
+    has_words(str(caught.value), "sere.rule = 'margin'", "hold", "'sere'", "restart")
+    local = [policy({**keys, "union": "local"}) for keys in (MARGIN, SERE)]
+    check_change(*local, **ranks_of_gpus)

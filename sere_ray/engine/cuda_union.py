@@ -12,7 +12,8 @@ In every layer, one of three ways, which the captured graphs hold from the start
 - ``gathered``: vLLM gathers the ids of all ranks before its experts run (its default back end).
   Every rank re-routes all of them and so derives the same ids; for its Triton experts the same
   launch sorts the slots of the rank's own experts. Nothing is sent.
-- ``before``: any other back end. Between two launches an all-reduce MIN of a byte an expert.
+- ``before``: any other back end. Between two launches an all-reduce MIN of a byte an expert. And
+  the rule ``margin`` with any back end, a SUM of an integer an expert: scores are not gathered.
 - ``local``: ``union: local``, for comparison: each rank its own rows.
 
 Where vLLM is changed for it: ``cuda_union_seam.py``.
@@ -53,12 +54,14 @@ class UnionCudaState(CudaState):
         rank: of this worker among the data-parallel ranks.
         num_ranks: data-parallel ranks.
         exchange: the minimum over ranks of a uint8 tensor, in place, on the current stream.
+        add_up: likewise the sum of an int64 tensor.
         before_dispatch: take the way ``before`` also where vLLM gathers; for measurements.
     """
 
     rank: int
     num_ranks: int
     exchange: Callable[[Tensor], None]
+    add_up: Callable[[Tensor], None]
     before_dispatch: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class UnionCudaState(CudaState):
         self.gathered_step = StepInput(self.max_rows * self.num_ranks, self.device)
         self.identity = Settings(self.device)  # of every layer
         self.ranks = torch.zeros(self.num_experts, dtype=torch.uint8, device=self.device)
+        self.asked = torch.zeros(self.num_experts, dtype=torch.int64, device=self.device)
         self.version = 0
         super().__post_init__()
         self.policies = {0: self.bound}
@@ -192,7 +196,8 @@ class UnionCudaState(CudaState):
             logits: of :meth:`scores_of`.
         """
         gathers = placement is not None
-        way: Way = "gathered" if gathers and not self.before_dispatch else "before"
+        by_scores = self.bound.rule == "margin"
+        way: Way = "gathered" if gathers and not (self.before_dispatch or by_scores) else "before"
         if self.bound.union == "local":
             way = "local"
         if self.way not in (None, way):
@@ -202,19 +207,27 @@ class UnionCudaState(CudaState):
             )
         self.way = way
         if way == "before":
-            self.reroute_before_dispatch(layer, topk_ids, topk_weights)
+            self.reroute_before_dispatch(layer, topk_ids, topk_weights, logits)
         elif way == "local":
             self.reroute_inplace(layer, topk_ids, topk_weights, logits)
         if placement is not None:
             self.placements[layer] = placement
             self.awaited = layer, sorts
 
-    def reroute_before_dispatch(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    def reroute_before_dispatch(
+        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None
+    ) -> None:
         """Re-route this rank's rows by what all ranks name; a collective call."""
-        kernel, device_layer = self.kernel(topk_ids.dtype), self.layer(layer)
-        across_ranks.lowest_ranks(kernel, topk_ids, topk_weights, device_layer, self.ranks)
-        self.exchange(self.ranks)
-        across_ranks.reroute_by_ranks(kernel, topk_ids, topk_weights, device_layer, self.ranks)
+        of_layer = self.kernel(topk_ids.dtype), topk_ids, topk_weights, self.layer(layer)
+        if self.bound.rule == "margin":
+            assert logits is not None  # or scores_of() had refused the rule
+            across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
+            self.add_up(self.asked)
+            across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
+        else:
+            across_ranks.lowest_ranks(*of_layer, self.ranks)
+            self.exchange(self.ranks)
+            across_ranks.reroute_by_ranks(*of_layer, self.ranks)
 
     def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Re-route the rows of all ranks: now, or when the experts ask for them sorted."""

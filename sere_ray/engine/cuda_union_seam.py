@@ -69,13 +69,14 @@ def ranks_of_engine() -> dict[str, Any]:
     group = get_dp_group()
     communicator = group.device_communicator.pynccl_comm  # as dispatch: graphs can hold it
 
-    def exchange(ranks: Tensor) -> None:
-        communicator.all_reduce(ranks, ranks, op=ReduceOp.MIN)
+    def reduce_by(operation: Any) -> Callable[[Tensor], None]:
+        return lambda numbers: communicator.all_reduce(numbers, numbers, op=operation)
 
     return {
         "rank": group.rank_in_group,
         "num_ranks": group.world_size,
-        "exchange": exchange,
+        "exchange": reduce_by(ReduceOp.MIN),
+        "add_up": reduce_by(ReduceOp.SUM),
         "before_dispatch": _measured_way.get(),
     }
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from sere_ray.kernel.launcher import Aligned, RuleKernel
 from sere_ray.kernel.memory import DeviceLayer
 
-KERNELS = ("reroute_gathered", "reroute_gathered_and_align", "lowest_ranks", "reroute_by_ranks")
+KERNELS = (
+    "reroute_gathered",
+    "reroute_gathered_and_align",
+    "lowest_ranks",
+    "reroute_by_ranks",
+    "ask_of_ranks",
+    "reroute_by_asked",
+)
 """Of this module."""
 NUM_COUNTERS = 6
 """Fields of :class:`sere_ray.rules.RuleCounts`, then experts that the busiest rank reads, before
@@ -106,6 +113,52 @@ def reroute_by_ranks(
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
     arguments = (*arguments, ranks.data_ptr())
     kernel.launch("reroute_by_ranks", topk_ids, arguments, early=False)
+
+
+def ask_of_ranks(
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    logits: Tensor,
+    asked: Tensor,
+) -> None:
+    """The first half of the rule ``margin``; equals :func:`sere_ray.rules.margin.ask`.
+
+    Args:
+        kernel: of the layer's shape.
+        topk_ids: ``[T, K]`` contiguous, of this rank.
+        topk_weights: ``float32 [T, K]`` contiguous.
+        layer: this layer's, with row kinds of this rank.
+        logits: as for :meth:`RuleKernel.reroute`, of this rank.
+        asked: ``[E]`` int64, written. All 0 in a step that the rule leaves alone.
+    """
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments += kernel.logit_arguments(logits)
+    kernel.launch("ask_of_ranks", topk_ids, (*arguments, asked.data_ptr()))
+
+
+def reroute_by_asked(
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    logits: Tensor,
+    asked: Tensor,
+) -> None:
+    """The second half for the rows of this rank, in place; arguments as :func:`ask_of_ranks`.
+
+    Args:
+        kernel: see there.
+        topk_ids: see there.
+        topk_weights: see there; changed in place.
+        layer: experts are counted over all ranks, slots over these rows.
+        logits: see there.
+        asked: ``[E]`` int64: the sum over ranks of what :func:`ask_of_ranks` wrote.
+    """
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments += kernel.logit_arguments(logits)
+    kernel.launch("reroute_by_asked", topk_ids, (*arguments, asked.data_ptr()), early=False)
 
 
 def _place(placement: Placement) -> tuple[Any, ...]:

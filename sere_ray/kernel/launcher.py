@@ -28,6 +28,8 @@ FILES = {
     "reroute_gathered_and_align": "across_ranks.cu",
     "lowest_ranks": "across_ranks.cu",
     "reroute_by_ranks": "across_ranks.cu",
+    "ask_of_ranks": "across_ranks.cu",
+    "reroute_by_asked": "across_ranks.cu",
 }
 """Which file of ``kernels/`` holds a kernel."""
 
@@ -136,7 +138,7 @@ class RuleKernel:
             unavailable: ``[E]`` bool, with a kernel that was made for it. It has no ``margin``.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
-        self.launch("reroute", topk_ids, arguments + self._logits(logits))
+        self.launch("reroute", topk_ids, arguments + self.logit_arguments(logits))
 
     def reroute_and_align(
         self,
@@ -160,7 +162,7 @@ class RuleKernel:
         """
         aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, None)
-        arguments += self._logits(logits)
+        arguments += self.logit_arguments(logits)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
         return aligned
 
@@ -273,7 +275,12 @@ class RuleKernel:
             unavailable.data_ptr() if unavailable is not None else 0,
         )
 
-    def _logits(self, logits: Tensor | None) -> tuple[Any, ...]:
+    def logit_arguments(self, logits: Tensor | None) -> tuple[Any, ...]:
+        """What kernels with the rule ``margin`` take for the logits of :meth:`reroute`.
+
+        Raises:
+            ValueError: they do not fit.
+        """
         if logits is None:
             return 0, np.int32(0)
         if not reads_logits(logits) or logits.shape[1] != self.num_experts:

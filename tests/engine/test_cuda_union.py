@@ -34,6 +34,8 @@ SIGNATURES = {
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_ranks": RULE + "P",
     "reroute_by_ranks": RULE + "P",
+    "ask_of_ranks": RULE + "PqP",
+    "reroute_by_asked": RULE + "PqP",
 }
 
 
@@ -166,7 +168,8 @@ class Group:
                 torch.device("cpu"),
                 rank=rank,
                 num_ranks=RANKS,
-                exchange=functools.partial(self.exchange, rank),
+                exchange=functools.partial(self.exchange, rank, torch.minimum),
+                add_up=functools.partial(self.exchange, rank, torch.add),
                 before_dispatch=before_dispatch,
             )
             for rank in range(RANKS)
@@ -178,12 +181,12 @@ class Group:
             local_ids = torch.where(mine, mine.cumsum(0) - 1, -1).int()
             self.placements.append(Placement(local_ids, owner, RANKS))
 
-    def exchange(self, rank, ranks):
-        self.vectors[rank] = ranks.clone()
+    def exchange(self, rank, combine, numbers):
+        self.vectors[rank] = numbers.clone()
         self.barrier.wait()
-        lowest = torch.minimum(*self.vectors.values())
+        combined = combine(*self.vectors.values())
         self.barrier.wait()
-        ranks.copy_(lowest)
+        numbers.copy_(combined)
 
     def run_pass(self, kinds, sizes, *, seed=0, block=16, gathers=True):
         """Returns per layer: gathered ids before, weights, ids after (of each rank)."""
@@ -352,33 +355,39 @@ def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
         assert sum(report["decode_only"]["slots_rerouted"]) == slots[rank]
 
 
+MARGIN = {"rule": "margin", "select_top_k": None, "tau": 0.05, "min_primary_experts": 2}
+
+
 @needs_compiler
-def test_margin_with_a_local_union(emulated):
-    """Each rank by its own rows; ids and weights are changed before they are gathered."""
-    group = Group(union="local", rule="margin", select_top_k=None, tau=0.05, min_primary_experts=2)
-    kinds, sizes = PASSES["mixed"]
-    layer, row_kind = LAYERS[-1], padded(kinds, sizes)
-    before, weights, after = group.run_pass(kinds, sizes)[layer]
-    ids_of_ranks, slots = [], 0
-    for rank in range(RANKS):
-        rows = slice(rank * 8, rank * 8 + 8)
-        # a generator gives the weights again, which were changed in place
-        given = group.logits[rows].gather(1, before[rows].long().clamp(min=0))
-        knobs = Layer(E, tau=0.05, min_primary_experts=2)
-        ids, new_weights, counts = by_reference(
-            before[rows], given, group.logits[rows], row_kind[rows], knobs, emulated_exp
-        )
-        ids_of_ranks.append(ids)
-        known = row_kind[rows] != PADDING
-        torch.testing.assert_close(weights[rows][known], new_weights[known])
-        report = group.states[rank].read_counters(reset=False)
-        kind = report["mixed" if EXACT in row_kind[rows] else "decode_only"]
-        found = [kind[name][-1] for name in ("experts_before", "experts_after", "slots_rerouted")]
-        assert found == list(counts[:3])
-        slots += counts[2]
-    assert slots > 0
-    for of_rank in after:
-        assert torch.equal(of_rank, torch.cat(ids_of_ranks))
+@pytest.mark.parametrize("union", ["global", "local"])
+@pytest.mark.parametrize("gathers", [True, False])
+def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, gathers):
+    group, slots = Group(union=union, **MARGIN), 0
+    for seed, (kinds, sizes) in enumerate(PASSES.values()):
+        row_kind, first = padded(kinds, sizes), sizes[0]
+        before, weights, after = group.run_pass(kinds, sizes, seed=seed, gathers=gathers)[2]
+        ranks = [slice(0, first), slice(first, None)]
+        # weights were changed in place: the logits give them again
+        given = group.logits.gather(1, before.long().clamp(min=0))
+        wanted, of_ranks = [], []
+        for rows in ranks if union == "local" else [slice(None)]:
+            arguments = (before[rows], given[rows], group.logits[rows], row_kind[rows])
+            knobs = Layer(E, tau=0.05, min_primary_experts=2)
+            ids, new_weights, counts = by_reference(*arguments, knobs, emulated_exp)
+            wanted.append(ids)
+            of_ranks.append(counts)
+            known = row_kind[rows] != PADDING
+            torch.testing.assert_close(weights[rows][known], new_weights[known])
+        for of_rank in after:
+            assert torch.equal(of_rank, torch.cat(wanted))
+        found = np.array([state.counters.sum(0)[1].tolist() for state in group.states])
+        for state in group.states:
+            state.counters.zero_()
+        of_ranks = np.array(of_ranks)
+        assert (found[:, :2] == of_ranks[:, :2]).all()
+        assert found[:, 2].sum() == of_ranks[:, 2].sum()
+        slots += of_ranks[:, 2].sum()
+    assert slots > 20
 
 
 @needs_compiler

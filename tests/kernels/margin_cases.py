@@ -18,7 +18,7 @@ from sere_ray.config import BoundPolicy
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
 from sere_ray.rules.interface import named_by
-from sere_ray.rules.margin import margin
+from sere_ray.rules.margin import ask, margin
 from tests.rules.test_sere import assert_same_ids
 
 # (E, K): of known models, the smallest, the largest, odd ones, one without runners-up.
@@ -31,6 +31,7 @@ KNOBS = {
 }
 Exp = Callable[[Tensor], Tensor]
 """The exponential of the device that runs the kernel, of float32 on a CPU."""
+_ROWS = ("logits", "ids", "weights", "kinds")
 Found = tuple[Tensor, Tensor, tuple[int, ...]]
 """Ids, weights, counters."""
 
@@ -59,14 +60,65 @@ class MarginCase(NamedTuple):
         layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
         return by_reference(self.ids, self.weights, self.logits, self.kinds, layer, exp)
 
+    def asked(self, exp: Exp) -> Tensor:
+        """What a rank with these rows tells the others."""
+        layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
+        scores = scores_of(self.logits, exp)
+        return ask(self.ids, self.weights, scores, self.kinds, layer)
+
+    def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
+        """Its rows as those of two ranks."""
+        first = round(share * len(self.ids))
+        active = int((self.kinds == REROUTABLE).sum())
+        return [
+            Rank.of(
+                self._replace(**{name: getattr(self, name)[rows] for name in _ROWS}),
+                device or torch.device("cpu"),
+                active,
+            )
+            for rows in (slice(first), slice(first, None))
+        ]
+
+
+class Rank(NamedTuple):
+    """A rank's part of a case, where launches read and write it."""
+
+    case: MarginCase
+    ids: Tensor
+    weights: Tensor
+    layer: DeviceLayer
+
+    @classmethod
+    def of(cls, case: MarginCase, device: torch.device, reroutable: int) -> "Rank":
+        """``reroutable``: how many rows of all ranks are."""
+        layer = device_layer(case, device)
+        step = StepInput(max(len(case.ids), 1), device)
+        step.write(case.kinds.numpy(), counter_row=1, reroutable=reroutable)
+        ids, weights = (tensor.to(device, copy=True) for tensor in (case.ids, case.weights))
+        return cls(case, ids, weights, layer._replace(step=step))
+
+
+def check_ranks(ranks: list[Rank], wanted: Found, case: MarginCase) -> None:
+    """Experts are counted by every rank, slots by the one whose they are."""
+    counts = torch.stack([rank.layer.counters[1].cpu() for rank in ranks])
+    assert (counts[:, :2] == torch.tensor(wanted[2][:2])).all()
+    ids = torch.cat([rank.ids.cpu() for rank in ranks])
+    weights = torch.cat([rank.weights.cpu() for rank in ranks])
+    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0)
+    check_margin((ids, weights, found), wanted, case)
+
+
+def scores_of(logits: Tensor, exp: Exp) -> Tensor:
+    """As the kernels have them."""
+    logits = logits.float()
+    return exp(logits - logits.amax(dim=1, keepdim=True))
+
 
 def by_reference(
     ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, exp: Exp
 ) -> Found:
     """On CPU tensors. What a row drops is given a name, as an engine does."""
-    logits = logits.float()
-    scores = exp(logits - logits.amax(dim=1, keepdim=True))
-    new_ids, new_weights = margin(ids, weights, scores, kinds, layer)
+    new_ids, new_weights = margin(ids, weights, scores_of(logits, exp), kinds, layer)
     rows = kinds != PADDING
     stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
     changed = (new_ids != ids).any(dim=1) & rows

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.rules import REROUTABLE
 from tests.rules.test_sere import RULES, assert_same_ids
 
 from .emulator import COMPILER, launch
@@ -16,7 +18,9 @@ from .margin_cases import (
     SHAPES,
     Found,
     MarginCase,
+    Rank,
     check_margin,
+    check_ranks,
     device_layer,
     emulated_exp,
     make_margin_case,
@@ -120,6 +124,45 @@ def test_a_batch_of_one_is_exact(cache: Path) -> None:
         assert torch.equal(ids, case.ids)
         assert torch.equal(weights, case.weights)
         assert counts == (8, 8, 0, 0)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5), (4, 1)])
+def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
+    """Rows of two ranks, in two halves around a sum, against the rule on all of them."""
+
+    @settings(RULES, max_examples=20)
+    @given(
+        case=margin_cases(experts=experts, slots=slots, id_dtype=torch.int32),
+        split=st.floats(0, 1),
+        seed=st.integers(0, 3),
+    )
+    def every(case: MarginCase, split: float, seed: int) -> None:
+        kernel = RuleKernel(experts, slots, torch.int32)
+        ranks, wanted = case.split(split), case.expected(emulated_exp)
+        active = REROUTABLE in case.kinds
+
+        def half(name: str, of_rank: Rank, asked: Tensor) -> None:
+            launch(
+                library(kernel, name, 64, cache),
+                name,
+                *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
+                of_rank.case.logits,
+                case.logits.dtype.itemsize,
+                asked,
+                threads=64,
+                seed=seed,
+            )
+
+        asked = torch.full((len(ranks), experts), -7)
+        for of_rank, own in zip(ranks, asked, strict=True):
+            half("ask_of_ranks", of_rank, own)
+            if active:
+                assert torch.equal(own, of_rank.case.asked(emulated_exp))
+        for of_rank in ranks:
+            half("reroute_by_asked", of_rank, asked.sum(dim=0))
+        check_ranks(ranks, wanted, case)
+
+    every()
 
 
 # --- with the gate's top-k in the launch ----------------------------------------------------------

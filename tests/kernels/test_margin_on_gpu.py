@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.config import BoundPolicy
+from sere_ray.kernel.across_ranks import ask_of_ranks, reroute_by_asked
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.rules import sere
@@ -18,6 +19,7 @@ from .margin_cases import (
     Found,
     MarginCase,
     check_margin,
+    check_ranks,
     device_layer,
     gpu_exp,
     make_margin_case,
@@ -116,6 +118,23 @@ def test_vllms_choice_then_the_rule(experts: int, slots: int, dtype: torch.dtype
         found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
         check_margin(found, case.expected(gpu_exp), case, f"seed {seed}")
         check_aligned(new_ids.cpu(), aligned, 16, experts)
+
+
+def test_two_ranks_keep_one_set() -> None:
+    kernel = RuleKernel(128, 8, torch.int32)
+    for seed in range(40):
+        knobs = {name: values[seed % len(values)] for name, values in KNOBS.items()}
+        case = make_margin_case(
+            seed=seed, rows=(1, 5, 64, 200)[seed % 4], experts=128, slots=8, floor=8, **knobs
+        )
+        ranks = case.split(seed % 5 / 4, GPU)
+        logits = [of_rank.case.logits.to(GPU) for of_rank in ranks]
+        asked = torch.full((2, 128), -7, device=GPU)
+        for (_, ids, weights, layer), of_rank, own in zip(ranks, logits, asked, strict=True):
+            ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
+        for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
+            reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
+        check_ranks(ranks, case.expected(gpu_exp), case)
 
 
 def test_captured_graph_follows_the_rule() -> None:

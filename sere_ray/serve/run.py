@@ -77,12 +77,14 @@ def stream_directly() -> None:
     """Have Ray put HAProxy before the engines' own HTTP servers; before Ray is imported.
 
     HAProxy opens two more ports, for its state and its metrics. Ray's defaults are fixed numbers,
-    with which a second instance on a machine would not start: here they are free ones.
+    with which a second instance on a machine would not start: here they are free ones. And Ray
+    would keep an idle replica for 30 s, so that load balancers of others can take note.
     """
     os.environ |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
     }
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
     for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
         os.environ.setdefault(name, str(free_port()))
 

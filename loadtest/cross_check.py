@@ -3,7 +3,7 @@
     python loadtest/cross_check.py --tokenizer sere_ray/demo/model --out FILE
         # on the generator's stub: 50 tokens/s for each stream, whatever else the machine does
     python loadtest/cross_check.py --url http://127.0.0.1:8000 --tokenizer ... --out FILE
-        # on a deployment
+        # on a deployment; its API key is in OPENAI_API_KEY
 
 Same prompts, same answer lengths, the same number of streams, in turns. `vllm bench serve` is
 started through its module: the CPU build of vLLM has no working `vllm` command.
@@ -20,6 +20,7 @@ from statistics import median
 from sere_ray.loadtest.driver import Plan, Target
 from sere_ray.loadtest.endpoint import find_model
 from sere_ray.loadtest.figures import figures, sample
+from sere_ray.loadtest.options import read_keys
 from sere_ray.loadtest.pool import generator
 from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.stub import stub
@@ -33,7 +34,7 @@ BENCH = (
 )
 METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "latency": "e2el"}
 """Our names and theirs."""
-OUTPUT_TOKENS = 48
+OUTPUT_TOKENS = (32, 64)
 
 
 def main():
@@ -41,46 +42,48 @@ def main():
     options = parse()
     if options.url is None:
         with stub(None) as address:
-            return check(options, f"{address}/50", "stub")
-    return check(options, options.url, find_model(options.url, [], None))
+            return check(options, Target(f"{address}/50/v1", "stub"))
+    keys = read_keys(None)
+    model = find_model(options.url, keys, None)
+    return check(options, Target(f"{options.url}/v1", model, keys=tuple(keys)))
 
 
-def check(options, url, model):
+def check(options, target):
     """All rounds; the exit code."""
     entries = text_workload(
         requests=200,
         prompt_words=(20, 60),
-        output_tokens=(OUTPUT_TOKENS, OUTPUT_TOKENS),
+        output_tokens=OUTPUT_TOKENS,
         seed=1,
     )
+    records = ({"prompt": e.prompt, "output_tokens": e.max_tokens} for e in entries)
     rounds = []
     with tempfile.TemporaryDirectory() as folder, generator() as sender:
         data = Path(folder) / "prompts.jsonl"
-        data.write_text("".join(json.dumps({"prompt": e.prompt}) + "\n" for e in entries))
-        target = Target(f"{url}/v1", model)
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
         for number in range(options.rounds):
-            theirs = vllm_bench(options, url, model, data, Path(folder) / f"{number}.json")
+            theirs = vllm_bench(options, target, data, Path(folder) / f"{number}.json")
             plan = Plan(target, tuple(entries), options.seconds, 2.0, options.streams, seed=number)
             ours = figures(sample(sender.run(plan), Slo()), None)
             rounds.append(compared(ours, theirs))
             print(json.dumps(rounds[-1]), flush=True)
     rows = [summary(name, rounds) for name in METRICS]
-    write_result(options.out, {"model": model, "streams": options.streams, "rows": rows})
+    write_result(options.out, {"model": target.model, "streams": options.streams, "rows": rows})
     print(json.dumps(rows, indent=1))
     return int(any(abs(row["ratio"] - 1) > options.allowed for row in rows))
 
 
-def vllm_bench(options, url, model, data, result):
+def vllm_bench(options, target, data, result):
     """One run of `vllm bench serve`; its result document."""
     arguments = {
         "backend": "openai-chat",
-        "base-url": url,
+        "base-url": target.base_url.removesuffix("/v1"),
         "endpoint": "/v1/chat/completions",
-        "model": model,
+        "model": target.model,
         "tokenizer": options.tokenizer,
         "dataset-name": "custom",
         "dataset-path": data,
-        "custom-output-len": OUTPUT_TOKENS,
+        "custom-output-len": -1,  # those of the data
         "num-prompts": options.requests,
         "max-concurrency": options.streams,
         "percentile-metrics": ",".join(METRICS.values()),
@@ -90,6 +93,7 @@ def vllm_bench(options, url, model, data, result):
     }
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     switches = ["--save-result", "--ignore-eos", "--disable-tqdm", "--disable-shuffle"]
+    switches.append("--skip-chat-template")  # the server applies it
     command = [sys.executable, "-c", BENCH, *flags, *switches]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,63 +1,66 @@
-"""A deployment whose experts exceed a CPU's cache: random weights, the demo's tokenizer.
+"""A deployment of random weights: a model beyond a CPU's cache, or in the shapes of a public one.
 
     python loadtest/random_model.py out/random            # model, artifact, deployment file
     sere-ray serve --config out/random/deployment.yaml
+    python loadtest/random_model.py out/random --model qwen3-30b-a3b --streams 128     # on a GPU
+    python loadtest/random_model.py out/random --model qwen3-30b-a3b --streams 128 --ranks 2
 
-Its answers mean nothing; its steps take what such a model's steps take.
+Its answers mean nothing; its steps take what such a model's steps take. The tokenizer is the
+demo's, with a word for each token that it lacks.
 """
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 
 import yaml
 
 from sere_ray.calibration.synthetic import synthetic_artifact
-from sere_ray.demo import assets
-from sere_ray.evaluation.models import get_model
+from sere_ray.evaluation.engines import gpu_engine, write_config
+from sere_ray.evaluation.models import PUBLIC, get_model
+from sere_ray.evaluation.tokenizer import write_tokenizer
+
+MODEL_LENGTH = 512
 
 
 def main():
     """Write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="random-e128", choices=["random-e128", "random-e64"])
-    parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
+    options = parse()
     folder = options.folder.resolve()
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    for file in assets.MODEL.glob("*token*"):
-        shutil.copy(file, folder / "model" / file.name)
-    template = assets.MODEL / "chat_template.jinja"
-    if template.exists():
-        shutil.copy(template, folder / "model" / template.name)
-    # The output layer must not name tokens that the tokenizer lacks.
-    vocabulary = assets.model_config()["vocab_size"]
-    config = {**get_model(options.model).config, "vocab_size": vocabulary}
-    (folder / "model" / "config.json").write_text(json.dumps(config, indent=1))
-    synthetic_artifact(folder / "model", seed=0).save(folder / "synthetic.safetensors")
-    (folder / "deployment.yaml").write_text(yaml.safe_dump(deployment(options, folder)))
-    print(folder / "deployment.yaml")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = get_model(options.model)
+    checkpoint = write_config(model, folder)
+    write_tokenizer(checkpoint, model.config["vocab_size"])
+    artifact = folder / "synthetic.safetensors"
+    synthetic_artifact(checkpoint, seed=0).save(artifact)
+    file = folder / "deployment.yaml"
+    file.write_text(yaml.safe_dump(deployment(options, model, checkpoint, artifact)))
+    print(file)
 
 
-def deployment(options, folder):
-    """One rank with all experts, 16 rows, eager: as `make benchmark` measures."""
+def deployment(options, model, checkpoint, artifact):
+    """On a CPU eager, as `make benchmark` measures; on GPUs with graphs of the streams' sizes."""
+    on_gpu = options.model in PUBLIC
+    own = (
+        gpu_engine(model, options.streams, MODEL_LENGTH)
+        if on_gpu
+        else {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
+    )
     arguments = {
-        "model": str(folder / "model"),
+        "model": str(checkpoint),
         "model_id": options.model,
+        "device": "gpu" if on_gpu else "cpu",
+        "data_parallel_size": options.ranks,
         "sere": {
-            "similarity": str(folder / "synthetic.safetensors"),
+            "similarity": str(artifact),
             "select_top_k": 2,
             "min_primary_experts": 0,
         },
         "engine": {
             "load_format": "dummy",
-            "max_model_len": 512,
-            "max_num_seqs": 16,
-            "enforce_eager": True,
+            "max_model_len": MODEL_LENGTH,
+            "max_num_seqs": options.streams,
             "enable_prompt_tokens_details": True,
-            "kv_cache_memory_bytes": 1 << 28,
+            **own,
         },
     }
     application = {"name": "random", "import_path": "sere_ray.serve:build_app", "args": arguments}
@@ -65,6 +68,18 @@ def deployment(options, folder):
         "http_options": {"host": "127.0.0.1", "port": options.port},
         "applications": [application],
     }
+
+
+def parse():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    models = ["random-e128", "random-e64", *PUBLIC]
+    parser.add_argument("--model", default="random-e128", choices=models)
+    parser.add_argument("--streams", type=int, default=16, help="rows of a rank at most")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel, with expert parallel")
+    parser.add_argument("--port", type=int, default=8000)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

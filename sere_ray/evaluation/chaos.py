@@ -28,10 +28,11 @@ from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.demo import assets
 from sere_ray.errors import SereError
 from sere_ray.evaluation.completions import Reply, complete
-from sere_ray.evaluation.servers import APP, free_port, served
+from sere_ray.evaluation.servers import APP, served
 from sere_ray.evaluation.stand_in import ENVIRONMENT, expected_words
 from sere_ray.progress import progress
 from sere_ray.serve.client import request
+from sere_ray.serve.run import free_port
 from sere_ray.tiers import HEADER
 
 RANKS = 4

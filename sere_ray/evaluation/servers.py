@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,13 +23,6 @@ START_SECONDS = 900.0
 DRAIN_SECONDS = 90.0
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def write_deployment(folder: Path, port: int, arguments: Mapping[str, Any]) -> Path:
     """A deployment file with one application."""
     application = {"name": APP, "import_path": IMPORT_PATH, "args": dict(arguments)}
@@ -47,10 +39,14 @@ def served(
     arguments: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
     metrics_port: int | None = None,
+    *,
+    direct: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`sere-ray serve` on a deployment file in ``folder``; see :func:`server`."""
     file = write_deployment(folder, port, arguments)
     command = ["-m", "sere_ray", "serve", "--config", str(file)]
+    if direct:
+        command.append("--direct-streaming")
     if metrics_port is not None:
         command += ["--metrics-port", str(metrics_port)]
     log = folder / "log"

@@ -27,20 +27,20 @@ from rich.console import Console
 
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.evaluation.completions import complete
-from sere_ray.evaluation.engines import on_gpu, prompt_tokens, write_config
+from sere_ray.evaluation.engines import gpu_engine, on_gpu, prompt_tokens, write_config
 from sere_ray.evaluation.models import Model, get_model
-from sere_ray.evaluation.servers import APP, free_port, served, server
+from sere_ray.evaluation.servers import APP, served, server
+from sere_ray.evaluation.tokenizer import write_tokenizer
 from sere_ray.progress import progress
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.keys import API_KEY
+from sere_ray.serve.run import free_port
 
 BARE = "bare"
-PROXIES: dict[str, dict[str, str]] = {
-    "default": {},
-    "direct": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"},
-}
+PROXIES = ("default", "direct")
 """Ways through Ray Serve: its proxy and ingress; HAProxy to the engine's own server."""
 MODEL_ID = "bench"
+MODEL_LENGTH = 1024
 REQUEST_SECONDS = 300.0
 PROCESSES = {
     "VLLM::": "engine",
@@ -148,23 +148,13 @@ def make_plan(model: Model, parent: Path, streams: int, tokens: int, compiled: b
         policy={"similarity": str(similarity), "select_top_k": 2},
         engine={
             "load_format": "dummy",
-            "max_model_len": 1024,
+            "max_model_len": MODEL_LENGTH,
             "max_num_seqs": streams,
             "enforce_eager": not compiled,
+            **(gpu_engine(model, streams, MODEL_LENGTH) if on_gpu() else {}),
         },
         tokens=tokens,
     )
-
-
-def write_tokenizer(folder: Path, size: int) -> None:
-    """A word for each token: shapes have none, and an endpoint answers text."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w1")
-    tokenizer.save_pretrained(str(folder))
 
 
 @contextmanager
@@ -175,13 +165,13 @@ def start(plan: Plan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
         starting = (
             _bare(plan, Path(name), port, key)
             if arm == BARE
-            else _ours(plan, Path(name), port, key, PROXIES[arm])
+            else _ours(plan, Path(name), port, key, direct=arm == "direct")
         )
         with starting as process:
             yield f"http://127.0.0.1:{port}", key, psutil.Process(process.pid)
 
 
-def _ours(plan: Plan, folder: Path, port: int, key: str, environment: Mapping[str, str]) -> Any:
+def _ours(plan: Plan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
     arguments = {
         "model": str(plan.folder),
         "model_id": MODEL_ID,
@@ -189,7 +179,7 @@ def _ours(plan: Plan, folder: Path, port: int, key: str, environment: Mapping[st
         "sere": plan.policy,
         "engine": plan.engine,
     }
-    return served(folder, port, arguments, {**environment, API_KEY: key})
+    return served(folder, port, arguments, {API_KEY: key}, direct=direct)
 
 
 def _bare(plan: Plan, folder: Path, port: int, key: str) -> Any:
@@ -205,6 +195,8 @@ def _bare(plan: Plan, folder: Path, port: int, key: str) -> Any:
         "additional-config": json.dumps({"sere": plan.policy}),
         **{k.replace("_", "-"): v for k, v in engine.items() if not isinstance(v, bool)},
     }
+    if "compilation-config" in options:
+        options["compilation-config"] = json.dumps(options["compilation-config"])
     flags = [f"--{k.replace('_', '-')}" for k, v in engine.items() if v is True]
     command = ["-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", *flags]
     for option, value in options.items():

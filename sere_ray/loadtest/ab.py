@@ -19,6 +19,8 @@ from sere_ray.serve.client import Deployment
 from sere_ray.serve.stats import means
 
 _RESAMPLES = 1000
+_OBSERVED_SECONDS = 2.0
+"""Enough to count the experts of some hundred steps."""
 OBSERVE = {"mode": "observe"}
 Save = Callable[[dict[str, Any]], None]
 
@@ -128,7 +130,9 @@ class _Runner:
 
     def observe(self, shape: Shape) -> dict[str, float | None]:
         """What exact routing reads: counted by the mode that runs the rule and discards it."""
-        return self._block(shape, self.what.rounds + 1, OBSERVE, "observe").steps
+        short = replace(self.what.plan, seconds=min(self.what.plan.seconds, _OBSERVED_SECONDS))
+        runner = replace(self, what=replace(self.what, plan=short))
+        return runner._block(shape, self.what.rounds + 1, OBSERVE, "observe").steps
 
     def _block(self, shape: Shape, number: int, change: dict[str, Any], name: str) -> _Block:
         what, deployment = self.what, Deployment(self.what.url)
@@ -139,7 +143,7 @@ class _Runner:
         plan = replace(
             plan,
             seed=hash_of(plan.seed, number),
-            salt=f"{plan.seed} {shape} {number} {name} ",
+            salt=f"{hash_of(plan.seed, shape, number, name):x} ",  # vLLM takes no "/" in it
         )
         load = self.sender.run(plan)
         counted = deployment.read_counters()
@@ -162,9 +166,9 @@ class _Runner:
         )
 
 
-def hash_of(seed: int, number: int) -> int:
-    """A seed for a round."""
-    return random.Random(f"{seed} {number}").getrandbits(32)
+def hash_of(*parts: object) -> int:
+    """A seed for a round, or for a block."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(32)
 
 
 def _needs_observing(policies: dict[str, dict[str, Any]]) -> bool:

@@ -59,7 +59,9 @@ def draw(document: dict[str, Any]) -> "Figure":
 def _draw_by_load(axes: Any, rows: Rows, name: str) -> None:
     """A line for each policy over the offered load."""
     by_rate = rows[0].get("rate") is not None
-    for number, policy in enumerate(policies(rows)):
+    names = policies(rows)
+    rows = sorted(rows, key=lambda row: row["rate"] if by_rate else row["streams"])
+    for number, policy in enumerate(names):
         own = [row for row in rows if row["policy"] == policy and row.get(name) is not None]
         loads = [row["rate"] if by_rate else row["streams"] for row in own]
         axes.plot(loads, [row[name] for row in own], marker="o", color=f"C{number}", label=policy)

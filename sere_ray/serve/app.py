@@ -69,7 +69,7 @@ def llm_config(config: ServeConfig) -> Any:
 
     gangs = config.data_parallel_size > 1
     # Two gangs of two ranks and the ingress fit into the two cores that Ray counts on a laptop.
-    bundle = {"CPU": 0.25} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
+    bundle = {"CPU": 0.25 if config.device == "cpu" else 1}
     environment = share_cores(config.data_parallel_size) if config.device == "cpu" else {}
     options: dict[str, Any] = {
         # Ray's default holds tokens back for 50 ms to send them together.
@@ -88,11 +88,14 @@ def llm_config(config: ServeConfig) -> Any:
         }
     return LLMConfig(
         model_loading_config={"model_id": config.model_id, "model_source": local(config.model)},
-        accelerator_config={"kind": config.device},
+        # For "gpu" Ray would give the GPU to a worker process beside each replica. Here the replica
+        # holds it, and its engine process computes: see SereEngine.
+        accelerator_config={"kind": "cpu"},
         placement_group_config={"bundles": [bundle]},
         deployment_config={
             "num_replicas": config.num_replicas,
-            "ray_actor_options": {"num_cpus": 0},  # the bundle holds what a rank needs
+            # The bundle holds the cores that a rank needs.
+            "ray_actor_options": {"num_cpus": 0, "num_gpus": int(config.device == "gpu")},
             "health_check_period_s": 2,
             "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         },

@@ -1,6 +1,7 @@
 """``sere-ray serve``: a deployment file on a Ray instance of its own, until a signal."""
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -18,17 +19,22 @@ from sere_ray.serve.config import ServeConfig
 IMPORT_PATH = "sere_ray.serve:build_app"
 
 
-def run_file(path: Path, console: Console, metrics_port: int | None = None) -> None:
+def run_file(
+    path: Path, console: Console, metrics_port: int | None = None, *, direct: bool = False
+) -> None:
     """Serve the applications of a file until SIGINT or SIGTERM; then drain and end Ray.
 
     Args:
         path: of the deployment file.
         console: where progress goes.
         metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
+        direct: HAProxy and the engines' own HTTP servers instead of Ray's proxy and an ingress.
 
     Raises:
         SereError: the file is not valid, or the port is taken.
     """
+    if direct:
+        stream_directly()
     document = load_file(path)
     http = document.get("http_options") or {}
     if metrics_port is not None:
@@ -67,6 +73,22 @@ def run_file(path: Path, console: Console, metrics_port: int | None = None) -> N
         ray.shutdown()  # the instance is ours alone: Serve ends with it
 
 
+def stream_directly() -> None:
+    """Have Ray put HAProxy before the engines' own HTTP servers; before Ray is imported.
+
+    HAProxy opens two more ports, for its state and its metrics. Ray's defaults are fixed numbers,
+    with which a second instance on a machine would not start: here they are free ones. And Ray
+    would keep an idle replica for 30 s, so that load balancers of others can take note.
+    """
+    os.environ |= {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+    }
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
+        os.environ.setdefault(name, str(free_port()))
+
+
 def wait_for_signal() -> None:
     """Return at SIGINT or SIGTERM, also in a process that was started with SIGINT ignored.
 
@@ -77,6 +99,13 @@ def wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def check_free(port: int, option: str, *, host: str = "127.0.0.1") -> None:

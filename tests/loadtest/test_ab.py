@@ -64,6 +64,16 @@ def test_rows_hold_intervals_and_ratios(result):
     assert saved == [content]
 
 
+def test_salts_are_such_that_vllm_takes_them():
+    """Its rule for ``cache_salt``; a salt once named the load, as "2 requests/s"."""
+    with serving(control=Control()) as server:
+        shapes = [Shape(rate=20.0)]
+        run_comparison(comparison(server, shapes=shapes, rounds=1), lambda _: None, QUIET)
+    salts = [body["cache_salt"] for _, body in server.requests]
+    assert len(set(salts)) == len(salts) > 5
+    assert all(len(salt) <= 128 and not set(salt) & set("@/\\\0") for salt in salts)
+
+
 class Page(HTMLParser):
     """Collects what a page would load from elsewhere, and its text."""
 

@@ -15,8 +15,9 @@ import psutil
 import yaml
 
 from sere_ray.demo import assets
-from sere_ray.evaluation.servers import free_port, served
+from sere_ray.evaluation.servers import served
 from sere_ray.serve.keys import digest
+from sere_ray.serve.run import free_port
 from tests.engine.conftest import random_artifact
 
 MODEL_ID = "sere-demo"
@@ -120,7 +121,7 @@ def _parsed(content):
 
 
 @contextmanager
-def deployed(folder, *, keys=True, environment=None, **arguments):
+def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
     port, metrics_port = free_port(), free_port()
     save_artifacts(folder)
@@ -145,7 +146,7 @@ def deployed(folder, *, keys=True, environment=None, **arguments):
         **arguments,
     }
     variables = {"PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
-    with served(folder, port, arguments, variables, metrics_port) as process:
+    with served(folder, port, arguments, variables, metrics_port, direct=direct) as process:
         yield Served(process, f"http://127.0.0.1:{port}", folder / "log", metrics_port)
 
 

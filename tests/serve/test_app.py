@@ -122,7 +122,7 @@ def test_one_file_shape_for_one_rank_and_gangs_on_cpu_and_gpu(device):
     assert gang.engine_kwargs["enable_expert_parallel"] is True
     assert gang.deployment_config["num_replicas"] == 3
     (bundle,) = gang.placement_group_config["bundles"]
-    assert bundle.get("GPU", 0) == (device == "gpu")
+    assert gang.deployment_config["ray_actor_options"]["num_gpus"] == (device == "gpu")
     # two gangs of two and the ingress fit into two cores
     assert device == "gpu" or 4 * bundle["CPU"] + 0.5 <= 2
 

@@ -6,15 +6,11 @@ from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, NO_TIER_
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 EXACT = {"sere_tier": "exact"}
-DIRECT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
-}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    with deployed(tmp_path_factory.mktemp("direct"), environment=DIRECT) as deployment:
+    with deployed(tmp_path_factory.mktemp("direct"), direct=True) as deployment:
         yield deployment
 
 

@@ -258,8 +258,10 @@ MARGIN_POLICIES = [
     {**MARGIN, "tau": [1.0, 0.005]},
     {**MARGIN, "union": "local"},
     {**MARGIN, "mode": "observe"},
+    {**MARGIN, "balance_ranks": True, "by_rows": [{"up_to": 6, "tau": 0.1}]},
     {"select_top_k": 1},
 ]
+OWNER = torch.arange(EXPERTS) * RANKS // EXPERTS
 
 
 def margin_under_load(rank, port):
@@ -270,6 +272,7 @@ def margin_under_load(rank, port):
         slots), ids, weights, logits, kinds, new ids, new weights.
     """
     state = make_state(gloo_group(rank, port), check_ranks=True)
+    state.owner = dict.fromkeys(range(LAYERS), OWNER)
     pace, calls = np.random.default_rng(rank), []
     generator = torch.Generator().manual_seed(rank)
     for number in range(60):
@@ -298,11 +301,12 @@ def test_margin_keeps_one_set_of_experts_on_all_ranks():
         if keys.get("rule") != "margin":
             continue
         policy = Policy.parse({"similarity": "a.safetensors", **keys})
-        knobs = policy.for_model(top_k=TOP_K).of_layer(number % LAYERS, EXPERTS, None)
+        bound = policy.for_model(top_k=TOP_K)
         for group in [calls] if policy.union == "global" else [[call] for call in calls]:
             fields = [list(chain(*of)) for of in zip(*(call[2] for call in group), strict=True)]
             ids, weights, logits, kinds, new_ids, new_weights = map(torch.tensor, fields)
-            scores = logits.softmax(-1)
+            scores, of_step = logits.softmax(-1), bound.for_rows(int((kinds == REROUTABLE).sum()))
+            knobs = of_step.of_layer(number % LAYERS, EXPERTS, None, OWNER)
             wanted = RULES["margin"].apply(ids, weights, scores, kinds.to(torch.int8), knobs)
             exactly = policy.mode == "observe"
             assert torch.equal(new_ids, ids if exactly else name_dropped(wanted[0], ids))

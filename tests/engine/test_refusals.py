@@ -218,14 +218,26 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     has_words(str(error.value), *words)
 
 
-def test_a_policy_that_the_cuda_kernel_does_not_compute(has_words):
-    policy = {"similarity": "a.safetensors", "select_top_k": 1}
-    check_policy(Policy.parse(policy), on_gpu=True, several_ranks=False)
+SERE, MARGIN = {"select_top_k": 1}, {"rule": "margin", "tau": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({**SERE, "prefer_local_rank": 0.1}, ["prefer_local_rank = 0.1", "only null"]),
+        ({**SERE, "by_rows": [{"up_to": 8, "select_top_k": 2}]}, ["sere.by_rows: "]),
+        ({**MARGIN, "balance_ranks": True}, ["sere.balance_ranks: "]),
+    ],
+)
+def test_a_policy_that_the_cuda_kernel_does_not_compute(keys, words, has_words):
+    for policy in (SERE, MARGIN):
+        policy = Policy.parse({"similarity": "a.safetensors", **policy})
+        check_policy(policy, on_gpu=True, several_ranks=False)
+    policy = Policy.parse({"similarity": "a.safetensors", **keys})
+    check_policy(policy, on_gpu=False, several_ranks=True)
     with pytest.raises(UnsupportedError) as error:
-        check_policy(
-            Policy.parse({**policy, "prefer_local_rank": 0.1}), on_gpu=True, several_ranks=False
-        )
-    has_words(str(error.value), "prefer_local_rank = 0.1", "CUDA kernel", "only null", "leave it")
+        check_policy(policy, on_gpu=True, several_ranks=False)
+    has_words(str(error.value), *words, "CUDA kernel", "leave it")
 
 
 @pytest.mark.parametrize("kernel", ["CPUExpertsFp8", "CPUExpertsInt8"])

@@ -32,7 +32,7 @@ _TAU_LOW, _TAU_HIGH, _TAU_STEPS = 1e-4, 0.5, 8
 _SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("runners_up", (2, 4, 8, 16)),
     ("fill", (0.25, 0.5, 0.75, 1.0)),
-    ("beta", (0.25, 0.5, 0.75, 1.0)),
+    ("beta", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )
 """Knobs of ``margin`` that are tried one after the other."""
 _PER_LAYER = (0.5, 2.0)

@@ -85,11 +85,12 @@ def _check_kernel(policy: Policy, where: str) -> None:
             f"{where}.rule = {policy.rule!r}: the CUDA kernel computes {' and '.join(KERNEL_RULES)}"
             ", a CPU engine every rule; use one of these on a GPU"
         )
-    for key in ("by_rows", "balance_ranks"):
-        if getattr(policy, key):
+    written = policy.model_dump(include={"by_rows", "balance_ranks"})
+    for key, value in written.items():
+        if value:
             raise UnsupportedError(
-                f"{where}.{key}: a CPU engine follows it, the CUDA kernel cannot yet; leave it out "
-                "on a GPU"
+                f"{where}.{key} = {value}: a CPU engine follows it, the CUDA kernel cannot yet; "
+                "leave it out on a GPU"
             )
     if policy.prefer_local_rank is not None:
         raise UnsupportedError(

@@ -48,8 +48,6 @@ def _as_ranges(value: object) -> tuple[RowRange, ...] | None:
 
 
 def _as_range(entry: object, path: str, before: int) -> RowRange:
-    if isinstance(entry, RowRange):
-        entry = _as_mapping(entry)
     if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
         raise refuse(path, entry, f"must be a mapping such as {_EXAMPLE}")
     up_to = entry.get("up_to")

@@ -27,6 +27,7 @@ from sere_ray.evaluation.frontier import Evaluator, Plan
 from sere_ray.evaluation.settings import grid
 from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
 from sere_ray.progress import waiting
+from sere_ray.row_ranges import MOST_RANGES
 
 _TAU_LOW, _TAU_HIGH, _TAU_STEPS = 1e-4, 0.5, 8
 _SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (
@@ -168,9 +169,14 @@ def tune(
         SereError: something cannot be used, or no setting keeps the budget.
     """
     budget.check()
+    ranges = ranges_between(plan.batches) if by_rows else [plan.batches]
+    if len(ranges) > MOST_RANGES + 1:
+        raise SereError(
+            f"--batches: {len(ranges)} sizes, but a policy has at most {MOST_RANGES} entries and "
+            "one setting for more rows; name fewer, or use --one-setting"
+        )
     evaluator = Evaluator(plan)
     text = Text(evaluator, plan.data, budget)
-    ranges = ranges_between(plan.batches) if by_rows else [plan.batches]
     best: Candidate | None = None
     tried: list[dict[str, Any]] = []
     for rule in rules:
@@ -217,20 +223,28 @@ def ranges_between(batches: Sequence[int]) -> list[tuple[int, ...]]:
 
 def best_of_rule(text: Text, rule: str, ranges: list[tuple[int, ...]]) -> Candidate | None:
     """The settings of a rule that read the fewest experts and fit; None where none do."""
-    keys: dict[str, Any] = {}
-    entries: list[dict[str, Any]] = []
+    found: list[Candidate] = []
     for batches in ranges:
         attempt = functools.partial(text.attempt, batches=batches)
-        found = _best_of_range(attempt, text.evaluator.shape, batches, rule)
-        if found is None:
+        best = _best_of_range(attempt, text.evaluator.shape, batches, rule)
+        if best is None:
             return None
-        if keys and keys != found.keys:
-            entries.append({"up_to": batches[0], **keys})
-        keys = found.keys
-    if entries:
-        changes = [{key: e[key] for key in e if key != "rule"} for e in entries]
-        keys = {**keys, "by_rows": changes}
-    return text.attempt(keys)
+        found.append(best)
+    return text.attempt(joined({r[-1]: c.keys for r, c in zip(ranges, found, strict=True)}))
+
+
+def joined(settings: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One setting of several, by the most rows that each is for; the last is for more, too.
+
+    An entry says null where only the last one gives a key.
+    """
+    last = list(settings.values())[-1]
+    entries = [
+        {"up_to": up_to, **{key: keys.get(key) for key in {**last, **keys} if key != "rule"}}
+        for (up_to, keys), (_, following) in itertools.pairwise(settings.items())
+        if keys != following
+    ]
+    return {**last, "by_rows": entries} if entries else last
 
 
 def _best_of_range(
@@ -300,8 +314,8 @@ def _plain(keys: dict[str, Any]) -> dict[str, Any]:
     def short(value: Any) -> Any:
         if isinstance(value, list):
             return [short(part) for part in value]
-        if isinstance(value, dict):
-            return _plain(value)
+        if isinstance(value, dict):  # an entry, where null has a meaning
+            return {key: short(part) for key, part in value.items()}
         return round(value, 6) if isinstance(value, float) else value
 
     return {key: short(value) for key, value in keys.items() if value is not None}

@@ -15,7 +15,7 @@ from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
 from sere_ray.evaluation.settings import grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import draws
-from sere_ray.evaluation.tune import ranges_between
+from sere_ray.evaluation.tune import _plain, joined, ranges_between
 from sere_ray.results import load_result
 from sere_ray.rules import RULES
 
@@ -95,6 +95,19 @@ def test_grids_are_policies(rule):
     assert rank_grid(rule, 1, **sizes) == []
     for keys in settings + of_ranks:
         Policy.parse({"similarity": "-", **keys}).for_model(top_k=8)
+
+
+def test_settings_of_ranges_are_joined_as_they_were_tried():
+    """A key that only the last range gives is null in an entry, not taken over."""
+    strict = {"rule": "sere", "select_top_k": 1, "threshold": 0.3}
+    plain = {"rule": "sere", "select_top_k": 1, "threshold": None, "min_primary_experts": 0}
+    keys = _plain(joined({2: plain, 8: strict, 16: strict}))
+    policy = Policy.parse({"similarity": "-", **keys}).for_model(top_k=4)
+    of_sizes = [policy.for_rows(rows) for rows in (2, 8, 16, 64)]
+    assert [of.threshold for of in of_sizes] == [None, 0.3, 0.3, 0.3]
+    assert [of.min_primary_experts for of in of_sizes] == [0, 4, 4, 4]
+    assert [entry["up_to"] for entry in keys["by_rows"]] == [2]
+    assert joined({16: strict}) == strict
 
 
 def test_ranges_between_batch_sizes():
@@ -276,6 +289,10 @@ def test_evaluate_refuses_settings(similarity, tmp_path, has_words, content, wor
         (["--max-kl", "0"], ["--max-kl = 0"]),
         (["--min-agreement", "1.5"], ["--min-agreement = 1.5"]),
         (["--max-kl", "0.1", "--min-agreement", "0.9"], ["give one of the two"]),
+        (
+            ["--max-kl", "0.1", "--batches", ",".join(map(str, range(1, 19)))],
+            ["--batches: 18 sizes", "at most 16 entries", "--one-setting"],
+        ),
         (["--min-agreement", "0.9999", "--rules", "oea"], ["no setting of oea", "allow more"]),
     ],
 )

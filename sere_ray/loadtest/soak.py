@@ -41,7 +41,7 @@ _STEP_SECONDS = 5.0
 _CLEAN_SECONDS = 10.0
 """Without a failure, after which a gang counts as replaced."""
 _POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
-_ENGINE = "VLLM::"
+_ENGINE = "VLLM::EngineCore"
 _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
     (b"{nonsense", range(400, 401)),
     (b'{"model": "nobody", "messages": []}', range(400, 500)),

@@ -4,8 +4,10 @@ Half of the load asks for the exact tier, whose answers are known: a wrong one t
 answer of another prompt was crossed. A failure is expected only while a killed rank is replaced.
 """
 
+import bisect
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -36,8 +38,10 @@ STREAMS = 4
 GROWTH = 0.05
 """Of memory and handles, from the first third's mean to the last third's."""
 _STEP_SECONDS = 5.0
+_CLEAN_SECONDS = 10.0
+"""Without a failure, after which a gang counts as replaced."""
 _POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
-_ENGINE = "VLLM::"
+_ENGINE = "VLLM::EngineCore"
 _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
     (b"{nonsense", range(400, 401)),
     (b'{"model": "nobody", "messages": []}', range(400, 500)),
@@ -54,7 +58,8 @@ class _Log:
     policy_changes_refused: int = 0
     disconnects: int = 0
     bad_requests: int = 0
-    wrong_statuses: Counter[str] = field(default_factory=Counter)
+    wrong_statuses: list[tuple[float, str]] = field(default_factory=list)
+    """When and what."""
     killed_at: float | None = None
     usage: list[dict[str, float]] = field(default_factory=list)
 
@@ -149,7 +154,7 @@ def _disconnect(plan: Plan, url: str, log: _Log) -> None:
             connection.recv(64)
         log.disconnects += 1
     except OSError:
-        log.wrong_statuses["disconnecting client was not served"] += 1
+        log.wrong_statuses.append((now(), "disconnecting client was not served"))
 
 
 def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log) -> None:
@@ -167,7 +172,7 @@ def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log)
     except (URLError, OSError):
         status = 0
     if status not in expected:
-        log.wrong_statuses[f"{status} for {body[:40].decode()}"] += 1
+        log.wrong_statuses.append((now(), f"{status} for {body[:40].decode()}"))
 
 
 def _processes(pid: int) -> Iterator[psutil.Process]:
@@ -204,7 +209,10 @@ def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str
     every = [*exact, *usual]
     recovered = _recovered(every, log.killed_at)
     failed = [o for o in every if o.error is not None]
-    outside = [o for o in failed if not _while_down(o, log.killed_at, recovered)]
+    outside = [o for o in failed if not _while_down(o.ended, log.killed_at, recovered)]
+    wrong_statuses = Counter(
+        what for at, what in log.wrong_statuses if not _while_down(at, log.killed_at, recovered)
+    )
     answered = [o for o in exact if o.error is None]
     wrong = [o for o in answered if final_answer(o.text) != o.label]
     known = {entry.answer for entry in plan.entries}
@@ -221,14 +229,17 @@ def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str
         "policy_changes_refused": log.policy_changes_refused,
         "disconnects": log.disconnects,
         "bad_requests": log.bad_requests,
-        "bad_requests_answered_wrongly": dict(log.wrong_statuses),
+        "bad_requests_answered_wrongly": dict(wrong_statuses),
         "rank_killed": log.killed_at is not None,
         "seconds_until_answers_came_again": recovered
         and log.killed_at
         and rounded(recovered - log.killed_at),
     }
     for name in ("rss_mib", "handles"):
-        row |= _growth(name, [one[name] for one in log.usage])
+        row |= _growth(name, log.usage, name)
+        later = [one for one in log.usage if recovered is not None and one["at"] > recovered]
+        if later:  # the new gang is smaller at first: it is watched on its own, too
+            row |= _growth(name, later, f"{name}_after_the_kill")
     usage = [
         {name: rounded(value - begin if name == "at" else value) for name, value in one.items()}
         for one in log.usage
@@ -237,39 +248,42 @@ def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str
 
 
 def _recovered(outcomes: list[Outcome], killed_at: float | None) -> float | None:
-    """When the last failure after the kill had ended and answers came."""
+    """When answers came again: the first after the kill with no failure for a while after it.
+
+    A failure later than that is no longer excused.
+    """
     if killed_at is None:
         return None
-    failures = [o.ended for o in outcomes if o.error is not None and o.ended >= killed_at]
-    last = max(failures, default=killed_at)
-    answers = [o.ended for o in outcomes if o.error is None and o.ended >= last]
-    return min(answers, default=None)
+    answers = sorted(o.ended for o in outcomes if o.error is None and o.ended >= killed_at)
+    failures = sorted(o.ended for o in outcomes if o.error is not None and o.ended >= killed_at)
+    for last, following in itertools.pairwise([killed_at, *failures, math.inf]):
+        at = bisect.bisect_left(answers, last)
+        if at < len(answers) and following - answers[at] >= _CLEAN_SECONDS:
+            return answers[at]
+    return None
 
 
-def _while_down(outcome: Outcome, killed_at: float | None, recovered: float | None) -> bool:
-    return (
-        killed_at is not None
-        and outcome.ended >= killed_at
-        and (recovered is None or outcome.ended <= recovered)
-    )
+def _while_down(at: float, killed_at: float | None, recovered: float | None) -> bool:
+    return killed_at is not None and at >= killed_at and (recovered is None or at <= recovered)
 
 
-def _growth(name: str, values: list[float]) -> dict[str, float | None]:
+def _growth(name: str, usage: list[dict[str, float]], label: str) -> dict[str, float | None]:
     """Means of the first and last third, and the growth between them."""
+    values = [one[name] for one in usage]
     third = max(len(values) // 3, 1)
     first, last = (sum(part) / len(part) for part in (values[:third], values[-third:]))
     return {
-        f"{name}_first_third": rounded(first),
-        f"{name}_last_third": rounded(last),
-        f"{name}_growth": rounded(last / first - 1),
+        f"{label}_first_third": rounded(first),
+        f"{label}_last_third": rounded(last),
+        f"{label}_growth": rounded(last / first - 1),
     }
 
 
 def _judge(row: dict[str, Any]) -> None:
     faults = [name for name in ("lost", "crossed") if row[name]]
-    if row["bad_requests_answered_wrongly"] and not row["rank_killed"]:
+    if row["bad_requests_answered_wrongly"]:
         faults.append("bad_requests_answered_wrongly")
-    faults += [n for n in ("rss_mib_growth", "handles_growth") if (row[n] or 0) > GROWTH]
+    faults += [name for name in row if name.endswith("_growth") and (row[name] or 0) > GROWTH]
     if row["rank_killed"] and row["seconds_until_answers_came_again"] is None:
         faults.append("seconds_until_answers_came_again")
     if faults:

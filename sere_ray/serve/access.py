@@ -55,6 +55,14 @@ class Refusal(Exception):
         error = {"message": str(self), "type": kind, "param": None, "code": self.code}
         return json.dumps({"error": error}).encode()
 
+    async def answer(self, send: Send) -> None:
+        """Send it as the whole answer to a request."""
+        content = self.body()
+        headers = {"content-type": "application/json", "content-length": str(len(content))}
+        pairs = [(k.encode(), v.encode()) for k, v in {**headers, **self.headers}.items()]
+        await send({"type": "http.response.start", "status": self.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": content})
+
 
 class AccessLayer:
     """Pure ASGI middleware.
@@ -92,14 +100,14 @@ class AccessLayer:
             key = self._authorize(scope)
             self._enter(key)
         except Refusal as refusal:
-            return await _answer(refusal, send)
+            return await refusal.answer(send)
         try:
             scope = {**scope, PRINCIPAL: key.name}
             try:
                 if scope["method"] in ("POST", "PUT", "PATCH"):
                     scope, receive = await self._checked(scope, receive, key)
             except Refusal as refusal:
-                return await _answer(refusal, send)
+                return await refusal.answer(send)
             await self._app(scope, receive, send)
         finally:
             self._leave(key)
@@ -248,14 +256,6 @@ def _replay(content: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": content, "more_body": False}
 
     return replay
-
-
-async def _answer(refusal: Refusal, send: Send) -> None:
-    content = refusal.body()
-    headers = {"content-type": "application/json", "content-length": str(len(content))}
-    pairs = [(k.encode(), v.encode()) for k, v in {**headers, **refusal.headers}.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": content})
 
 
 def _path(scope: Mapping[str, Any]) -> str:

@@ -14,6 +14,11 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
     and vLLM schedules no step ahead of the running one.
     """
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether vLLM's engine has died; not before it was started."""
+        return self._engine_client is not None and bool(self._engine_client.errored)
+
     def _start_async_llm_engine(
         self, engine_args: Any, engine_config: Any, placement_group: Any
     ) -> Any:

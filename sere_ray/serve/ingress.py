@@ -1,6 +1,7 @@
 """The HTTP side: OpenAI routes and the control API behind the access layer."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,6 +20,7 @@ from sere_ray.serve.access import AccessConfig, AccessLayer
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.control_api import REPORTED, control_app
 from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
+from sere_ray.serve.losses import LossLayer
 from sere_ray.serve.openai_ingress import SereIngress, http_error
 from sere_ray.serve.ui import PATHS
 
@@ -29,6 +31,10 @@ ROUTES = {
     "chat": lambda app: app.post("/v1/chat/completions"),
 }
 """What is served of Ray's ingress: what is tested, and nothing else."""
+SERVED = frozenset(
+    {"/v1/models", "/v1/models/{model:path}", "/v1/completions", "/v1/chat/completions"}
+)
+"""The same as paths, for a server that has its own routes. Others could know no tiers."""
 ACCESS = "sere_access"
 """Key of ``LLMConfig.experimental_configs`` that holds the arguments of :func:`protect`."""
 
@@ -55,7 +61,6 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     # No page of another origin may talk to the server: browsers are no clients of it.
     app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
     protect(app, config.access, keys, control=config.sere is not None)
-    app.add_exception_handler(HTTPException, http_error)
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=ROUTES, app=app)
     options = SereIngress.get_deployment_options([llm])
     if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
@@ -86,11 +91,31 @@ class RefusalCounter:
             self._sink.record(REFUSED, 1, status=str(status))
 
 
-def protect(app: Any, access: AccessConfig, keys: KeyFile, *, control: bool) -> None:
-    """Put the access layer around a FastAPI application and mount control API and page in it."""
+def protect(
+    app: Any,
+    access: AccessConfig,
+    keys: KeyFile,
+    *,
+    control: bool,
+    is_lost: Callable[[], bool] | None = None,
+) -> None:
+    """Put the access layer around a FastAPI application, mount control API and page in it, and
+    drop routes that are not served.
+
+    Args:
+        app: changed in place.
+        access: limits and the key file.
+        keys: of the environment.
+        control: whether there is a router actor to control.
+        is_lost: whether the engine that answers in this process is gone; None = there is none.
+    """
+    app.add_exception_handler(HTTPException, http_error)
+    app.router.routes[:] = [r for r in app.routes if getattr(r, "path", None) in SERVED]
     if control:
         app.mount("/sere", control_app())
     app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
+    if is_lost is not None:
+        app.add_middleware(LossLayer, is_lost=is_lost)
     public = PATHS if control else frozenset()
     count = RefusalCounter()
     app.add_middleware(AccessLayer, config=access, fixed=keys, public=public, count=count)

@@ -16,16 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sere_ray.serve.access import Refusal
+from sere_ray.serve.losses import LOST, NOBODY, loss_event
 
-LOST = Refusal(
-    503,
-    "engine_lost",
-    "The engine of this request was lost and restarts; send the request again.",
-    {"retry-after": "5"},
-)
-NOBODY = Refusal(
-    503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
-)
 QUEUE_CHECK_SECONDS = 1.0
 
 
@@ -58,7 +50,7 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
                 raise
             if not started:
                 raise LOST from None
-            yield f"data: {LOST.body().decode()}\n\n"
+            yield loss_event()
 
 
 def is_loss(error: Exception) -> bool:

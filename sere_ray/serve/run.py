@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from sere_ray.errors import SereError
 from sere_ray.progress import waiting
 from sere_ray.ray_instance import start_ray
+from sere_ray.serve.artifacts import read_artifact
 from sere_ray.serve.config import ServeConfig
 
 IMPORT_PATH = "sere_ray.serve:build_app"
@@ -31,11 +33,12 @@ def run_file(
         direct: HAProxy and the engines' own HTTP servers instead of Ray's proxy and an ingress.
 
     Raises:
-        SereError: the file is not valid, or the port is taken.
+        SereError: the file is not valid, an artifact is not there, or the port is taken.
     """
     if direct:
         stream_directly()
     document = load_file(path)
+    check_artifacts(document)
     http = document.get("http_options") or {}
     if metrics_port is not None:
         check_free(metrics_port, "--metrics-port", host="")
@@ -87,6 +90,18 @@ def stream_directly() -> None:
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
     for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
         os.environ.setdefault(name, str(free_port()))
+
+
+def check_artifacts(document: Mapping[str, Any]) -> None:
+    """Read the artifacts, since the router actors of this instance of Ray will run here.
+
+    Raises:
+        SereError: one is missing, unreadable or too large.
+    """
+    for application in document["applications"]:
+        config = ServeConfig.parse(application["args"])
+        if config.sere is not None:
+            read_artifact(config.sere.similarity_path, config.max_artifact_bytes)
 
 
 def wait_for_signal() -> None:

@@ -1,14 +1,19 @@
 """Two ranks on this machine, through HTTP only, as `sere-ray serve` runs them."""
 
 import json
-import time
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.live.traffic import at_once, counted
-from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, NO_TIER_KEY, wait_for
+from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID
+from tests.serve.every_path import (
+    BAD_REQUESTS,
+    check_hang_up,
+    check_refused,
+    check_too_many_at_once,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 PROBLEM = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
@@ -48,58 +53,13 @@ def test_openai_client(served, client):
     assert text.usage.completion_tokens <= 4
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "key", "status", "words"),
-    [
-        ("GET", "/v1/models", None, None, 401, "Authorization: Bearer"),
-        ("GET", "/v1/models", None, "sk-wrong", 401, "wrong key"),
-        ("GET", "/v1/models", None, ADMIN, 401, "wrong key"),
-        ("GET", "/sere/policy", None, None, 401, "wrong key"),
-        ("GET", "/sere/policy", None, API_KEY, 403, "does not open /sere"),
-        ("GET", "/v1/models/other", None, API_KEY, 404, "other"),
-        ("GET", "/metrics", None, API_KEY, 404, "No such path"),
-        ("GET", "/openapi.json", None, API_KEY, 404, "No such path"),
-        ("DELETE", "/v1/models", None, API_KEY, 405, "not allowed"),
-        ("OPTIONS", "/sere/policy", None, None, 401, "wrong key"),
-        ("OPTIONS", "/sere/policy", None, ADMIN, 405, "Not Allowed"),
-        ("PUT", "/sere/audit", b"{", ADMIN, 405, "Not Allowed"),
-        ("PUT", "/sere/policy", b"{", ADMIN, 400, "not JSON"),
-        ("PUT", "/sere/policy", b"[]", ADMIN, 422, "dictionary"),
-        ("PUT", "/sere/artifact", {"name": 5}, ADMIN, 422, "name"),
-        ("PUT", "/sere/artifact", b" " * 100_001, ADMIN, 413, "100000 bytes"),
-        ("POST", "/v1/completions", b"{", API_KEY, 400, "not JSON"),
-        ("POST", "/v1/completions", b"[]", API_KEY, 400, "JSON object"),
-        ("POST", "/v1/completions", b" " * 100_001, API_KEY, 413, "100000 bytes"),
-        ("POST", "/v1/completions", {"model": "other", "prompt": "a"}, API_KEY, 404, "other"),
-        ("POST", "/v1/completions", {"prompt": 5}, API_KEY, 400, "prompt"),
-        ("POST", "/v1/completions", {"prompt": "a", "max_tokens": -1}, API_KEY, 400, "max_tokens"),
-        ("POST", "/v1/completions", {"prompt": "a " * 999}, API_KEY, 400, "256"),
-        ("POST", "/v1/completions", {"prompt": "a", "vllm_xargs": 1}, API_KEY, 422, "vllm_xargs"),
-        (
-            "POST",
-            "/v1/completions",
-            {"prompt": "a", "vllm_xargs": {"sere_tier": "best"}},
-            API_KEY,
-            422,
-            "'best'; allowed: default, exact",
-        ),
-        (
-            "POST",
-            "/v1/completions",
-            {"prompt": "a", "vllm_xargs": {"sere_tier": "exact"}},
-            NO_TIER_KEY,
-            403,
-            "'exact'",
-        ),
-    ],
-)
-def test_bad_requests(served, method, path, body, key, status, words):
-    if isinstance(body, dict):
-        body = {"model": MODEL_ID, **body}
-    found, answer, _ = served.request(method, path, body, key)
-    assert found == status, answer
-    assert words in answer["error"]["message"]
-    assert {"message", "type", "code"} <= set(answer["error"])
+@pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
+def test_bad_requests(served, case):
+    check_refused(served, *case)
+
+
+def test_too_many_at_once(served):
+    check_too_many_at_once(served, processes=1)
 
 
 # --- control -------------------------------------------------------------------------------------
@@ -226,17 +186,4 @@ def test_exact_second_turn_after_a_re_routed_first(served):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(served, stream):
-    """Its row is computed no longer."""
-    clients, tokens = 8, 200
-    served.sere("policy", {"mode": "on"})
-
-    def hang_up():
-        body = {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
-        connections = [served.begin("1 + 1", **body) for _ in range(clients)]
-        time.sleep(0.5)
-        for connection in connections:
-            connection.close()
-        wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")
-
-    counts, _ = counted(served, hang_up)
-    assert 0 < counts["decode_rows"] < clients * tokens / 2
+    check_hang_up(served, stream=stream)

@@ -64,6 +64,17 @@ def test_failures_count_as_lost_unless_a_rank_is_replaced():
     assert content(usual=outcomes)["lost"] == 3
 
 
+def test_a_failure_after_the_gang_was_replaced_is_lost():
+    times = [(11, "HTTP 503"), (13, "HTTP 503"), (20, None), (31, None), (35, "cut: early")]
+    log = soak._Log(killed_at=10.0, wrong_statuses=[(12.0, "503 for {"), (32.0, "503 for {")])
+    row = content(usual=[outcome(at - 1, at, error=error) for at, error in times], log=log)
+    assert row["seconds_until_answers_came_again"] == 10
+    assert (row["failed_while_a_rank_was_replaced"], row["lost"]) == (2, 1)
+    assert row["bad_requests_answered_wrongly"] == {"503 for {": 1}
+    with pytest.raises(SereError, match=r"lost 1, bad_requests_answered_wrongly"):
+        soak._judge(row)
+
+
 def test_no_answer_after_the_kill_is_a_fault():
     row = content(usual=[outcome(11, 12, error="x")], log=soak._Log(killed_at=10.0))
     with pytest.raises(SereError, match="seconds_until_answers_came_again"):
@@ -75,6 +86,16 @@ def test_growth_of_memory_and_handles():
     row = content(log=log)
     assert row["rss_mib_growth"] == pytest.approx(20 / 104.5, abs=1e-3)
     with pytest.raises(SereError, match="rss_mib_growth"):
+        soak._judge(row)
+
+
+def test_growth_of_the_new_gang_is_not_hidden_by_the_smaller_start():
+    sizes = [100.0] * 15 + [80.0 + i for i in range(15)]
+    log = soak._Log(usage=[{"at": i, "rss_mib": s, "handles": 50} for i, s in enumerate(sizes)])
+    log.killed_at = 14.0
+    row = content(usual=[outcome(14, 14.5)], log=log)
+    assert row["rss_mib_growth"] < 0
+    with pytest.raises(SereError, match=r"hold: rss_mib_after_the_kill_growth 0\.12"):
         soak._judge(row)
 
 

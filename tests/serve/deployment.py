@@ -23,6 +23,9 @@ from tests.engine.conftest import random_artifact
 MODEL_ID = "sere-demo"
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
 
+KEY_LIMIT = 32
+"""Requests under way at once of one key, in one process that answers."""
+
 
 def save_artifacts(folder):
     """``a`` and ``b`` fit the demo model, ``foreign`` does not."""
@@ -125,7 +128,7 @@ def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
     port, metrics_port = free_port(), free_port()
     save_artifacts(folder)
-    access = {"max_body_bytes": 100_000}
+    access = {"max_body_bytes": 100_000, "max_concurrent_per_key": KEY_LIMIT}
     if keys:
         save_keys(folder / "keys.yaml")
         access["keys_file"] = str(folder / "keys.yaml")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from sere_ray.config import Policy
 from sere_ray.demo import assets
@@ -11,7 +12,7 @@ from sere_ray.errors import PolicyError, SereError
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import engine_arguments, llm_config
 from sere_ray.serve.auto import level_policies
-from sere_ray.serve.run import load_file
+from sere_ray.serve.run import load_file, run_file
 
 VALID = {"model": "/m", "model_id": "m"}
 
@@ -106,6 +107,17 @@ def test_mistakes_in_a_deployment_file(tmp_path, has_words, text, words):
     with pytest.raises(SereError) as caught:
         load_file(tmp_path / "missing.yaml")
     has_words(str(caught.value), "missing.yaml", "No such file")
+
+
+def test_an_artifact_that_is_not_here_is_said_before_anything_starts(tmp_path, has_words):
+    policy = {"similarity": str(tmp_path / "none.safetensors"), "select_top_k": 2}
+    arguments = {"model": str(assets.MODEL), "model_id": "m", "sere": policy}
+    application = {"name": "a", "import_path": "sere_ray.serve:build_app", "args": arguments}
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump({"applications": [application]}))
+    with pytest.raises(SereError) as caught:
+        run_file(file, Console(quiet=True))
+    has_words(str(caught.value), "none.safetensors", "No such file", "sere-ray calibrate")
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

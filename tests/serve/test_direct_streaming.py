@@ -1,57 +1,129 @@
-"""The engine's own HTTP server behind HAProxy: the same access layer, the same answers."""
+"""A gang of two whose engines' own HTTP servers answer, behind HAProxy: the same access layer, the
+same answers, the same errors when an engine is lost."""
+
+import json
+import signal
+import threading
+import time
+from http.client import HTTPException
 
 import pytest
 
-from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, NO_TIER_KEY, deployed
+from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
+from tests.serve.every_path import (
+    BAD_REQUESTS,
+    check_drains,
+    check_hang_up,
+    check_refused,
+    check_too_many_at_once,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-EXACT = {"sere_tier": "exact"}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    with deployed(tmp_path_factory.mktemp("direct"), direct=True) as deployment:
+    folder = tmp_path_factory.mktemp("direct")
+    with deployed(folder, direct=True, data_parallel_size=2) as deployment:
         yield deployment
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "key", "status"),
+    ("path", "key"),
     [
-        ("GET", "/v1/models", None, API_KEY, 200),
-        ("GET", "/v1/models", None, None, 401),
-        ("GET", "/v1/models", None, ADMIN, 401),
-        ("GET", "/sere/policy", None, ADMIN, 200),
-        ("GET", "/sere/policy", None, API_KEY, 403),
-        ("GET", "/sere/ui", None, None, 200),
-        ("GET", "/sere/ui/app.js", None, None, 200),
-        ("GET", "/sere/ui/../policy", None, None, 401),
-        ("PUT", "/sere/ui", {}, None, 401),
-        ("GET", "/metrics", None, ADMIN, 404),
-        ("POST", "/tokenize", {"prompt": "a"}, API_KEY, 404),
-        ("POST", "/collective_rpc", {"method": "sere_settle"}, ADMIN, 404),
-        ("POST", "/v1/completions", b" " * 100_001, API_KEY, 413),
-        ("POST", "/v1/completions", b"{", API_KEY, 400),
-        ("POST", "/v1/completions", {"model": "other", "prompt": "a"}, API_KEY, 404),
-        ("POST", "/v1/completions", {"prompt": "a", "vllm_xargs": EXACT}, NO_TIER_KEY, 403),
-        ("PUT", "/sere/policy", {"select_top_k": 99}, ADMIN, 422),
-        ("PUT", "/sere/policy", b"{", ADMIN, 400),
-        ("PUT", "/sere/audit", {}, ADMIN, 405),
+        ("/v1/models", API_KEY),
+        (f"/v1/models/{MODEL_ID}", API_KEY),
+        ("/sere/policy", ADMIN),
+        ("/sere/ui", None),
+        ("/sere/ui/app.js", None),
     ],
 )
-def test_access(served, method, path, body, key, status):
-    if path.startswith("/v1/") and isinstance(body, dict):
-        body = {"model": MODEL_ID, **body}
-    found, answer, _ = served.request(method, path, body, key)
-    assert found == status, answer
-    if status != 200:
-        assert "message" in answer["error"]
+def test_who_may_read_what(served, path, key):
+    assert served.request("GET", path, None, key)[0] == 200
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
+def test_bad_requests(served, case):
+    check_refused(served, *case)
+
+
+def test_too_many_at_once(served):
+    check_too_many_at_once(served, processes=2)
 
 
 def test_tiers_and_policy(served):
-    served.sere("policy", {"mode": "on", "select_top_k": 1, "min_primary_experts": 0})
+    status = served.sere("policy", {"mode": "on", "select_top_k": 1, "min_primary_experts": 0})
+    assert status["replicas_settled"] == 2
     for key, rows in ((EXACT_KEY, False), (API_KEY, True)):
         before = served.sere("stats")["total"]["decode_only"]["decode_rows"]
         status, answer, _ = served.complete(key=key)
         assert status == 200, answer
         after = served.sere("stats")["total"]["decode_only"]["decode_rows"]
         assert (after > before) is rows
+
+
+def test_both_ranks_answer(served):
+    def rows():
+        replicas = served.sere("stats")["per_replica"]
+        return {r["rank"]: r["counters"]["decode_only"]["decode_rows"] for r in replicas}
+
+    before = rows()
+    for _ in range(4):
+        assert served.complete()[0] == 200
+    after = rows()
+    assert all(after[rank] > before[rank] for rank in (0, 1))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(served, stream):
+    check_hang_up(served, stream=stream)
+
+
+def end_of(served, *, stream):
+    """How a long request ends: ``(stream, status, Retry-After, error of its last event)``."""
+    body = {"max_tokens": 200, "ignore_eos": True, "stream": stream}
+    answer = served.begin("1 + 1", **body).getresponse()
+    last = answer.read().split(b"\n\n")[-2 if stream else 0].removeprefix(b"data: ")
+    return stream, answer.status, answer.headers["retry-after"], json.loads(last)["error"]
+
+
+def test_a_killed_engine_ends_the_requests_of_its_gang(served):
+    ends = []
+
+    def ask(stream):
+        start = time.monotonic()
+        ends.append((*end_of(served, stream=stream), time.monotonic() - start))
+
+    threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    served.processes("VLLM::EngineCore_DP1")[0].send_signal(signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a client hangs"
+    print(*ends, sep="\n")
+    meanwhile = []
+
+    def is_back():
+        start = time.monotonic()
+        try:
+            status, answer, _ = served.complete(max_tokens=4)
+        except (HTTPException, OSError) as error:  # HAProxy has closed the connection
+            status, answer = None, error
+        meanwhile.append((status, time.monotonic() - start, answer))
+        return status == 200
+
+    wait_for(is_back, 120, "the gang comes back")
+    print(*meanwhile, sep="\n")
+    assert max(seconds for _, seconds, _ in meanwhile) < 30, "HAProxy, without a gang"
+    assert len(ends) == len(threads)
+    for stream, status, retry_after, error, _ in ends:
+        assert (status, retry_after) == ((200, None) if stream else (503, "5"))
+        assert error["code"] == "engine_lost"
+        assert "again" in error["message"]
+    assert max(seconds for *_, seconds in ends) < 15
+
+
+def test_sigterm_drains(served):
+    check_drains(served)

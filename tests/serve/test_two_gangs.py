@@ -1,13 +1,13 @@
 """Two gangs of two real ranks: one is killed under load, then the deployment is told to stop."""
 
 import json
-import signal
 
 import psutil
 import pytest
 
 from sere_ray.evaluation.chaos import Load, answers_of, disturb
 from tests.serve.deployment import MODEL_ID, deployed
+from tests.serve.every_path import check_drains
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(590)]
 PROMPTS = [f"Work out {i + 3} + {2 * i + 5}." for i in range(12)]
@@ -41,13 +41,4 @@ def test_a_killed_engine(two_gangs):
 
 
 def test_sigterm_drains(two_gangs):
-    body = {"max_tokens": 150, "ignore_eos": True, "stream": True}
-    response = two_gangs.begin("1 + 1", **body).getresponse()
-    events = [response.readline()]
-    two_gangs.process.send_signal(signal.SIGTERM)
-    events += response.read().splitlines()
-    *_, last, done = [event for event in events if event.startswith(b"data: ")]
-    assert done == b"data: [DONE]"
-    assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
-    assert two_gangs.process.wait(timeout=90) == 0
-    assert "Traceback" not in two_gangs.log.read_text()
+    check_drains(two_gangs)

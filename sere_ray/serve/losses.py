@@ -1,0 +1,69 @@
+"""What a client is told when the engine of its request is lost: one wording on every path.
+
+Behind Ray's proxy the ingress says it (:mod:`sere_ray.serve.openai_ingress`). Where Ray streams
+directly, vLLM's own server answers: 500 for an engine that died, and an event of its own in a
+stream, followed by ``[DONE]``. :class:`LossLayer` puts the wording of this module in their place.
+"""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from sere_ray.serve.access import App, Message, Receive, Refusal, Send
+
+LOST = Refusal(
+    503,
+    "engine_lost",
+    "The engine of this request was lost and restarts; send the request again.",
+    {"retry-after": "5"},
+)
+NOBODY = Refusal(
+    503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
+)
+_ERROR_EVENT = b'data: {"error"'
+
+
+def loss_event() -> str:
+    """The last event of a stream whose engine was lost."""
+    return f"data: {LOST.body().decode()}\n\n"
+
+
+class LossLayer:
+    """Pure ASGI middleware around a server that answers from one engine.
+
+    Args:
+        app: the server.
+        is_lost: whether its engine is gone.
+    """
+
+    def __init__(self, app: App, *, is_lost: Callable[[], bool]) -> None:
+        self._app, self._is_lost = app, is_lost
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one request; what is said after the loss is dropped."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        has_ended = False
+
+        async def guarded(message: Message) -> None:
+            nonlocal has_ended
+            if has_ended:
+                return
+            if _tells_of_failure(message) and self._is_lost():
+                has_ended = True
+                return await _tell_of_loss(message, send)
+            await send(message)
+
+        await self._app(scope, receive, guarded)
+
+
+def _tells_of_failure(message: Message) -> bool:
+    """Whether a server error begins here, or the error event of a stream."""
+    if message["type"] == "http.response.start":
+        return bool(message["status"] >= 500)
+    return bool(message.get("body", b"").startswith(_ERROR_EVENT))
+
+
+async def _tell_of_loss(message: Message, send: Send) -> None:
+    if message["type"] == "http.response.start":
+        return await LOST.answer(send)
+    await send({"type": "http.response.body", "body": loss_event().encode()})

@@ -1,0 +1,136 @@
+"""What every path to the engines must answer: used behind Ray's proxy (tests/live) and behind
+HAProxy with direct streaming (test_direct_streaming.py)."""
+
+import json
+import signal
+import time
+from contextlib import ExitStack, closing
+
+from tests.live.traffic import counted
+from tests.serve.deployment import ADMIN, API_KEY, KEY_LIMIT, MODEL_ID, NO_TIER_KEY, wait_for
+
+EXACT = {"vllm_xargs": {"sere_tier": "exact"}}
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+QUESTION = {"messages": [{"role": "user", "content": "1 + 1"}]}
+BAD_REQUESTS = [
+    # who may ask what
+    ("GET", "/v1/models", None, None, 401, "Authorization: Bearer"),
+    ("GET", "/v1/models", None, "sk-wrong", 401, "wrong key"),
+    ("GET", "/v1/models", None, ADMIN, 401, "wrong key"),
+    ("POST", TEXT, {"prompt": "a"}, None, 401, "wrong key"),
+    ("POST", CHAT, QUESTION, "sk-wrong", 401, "wrong key"),
+    ("GET", "/sere/policy", None, None, 401, "wrong key"),
+    ("GET", "/sere/policy", None, API_KEY, 403, "does not open /sere"),
+    ("PUT", "/sere/policy", {"mode": "off"}, API_KEY, 403, "does not open /sere"),
+    ("GET", "/sere/ui/../policy", None, None, 401, "wrong key"),
+    ("PUT", "/sere/ui", {}, None, 401, "wrong key"),
+    # paths and methods
+    ("GET", "/v1/models/other", None, API_KEY, 404, "other"),
+    ("GET", "/metrics", None, API_KEY, 404, "No such path"),
+    ("GET", "/openapi.json", None, API_KEY, 404, "No such path"),
+    ("POST", "/tokenize", {"prompt": "a"}, API_KEY, 404, "No such path"),
+    ("POST", "/collective_rpc", {"method": "sere_settle"}, ADMIN, 404, "No such path"),
+    ("POST", "/v1/responses", {"input": "a"}, API_KEY, 404, "Not Found"),
+    ("POST", "/v1/messages", {**QUESTION, "max_tokens": 4}, API_KEY, 404, "Not Found"),
+    ("POST", "/v1/completions/render", {"prompt": "a"}, API_KEY, 404, "Not Found"),
+    ("DELETE", "/v1/models", None, API_KEY, 405, "not allowed"),
+    ("OPTIONS", "/sere/policy", None, None, 401, "wrong key"),
+    ("OPTIONS", "/sere/policy", None, ADMIN, 405, "Not Allowed"),
+    ("PUT", "/sere/audit", b"{", ADMIN, 405, "Not Allowed"),
+    # bodies
+    ("PUT", "/sere/policy", b"{", ADMIN, 400, "not JSON"),
+    ("PUT", "/sere/policy", b"[]", ADMIN, 422, "dictionary"),
+    ("PUT", "/sere/policy", {"select_top_k": 99}, ADMIN, 422, "1..4 is allowed"),
+    ("PUT", "/sere/policy", {"treshold": 0.5}, ADMIN, 422, "did you mean 'threshold'"),
+    ("PUT", "/sere/artifact", {"name": 5}, ADMIN, 422, "name"),
+    ("PUT", "/sere/artifact", {"name": "missing.safetensors"}, ADMIN, 422, "No such file"),
+    ("PUT", "/sere/artifact", {"name": "foreign.safetensors"}, ADMIN, 422, "router fingerprint"),
+    ("PUT", "/sere/artifact", b" " * 100_001, ADMIN, 413, "100000 bytes"),
+    ("POST", TEXT, b"{", API_KEY, 400, "not JSON"),
+    ("POST", TEXT, b"[]", API_KEY, 400, "JSON object"),
+    ("POST", TEXT, b" " * 100_001, API_KEY, 413, "100000 bytes"),
+    ("POST", TEXT, {"model": "other", "prompt": "a"}, API_KEY, 404, "other"),
+    ("POST", CHAT, {"model": "other", **QUESTION}, API_KEY, 404, "other"),
+    ("POST", TEXT, {"prompt": 5}, API_KEY, 400, "prompt"),
+    ("POST", TEXT, {"prompt": "a", "max_tokens": -1}, API_KEY, 400, "max_tokens"),
+    ("POST", TEXT, {"prompt": "a", "max_tokens": -1, "stream": True}, API_KEY, 400, "max_tokens"),
+    ("POST", TEXT, {"prompt": "a " * 999}, API_KEY, 400, "256"),
+    ("POST", CHAT, {"messages": "text"}, API_KEY, 400, "messages"),
+    # tiers
+    ("POST", TEXT, {"prompt": "a", "vllm_xargs": 1}, API_KEY, 422, "vllm_xargs"),
+    (
+        "POST",
+        TEXT,
+        {"prompt": "a", "vllm_xargs": {"sere_tier": "best"}},
+        API_KEY,
+        422,
+        "'best'; allowed: default, exact",
+    ),
+    ("POST", TEXT, {"prompt": "a", **EXACT}, NO_TIER_KEY, 403, "'exact'"),
+    ("POST", CHAT, {**QUESTION, **EXACT}, NO_TIER_KEY, 403, "'exact'"),
+]
+"""``(method, path, body, key, status, words of the message)``."""
+
+
+def check_refused(served, method, path, body, key, status, words):
+    """The answer's status and message, in OpenAI's form; policy and artifact are as they were."""
+    if path.startswith("/v1/") and isinstance(body, dict):
+        body = {"model": MODEL_ID, **body}
+    before = served.sere("policy"), served.sere("artifact")
+    found, answer, headers = served.request(method, path, body, key)
+    assert found == status, answer
+    assert words in answer["error"]["message"]
+    assert "Traceback" not in answer["error"]["message"]
+    assert {"message", "type", "code"} <= set(answer["error"])
+    assert (found != 401) or "www-authenticate" in {name.lower() for name in headers}
+    assert (served.sere("policy"), served.sere("artifact")) == before
+
+
+def check_too_many_at_once(served, processes):
+    """Requests of one key beyond its limit are refused at once; others, and later ones, are not.
+
+    ``processes`` answer requests, and each counts for itself.
+    """
+    with ExitStack() as stack:
+        connections = [
+            stack.enter_context(closing(served.begin("1 + 1", max_tokens=60, ignore_eos=True)))
+            for _ in range(KEY_LIMIT * processes + 1)
+        ]
+        assert served.complete(key=NO_TIER_KEY, max_tokens=1)[0] == 200, "of another key"
+        answers = [connection.getresponse() for connection in connections]
+        assert {answer.status for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert json.load(refused)["error"]["code"] == "rate_limit_exceeded"
+    assert served.complete(max_tokens=1)[0] == 200
+
+
+def check_hang_up(served, *, stream):
+    """The rows of clients that hang up are computed no longer. Leaves the mode ``on``."""
+    clients, tokens = 8, 200
+    served.sere("policy", {"mode": "on"})
+
+    def hang_up():
+        body = {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
+        connections = [served.begin("1 + 1", **body) for _ in range(clients)]
+        time.sleep(0.2)
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")
+
+    counts, _ = counted(served, hang_up)
+    assert 0 < counts["decode_rows"] < 0.75 * clients * tokens, counts
+
+
+def check_drains(served):
+    """At SIGTERM a stream under way is sent to its end; the deployment is gone after it."""
+    body = {"max_tokens": 150, "ignore_eos": True, "stream": True}
+    response = served.begin("1 + 1", **body).getresponse()
+    events = [response.readline()]
+    served.process.send_signal(signal.SIGTERM)
+    events += response.read().splitlines()
+    *_, last, done = [event for event in events if event.startswith(b"data: ")]
+    assert done == b"data: [DONE]"
+    assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+    assert served.process.wait(timeout=90) == 0
+    assert "Traceback" not in served.log.read_text()

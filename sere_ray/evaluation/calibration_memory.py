@@ -29,8 +29,8 @@ SHAPE: dict[str, Any] = {
     "num_experts": 16,
     "num_hidden_layers": LAYERS,
 }
-SEQUENCES, LENGTH = 64, 128
-BATCH_SIZE = 2
+SEQUENCES, LENGTH = 32, 128
+BATCH_SIZE = 4
 """Windows of a forward pass: its activations are small beside a layer."""
 _MIB = 2**20
 _EVERY_SECONDS = 0.05

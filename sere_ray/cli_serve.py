@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sere_ray.cli_common import console, user_errors
+from sere_ray.errors import SereError
 
 Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_ADMIN_TOKEN.")]
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sere_ray.config import RULE_KEYS, Policy
 from sere_ray.errors import SereError
-from sere_ray.serve.client import parse_changes
+from sere_ray.serve.client import parse_changes, read_policy
 
 _MODES = ("on", "off", "observe", "auto")
 
@@ -28,7 +26,7 @@ def parse_policies(text: str) -> dict[str, dict[str, Any]]:
         name = Path(word).stem if is_file else word
         if name in policies:
             raise SereError(f"--policies: {name!r} is there twice")
-        policies[name] = _of_file(Path(word)) if is_file else _of_words(word)
+        policies[name] = read_policy(Path(word)) if is_file else _of_words(word)
     return policies
 
 
@@ -44,8 +42,10 @@ def whole_policy(before: Mapping[str, Any], change: Mapping[str, Any], name: str
         PolicyError: the keys do not belong together.
     """
     rule = before.get("rule", "sere")
-    same_rule = change.get("rule", rule) == rule
-    policy = {**before, **({} if same_rule else dict.fromkeys(RULE_KEYS)), **change}
+    gone = set() if change.get("rule", rule) == rule else set(RULE_KEYS)
+    if not change.keys().isdisjoint(("rule", *RULE_KEYS)):
+        gone.add("by_rows")  # it would overrule the keys that are named
+    policy = {**before, **dict.fromkeys(gone), **change}
     checked = {**policy, "mode": "off"} if policy.get("mode") == "auto" else policy
     Policy.parse(checked, where=f"--policies: {name}")
     return policy
@@ -66,13 +66,3 @@ def _of_words(text: str) -> dict[str, Any]:
         "rule=margin:tau=0.01, with further keys after colons (S=2:threshold=0.3), or a .yaml "
         "file of `sere-ray tune`"
     )
-
-
-def _of_file(path: Path) -> dict[str, Any]:
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SereError(f"--policies: {path}: not readable ({type(error).__name__})") from None
-    Policy.parse(keys, where=f"--policies: {path}")
-    given = {key: value for key, value in keys.items() if key != "similarity"}
-    return {"mode": "on", "rule": "sere", **given}

@@ -69,7 +69,7 @@ def read_policy(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SereError(f"{file}: not a readable YAML file ({error})") from None
+        raise SereError(f"{file}: not a readable YAML file ({type(error).__name__})") from None
     return Policy.parse(content, where=str(file)).model_dump(exclude={"similarity"})
 
 

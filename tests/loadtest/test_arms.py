@@ -27,7 +27,7 @@ def test_policies_of_the_command_line():
     assert parse_policies("mode=off") == {"mode=off": {"mode": "off"}}
 
 
-@pytest.mark.parametrize("text", ["S=", "fast", "off,off", "S=1:threshold", "", "none.yaml"])
+@pytest.mark.parametrize("text", ["S=", "fast", "off,off", "S=1:threshold", ""])
 def test_other_forms_are_refused(text, has_words):
     with pytest.raises(SereError) as error:
         parse_policies(text)
@@ -41,7 +41,9 @@ def test_a_policy_that_tune_wrote_is_named_by_its_file(tmp_path):
     assert list(policies) == ["off", "tuned"]
     policy = whole_policy(SERE, policies["tuned"], "tuned")
     assert (policy["similarity"], policy["rule"]) == ("a", "margin")
-    assert policy["tau"] == [0.02, 0.05]
+    assert list(policy["tau"]) == [0.02, 0.05]
+    with pytest.raises(SereError, match=r"none\.yaml: not a readable YAML file"):
+        parse_policies(str(tmp_path / "none.yaml"))
     file.write_text("{similarity: b, rule: margin, taut: 0.02}")
     with pytest.raises(
         PolicyError, match=r"tuned\.yaml\.taut = 0\.02: unknown key; did you mean 'tau'"
@@ -51,6 +53,9 @@ def test_a_policy_that_tune_wrote_is_named_by_its_file(tmp_path):
 
 def test_keys_of_the_found_policy_stay_unless_they_are_of_another_rule():
     assert whole_policy(SERE, {"mode": "off"}, "off") == {**SERE, "mode": "off"}
+    by_rows = {**SERE, "by_rows": [{"up_to": 8, "select_top_k": 1}]}
+    assert whole_policy(by_rows, {"mode": "off"}, "off")["by_rows"]
+    assert whole_policy(by_rows, {"select_top_k": 2}, "two")["by_rows"] is None
     two = whole_policy(SERE, parse_policies("S=2")["S=2"], "S=2")
     assert (two["select_top_k"], two["threshold"]) == (2, 0.5)
     margin = whole_policy(SERE, {"rule": "margin", "tau": 0.01}, "ours")

@@ -28,6 +28,7 @@ from sere_ray.serve.client import Deployment
 from sere_ray.serve.stats import means
 
 TASKS = Path(__file__).parent
+COMMAND = ["python", "loadtest/lm_eval/compare.py", *sys.argv[1:]]
 FILTERS = ("strict-match", "flexible-extract")
 
 
@@ -58,7 +59,8 @@ def compare(options):
             counted = means(deployment.read_counters()["decode_only"])
             rows.append({"policy": name, **row(scores, answers, tokenizer, counted)})
             print(json.dumps(rows[-1]), flush=True)
-            write_result(options.out, {**about, "lm_eval": scores["lm_eval_version"], "rows": rows})
+            content = {**about, "lm_eval": scores["lm_eval_version"], "rows": rows}
+            write_result(options.out, content, command=COMMAND)
 
 
 def lm_eval(options, model):

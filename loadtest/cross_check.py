@@ -68,7 +68,8 @@ def check(options, target):
             rounds.append(compared(ours, theirs))
             print(json.dumps(rounds[-1]), flush=True)
     rows = [summary(name, rounds) for name in METRICS]
-    write_result(options.out, {"model": target.model, "streams": options.streams, "rows": rows})
+    content = {"model": target.model, "streams": options.streams, "rows": rows}
+    write_result(options.out, content, command=["python", "loadtest/cross_check.py", *sys.argv[1:]])
     print(json.dumps(rows, indent=1))
     return int(any(abs(row["ratio"] - 1) > options.allowed for row in rows))
 

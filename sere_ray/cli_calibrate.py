@@ -137,7 +137,9 @@ def bench_calibration(
 
 
 def bench_memory(out: Out) -> None:
-    """Peak memory on a CPU of a random model of 400 MB, ordinary and one layer at a time.
+    """Peak memory on a CPU of a random model of 440 MB, ordinary and one layer at a time.
+
+    Three minutes on two cores.
 
     Example: sere-ray bench calibration-memory --out calibration-memory-cpu.json
     """
@@ -145,7 +147,7 @@ def bench_memory(out: Out) -> None:
         from sere_ray.evaluation.calibration_memory import measure_memory
         from sere_ray.results import write_result
 
-        write_result(out, measure_memory())
+        write_result(out, measure_memory(console))
     print(out)
 
 

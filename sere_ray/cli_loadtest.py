@@ -37,7 +37,11 @@ Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of a block
 Warmup = Annotated[float, typer.Option(min=0, help="Seconds before them, dropped.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Blocks of each policy.")]
 Policies = Annotated[
-    str, typer.Option(help="off, observe, S=2, S=1:threshold=0.3 ..; the first is the base.")
+    str,
+    typer.Option(
+        help="off, observe, auto, S=2, S=1:threshold=0.3, rule=margin:tau=0.01:union=local, "
+        "FILE.yaml of `tune` ..; the first is the base."
+    ),
 ]
 Cache = Annotated[
     Literal["cold", "block", "server"],
@@ -163,7 +167,8 @@ def compare(
         from dataclasses import replace
 
         from sere_ray.loadtest.ab import Comparison, run_comparison
-        from sere_ray.loadtest.options import make_plan, parse_policies, parse_shapes
+        from sere_ray.loadtest.arms import parse_policies
+        from sere_ray.loadtest.options import make_plan, parse_shapes
         from sere_ray.loadtest.slo import Slo as Limits
 
         plan = make_plan(url, model=model, api=api, keys_file=keys, workload=workload, stall=stall)
@@ -191,6 +196,7 @@ def demo(
     rates: Annotated[
         str, typer.Option(help="Sweep over requests per second, such as 2,5,8 [8 streams].")
     ] = "",
+    policies: Policies = "off,S=2,S=1",
     rounds: Rounds = 4,
     usd_per_gpu_hour: Annotated[
         float, typer.Option(help="What an hour of this machine costs: an assumption.")
@@ -201,7 +207,7 @@ def demo(
     csv: Csv = None,
     png: Png = None,
 ) -> None:
-    """Serve the demo model on CPU, in two ranks, and compare off, S=2 and S=1 through HTTP.
+    """Serve the demo model on CPU, in two ranks, and compare policies through HTTP.
 
     Two minutes of load and one or two for the start. `make loadtest` runs it.
 
@@ -214,6 +220,7 @@ def demo(
 
         content = run_demo_comparison(
             _saver(out),
+            policies=policies,
             price=Price(usd_per_gpu_hour),
             port=port,
             rates=positive("--rates", rates) if rates else [],

@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from sere_ray.cli_common import console, user_errors
 from sere_ray.errors import SereError
@@ -80,11 +79,11 @@ def policy_set(
     Example: sere-ray policy set select_top_k=1 threshold=0.3 mode=on
     """
     with user_errors():
-        from sere_ray.serve.client import request
+        from sere_ray.serve.client import parse_changes, read_policy, request
 
         if bool(changes) == (file is not None):
             raise SereError("give KEY=VALUE ... or --file FILE, one of the two")
-        change = _changes(changes or []) if file is None else _policy_of(file)
+        change = parse_changes(changes or []) if file is None else read_policy(file)
         print(json.dumps(request(url, "policy", change=change), indent=2))
 
 
@@ -102,25 +101,3 @@ def stats(
         from sere_ray.serve.client import print_stats
 
         print_stats(url, watch)
-
-
-def _changes(pairs: list[str]) -> dict[str, Any]:
-    """``["mode=on", "threshold=null"]`` as a mapping; values are YAML, but on and off are words."""
-    changes: dict[str, Any] = {}
-    for pair in pairs:
-        name, found, value = pair.partition("=")
-        if not found:
-            raise SereError(f"{pair!r}: must be KEY=VALUE, such as select_top_k=1")
-        changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
-    return changes
-
-
-def _policy_of(file: Path) -> dict[str, Any]:
-    """Every key of a policy file but the artifact: what it does not name is at its default."""
-    from sere_ray.config import Policy
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SereError(f"--file = {file}: not a readable YAML file ({error})") from None
-    return Policy.parse(content, where=str(file)).model_dump(exclude={"similarity"})

@@ -117,7 +117,7 @@ class Policy(BaseModel):
     def _check_rule_keys(self) -> Self:
         """Each rule has its own keys; null stands for a key that is not given."""
         takes, text = RULES[self.rule], None
-        for key in _RULE_KEYS:
+        for key in RULE_KEYS:
             value = getattr(self, key)
             if value is None and key in takes.required:
                 about = type(self).model_fields[key].description
@@ -312,7 +312,7 @@ _ALL_STEPS = ("prefer_local_rank",)
 """Keys of a rule that hold for steps of every size."""
 _BOUND = ("select_top_k", "threshold", "min_primary_experts")
 """Knobs that have fields of their own in :class:`BoundPolicy`."""
-_RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
+RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
 """Keys that not every rule has."""
 
 

@@ -21,7 +21,7 @@ Metric = Literal["frobenius", "cosine", "cka", "cka-exact"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 EXACT_LIMIT_BYTES = 4 * 2**30
-_COLUMNS_ELEMENTS = 2**23  # a float64 slice of the features is at most 64 MiB
+_COLUMNS_BYTES = 64 * 2**20  # at most, of a float64 slice of the features
 _GPU_BLOCKS = 64  # columns of a slice in parts: E x E sums alone would keep few processors busy
 
 
@@ -37,6 +37,13 @@ def in_blocks(columns: Tensor, blocks: int) -> Tensor:
     """``[blocks, E, D / blocks]`` of ``[E, D]``; columns of zeros are added where D asks for it."""
     padded = pad(columns, (0, -columns.shape[1] % blocks))
     return padded.view(len(columns), blocks, -1).transpose(0, 1)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of ``[E', D]`` and ``[E, D]``; on a GPU summed over parts of D."""
+    if left.device.type == "cpu":
+        return left @ right.T
+    return (in_blocks(left, _GPU_BLOCKS) @ in_blocks(right, _GPU_BLOCKS).mT).sum(dim=0)
 
 
 class Sums(ABC):
@@ -57,15 +64,25 @@ class Sums(ABC):
     def update(self, outputs: Tensor) -> None:
         """Add one chunk of raw outputs ``[E, n, H]`` of all experts."""
 
-    def _add(self, features: Tensor, weight: int = 1) -> None:
-        """Add ``weight`` times the Gram matrix of float32 features ``[E, D]``."""
-        width = max(1, _COLUMNS_ELEMENTS // len(features))
-        half = len(features) // 2
-        blocks = 1 if features.device.type == "cpu" else _GPU_BLOCKS
-        for start in range(0, features.shape[1], width):
-            part = in_blocks(features[:, start : start + width].double(), blocks)
-            self.gram[:half] += weight * (part[:, :half] @ part.mT).sum(dim=0)
-            self.gram[half:, half:] += weight * (part[:, half:] @ part[:, half:].mT).sum(dim=0)
+    def _add(self, features: Tensor, weight: int = 1, *, from_first: bool = False) -> None:
+        """Add ``weight`` times the Gram matrix of float32 features ``[E, D]``.
+
+        Args:
+            features: some columns at a time are copied to float64, always to the same memory: on
+                a CPU, more or fresh memory costs as much as half of the products.
+            weight: of this matrix.
+            from_first: subtract the features of expert 0 from all.
+        """
+        count, half = len(features), len(features) // 2
+        limit = min(_COLUMNS_BYTES, working_bytes(features.device))
+        width = min(max(1, limit // (8 * count)), features.shape[1])
+        memory = torch.empty(count * width, dtype=torch.float64, device=features.device)
+        for columns in torch.split(features, width, dim=1):
+            doubled = memory[: columns.numel()].view(columns.shape).copy_(columns)
+            if from_first:
+                doubled -= doubled[0].clone()
+            self.gram[:half].add_(_products(doubled[:half], doubled), alpha=weight)
+            self.gram[half:, half:].add_(_products(doubled[half:], doubled[half:]), alpha=weight)
         self.gram[half:, :half] = self.gram[:half, half:].T  # G is symmetric
 
     def merge(self, other: Self) -> Self:
@@ -105,10 +122,8 @@ class FrobeniusSums(Sums):
     def update(self, outputs: Tensor) -> None:
         """Add one chunk of raw outputs ``[E, n, H]`` of all experts."""
         # Distances do not change if one expert's output is subtracted from all of them, and
-        # what experts have in common no longer eats digits; equal experts give exactly 0. The
-        # difference of near-identical float32 numbers is exact.
-        rows = outputs.float()
-        self._add((rows - rows[0]).flatten(1))
+        # what experts have in common no longer eats digits; equal experts give exactly 0.
+        self._add(outputs.float().flatten(1), from_first=True)
         self.tokens += outputs.shape[1]
 
     def _matrix(self) -> Tensor:

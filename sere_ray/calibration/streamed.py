@@ -93,7 +93,8 @@ class StreamedModel:
                     mask = batch.mask.to(self.device)
                     for stream in streams:
                         stream.next_batch(mask)
-                    hidden[number] = self._run(mask, inputs_embeds=hidden[number].to(self.device))
+                    made = self._run(mask, inputs_embeds=hidden[number].to(self.device))
+                    hidden[number].copy_(made)  # new ones for each layer would scatter the heap
                     on_batch(int(batch.mask.sum()))
             self._decoder.layers[index] = _HandOn()
         return sums, fingerprints

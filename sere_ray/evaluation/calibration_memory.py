@@ -1,34 +1,39 @@
 """Peak memory of calibration, ordinary and layer by layer, each in a process of its own."""
 
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sere_ray.calibration.loading import quiet
 from sere_ray.demo import assets
 from sere_ray.errors import SereError
 from sere_ray.evaluation.models import CONFIG
+from sere_ray.progress import waiting
 
 LAYERS = 8
 SHAPE: dict[str, Any] = {
     **CONFIG,
     "vocab_size": 1024,  # of the demo's tokenizer
-    "hidden_size": 512,
+    "hidden_size": 4096,  # hidden states that show beside a layer, without many tokens
     "intermediate_size": 1024,
-    "moe_intermediate_size": 256,
-    "num_experts": 64,
+    "moe_intermediate_size": 128,
+    "num_experts": 16,
     "num_hidden_layers": LAYERS,
 }
-SEQUENCES, LENGTH = 100, 128
+SEQUENCES, LENGTH = 32, 128
+BATCH_SIZE = 4
+"""Windows of a forward pass: its activations are small beside a layer."""
 _MIB = 2**20
+_EVERY_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +45,13 @@ class Sizes:
     hidden_states_mib: float
 
 
-def measure_memory() -> dict[str, Any]:
-    """Peak resident memory of `sere-ray calibrate` on a random checkpoint of about 400 MB.
+def measure_memory(console: Console) -> dict[str, Any]:
+    """Peak resident memory of `sere-ray calibrate` on a random checkpoint of about 440 MB.
 
     The demo model's process shows what Python and its libraries take.
+
+    Args:
+        console: where progress goes.
     """
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -53,17 +61,17 @@ def measure_memory() -> dict[str, Any]:
             "ordinary": (model, []),
             "layer-streamed": (model, ["--layer-streamed"]),
         }
-        peaks = {
-            name: _peak_mib(path, Path(folder) / "out", options)
-            for name, (path, options) in modes.items()
-        }
+        peaks = {}
+        for name, (path, options) in modes.items():
+            with waiting(console, name):
+                peaks[name] = _peak_mib(path, Path(folder) / "out", options)
     base = peaks["demo model"]
     rows = [
         {"mode": name, "peak_mib": round(peak), "above_demo_model_mib": round(peak - base)}
         for name, peak in peaks.items()
     ]
     rounded = {name: round(value, 1) for name, value in dataclasses.asdict(sizes).items()}
-    return {**rounded, "tokens": SEQUENCES * LENGTH, "rows": rows}
+    return {**rounded, "tokens": SEQUENCES * LENGTH, "batch_size": BATCH_SIZE, "rows": rows}
 
 
 def _save_random(folder: Path) -> Sizes:
@@ -84,13 +92,18 @@ def _save_random(folder: Path) -> Sizes:
 
 
 def _peak_mib(model: Path, out: Path, options: list[str]) -> float:
-    """Of one `sere-ray calibrate`: the system's own count of resident memory."""
+    """Of one `sere-ray calibrate`: the system's own count of resident memory.
+
+    Raises:
+        SereError: it fails.
+    """
     arguments = {
         "--data": str(assets.CALIBRATION),
         "--out": str(out),
         "--device": "cpu",
         "--sequences": str(SEQUENCES),
         "--length": str(LENGTH),
+        "--batch-size": str(BATCH_SIZE),
     }
     pairs = [word for pair in arguments.items() for word in pair]
     process = subprocess.Popen(
@@ -98,8 +111,18 @@ def _peak_mib(model: Path, out: Path, options: list[str]) -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, _high_water_mib(process.pid))
+        time.sleep(_EVERY_SECONDS)
     if process.returncode != 0:
         raise SereError(f"sere-ray calibrate {model}: ended with {process.returncode}")
-    return usage.ru_maxrss * 1024 / _MIB
+    return peak
+
+
+def _high_water_mib(pid: int) -> float:
+    """Most resident memory so far. (What `wait4` says includes this process's, before exec.)"""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0  # it has just ended

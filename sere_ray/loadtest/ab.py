@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from sere_ray.errors import SereError
+from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.driver import Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
@@ -100,6 +101,8 @@ def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, 
     """
     content: dict[str, Any] = {**what.conditions(), "rows": [], "blocks": []}
     with kept_policy(what.url, console) as before, generator(what.processes) as sender:
+        for name, change in what.policies.items():  # what is refused, is before any load
+            set_policy(what.url, whole_policy(before, change, name))
         runner = _Runner(what, before, sender, console, content["blocks"])
         for shape in what.shapes:
             blocks = runner.rounds(shape)
@@ -136,7 +139,7 @@ class _Runner:
 
     def _block(self, shape: Shape, number: int, change: dict[str, Any], name: str) -> _Block:
         what, deployment = self.what, Deployment(self.what.url)
-        set_policy(what.url, {**self.before, **change})
+        set_policy(what.url, whole_policy(self.before, change, name))
         deployment.read_counters()
         plan = shape.of(what.plan)
         # In a round all policies get the same prompts at the same times.

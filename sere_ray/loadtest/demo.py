@@ -14,8 +14,8 @@ from sere_ray.demo import assets
 from sere_ray.demo.run import check_machine
 from sere_ray.demo.serving import HOST, MODEL_ID, served
 from sere_ray.loadtest.ab import Comparison, Save, Shape, run_comparison
+from sere_ray.loadtest.arms import parse_policies
 from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.options import parse_policies
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.workload import arithmetic_workload
 
@@ -23,7 +23,6 @@ STREAMS = 8
 SECONDS = 7.0
 WARMUP = 2.0
 SLO = Slo(ttft=1000, tpot=40)
-POLICIES = "off,S=2,S=1"
 _NOTE = (
     "The demo model fits a CPU's cache, so reading fewer experts saves it no time and the rule "
     "itself shows; engines, proxy and generator share the same cores, and the price is assumed. "
@@ -32,12 +31,20 @@ _NOTE = (
 
 
 def run_demo_comparison(
-    save: Save, *, price: Price, port: int, rates: Sequence[float], rounds: int, console: Console
+    save: Save,
+    *,
+    policies: str,
+    price: Price,
+    port: int,
+    rates: Sequence[float],
+    rounds: int,
+    console: Console,
 ) -> dict[str, Any]:
     """Serve the demo model in two ranks and compare policies on its arithmetic.
 
     Args:
         save: called with the content of the result file.
+        policies: see :func:`~sere_ray.loadtest.arms.parse_policies`.
         price: of this machine; an assumption, since nobody rents it.
         port: to serve on.
         rates: requests per second of a sweep; none = eight streams, closed loop.
@@ -50,6 +57,7 @@ def run_demo_comparison(
     Raises:
         SereError: the port is taken, or a package of the extra ``cpu`` is missing.
     """
+    arms = parse_policies(policies)
     compiled = check_machine(port, console)
     with tempfile.TemporaryDirectory(prefix="sere-loadtest-") as folder:
         similarity = Path(folder) / "demo.safetensors"
@@ -61,7 +69,7 @@ def run_demo_comparison(
             url,
             replace(plan, warmup=WARMUP, cache="cold"),
             [Shape(rate=rate) for rate in rates] or [Shape(STREAMS)],
-            parse_policies(POLICIES),
+            arms,
             rounds,
             SLO,
             price,

@@ -1,10 +1,7 @@
-"""The words of the command line as plans, loads and policies."""
+"""The words of the command line as plans and loads."""
 
 import os
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from sere_ray.errors import SereError
 from sere_ray.loadtest.ab import Shape
@@ -62,33 +59,6 @@ def read_keys(path: Path | None) -> list[ClientKey]:
         return load_keys(path)
     own = os.environ.get(API_KEY)
     return [ClientKey(key=own)] if own else []
-
-
-def parse_policies(text: str) -> dict[str, dict[str, Any]]:
-    """Name and changed keys of each policy of ``off,S=2,S=1:threshold=0.3``.
-
-    ``off``, ``observe`` and ``auto`` are modes; ``S=2`` is mode ``on``; further keys follow colons.
-
-    Raises:
-        SereError: another form, or a name twice.
-    """
-    policies: dict[str, dict[str, Any]] = {}
-    for name in (part.strip() for part in text.split(",")):
-        head, *keys = name.split(":")
-        if head.startswith("S=") and head[2:].isdecimal():
-            change: dict[str, Any] = {"mode": "on", "select_top_k": int(head[2:])}
-        else:
-            change = {"mode": head}
-        pairs = [key.partition("=") for key in keys]
-        if change["mode"] not in ("on", "off", "observe", "auto") or not all(p[1] for p in pairs):
-            raise SereError(
-                f"--policies: {name!r}: must be off, observe, auto or S=NUMBER, with further keys "
-                "after colons, such as S=2:threshold=0.3"
-            )
-        if name in policies:
-            raise SereError(f"--policies: {name!r} is there twice")
-        policies[name] = change | {key: yaml.safe_load(value) for key, _, value in pairs}
-    return policies
 
 
 def parse_shapes(streams: str | None, rates: str | None) -> list[Shape]:

@@ -26,11 +26,11 @@ from rich.console import Console
 
 from sere_ray.demo.assets import final_answer
 from sere_ray.errors import SereError
+from sere_ray.loadtest.arms import parse_policies, whole_policy
 from sere_ray.loadtest.client import Outcome, now
 from sere_ray.loadtest.driver import Load, Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import rounded
-from sere_ray.loadtest.options import parse_policies
 from sere_ray.loadtest.pool import generator
 
 STREAMS = 4
@@ -118,7 +118,8 @@ def _disturb(
     log: _Log,
 ) -> None:
     """Change, disconnect, ask nonsense and watch, until the loads have ended."""
-    policies = itertools.cycle(parse_policies(_POLICIES).values())
+    changes = parse_policies(_POLICIES).items()
+    policies = itertools.cycle([whole_policy(before, change, name) for name, change in changes])
     bad = itertools.cycle(_BAD_REQUESTS)
     half = now() + plan.seconds / 2
     while not all(load.done() for load in loads):
@@ -126,7 +127,7 @@ def _disturb(
             _kill_engine(pid)
             log.killed_at = now()
         try:
-            set_policy(url, {**before, **next(policies)})
+            set_policy(url, next(policies))
             log.policy_changes += 1
         except SereError:
             log.policy_changes_refused += 1  # counted as lost unless a rank is being replaced

@@ -3,9 +3,13 @@
 import json
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
+
+import yaml
 
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
@@ -39,6 +43,34 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
     except (URLError, TimeoutError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise SereError(f"{address}: {reason}; is the deployment up, and --url right?") from None
+
+
+def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["mode=on", "threshold=null"]`` as a mapping; values are YAML, but on and off are words.
+
+    Raises:
+        SereError: one is not ``KEY=VALUE``.
+    """
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise SereError(f"{pair!r}: must be KEY=VALUE, such as select_top_k=1")
+        changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
+    return changes
+
+
+def read_policy(file: Path) -> dict[str, Any]:
+    """Every key of a policy file but the artifact: what it does not name is at its default.
+
+    Raises:
+        SereError: not readable, or no policy.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SereError(f"{file}: not a readable YAML file ({type(error).__name__})") from None
+    return Policy.parse(content, where=str(file)).model_dump(exclude={"similarity"})
 
 
 class Deployment:

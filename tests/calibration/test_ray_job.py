@@ -26,10 +26,8 @@ from sere_ray.calibration.ray_job import (
     ShardWorker,
     calibrate_on_ray,
     cut,
-    run_shards,
 )
-from sere_ray.calibration.similarity import make_sums
-from sere_ray.calibration.work_folder import Partial, WorkFolder
+from sere_ray.calibration.work_folder import WorkFolder
 from sere_ray.demo import assets
 from sere_ray.errors import ArtifactError, DataError, SereError
 from sere_ray.ray_instance import start_ray
@@ -167,24 +165,29 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, expected: SimilarityA
 
 
 class HungryWorker(ShardWorker):
-    """A worker that asks for more memory than there is."""
+    """A worker that asks for more memory than there is when the last shard comes."""
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        torch.empty(2**46, dtype=torch.uint8)
+        if rows["shard"][0] == SHARDS - 1:
+            torch.empty(2**46, dtype=torch.uint8)
         return super().__call__(rows)
 
 
 @pytest.mark.usefixtures("_ray")
-def test_a_worker_out_of_memory_says_so_and_what_is_done_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_out_of_memory_ends_the_job_and_the_same_command_goes_on(
+    tmp_path: Path, expected: SimilarityArtifact
 ) -> None:
-    plan = prepare(SETTINGS, tmp_path / "a")
-    folder = WorkFolder(tmp_path / "work", plan, cut(plan))
-    folder.save(0, Partial({0: make_sums("frobenius", 48)}, {}))
-    monkeypatch.setattr(ray_job, "ShardWorker", HungryWorker)
-    with pytest.raises(SereError, match=r"ran out of memory; give fewer --workers.* 1 shards are"):
-        run_shards(plan, {1: cut(plan)[1]}, folder, 1, Console(file=io.StringIO()))
-    assert folder.done() == {0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_job, "ShardWorker", HungryWorker)
+        with pytest.raises(SereError, match="ran out of memory; give fewer --workers") as caught:
+            job(tmp_path, workers=1)
+    done = len(list((tmp_path / "a.work").glob("shard-*")))
+    assert 1 <= done < SHARDS
+    assert f"{done} shards are kept" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+    found, printed = job(tmp_path, workers=1)
+    assert f"resuming: {done} of {SHARDS} shards are done" in printed
+    check_equal(found, expected)
 
 
 def test_another_job_refuses_the_folder(tmp_path: Path) -> None:

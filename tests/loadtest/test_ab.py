@@ -14,7 +14,7 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
 from sere_ray.loadtest.endpoint import find_model, kept_policy
-from sere_ray.loadtest.options import parse_policies, parse_shapes, word_range
+from sere_ray.loadtest.options import parse_shapes, word_range
 from sere_ray.loadtest.report import write_reports
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
@@ -42,7 +42,9 @@ def result():
 
 def test_policies_alternate_and_the_old_one_comes_back(result):
     _, control, _ = result
-    *blocks, observed, restored = control.history
+    *tried, observed, restored = control.history
+    tried, blocks = tried[:2], tried[2:]
+    assert tried == [("off", 3), ("on", 1)]
     assert [sorted(blocks[i : i + 2]) for i in (0, 2, 4)] == [[("off", 3), ("on", 1)]] * 3
     assert observed == ("observe", 3)
     assert restored == ("on", 3)
@@ -126,8 +128,10 @@ def test_without_control_api_it_refuses(has_words):
 
 def test_a_refused_policy_puts_the_old_one_back():
     control = Control(refuse="off")
+    last_refused = {"S=1": POLICIES["S=1"], "off": POLICIES["off"]}
     with serving(control=control) as server, pytest.raises(SereError, match="mode off is refused"):
-        run_comparison(comparison(server), lambda _: None, QUIET)
+        run_comparison(comparison(server, policies=last_refused), lambda _: None, QUIET)
+    assert server.requests == []  # before any load
     assert (control.policy["mode"], control.policy["select_top_k"]) == ("on", 3)
 
 
@@ -162,23 +166,6 @@ def test_a_signal_puts_the_old_policy_back(number, tmp_path):
         assert process.wait(20) != 0
     assert control.history[-1] == ("on", 3)
     assert len(control.history) > 1
-
-
-def test_policies_of_the_command_line(has_words):
-    assert parse_policies("off, S=2,S=1:threshold=0.3:min_primary_experts=0") == {
-        "off": {"mode": "off"},
-        "S=2": {"mode": "on", "select_top_k": 2},
-        "S=1:threshold=0.3:min_primary_experts=0": {
-            "mode": "on",
-            "select_top_k": 1,
-            "threshold": 0.3,
-            "min_primary_experts": 0,
-        },
-    }
-    for text in ("S=", "fast", "off,off", "S=1:threshold", ""):
-        with pytest.raises(SereError) as error:
-            parse_policies(text)
-        has_words(str(error.value), "--policies")
 
 
 def test_the_endpoint_is_asked_first(has_words):

@@ -2,7 +2,7 @@
 
     python calibration/judge_model/text.py --out TEXT
 
-needs no network: it reads what `make setup` installed. A package is in training, in validation or
+needs no network: it reads what `make install` installed. A package is in training, in validation or
 held out as a whole, by a hash of its name, so that no package is on two sides. Long lines of
 held-out documents that training text has, too, are counted; documents of many such are left out.
 """

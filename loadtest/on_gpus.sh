@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Load tests of Qwen3-30B-A3B's shapes (random weights) on this host's GPUs, through HTTP with direct streaming.
+#
+#   loadtest/on_gpus.sh OUT 1        # one GPU: off, S=2, S=1 at 4 to 128 streams, cross-check, open loop
+#   loadtest/on_gpus.sh OUT 2        # two GPUs, data and expert parallel
+#   SECONDS_PER_BLOCK=30 ROUNDS=6 USD_PER_GPU_HOUR=2.5 loadtest/on_gpus.sh OUT 1
+#
+# From a checkout whose environment is active. Result files are written after each load. About 2.5 minutes to start an engine
+# cold; with the defaults below 45 s a load. Whatever it started ends with it.
+set -euo pipefail
+[ $# = 2 ] && { [ "$2" = 1 ] || [ "$2" = 2 ]; } || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd); gpus=$2
+cd "$(dirname "$0")/.."
+sere="python3 -m sere_ray"
+work=$(mktemp -d)
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+url=http://127.0.0.1:$port
+SERE_API_KEY=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); export SERE_API_KEY OPENAI_API_KEY=$SERE_API_KEY
+SERE_ADMIN_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); export SERE_ADMIN_TOKEN
+
+python3 loadtest/random_model.py "$work" --model qwen3-30b-a3b --streams 128 --ranks "$gpus" --port "$port"
+setsid $sere serve --config "$work/deployment.yaml" --direct-streaming > "$out/serve.log" 2>&1 &
+server=$!
+trap 'kill -TERM $server 2>/dev/null; wait $server 2>/dev/null; rm -rf "$work"' EXIT
+until grep -q '^serving ' "$out/serve.log"; do
+  kill -0 $server 2>/dev/null || { tail -n 30 "$out/serve.log"; exit 1; }
+  sleep 1
+done
+
+load="--url $url --workload loadtest/workloads/answers.jsonl --slo ttft=500,tpot=20 --gpus $gpus"
+load="$load --usd-per-gpu-hour ${USD_PER_GPU_HOUR:-3} --processes 4 --rounds ${ROUNDS:-2} --seconds ${SECONDS_PER_BLOCK:-4} --warmup 1"
+name=loadtest-h200; streams=16,64,32,128,4
+[ "$gpus" = 1 ] || { name=loadtest-h200x2; streams=32,128,64,8; }
+$sere loadtest ab $load --streams "$streams" --out "$out/$name.json" --html "$out/$name.html"
+if [ "$gpus" = 1 ]; then
+  python3 loadtest/cross_check.py --url "$url" --tokenizer "$work/model" --streams 16 --requests 96 --seconds 5 --rounds 2 \
+    --out "$out/loadtest-cross-check-h200.json"
+  $sere loadtest ab $load --rates 4,10,16 --out "$out/loadtest-h200-rates.json"
+fi
+$sere stats --url "$url"

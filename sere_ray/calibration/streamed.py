@@ -81,23 +81,36 @@ class StreamedModel:
         sums: dict[int, Sums] = {}
         fingerprints: dict[int, str] = {}
         for index in range(self.num_layers):
-            layer, self._layers[index] = self._layers[index], _HandOn()
-            self._decoder.layers[index] = layer
-            self._fill(f"layers.{index}.", layer)
-            moe = moe_layer(layer)
-            if moe is not None:
-                sums[index], fingerprints[index] = make(), router_fingerprint(moe.gate_weight)
-            found = {} if moe is None else {index: moe}
-            with watched(found, sums) as streams:
-                for number, batch in enumerate(batches):
-                    mask = batch.mask.to(self.device)
-                    for stream in streams:
-                        stream.next_batch(mask)
-                    made = self._run(mask, inputs_embeds=hidden[number].to(self.device))
-                    hidden[number].copy_(made)  # new ones for each layer would scatter the heap
-                    on_batch(int(batch.mask.sum()))
-            self._decoder.layers[index] = _HandOn()
+            self._run_layer(index, batches, hidden, make, on_batch, sums, fingerprints)
         return sums, fingerprints
+
+    def _run_layer(
+        self,
+        index: int,
+        batches: Sequence[Batch],
+        hidden: list[Tensor],
+        make: Callable[[], Sums],
+        on_batch: Callable[[int], object],
+        sums: dict[int, Sums],
+        fingerprints: dict[int, str],
+    ) -> None:
+        """Fill a layer and take all hidden states through it; nothing holds it afterwards."""
+        layer, self._layers[index] = self._layers[index], _HandOn()
+        self._decoder.layers[index] = layer
+        self._fill(f"layers.{index}.", layer)
+        moe = moe_layer(layer)
+        if moe is not None:
+            sums[index], fingerprints[index] = make(), router_fingerprint(moe.gate_weight)
+        found = {} if moe is None else {index: moe}
+        with watched(found, sums) as streams:
+            for number, batch in enumerate(batches):
+                mask = batch.mask.to(self.device)
+                for stream in streams:
+                    stream.next_batch(mask)
+                made = self._run(mask, inputs_embeds=hidden[number].to(self.device))
+                hidden[number].copy_(made)  # new ones for each layer would scatter the heap
+                on_batch(int(batch.mask.sum()))
+        self._decoder.layers[index] = _HandOn()
 
     def _embed(self, batches: Sequence[Batch]) -> list[Tensor]:
         """What enters the first layer, ``[B, L, H]`` for each batch."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -63,9 +64,13 @@ async def _answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
             received = time.perf_counter()
             line, *headers = head.decode().split("\r\n")
             rate = float(line.split("/")[1])
-            (length,) = (int(h.split(":")[1]) for h in headers if h.startswith("Content-Length"))
-            request = json.loads(await reader.readexactly(length))
-            await _emit(writer, received, rate, request["max_tokens"])
+            sizes = [int(h.split(":")[1]) for h in headers if h.startswith("Content-Length")]
+            if not sizes:  # `vllm bench serve` looks for metrics
+                writer.write(_NOT_FOUND)
+                continue
+            request = json.loads(await reader.readexactly(sizes[0]))
+            count = request.get("max_completion_tokens") or request["max_tokens"]
+            await _emit(writer, received, rate, count)
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
 

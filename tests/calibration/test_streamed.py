@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,24 @@ def test_only_one_layer_has_memory(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(str(checkpoint("olmoe")), revision=None, device=CPU, dtype="float32")
     assert largest == sum(p.numel() for p in model.get_decoder().layers[0].parameters())
     assert all(p.is_meta for p in source.model.parameters())
+
+
+def test_a_layer_is_gone_when_the_next_one_is_filled(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = streamed(checkpoint("olmoe"))
+    gone: list[weakref.ref[torch.nn.Parameter]] = []
+    fill = source._fill
+
+    def look(part: str, module: torch.nn.Module) -> None:
+        assert [weight() for weight in gone] == [None] * len(gone)
+        fill(part, module)
+        if part != "embed_tokens.":
+            gone.extend(map(weakref.ref, module.parameters()))
+
+    monkeypatch.setattr(source, "_fill", look)
+    source.collect(make_batches(windows(), 2), lambda: make_sums("frobenius", NUM_EXPERTS))
+    assert gone
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "cka"])

@@ -1,9 +1,14 @@
+import json
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
 import pytest
 from rich.console import Console
 
 from sere_ray.errors import SereError
 from sere_ray.loadtest import check
 from sere_ray.loadtest.check import run_check
+from sere_ray.loadtest.stub import stub
 
 QUIET = Console(quiet=True)
 
@@ -46,3 +51,12 @@ def test_errors_beyond_the_limit_at_once_are_an_error(monkeypatch, has_words):
     with pytest.raises(SereError) as error:
         run_check(lambda _: None, streams=2, seconds=1, console=QUIET)
     has_words(str(error.value), "50 tokens/s", "2 streams", "idle machine")
+
+
+def test_the_stub_answers_what_vllm_bench_serve_asks():
+    with stub(None) as address:
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(f"{address}/50/metrics", timeout=5)
+        body = json.dumps({"max_completion_tokens": 3}).encode()
+        with urlopen(Request(f"{address}/50/v1/chat/completions", body), timeout=5) as answer:
+            assert answer.read().count(b'"content"') == 3

@@ -19,6 +19,7 @@ from sere_ray.observe.sink import RaySink
 from sere_ray.serve.access import AccessConfig, AccessLayer
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.control_api import REPORTED, control_app
+from sere_ray.serve.hang_ups import HangUpLayer
 from sere_ray.serve.keys import KeyFile, KeyRing, from_environment
 from sere_ray.serve.losses import LossLayer
 from sere_ray.serve.openai_ingress import SereIngress, http_error
@@ -115,6 +116,7 @@ def protect(
         app.mount("/sere", control_app())
     app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
     if is_lost is not None:
+        app.add_middleware(HangUpLayer)
         app.add_middleware(LossLayer, is_lost=is_lost)
     public = PATHS if control else frozenset()
     count = RefusalCounter()

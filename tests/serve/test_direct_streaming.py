@@ -74,9 +74,9 @@ def test_both_ranks_answer(served):
     assert all(after[rank] > before[rank] for rank in (0, 1))
 
 
-def test_a_client_that_hangs_up_frees_its_slot(served):
-    """Of a stream. What is not streamed is often computed to its end: docs/serving.md."""
-    check_hang_up(served, stream=True)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(served, stream):
+    check_hang_up(served, stream=stream)
 
 
 def end_of(served, *, stream):

@@ -17,7 +17,8 @@ from sere_ray.calibration.plan import Settings, prepare, write_artifact
 from sere_ray.calibration.ray_job import STORE_BYTES, ShardWorker, _partial, cut
 from sere_ray.calibration.work_folder import WorkFolder
 from sere_ray.demo import assets
-from sere_ray.evaluation.servers import free_port, server
+from sere_ray.evaluation.servers import server
+from sere_ray.serve.run import free_port
 
 pytestmark = pytest.mark.timeout(180)
 REPOSITORY = Path(__file__).parents[2]

@@ -1,6 +1,7 @@
 """The expert-parallel benchmark: its rows, its refusals, and itself on two CPU ranks."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -21,6 +22,8 @@ OPTIONS = {
     "chosen": ("S=1",),
     "compiled": False,
     "append": False,
+    "profile": None,
+    "profile_rows": 2,
     "console": Console(quiet=True),
 }
 
@@ -83,6 +86,7 @@ def test_rows_are_of_the_slowest_rank_and_of_all_slots(tmp_path):
         ({"ways": ("best",)}, "--union: 'best' is none of global, local, before-dispatch"),
         ({"chosen": ("S=3",)}, "--arms: 'S=3' is none of stock, S=4"),
         ({"routers": ("odd",)}, "--router: 'odd' is none of uniform, skewed"),
+        ({"profile": Path("kernels.json")}, "--profile: needs a GPU"),
     ],
 )
 def test_refusals(tmp_path, changes, words):

@@ -158,7 +158,10 @@ def test_a_signal_puts_the_old_policy_back(number, tmp_path):
     with serving(gap=0.01, control=control) as server:
         command = [sys.executable, "-m", "sere_ray", "loadtest", "ab", "--url", server.url]
         options = ["--streams", "1", "--out", str(tmp_path / "x.json")]
+        # In a background job of a shell SIGINT is ignored, and children inherit that.
+        before = signal.signal(number, signal.default_int_handler)
         process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+        signal.signal(number, before)
         deadline = time.monotonic() + 60
         while not server.requests and time.monotonic() < deadline:
             time.sleep(0.1)

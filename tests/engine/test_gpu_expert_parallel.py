@@ -12,9 +12,9 @@ import torch
 
 from sere_ray.artifact import SimilarityArtifact
 from sere_ray.rules import EXACT, REROUTABLE, sere
-from tests.engine.conftest import artifact_path, prompts, sere_key
-from tests.engine.gpu_ranks import exercise
-from tests.engine.ranks import RANKS, run_ranks
+from tests.engine.conftest import artifact_path
+from tests.engine.gpu_ranks import exercise, reports_of
+from tests.engine.ranks import RANKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,14 +26,7 @@ COUNTERS = ("experts_before", "experts_after", "slots_rerouted", "critical_kept"
 
 @pytest.fixture(scope="module")
 def reports(checkpoint):
-    """Of both ranks; the second has fewer requests and is idle at the end."""
-    from sere_ray.evaluation.expert_parallel import _free_ports
-
-    folder = checkpoint("qwen3_moe")
-    key = sere_key(folder, min_primary_experts=0)
-    requests = [prompts(8, seed=1), prompts(5, seed=2)]
-    arguments = (_free_ports(5), folder, key, requests, [30, 12])
-    return run_ranks(exercise, *arguments, time_limit=300)
+    return reports_of(exercise, checkpoint, engines=5, time_limit=300)
 
 
 @pytest.fixture(scope="module")

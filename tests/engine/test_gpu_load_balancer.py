@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tests.engine.conftest import prompts, sere_key
-from tests.engine.gpu_ranks import exercise_balanced
-from tests.engine.ranks import RANKS, run_ranks
+from tests.engine.gpu_ranks import exercise_balanced, reports_of
+from tests.engine.ranks import RANKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,13 +15,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def reports(checkpoint):
-    from sere_ray.evaluation.expert_parallel import _free_ports
-
-    folder = checkpoint("qwen3_moe")
-    key = sere_key(folder, min_primary_experts=0)
-    requests = [prompts(8, seed=1), prompts(5, seed=2)]
-    arguments = (_free_ports(3), folder, key, requests, [30, 12])
-    return run_ranks(exercise_balanced, *arguments, time_limit=200)
+    return reports_of(exercise_balanced, checkpoint, engines=3, time_limit=200)
 
 
 @pytest.mark.parametrize("union", ["global", "local"])

@@ -6,7 +6,7 @@
 #   SECONDS_PER_BLOCK=30 ROUNDS=6 USD_PER_GPU_HOUR=2.5 loadtest/on_gpus.sh OUT 1
 #
 # From a checkout whose environment is active. Result files are written after each load. About 2.5 minutes to start an engine
-# cold; with the defaults below 45 s a load. Whatever it started ends with it.
+# cold; with the defaults 70 s a load. Whatever it started ends with it.
 set -euo pipefail
 [ $# = 2 ] && { [ "$2" = 1 ] || [ "$2" = 2 ]; } || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd); gpus=$2
@@ -28,7 +28,7 @@ until grep -q '^serving ' "$out/serve.log"; do
 done
 
 load="--url $url --workload loadtest/workloads/answers.jsonl --slo ttft=500,tpot=20 --gpus $gpus"
-load="$load --usd-per-gpu-hour ${USD_PER_GPU_HOUR:-3} --processes 4 --rounds ${ROUNDS:-2} --seconds ${SECONDS_PER_BLOCK:-4} --warmup 1"
+load="$load --usd-per-gpu-hour ${USD_PER_GPU_HOUR:-3} --processes 4 --rounds ${ROUNDS:-2} --seconds ${SECONDS_PER_BLOCK:-10} --warmup 1"
 name=loadtest-h200; streams=16,64,32,128,4
 [ "$gpus" = 1 ] || { name=loadtest-h200x2; streams=32,128,64,8; }
 $sere loadtest ab $load --streams "$streams" --out "$out/$name.json" --html "$out/$name.html"

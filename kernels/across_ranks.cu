@@ -2,10 +2,13 @@
 //
 // Where vLLM gathers the ids of all ranks before its experts run, each rank re-routes all of them:
 //   reroute_gathered, reroute_gathered_and_align
-// Elsewhere ranks exchange one byte an expert between two launches, and each re-routes its own rows:
+// Elsewhere ranks exchange one byte an expert, and each re-routes its own rows. Where they reach each other's memory:
+//   reroute_with_peers
+// else in two launches:
 //   lowest_ranks, all-reduce MIN, reroute_by_ranks
 // or, under the rule margin, one integer:
 //   ask_of_ranks, all-reduce SUM, reroute_by_asked
+#include "exchange.cuh"
 #include "margin.cuh"
 
 namespace {
@@ -64,6 +67,17 @@ __device__ __forceinline__ void reroute_and_count(Shared& shared, const Places& 
   }
 }
 
+// Steps 1 and 2 of this rank's rows, in a step that has work; the block's threads meet before and after.
+__device__ __forceinline__ void name_experts(Shared& shared, const Arguments& a, const Step& step, bool has_work) {
+  __syncthreads();
+  const int slot = threadIdx.x % GROUP, slots = has_work ? a.num_rows * GROUP : 0;
+#pragma unroll 1
+  for (int at = 0; at < slots; at += THREADS) {
+    name_expert(shared, load_slot(a, step, (at + threadIdx.x) / GROUP, slot), slot);
+  }
+  __syncthreads();
+}
+
 }  // namespace
 
 #define PLACEMENT_PARAMETERS const int *local_ids, const unsigned char *owner, int num_ranks
@@ -108,17 +122,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowest_ranks(RULE_PARAM
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = K;
   wait_for_earlier_kernels();
-  __syncthreads();
-  const int slot = threadIdx.x % GROUP, slots = has_work ? a.num_rows * GROUP : 0;
-#pragma unroll 1
-  for (int at = 0; at < slots; at += THREADS) {
-    name_expert(shared, load_slot(a, now, (at + threadIdx.x) / GROUP, slot), slot);
-  }
-  __syncthreads();
+  name_experts(shared, a, now, has_work);
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) {
     const int rank = shared.lowest_rank[v];
-    ranks[v] = rank < K ? rank : 255;
+    ranks[v] = rank < K ? rank : NOBODY;
   }
 }
 
@@ -132,6 +140,21 @@ reroute_by_ranks(RULE_PARAMETERS, const unsigned char* ranks) {
   if (!start.has_work && a.new_ids == a.ids) return;
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = min((int)ranks[v], K);
+  const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
+  apply_rule(shared, a, start, load, [](int, Id) {});
+}
+
+// The same in one launch. Every rank of the group has to launch it as often, whether it has rows or not.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+reroute_with_peers(RULE_PARAMETERS, EXCHANGE_PARAMETERS) {
+  const Arguments a = RULE_ARGUMENTS;
+  const Exchange exchange = EXCHANGE_ARGUMENTS;
+  __shared__ Shared shared;
+  Start start;
+  begin(start, shared, a);
+  name_experts(shared, a, start.step, start.has_work);
+  lowest_of_all_ranks(shared, exchange);
+  if (!start.has_work && a.new_ids == a.ids) return;
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   apply_rule(shared, a, start, load, [](int, Id) {});
 }

@@ -12,13 +12,15 @@ In every layer, one of three ways, which the captured graphs hold from the start
 - ``gathered``: vLLM gathers the ids of all ranks before its experts run (its default back end).
   Every rank re-routes all of them and so derives the same ids; for its Triton experts the same
   launch sorts the slots of the rank's own experts. Nothing is sent.
-- ``before``: any other back end. Between two launches an all-reduce MIN of a byte an expert. And
-  the rule ``margin`` with any back end, a SUM of an integer an expert: scores are not gathered.
+- ``before``: any other back end. A byte an expert, exchanged inside the launch where ranks reach
+  each other's memory (``kernels/exchange.cuh``), else by an all-reduce MIN between two launches.
+  And the rule ``margin`` with any back end, a SUM of an integer an expert: scores are not gathered.
 - ``local``: ``union: local``, for comparison: each rank its own rows.
 
 Where vLLM is changed for it: ``cuda_union_seam.py``.
 """
 
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,9 +41,11 @@ from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
 from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, Aligned
 from sere_ray.kernel.memory import DeviceLayer, Settings, StepInput
+from sere_ray.kernel.peers import Peers
 from sere_ray.rules import EXACT, REROUTABLE
 
 Way = Literal["gathered", "before", "local"]
+logger = logging.getLogger(__name__)
 NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
 """Row kinds of a dummy pass."""
 
@@ -55,6 +59,8 @@ class UnionCudaState(CudaState):
         num_ranks: data-parallel ranks.
         exchange: the minimum over ranks of a uint8 tensor, in place, on the current stream.
         add_up: likewise the sum of an int64 tensor.
+        connect: gives what a kernel needs to exchange by itself, None where it cannot; a collective
+            call, made in the first layer that needs it.
         before_dispatch: take the way ``before`` also where vLLM gathers; for measurements.
     """
 
@@ -62,6 +68,7 @@ class UnionCudaState(CudaState):
     num_ranks: int
     exchange: Callable[[Tensor], None]
     add_up: Callable[[Tensor], None]
+    connect: Callable[[], Peers | None]
     before_dispatch: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +85,8 @@ class UnionCudaState(CudaState):
         text = f"{self.policy.model_dump_json()} {_checksum_of(self.artifact.layers)}"
         self.checksum = zlib.crc32(text.encode())
         self.way: Way | None = None
+        self.peers: Peers | None = None  # None before the first exchange, too
+        self.is_connected = False
         self.next_kinds = NO_ROWS
         self.placements: dict[int, Placement] = {}
         self.awaited: tuple[int, bool] | None = None  # layer, and whether its experts may be sorted
@@ -224,6 +233,13 @@ class UnionCudaState(CudaState):
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
             self.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
+            return
+        if not self.is_connected:  # in the first pass, which no graph captures
+            self.peers, self.is_connected = self.connect(), True
+            how = "inside the kernel" if self.peers else "by an all-reduce in each layer"
+            logger.info("sere-ray: %d ranks exchange their union %s", self.num_ranks, how)
+        if self.peers:
+            across_ranks.reroute_with_peers(*of_layer, self.peers)
         else:
             across_ranks.lowest_ranks(*of_layer, self.ranks)
             self.exchange(self.ranks)

@@ -19,6 +19,7 @@ MoEPrepareAndFinalizeNaiveDPEPModular  Re-route what was gathered. Remove: a hoo
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ from sere_ray.engine.row_kinds import row_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
 from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.across_ranks import Placement
+from sere_ray.kernel.peers import connect
 
 
 def install(wrap: Wrap) -> None:
@@ -61,13 +63,19 @@ def before_dispatch() -> Iterator[None]:
         _measured_way.reset(token)
 
 
-def ranks_of_engine() -> dict[str, Any]:
+_PATIENCE_SECONDS = 1800
+"""How long ranks wait for each other in a kernel where vLLM is not told; torch's default."""
+
+
+def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) -> dict[str, Any]:
     """What :class:`UnionCudaState` has to know of the data-parallel ranks."""
     from torch.distributed import ReduceOp
     from vllm.distributed.parallel_state import get_dp_group
 
     group = get_dp_group()
     communicator = group.device_communicator.pynccl_comm  # as dispatch: graphs can hold it
+
+    seconds = vllm_config.parallel_config.distributed_timeout_seconds or _PATIENCE_SECONDS
 
     def reduce_by(operation: Any) -> Callable[[Tensor], None]:
         return lambda numbers: communicator.all_reduce(numbers, numbers, op=operation)
@@ -77,6 +85,9 @@ def ranks_of_engine() -> dict[str, Any]:
         "num_ranks": group.world_size,
         "exchange": reduce_by(ReduceOp.MIN),
         "add_up": reduce_by(ReduceOp.SUM),
+        "connect": partial(
+            connect, group.device_group, group.cpu_group, num_experts, device, seconds
+        ),
         "before_dispatch": _measured_way.get(),
     }
 

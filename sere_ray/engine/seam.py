@@ -149,7 +149,9 @@ def _make_state(vllm_config: Any) -> EngineState:
     single = (policy, artifact, top_k, num_experts, max_rows, device)
     if vllm_config.parallel_config.data_parallel_size == 1:
         return CudaState(*single)
-    return UnionCudaState(*single, **cuda_union_seam.ranks_of_engine())
+    return UnionCudaState(
+        *single, **cuda_union_seam.ranks_of_engine(vllm_config, num_experts, device)
+    )
 
 
 def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from sere_ray.kernel.launcher import Aligned, RuleKernel
 from sere_ray.kernel.memory import DeviceLayer
+from sere_ray.kernel.peers import Peers
 
 KERNELS = (
     "reroute_gathered",
     "reroute_gathered_and_align",
     "lowest_ranks",
     "reroute_by_ranks",
+    "reroute_with_peers",
     "ask_of_ranks",
     "reroute_by_asked",
 )
@@ -113,6 +115,31 @@ def reroute_by_ranks(
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
     arguments = (*arguments, ranks.data_ptr())
     kernel.launch("reroute_by_ranks", topk_ids, arguments, early=False)
+
+
+def reroute_with_peers(
+    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, peers: Peers
+) -> None:
+    """:func:`lowest_ranks`, their exchange and :func:`reroute_by_ranks` in one launch.
+
+    A collective call: it waits for the same launch of every rank.
+
+    Args:
+        kernel: of the layer's shape.
+        topk_ids: ``[T, K]`` contiguous, of this rank.
+        topk_weights: ``float32 [T, K]`` contiguous.
+        layer: this layer's; experts are counted over all ranks, slots over these rows.
+        peers: whose inboxes this rank reaches.
+    """
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments += (
+        peers.inboxes.data_ptr(),
+        peers.number.data_ptr(),
+        np.int32(peers.rank),
+        np.int32(len(peers.inboxes)),
+        np.int64(peers.patience_ns),
+    )
+    kernel.launch("reroute_with_peers", topk_ids, arguments)
 
 
 def ask_of_ranks(

@@ -28,6 +28,7 @@ FILES = {
     "reroute_gathered_and_align": "across_ranks.cu",
     "lowest_ranks": "across_ranks.cu",
     "reroute_by_ranks": "across_ranks.cu",
+    "reroute_with_peers": "across_ranks.cu",
     "ask_of_ranks": "across_ranks.cu",
     "reroute_by_asked": "across_ranks.cu",
 }

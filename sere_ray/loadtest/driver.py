@@ -41,7 +41,7 @@ class Target:
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": entry.max_tokens,
-            "temperature": 0,
+            "temperature": entry.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

@@ -34,6 +34,9 @@ class Entry(BaseModel):
     prompt: str = Field(min_length=1)
     max_tokens: int = Field(ge=1, le=1 << 20)
     ignore_eos: bool = Field(default=False, description="go on to max_tokens; vLLM only")
+    temperature: float = Field(
+        default=0, ge=0, le=2, description="of sampling; 1 keeps answers of random weights apart"
+    )
     answer: str | None = Field(
         default=None, description="what must follow the last `Answer:` of the reply"
     )

@@ -159,6 +159,7 @@ def exercise(rank, ports, folder, key, requests, tokens):
     """Engines one after the other; what each answered and counted, and passes of some."""
     choose_rank(rank)
     from sere_ray.engine.control import read_counters
+    from sere_ray.engine.state import all_states
     from tests.engine.conftest import generate
 
     recorder, report = Recorder(), {}
@@ -190,6 +191,8 @@ def exercise(rank, ports, folder, key, requests, tokens):
     recorder.full = True
     with engine_of(folder, key, ports[2], before=True) as engine:
         answers(engine, "before", key)
+        (state,) = (s for s in all_states() if getattr(s, "way", None) == "before")
+        report["before"]["exchanges"] = int(state.peers.number) if state.peers else 0
     with own_gemms(), engine_of(folder, key, ports[4]) as engine:
         answers(engine, "S=K, own GEMMs", {**key, "select_top_k": 4})
         answers(engine, "S=1, own GEMMs", key)

@@ -170,6 +170,7 @@ class Group:
                 num_ranks=RANKS,
                 exchange=functools.partial(self.exchange, rank, torch.minimum),
                 add_up=functools.partial(self.exchange, rank, torch.add),
+                connect=lambda: None,
                 before_dispatch=before_dispatch,
             )
             for rank in range(RANKS)

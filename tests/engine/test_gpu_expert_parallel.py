@@ -56,6 +56,11 @@ def test_answers_before_dispatch_are_those_after_gathering(reports):
             assert gathered[0]["busiest_read"] == gathered[1]["busiest_read"]
 
 
+def test_ranks_of_a_host_exchange_inside_the_kernel(reports):
+    first, second = (report["before"]["exchanges"] for report in reports)
+    assert first == second > 0
+
+
 def kinds_of(kinds, sizes):
     padded = [
         np.pad(np.array(k, np.int8), (0, n - len(k))) for k, n in zip(kinds, sizes, strict=True)

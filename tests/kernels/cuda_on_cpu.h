@@ -7,7 +7,7 @@
 // wait must be reached by all live lanes of the warp (all threads of the block) in the same line.
 //
 // Not emulated: two- and three-dimensional blocks, masks of a part of a warp, extern __shared__,
-// waiting in a loop for another thread (hangs), fused multiply-add, half precision.
+// waiting in a loop for another thread of the launch (hangs), fused multiply-add, half precision.
 #pragma once
 // Few and light headers: parsing them is most of the time that a kernel takes to compile.
 #include <math.h>
@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <time.h>
 #include <tuple>
 #include <type_traits>
 #include <link.h>
@@ -329,6 +330,11 @@ inline void __syncwarp(unsigned mask = ~0u, LINE) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline long long globaltimer_on_cpu() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
 [[noreturn]] inline void __trap(LINE) { cuda_on_cpu::trap(__func__, line); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, LINE) {

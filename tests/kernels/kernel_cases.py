@@ -13,6 +13,7 @@ from sere_ray.config import BoundPolicy
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import FILES, Aligned, RuleKernel
 from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.peers import Peers, inbox_words
 from sere_ray.rules.sere import PADDING, REROUTABLE, count
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
@@ -87,9 +88,29 @@ def device_layer(
 
 
 @functools.cache
-def library(kernel: RuleKernel, name: str, threads: int, cache: Path) -> object:
-    """A kernel compiled for the emulator."""
-    return compile_for_cpu(KERNELS / FILES[name], kernel.defines(name, threads), cache)
+def library(
+    kernel: RuleKernel, name: str, threads: int, cache: Path, rank: int | None = None
+) -> object:
+    """A kernel compiled for the emulator; one that waits for another rank has a copy of its own."""
+    defines = kernel.defines(name, threads) | ({} if rank is None else {"RANK_ON_CPU": rank})
+    return compile_for_cpu(KERNELS / FILES[name], defines, cache)
+
+
+def peers_on(device: torch.device, experts: int, ranks: int) -> list[Peers]:
+    """Ranks of this process that reach each other's inboxes."""
+    words = inbox_words(experts, ranks)
+    memory = [torch.zeros(words, dtype=torch.int64, device=device) for _ in range(ranks)]
+    inboxes = torch.tensor([inbox.data_ptr() for inbox in memory], device=device)
+    return [
+        Peers(
+            inboxes=inboxes,
+            number=torch.zeros(1, dtype=torch.int32, device=device),
+            rank=rank,
+            patience_ns=20 * 10**9,
+            memory=memory,
+        )
+        for rank in range(ranks)
+    ]
 
 
 def rule_arguments(

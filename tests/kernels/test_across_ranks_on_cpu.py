@@ -1,5 +1,7 @@
 """``kernels/across_ranks.cu``, run on the CPU: rows of two ranks against the reference on all."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.rules import sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
-from .emulator import COMPILER, launch
+from .emulator import COMPILER, KernelError, launch
 from .kernel_cases import (
     as_launched,
     busiest,
@@ -21,6 +23,7 @@ from .kernel_cases import (
     expected,
     library,
     own_slots,
+    peers_on,
     rows_of,
     rule_arguments,
     two_ranks,
@@ -167,3 +170,69 @@ def check_exchange(case: Case, split: float, **options):
         assert found[3] == counts[3]
         slots += found[2]
     assert slots == counts[2]
+
+
+def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64):
+    """A rank's launch of `reroute_with_peers`; returns when the others have launched theirs."""
+    kernel = RuleKernel(part.experts, part.slots, ids.dtype)
+    launch(
+        library(kernel, "reroute_with_peers", threads, cache, peers.rank),
+        "reroute_with_peers",
+        *rule_arguments(ids, ids, part.weights, layer),
+        peers.inboxes,
+        peers.number,
+        peers.rank,
+        len(peers.inboxes),
+        peers.patience_ns,
+        threads=threads,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_ranks_that_reach_each_other_need_one_launch(experts, slots, cache):
+    """Launch after launch over the same inboxes; some in which the rule has nothing to do."""
+    ranks = peers_on(CPU, experts, 2)
+
+    @settings(RULES, max_examples=25)
+    @given(
+        case=cases(
+            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 40)
+        ),
+        split=st.floats(0, 1),
+        seed=st.integers(0, 3),
+    )
+    def every(case: Case, split: float, seed: int) -> None:
+        check_peers(ranks, as_launched(case), split, cache=cache, seed=seed)
+
+    every()
+    assert ranks[0].number == ranks[1].number > 0
+
+
+def check_peers(ranks, case: Case, split: float, **options):
+    new, counts = expected(case)
+    reroutable = int((case.kinds == sere.REROUTABLE).sum())
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    parts = [rows_of(case, own) for own in owned]
+    layers = [device_layer(part, CPU, reroutable=reroutable) for part in parts]
+    ids = [part.ids.clone() for part in parts]
+    with ThreadPoolExecutor(2) as pool:
+        launches = [
+            pool.submit(with_peers, *of_rank, **options)
+            for of_rank in zip(ranks, parts, layers, ids, strict=True)
+        ]
+        for one in launches:
+            one.result()
+    found = [layer.counters[1].tolist() for layer in layers]
+    for own, of_rank, (before, after, _, critical) in zip(owned, ids, found, strict=True):
+        assert_same_ids(of_rank, new[own.start : own.stop], "kernel")
+        assert (before, after, critical) == (counts[0], counts[1], counts[3])
+    assert sum(of_rank[2] for of_rank in found) == counts[2]
+
+
+def test_a_rank_that_never_comes_is_given_up(cache):
+    case = as_launched(make_case(seed=1, rows=4, experts=9, slots=3, select_top_k=1))
+    (peers, _) = peers_on(CPU, 9, 2)
+    impatient = replace(peers, patience_ns=10**7)
+    with pytest.raises(KernelError, match="__trap"):
+        with_peers(impatient, case, device_layer(case, CPU), case.ids.clone(), cache=cache, seed=0)

@@ -19,6 +19,7 @@ from .kernel_cases import (
     device_layer,
     expected,
     own_slots,
+    peers_on,
     rows_of,
     two_ranks,
 )
@@ -128,6 +129,49 @@ def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots):
         exchanged(as_launched(case), split)
 
     every()
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_ranks_that_reach_each_other_need_one_launch(experts, slots):
+    """Two ranks on one GPU, a stream each: their blocks run at the same time."""
+    ranks = peers_on(GPU, experts, 2)
+    streams = [torch.cuda.Stream(GPU) for _ in ranks]
+
+    @settings(RULES, max_examples=60)
+    @given(
+        case=cases(
+            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 200)
+        ),
+        split=st.floats(0, 1),
+    )
+    def every(case: Case, split: float) -> None:
+        check_peers(ranks, streams, as_launched(case), split)
+
+    every()
+    assert int(ranks[0].number) == int(ranks[1].number) > 0
+
+
+def check_peers(ranks, streams, case: Case, split: float) -> None:
+    new, counts = expected(case)
+    reroutable = int((case.kinds == sere.REROUTABLE).sum())
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    parts = [rows_of(case, own) for own in owned]
+    layers = [device_layer(part, GPU, reroutable=reroutable) for part in parts]
+    ids = [part.ids.to(GPU) for part in parts]
+    weights = [part.weights.to(GPU) for part in parts]
+    kernel_of(case).load(GPU, ["reroute_with_peers"])  # loading waits for the GPU to be idle
+    torch.cuda.synchronize()
+    for stream, *of_rank in zip(streams, ids, weights, layers, ranks, strict=True):
+        with torch.cuda.stream(stream):
+            across_ranks.reroute_with_peers(kernel_of(case), *of_rank)
+    torch.cuda.synchronize()
+    slots = 0
+    for own, of_rank, layer in zip(owned, ids, layers, strict=True):
+        assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
+        before, after, changed, critical = layer.counters[1].tolist()
+        assert (before, after, critical) == (counts[0], counts[1], counts[3])
+        slots += changed
+    assert slots == counts[2]
 
 
 def test_captured_graph_follows_row_kinds():

@@ -1,8 +1,10 @@
 import json
+import random
 
 import pytest
 
 from sere_ray.errors import SereError
+from sere_ray.loadtest.driver import Target
 from sere_ray.loadtest.workload import (
     Entry,
     load_keys,
@@ -38,6 +40,19 @@ def test_a_bad_line_is_named(line, words, tmp_path, has_words):
     with pytest.raises(SereError) as error:
         load_workload(path)
     has_words(str(error.value), "w.jsonl", *words)
+
+
+def test_an_entry_says_how_its_answer_is_sampled(tmp_path):
+    file = tmp_path / "load.jsonl"
+    file.write_text(
+        '{"prompt": "a", "max_tokens": 2}\n{"prompt": "b", "max_tokens": 2, "temperature": 1}\n'
+    )
+    target = Target("http://127.0.0.1/v1", "m")
+    bodies = [
+        json.loads(target.request(entry, random.Random(0), None)["body"])
+        for entry in load_workload(file)
+    ]
+    assert [body["temperature"] for body in bodies] == [0, 1]
 
 
 def test_missing_and_empty_files(tmp_path, has_words):

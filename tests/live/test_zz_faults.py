@@ -6,34 +6,13 @@ import time
 
 import pytest
 
-from tests.live.traffic import at_once
-from tests.serve.deployment import ADMIN, wait_for
+from tests.serve.faults import check_killed_router
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 
-def test_a_killed_router_comes_back_with_its_state(live):
-    status = live.sere("policy", {"mode": "on", "select_top_k": 1, "threshold": 0.25})
-    artifact = live.sere("artifact")
-    (router,) = live.processes("ray::RouterActor")
-    router.send_signal(signal.SIGKILL)
-    found, answer, headers = live.request("GET", "/sere/policy", None, ADMIN)
-    assert found in (200, 503)
-    if found == 503:
-        assert "retry-after" in {name.lower() for name in headers}
-        assert "restarting" in answer["error"]["message"]
-    assert at_once(live, 4)[0][0] == 200  # replicas go on with what they have
-
-    def is_back():
-        found, answer, _ = live.request("GET", "/sere/policy", None, ADMIN)
-        return found == 200 and answer["replicas_settled"] == 2
-
-    seconds = wait_for(is_back, 90, "the router with both replicas")
-    print(f"router back after {seconds:.1f} s")
-    assert live.sere("policy") == status
-    assert live.sere("artifact") == artifact
-    assert live.sere("audit")["entries"][-1]["what"] == "restart"
-    assert live.sere("policy", {"threshold": None})["replicas_settled"] == 2
+def test_a_killed_router(live):
+    check_killed_router(live)
 
 
 def test_a_killed_engine_ends_the_requests_of_its_gang(live):

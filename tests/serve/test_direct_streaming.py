@@ -17,6 +17,7 @@ from tests.serve.every_path import (
     check_refused,
     check_too_many_at_once,
 )
+from tests.serve.faults import check_killed_router
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -85,6 +86,10 @@ def end_of(served, *, stream):
     answer = served.begin("1 + 1", **body).getresponse()
     last = answer.read().split(b"\n\n")[-2 if stream else 0].removeprefix(b"data: ")
     return stream, answer.status, answer.headers["retry-after"], json.loads(last)["error"]
+
+
+def test_a_killed_router(served):
+    check_killed_router(served)
 
 
 def test_a_killed_engine_ends_the_requests_of_its_gang(served):

@@ -108,3 +108,18 @@ def _rerouted(served):
     """Slots by rank, so far."""
     replicas = served.sere("stats")["per_replica"]
     return {r["rank"]: sum(r["counters"]["decode_only"]["slots_rerouted"]) for r in replicas}
+
+
+def check_killed_engine(served):
+    """Requests under way end with a clear error, in bounded time, on both ranks of the gang."""
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, served, stream=number % 2 == 0) for number in range(8)]
+        time.sleep(1.0)
+        kill(served, "VLLM::EngineCore_DP1")
+        ends = [one.result(60) for one in asked]
+    print(*ends, sep="\n")
+    for end in ends:
+        assert (end.status, end.retry_after) == ((200, None) if end.stream else (503, "5"))
+        assert end.error["code"] == "engine_lost"
+        assert "again" in end.error["message"]
+    assert max(end.ended - end.begun for end in ends) < 10

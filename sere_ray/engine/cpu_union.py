@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.capabilities import check_policy
-from sere_ray.config import BoundPolicy, Policy
+from sere_ray.config import Policy
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_rules import count_choice, scores_of
 from sere_ray.engine.cpu_state import CpuState

@@ -1,5 +1,6 @@
 """The commands of the load test."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +36,14 @@ from sere_ray.cli_loadtest_common import (
 from sere_ray.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Latency and cost of an endpoint, from outside.")
+
+
+@app.callback()
+def check_installed() -> None:
+    """Say what is missing before any command of the group."""
+    with user_errors():
+        if find_spec("gevent") is None:
+            raise SereError("the load test needs 'gevent': pip install 'sere-ray[loadtest]'")
 
 
 @app.command()

@@ -96,7 +96,9 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
 
     wait_for(is_back, 120, "the gang comes back")
     print(*meanwhile, sep="\n")
-    assert max(seconds for _, seconds, _ in meanwhile) < 30, "HAProxy, without a gang"
+    # The last one may have waited for the gang, which takes as long as a start does here.
+    errors = [seconds for status, seconds, _ in meanwhile if status != 200]
+    assert max(errors, default=0) < 30, "HAProxy, without a gang"
 
 
 def test_sigterm_drains(served):

@@ -22,7 +22,7 @@ from random_layers import GPU, RandomLayers
 from rich.console import Console
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from sere_ray.kernel.memory import Settings

@@ -2,7 +2,7 @@
 
 import torch
 
-from sere_ray.config import BoundPolicy
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules.sere import REROUTABLE
 

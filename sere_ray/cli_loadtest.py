@@ -1,57 +1,49 @@
 """The commands of the load test."""
 
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from sere_ray.cli_common import Out, console, user_errors
+from sere_ray.cli_loadtest_common import (
+    Api,
+    Cache,
+    Csv,
+    Gpus,
+    Html,
+    Keys,
+    MaxLag,
+    Model,
+    Png,
+    Policies,
+    Price,
+    Processes,
+    Require,
+    Rounds,
+    Seconds,
+    Seed,
+    Slo,
+    Stall,
+    Url,
+    Warmup,
+    Workload,
+    finish,
+    price,
+    saver,
+)
 from sere_ray.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Latency and cost of an endpoint, from outside.")
 
 
-Url = Annotated[str, typer.Option(help="Of the endpoint, without /v1.")]
-Workload = Annotated[
-    Path | None, typer.Option(help="JSON lines of prompt and max_tokens [arithmetic].")
-]
-Model = Annotated[str | None, typer.Option(help="Name to ask for [the first that is served].")]
-Keys = Annotated[
-    Path | None,
-    typer.Option(help="YAML list of API keys, tiers and weights [one in OPENAI_API_KEY]."),
-]
-Api = Annotated[Literal["chat", "completions"], typer.Option(help="Which OpenAI route.")]
-Slo = Annotated[
-    str, typer.Option(help="Milliseconds that a request must keep, such as ttft=500,tpot=50.")
-]
-Price = Annotated[float | None, typer.Option(help="Dollars per GPU and hour, for the cost.")]
-Gpus = Annotated[int, typer.Option(min=1, help="GPUs that are paid.")]
-Require = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Exit with 1 if a smaller share of requests keeps the SLO."),
-]
-Processes = Annotated[int, typer.Option(min=1, max=64, help="Processes that send.")]
-MaxLag = Annotated[float, typer.Option(help="Event loop lateness (p99) that is accepted.")]
-Seconds = Annotated[float, typer.Option(min=1, help="Measured seconds of a block.")]
-Warmup = Annotated[float, typer.Option(min=0, help="Seconds before them, dropped.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Blocks of each policy.")]
-Policies = Annotated[
-    str,
-    typer.Option(
-        help="off, observe, auto, S=2, S=1:threshold=0.3, rule=margin:tau=0.01:union=local, "
-        "FILE.yaml of `tune` ..; the first is the base."
-    ),
-]
-Cache = Annotated[
-    Literal["cold", "block", "server"],
-    typer.Option(help="Prefix cache: salt for each request, for each block, or none."),
-]
-Stall = Annotated[float, typer.Option(min=0.1, help="Seconds without a byte that end a request.")]
-Seed = Annotated[int, typer.Option(help="Of order, prompts and arrivals.")]
-Html = Annotated[Path | None, typer.Option(help="Page to write, self-contained.")]
-Csv = Annotated[Path | None, typer.Option(help="Rows as CSV.")]
-Png = Annotated[Path | None, typer.Option(help="The page's picture.")]
+@app.callback()
+def check_installed() -> None:
+    """Say what is missing before any command of the group."""
+    with user_errors():
+        if find_spec("gevent") is None:
+            raise SereError("the load test needs 'gevent': pip install 'sere-ray[loadtest]'")
 
 
 @app.command()
@@ -122,8 +114,8 @@ def run(
         elif trace is not None:
             plan = replace(plan, seconds=(plan.entries[-1].at or 0) + 1e-3, warmup=0)
         limits = Limits.parse(slo)
-        content = run_single(plan, limits, _price(usd_per_gpu_hour, gpus), processes, console)
-        _finish(content, out, html, csv, None, max_lag_ms, require_slo)
+        content = run_single(plan, limits, price(usd_per_gpu_hour, gpus), processes, console)
+        finish(content, out, html, csv, None, max_lag_ms, require_slo)
 
 
 def compare(
@@ -179,11 +171,11 @@ def compare(
             parse_policies(policies),
             rounds,
             Limits.parse(slo),
-            _price(usd_per_gpu_hour, gpus),
+            price(usd_per_gpu_hour, gpus),
             processes,
         )
-        content = run_comparison(comparison, _saver(out), console)
-        _finish(content, out, html, csv, png, max_lag_ms, require_slo)
+        content = run_comparison(comparison, saver(out), console)
+        finish(content, out, html, csv, png, max_lag_ms, require_slo)
 
 
 for _name in ("ab", "sweep"):
@@ -219,7 +211,7 @@ def demo(
         from sere_ray.loadtest.slo import Price
 
         content = run_demo_comparison(
-            _saver(out),
+            saver(out),
             policies=policies,
             price=Price(usd_per_gpu_hour),
             port=port,
@@ -227,7 +219,7 @@ def demo(
             rounds=rounds,
             console=console,
         )
-        _finish(content, out, html, csv, png, max_lag_ms, None)
+        finish(content, out, html, csv, png, max_lag_ms, None)
 
 
 @app.command()
@@ -244,7 +236,7 @@ def check(
         from sere_ray.loadtest.check import run_check
 
         run_check(
-            _saver(out),
+            saver(out),
             streams=streams,
             seconds=seconds,
             console=console,
@@ -281,7 +273,7 @@ def soak(
             url=url,
             pid=pid,
             kill_rank=kill_rank,
-            save=_saver(out),
+            save=saver(out),
             console=console,
         )
     print(out)
@@ -337,41 +329,3 @@ def workload(
         with atomic_path(out) as temporary:
             temporary.write_text(to_lines(entries))
     print(out)
-
-
-def _saver(out: Path) -> Callable[[dict[str, Any]], None]:
-    from sere_ray.results import write_result
-
-    return lambda content: write_result(out, content)
-
-
-def _finish(
-    content: dict[str, Any],
-    out: Path,
-    html: Path | None,
-    csv: Path | None,
-    png: Path | None,
-    max_lag_ms: float,
-    required: float | None,
-) -> None:
-    """Write everything, then say whether it may be believed and is good enough."""
-    from sere_ray.loadtest.report import write_reports
-    from sere_ray.loadtest.verdict import broken_slo, check_generator
-    from sere_ray.results import load_result, write_result
-
-    write_result(out, content)
-    write_reports(load_result(out), html_file=html, csv_file=csv, png=png)
-    for path in filter(None, (out, html, csv, png)):
-        print(path)
-    check_generator(content, max_lag_ms)
-    broken = [] if required is None else broken_slo(content, required)
-    for line in broken:
-        console.print(line, style="red", markup=False, soft_wrap=True)
-    if broken:
-        raise typer.Exit(1)
-
-
-def _price(usd_per_gpu_hour: float | None, gpus: int) -> Any:
-    from sere_ray.loadtest.slo import Price
-
-    return None if usd_per_gpu_hour is None else Price(usd_per_gpu_hour, gpus)

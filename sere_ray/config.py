@@ -19,13 +19,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from torch import Tensor
 
+from sere_ray.bound_policy import OWN_FIELDS, BoundPolicy, Mode, RuleName, Union
 from sere_ray.errors import PolicyError
 from sere_ray.row_ranges import RowRange, RowRanges, refuse
-from sere_ray.rules import RULES, Layer
-
-RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
+from sere_ray.rules import RULES
 
 
 def _as_tau(value: object) -> float | tuple[float, ...] | None:
@@ -44,8 +42,6 @@ Tau = Annotated[
     float | tuple[float, ...] | None,
     PlainValidator(_as_tau, json_schema_input_type=float | list[float] | None),
 ]
-Mode = Literal["off", "observe", "on"]
-Union = Literal["global", "local"]
 Dispatch = Literal["allgather", "all_to_all"]
 
 
@@ -171,7 +167,7 @@ class Policy(BaseModel):
         except ValidationError as error:
             raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
 
-    def for_model(self, *, top_k: int, where: str = "sere") -> "BoundPolicy":
+    def for_model(self, *, top_k: int, where: str = "sere") -> BoundPolicy:
         """Check the policy against a model's K and fill the default floor.
 
         Raises:
@@ -187,7 +183,9 @@ class Policy(BaseModel):
                 f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
             )
         floor = top_k if self.min_primary_experts is None else self.min_primary_experts
-        others = ((key, getattr(self, key)) for key in RULES[self.rule].keys if key not in _BOUND)
+        others = (
+            (key, getattr(self, key)) for key in RULES[self.rule].keys if key not in OWN_FIELDS
+        )
         return BoundPolicy(
             mode=self.mode,
             rule=self.rule,
@@ -254,64 +252,8 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     return Policy.parse(policy, where=where), startup
 
 
-class BoundPolicy(BaseModel):
-    """The numbers of a policy for one model: what the rule is called with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mode: Mode
-    rule: RuleName = "sere"
-    select_top_k: int
-    threshold: float | None
-    min_primary_experts: int
-    union: Union = "global"
-    prefer_local_rank: float | None = None
-    knobs: tuple[tuple[str, Any], ...] = ()
-    """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
-    by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()
-    """Most re-routable rows of a step, and its numbers; from small steps to large ones."""
-
-    def for_rows(self, rows: int) -> "BoundPolicy":
-        """The numbers of a step.
-
-        Args:
-            rows: re-routable rows that the kept experts are chosen over.
-        """
-        return next((bound for up_to, bound in self.by_rows if rows <= up_to), self)
-
-    def of_layer(
-        self,
-        position: int,
-        num_experts: int,
-        similarity: Tensor | None,
-        owner: Tensor | None = None,
-    ) -> Layer:
-        """What the rule is given in one layer.
-
-        Args:
-            position: of the layer among the MoE layers, from 0.
-            num_experts: E.
-            similarity: ``[E, E]`` float32, where the rule reads it.
-            owner: ``[E]`` int64, the expert-parallel rank of each expert; None = one rank.
-        """
-        knobs = {
-            key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
-        }
-        return Layer(
-            num_experts,
-            similarity=similarity,
-            owner=owner,
-            select_top_k=self.select_top_k,
-            threshold=self.threshold,
-            min_primary_experts=self.min_primary_experts,
-            **knobs,
-        )
-
-
 _ALL_STEPS = ("prefer_local_rank",)
 """Keys of a rule that hold for steps of every size."""
-_BOUND = ("select_top_k", "threshold", "min_primary_experts")
-"""Knobs that have fields of their own in :class:`BoundPolicy`."""
 RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
 """Keys that not every rule has."""
 

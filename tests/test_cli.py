@@ -67,6 +67,15 @@ def test_version():
     assert run(app, ["--version"]).output.strip() == __version__
 
 
+@pytest.mark.parametrize("command", ["run", "ab", "soak"])
+def test_a_load_test_without_its_packages_says_how_to_get_them(monkeypatch, tmp_path, command):
+    monkeypatch.setitem(sys.modules, "gevent", None)  # as if it were not there
+    options = ["--pid", "1"] if command == "soak" else []
+    result = run(app, ["loadtest", command, "--out", str(tmp_path / "x.json"), *options])
+    assert result.exit_code == 2
+    assert "'sere-ray[loadtest]'" in result.output
+
+
 def test_other_systems_are_told_at_once(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     result = run(app, ["demo"])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sere_ray import config
-from sere_ray.config import BoundPolicy, Dispatch, Mode, Policy, Startup, Union, parse_key
+from sere_ray.bound_policy import BoundPolicy, Mode, Union
+from sere_ray.config import Dispatch, Policy, Startup, parse_key
 from sere_ray.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}

@@ -1,6 +1,7 @@
 """Which policies and loads the demo compares."""
 
-from sere_ray.config import BoundPolicy, Policy
+from sere_ray.bound_policy import BoundPolicy
+from sere_ray.config import Policy
 
 TOP_K = 4
 """K of the demo model."""

@@ -10,7 +10,7 @@ dispatcher._rebind_kernels             A second engine in one process: vLLM look
                                        Remove: vLLM reads ``__dict__`` with a type check.
 =====================================  ==========================================================
 
-With ``enable_expert_parallel`` also those of ``cpu_expert_parallel.py`` and ``cpu_union.py``.
+With ``enable_expert_parallel`` also those of ``cpu_expert_parallel.py`` and ``cpu_union_seam.py``.
 """
 
 import functools
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere_ray.engine import cpu_expert_parallel, cpu_union
+from sere_ray.engine import cpu_expert_parallel, cpu_union_seam
 from sere_ray.engine.cpu_state import CpuState, active_state
 from sere_ray.engine.row_kinds import request_kinds, row_kinds
 from sere_ray.engine.state import Routing, Wrap, find_state
@@ -38,7 +38,7 @@ def install(wrap: Wrap, vllm_config: Any) -> None:
     wrap(dispatcher, "_rebind_kernels", hide_llvmlite)
     if vllm_config.parallel_config.enable_expert_parallel:
         cpu_expert_parallel.install(wrap)
-        cpu_union.install(wrap)
+        cpu_union_seam.install(wrap)
 
 
 def route(

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy, Policy
+from sere_ray.bound_policy import BoundPolicy
+from sere_ray.config import Policy
 from sere_ray.engine.cpu_rules import check_gate, choose_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.rules import NO_RANK, REROUTABLE, Choice, Layer, LocalRanks

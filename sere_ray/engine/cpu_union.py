@@ -9,21 +9,11 @@ derive the same set of kept experts:
   rows ask for (SUM).
 
 vLLM already runs a pass on all ranks or on none, since dispatch is a collective too: an idle rank
-runs dummy passes, warm-up included. So a dummy pass takes part here and names nothing, and a
-collective that is left out is left out by all ranks for a reason they share. Ledger, as in
-``seam.py``:
-
-=====================================  ==========================================================
-target                                 what, why, remove when
-=====================================  ==========================================================
-GPUModelRunner._dummy_run              Take part in the exchange. Why: a dummy pass calls the
-                                       model directly, past ``_model_forward``. Remove: as for
-                                       GPUModelRunner._model_forward.
-=====================================  ==========================================================
+runs dummy passes, warm-up included. So a dummy pass takes part here (``cpu_union_seam.py``) and
+names nothing, and a collective that is left out is left out by all ranks for a reason they share.
 """
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.capabilities import check_policy
-from sere_ray.config import BoundPolicy, Policy, Startup
+from sere_ray.config import Policy
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu_rules import count_choice, scores_of
 from sere_ray.engine.cpu_state import CpuState
-from sere_ray.engine.dispatch import DispatchMeter, Routed, group_timeout, replace_dispatch
-from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED, Wrap, find_state
+from sere_ray.engine.dispatch import DispatchMeter, Routed, replace_dispatch
+from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
 from sere_ray.errors import PolicyError, SereError
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Choice, RuleCounts, margin, name_dropped
 from sere_ray.rules.sere_cpu import StepCounts, lowest_ranks, reroute_by_ranks
@@ -297,39 +288,6 @@ class UnionCpuState(CpuState):
                 "in their similarity artifact; start all ranks with the same 'sere' key and set "
                 "the same policies on all of them, in the same order"
             )
-
-
-def make_state(
-    vllm_config: Any,
-    policy: Policy,
-    startup: Startup,
-    artifact: SimilarityArtifact,
-    top_k: int,
-    max_rows: int,
-) -> CpuState:
-    """The state of a CPU engine: with tensor parallelism alone every rank sees every row."""
-    if vllm_config.parallel_config.data_parallel_size == 1:
-        return CpuState(policy, artifact, top_k, max_rows, startup=startup)
-    from vllm.distributed import get_ep_group
-
-    ranks = get_ep_group()
-    greeting = Greeting(ranks.cpu_group, group_timeout(vllm_config))
-    group = ranks.device_group
-    return UnionCpuState(policy, artifact, top_k, max_rows, group, greeting, startup=startup)
-
-
-def install(wrap: Wrap) -> None:
-    """Put the patch in place; calling it again does nothing."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    def run_dummy(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-        state = find_state(runner.vllm_config)
-        if not isinstance(state, UnionCpuState):
-            return original(runner, *args, **kwargs)
-        with state.step(np.zeros(0, dtype=np.int8)):  # all rows are padding
-            return original(runner, *args, **kwargs)
-
-    wrap(GPUModelRunner, "_dummy_run", run_dummy)
 
 
 def _checksum(artifact: SimilarityArtifact, policy: str) -> int:

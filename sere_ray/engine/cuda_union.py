@@ -31,8 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.capabilities import check_change, check_swap
-from sere_ray.config import BoundPolicy, Policy
+from sere_ray.config import Policy
 from sere_ray.engine.cuda_state import CudaState, Deferred
 from sere_ray.engine.rank_words import RankWords, read_words, write_words
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED

@@ -50,7 +50,7 @@ import torch
 from sere_ray.engine import (
     cpu_expert_parallel,
     cpu_seam,
-    cpu_union,
+    cpu_union_seam,
     cuda_seam,
     cuda_union_seam,
 )
@@ -142,7 +142,7 @@ def _make_state(vllm_config: Any) -> EngineState:
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     if vllm_config.device_config.device_type == "cpu":
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
-        return cpu_union.make_state(vllm_config, policy, startup, artifact, top_k, max_rows)
+        return cpu_union_seam.make_state(vllm_config, policy, startup, artifact, top_k, max_rows)
     device = torch.device("cuda", torch.cuda.current_device())
     logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
     num_experts = vllm_config.model_config.get_num_experts()

@@ -7,8 +7,9 @@ from typing import Any, cast
 from rich.console import Console
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration import calibrate
-from sere_ray.config import BoundPolicy, Policy
+from sere_ray.config import Policy
 from sere_ray.demo import assets
 from sere_ray.demo.quality import SEQUENCES
 from sere_ray.demo.settings import TOP_K, bound

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.collect import find_moe_layers
-from sere_ray.config import BoundPolicy
 from sere_ray.errors import UnsupportedError
 from sere_ray.evaluation.teacher_forced import forward_changed
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.calibration.loading import load_model
-from sere_ray.config import BoundPolicy
 from sere_ray.demo import assets
 from sere_ray.demo.quality import PROMPT_TOKENS, heldout_windows
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report

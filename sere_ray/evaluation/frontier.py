@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sere_ray.artifact import SimilarityArtifact
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
 from sere_ray.calibration.loading import (
@@ -21,7 +22,6 @@ from sere_ray.calibration.loading import (
     pick_device,
     pick_dtype,
 )
-from sere_ray.config import BoundPolicy
 from sere_ray.errors import DataError, SereError
 from sere_ray.evaluation.comparison import Point, compare
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured

@@ -1,8 +1,11 @@
 """The engine of a replica: Ray's wrapper of vLLM, with one process less."""
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+from sere_ray.serve.losses import raise_at_loss
 
 
 class SereEngine(VLLMEngine):  # type: ignore[misc]
@@ -18,6 +21,14 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
     def is_lost(self) -> bool:
         """Whether vLLM's engine has died; not before it was started."""
         return self._engine_client is not None and bool(self._engine_client.errored)
+
+    def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """See the base class; raises where its stream would tell of a lost engine."""
+        return raise_at_loss(super().chat(*args, **kwargs), lambda: self.is_lost)
+
+    def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """See :meth:`chat`."""
+        return raise_at_loss(super().completions(*args, **kwargs), lambda: self.is_lost)
 
     def _start_async_llm_engine(
         self, engine_args: Any, engine_config: Any, placement_group: Any

@@ -1,11 +1,12 @@
 """What a client is told when the engine of its request is lost: one wording on every path.
 
-Behind Ray's proxy the ingress says it (:mod:`sere_ray.serve.openai_ingress`). Where Ray streams
-directly, vLLM's own server answers: 500 for an engine that died, and an event of its own in a
-stream, followed by ``[DONE]``. :class:`LossLayer` puts the wording of this module in their place.
+vLLM answers 500 for an engine that died, and ends a stream with an event of its own and ``[DONE]``.
+Behind Ray's proxy a replica raises instead (:func:`raise_at_loss`), and the ingress says what is
+said here (:mod:`sere_ray.serve.openai_ingress`). Where Ray streams directly, vLLM's own server
+answers, and :class:`LossLayer` puts the wording of this module in place of its own.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, MutableMapping
 from typing import Any
 
 from sere_ray.serve.access import App, Message, Receive, Refusal, Send
@@ -19,12 +20,28 @@ LOST = Refusal(
 NOBODY = Refusal(
     503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
 )
-_ERROR_EVENT = b'data: {"error"'
+_ERROR_EVENT = 'data: {"error"'
 
 
 def loss_event() -> str:
     """The last event of a stream whose engine was lost."""
     return f"data: {LOST.body().decode()}\n\n"
+
+
+async def raise_at_loss(
+    responses: AsyncIterable[Any], is_lost: Callable[[], bool]
+) -> AsyncIterator[Any]:
+    """What an engine answers; in place of the event with which vLLM ends a stream, its reason.
+
+    Raises:
+        EngineDeadError: the engine is gone.
+    """
+    async for response in responses:
+        if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            raise EngineDeadError
+        yield response
 
 
 class LossLayer:
@@ -60,7 +77,7 @@ def _tells_of_failure(message: Message) -> bool:
     """Whether a server error begins here, or the error event of a stream."""
     if message["type"] == "http.response.start":
         return bool(message["status"] >= 500)
-    return bool(message.get("body", b"").startswith(_ERROR_EVENT))
+    return bool(message.get("body", b"").startswith(_ERROR_EVENT.encode()))
 
 
 async def _tell_of_loss(message: Message, send: Send) -> None:

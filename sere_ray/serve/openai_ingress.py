@@ -5,7 +5,7 @@ runs, and cuts a stream off. Here: 503 at once, and an error event at the end of
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from sere_ray.serve.access import Refusal
 from sere_ray.serve.losses import LOST, NOBODY, loss_event
@@ -26,9 +26,12 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
 
     async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
         try:
-            return await super()._process_llm_request(*args, **kwargs)  # type: ignore[no-any-return]
+            response: Response = await super()._process_llm_request(*args, **kwargs)
         except Refusal as refusal:
             return answer(refusal)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = until_loss(response.body_iterator)
+        return response
 
     async def _get_response(self, *, body: Any, **kwargs: Any) -> AsyncIterator[Any]:
         model_id = await self._get_model_id(body.model)
@@ -51,6 +54,15 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
             if not started:
                 raise LOST from None
             yield loss_event()
+
+
+async def until_loss(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """The events of a stream. That of a loss is the last one: after it Ray would send ``[DONE]``,
+    as if the answer were whole."""
+    async for event in events:
+        yield event
+        if event == loss_event():
+            return
 
 
 def is_loss(error: Exception) -> bool:

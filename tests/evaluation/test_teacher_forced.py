@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.loading import load_model
-from sere_ray.config import BoundPolicy
 from sere_ray.demo import assets
 from sere_ray.demo.quality import heldout_windows
 from sere_ray.evaluation.teacher_forced import Rerouter, exact_logits, score

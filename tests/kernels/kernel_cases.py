@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import FILES, Aligned, RuleKernel
 from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput

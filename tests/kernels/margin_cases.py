@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.config import BoundPolicy
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
 from sere_ray.rules.interface import named_by

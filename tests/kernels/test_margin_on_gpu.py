@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.config import BoundPolicy
+from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.across_ranks import ask_of_ranks, reroute_by_asked
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from sere_ray.kernel.memory import LayerTables, Settings

@@ -10,7 +10,7 @@ def counted(served, action):
     after = served.sere("stats")["total"]["decode_only"]
     names = ("experts_before", "experts_after", "slots_rerouted")
     numbers = {name: sum(after[name]) - sum(before[name]) for name in names}
-    for name in ("steps", "decode_rows"):
+    for name in ("steps", "steps_counted", "decode_rows"):
         numbers[name] = after[name] - before[name]
     return numbers, result
 

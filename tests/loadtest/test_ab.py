@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
 from sere_ray.errors import SereError
+from sere_ray.loadtest import ab
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
 from sere_ray.loadtest.endpoint import find_model, kept_policy
@@ -19,7 +21,7 @@ from sere_ray.loadtest.report import write_reports
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
-from tests.loadtest.servers import Control, serving
+from tests.loadtest.servers import WHOLE, Control, serving, token
 
 QUIET = Console(quiet=True)
 POLICIES = {"off": {"mode": "off"}, "S=1": {"mode": "on", "select_top_k": 1}}
@@ -141,6 +143,42 @@ def test_a_block_without_answers_ends_the_run_with_the_reason():
         run_comparison(comparison(server), lambda _: None, QUIET)
     assert "HTTP 503" in str(error.value)
     assert (control.policy["mode"], control.policy["select_top_k"]) == ("on", 3)
+
+
+@pytest.fixture
+def long_answers(monkeypatch):
+    """A comparison whose answers take 0.6 s: whole blocks are longer, the short one that
+    counts what exact routing reads is not, and no request is due in its measured part."""
+    monkeypatch.setattr(ab, "_OBSERVED_SECONDS", 0.3)
+    events = [token("a ")] * 8 + WHOLE[-3:]
+    control = Control()
+    with serving(events, gap=0.6 / len(events), control=control) as server:
+        what = comparison(server, rounds=1, shapes=[Shape(streams=1)])
+        yield replace(what, plan=replace(what.plan, seconds=1.0)), server, control
+
+
+def test_the_block_that_only_counts_needs_no_whole_answer(long_answers):
+    what, _, control = long_answers
+    content = run_comparison(what, lambda _: None, QUIET)
+    assert control.history[-2:] == [("observe", 3), ("on", 3)]
+    assert all(row["requests"] > row["failures"] == 0 for row in content["rows"])
+
+
+def test_the_block_that_only_counts_does_not_hide_failures(long_answers):
+    what, server, control = long_answers
+    handler = server.RequestHandlerClass
+    answer = handler.do_POST
+
+    def fail_under_observe(self):
+        if control.policy["mode"] != "observe":
+            return answer(self)
+        self.body()
+        return self.answer_json(503, {"error": {"message": "not you"}})
+
+    handler.do_POST = fail_under_observe
+    with pytest.raises(SereError, match=r"under observe.*HTTP 503"):
+        run_comparison(what, lambda _: None, QUIET)
+    assert control.history[-1] == ("on", 3)
 
 
 def test_a_policy_that_cannot_be_put_back_is_printed(has_words):

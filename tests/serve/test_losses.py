@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sere_ray.serve.losses import LossLayer
+from sere_ray.serve.losses import LossLayer, raise_at_loss
 
 HTTP = {"type": "http"}
 FAILED = b'{"error": {"message": "EngineCore", "type": "InternalServerError", "code": 500}}'
@@ -69,3 +69,27 @@ def test_everything_else_passes(messages, lost):
 def test_only_requests_are_looked_at():
     messages = [{"type": "lifespan.startup.complete"}]
     assert said_by(messages, lost=True, scope={"type": "lifespan"}) == messages
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_engine_raises_in_place_of_vllms_event(lost):
+    """Behind Ray's proxy; an error of a request whose engine lives is vLLM's to word."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    events = ['data: {"choices": []}\n\n', f"data: {FAILED.decode()}\n\n", "data: [DONE]\n\n"]
+    read = []
+
+    async def responses():
+        for event in events:
+            yield event
+
+    async def run():
+        async for event in raise_at_loss(responses(), lambda: lost):
+            read.append(event)
+
+    if lost:
+        with pytest.raises(EngineDeadError):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+    assert read == (events[:1] if lost else events)

@@ -7,7 +7,8 @@ import pytest
 
 from sere_ray.serve import openai_ingress
 from sere_ray.serve.access import Refusal
-from sere_ray.serve.openai_ingress import first_response, has_no_replica
+from sere_ray.serve.losses import loss_event
+from sere_ray.serve.openai_ingress import first_response, has_no_replica, until_loss
 
 
 def handle(replicas, pending=()):
@@ -57,6 +58,26 @@ def test_a_request_that_nobody_can_take_is_refused_at_once():
     assert (refusal.status, refusal.code) == (503, "no_engine")
     assert refusal.headers["retry-after"]
     assert closed, "the request goes on"
+
+
+def events_of(responses):
+    """What a client of Ray's stream reads, after our part of it."""
+    from ray.llm._internal.serve.core.ingress.utils import _openai_json_wrapper
+
+    async def generator():
+        for response in responses:
+            yield response
+
+    async def read():
+        return [event async for event in until_loss(_openai_json_wrapper(generator()))]
+
+    return asyncio.run(read())
+
+
+def test_nothing_follows_the_event_of_a_loss():
+    token = 'data: {"choices": []}\n\n'
+    assert events_of([token, loss_event()]) == [token, loss_event()]
+    assert events_of([token]) == [token, "data: [DONE]\n\n"]
 
 
 def test_a_deployment_that_never_ran_is_no_lost_one():

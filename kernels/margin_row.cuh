@@ -1,0 +1,234 @@
+// What a warp does with a row under the rule `margin`; margin.cuh does the batch.
+//
+// Scores are exp(logit - the row's best logit): the softmax without its sum, which cancels out of everything.
+#pragma once
+#include "rule.cuh"
+
+namespace {
+
+constexpr int REROUTABLE = 1;
+constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
+constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
+constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
+constexpr unsigned ALL_SLOTS = (1u << K) - 1;      // the lanes below K hold the slots of a warp's row
+
+struct Logits {
+  const void* values;                              // [num_rows][E]
+  int bytes;                                       // 4 = float32, 2 = bfloat16
+};
+
+struct Row {                                       // as a warp holds it
+  Slot slot;                                       // of a lane below K; of the others none
+  bool changeable;                                 // re-routable, and each slot names an expert; if not, no scores:
+  float own;                                       // of the slot's expert, 0 = no expert
+  float of[PER_LANE];                              // of the experts lane * PER_LANE + j; -1: in a slot, or beyond E
+};
+
+__device__ __forceinline__ float to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
+__device__ __forceinline__ float to_float(float value) { return value; }
+
+__device__ __forceinline__ float score_of(float logit, float most) {
+  const float score = expf(logit - most);
+  return score >= 0 ? score : 0;                   // not a number: 0
+}
+
+__device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
+
+// Integers in the order of floats; its own inverse.
+__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// As many logits of a lane as one load takes.
+template <class T>
+struct Together {
+  static constexpr int COUNT = E % PER_LANE ? 1 : PER_LANE < 16 / int(sizeof(T)) ? PER_LANE : 16 / int(sizeof(T));
+  alignas(sizeof(T) * COUNT) T of[COUNT];
+};
+
+// A lane's logits of a row, 0 beyond E; and that of its slot's expert.
+template <class T>
+__device__ __forceinline__ void load_logits(Row& r, const T* logits) {
+  constexpr int COUNT = Together<T>::COUNT;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j += COUNT) {
+    const int v = threadIdx.x % 32 * PER_LANE + j;
+    const Together<T> some = v < E ? *reinterpret_cast<const Together<T>*>(logits + v) : Together<T>{};
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) r.of[j + i] = to_float(some.of[i]);
+  }
+  r.own = r.slot.valid ? to_float(logits[r.slot.id]) : 0;
+}
+
+// Bit j: a slot of the row names the expert lane * PER_LANE + j.
+__device__ __forceinline__ unsigned named_here(const Slot& s) {
+  const int first = threadIdx.x % 32 * PER_LANE, id = s.valid ? int(s.id) : -1;
+  unsigned named = 0;
+#pragma unroll
+  for (int word = 0; word < PER_LANE; ++word) {    // 32 experts each
+    const unsigned bits = __reduce_or_sync(ALL_LANES, id >> 5 == word ? 1u << (id & 31) : 0u);
+    if (first / 32 == word) named = bits >> first % 32;
+  }
+  return named;
+}
+
+// load(row, slot) gives a slot.
+template <class Load>
+__device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load) {
+  const int lane = threadIdx.x % 32;
+  Row r;
+  r.slot = lane < K ? load(row, lane) : Slot{-1, 0.0f, PADDING, false};
+  if (logits.bytes == 4) load_logits(r, static_cast<const float*>(logits.values) + row * E);
+  else load_logits(r, static_cast<const unsigned short*>(logits.values) + row * E);
+  r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
+  if (!r.changeable) return r;
+
+  const unsigned named = named_here(r.slot);
+  int most = 0x80000000;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    if (lane * PER_LANE + j < E) most = max(most, in_order(__float_as_int(r.of[j])));
+  }
+  const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const bool is_free = lane * PER_LANE + j < E && !(named >> j & 1);
+    r.of[j] = is_free ? score_of(r.of[j], best) : -1;
+  }
+  r.own = r.slot.valid ? score_of(r.own, best) : 0;
+  return r;
+}
+
+// A lane's values in falling order: Batcher's network.
+__device__ __forceinline__ void sort_falling(int (&values)[PER_LANE]) {
+#pragma unroll
+  for (int run = 1; run < PER_LANE; run *= 2) {
+#pragma unroll
+    for (int apart = run; apart > 0; apart /= 2) {
+#pragma unroll
+      for (int at = 0; at + apart < PER_LANE; ++at) {
+        const bool meets = at >= apart % run && (at - apart % run) / apart % 2 == 0;
+        if (meets && at / (2 * run) == (at + apart) / (2 * run)) {
+          const int more = max(values[at], values[at + apart]);
+          values[at + apart] = min(values[at], values[at + apart]);
+          values[at] = more;
+        }
+      }
+    }
+  }
+}
+
+// Takes out the first of a lane's values, or none.
+__device__ __forceinline__ void drop_first(int (&values)[PER_LANE], bool drops) {
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    if (drops) values[j] = j + 1 < PER_LANE ? values[j + 1] : -1;
+  }
+}
+
+// Sum of so many of the warp's best values; each lane's are in falling order.
+__device__ __forceinline__ int sum_of_best(int (&values)[PER_LANE], int count) {
+  int sum = 0;
+#pragma unroll 1
+  while (count > 0) {                              // lanes that hold the same give theirs at once
+    const int best = __reduce_max_sync(ALL_LANES, values[0]);
+    const bool holds = values[0] == best;
+    const int takes = min(__popc(__ballot_sync(ALL_LANES, holds)), count);
+    sum += takes * best;
+    count -= takes;
+    drop_first(values, holds);
+  }
+  return sum;
+}
+
+// What a slot's expert is to its row: the lead over the best experts that it did not choose, squared.
+__device__ __forceinline__ int demand_of(const Row& r, int runners_up) {
+  const int own = score_units(r.own), total = __reduce_add_sync(ALL_LANES, own), count = min(runners_up, E - K);
+  int units[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) units[j] = score_units(r.of[j]);
+  sort_falling(units);
+  const int others = sum_of_best(units, count);
+  // In the reference's order of operations, none of them fused: the same bits.
+  const int n = max(count, 1), ahead = max(n * own - others, 0);
+  const float lead = __fdiv_rn(__int2float_rn(ahead), __fmul_rn(__int2float_rn(total), __int2float_rn(n)));
+  return __float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT)));
+}
+
+// Sum over the lanes that hold the slots of the warp's row, for them.
+__device__ __forceinline__ float sum_of_slots(float value) {
+#pragma unroll
+  for (int mask = GROUP / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(ALL_LANES, value, mask);
+  return value;
+}
+
+// Of a slot that stays, among those that do: by score, equal scores by expert. Gates mostly return sorted rows.
+__device__ __forceinline__ int rank_by_score(const Row& r, unsigned stays) {
+  const int lane = threadIdx.x % 32, own_id = int(r.slot.id);
+  const auto is_behind = [&](float score, int id) { return score > r.own || (score == r.own && id < own_id); };
+  const float score_before = __shfl_up_sync(ALL_LANES, r.own, 1);
+  const int id_before = __shfl_up_sync(ALL_LANES, own_id, 1);
+  const bool in_order = lane == 0 || lane >= K || is_behind(score_before, id_before);
+  if (__all_sync(ALL_LANES, in_order)) return __popc(stays & ((1u << lane) - 1));
+  int rank = 0;
+#pragma unroll 1
+  for (int slot = 0; slot < K; ++slot) {
+    const float score = __shfl_sync(ALL_LANES, r.own, slot);
+    const int id = __shfl_sync(ALL_LANES, own_id, slot);
+    rank += (stays >> slot & 1) && is_behind(score, id);
+  }
+  return rank;
+}
+
+struct StandIn {
+  int expert;                                      // -1: the row found none for this lane's slot
+  float score;
+};
+
+// The row's best-scored other kept experts, of equal ones the first, for the slots from `slot` on.
+__device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slot) {
+  const int lane = threadIdx.x % 32;
+  int ranked[PER_LANE];                            // the bits of floats >= 0 are in their order
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) ranked[j] = kept >> j & 1 ? __float_as_int(r.of[j]) : -1;
+  sort_falling(ranked);
+  int best = 0, holder = 0, repeats = 0;           // of the last slot; how often its lane gave the same before
+  int own_best = -1, own_holder = 0, own_repeats = 0;
+#pragma unroll 1
+  for (; slot < K; ++slot) {
+    const int last = best, last_holder = holder;
+    best = __reduce_max_sync(ALL_LANES, ranked[0]);
+    if (best < 0) break;
+    holder = __ffs(__ballot_sync(ALL_LANES, ranked[0] == best)) - 1;
+    repeats = best == last && holder == last_holder ? repeats + 1 : 0;
+    if (lane == slot) own_best = best, own_holder = holder, own_repeats = repeats;
+    drop_first(ranked, lane == holder);
+  }
+  int place = 0;                                   // which of its holder's experts it was
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int score = __shfl_sync(ALL_LANES, kept >> j & 1 ? __float_as_int(r.of[j]) : -1, own_holder);
+    if (score == own_best && own_repeats-- == 0) place = j;
+  }
+  if (own_best < 0) return {-1, 0};
+  return {own_holder * PER_LANE + place, __int_as_float(own_best)};
+}
+
+// The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's
+// first expert with weight 0, as experts' code that takes no id of -1 wants it. write(slot, id, weight) is told.
+template <class Write>
+__device__ __forceinline__ void refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings,
+                                       Write write) {
+  const int lane = threadIdx.x % 32, num_staying = __popc(stays), rank = rank_by_score(r, stays);
+  const bool is_staying = stays >> lane & 1;
+  const StandIn found = stand_in(r, kept, num_staying);
+  const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && rank == 0);
+  const int first = __shfl_sync(ALL_LANES, int(r.slot.id), __ffs(best_staying) - 1);
+
+  const float share = is_staying ? r.own : 0, new_share = settings.fill * found.score;
+  const float taken = sum_of_slots(share + new_share), before = sum_of_slots(r.own);
+  const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
+  const float scale = sum_of_slots(r.slot.weight) * exp2f(-exponent);
+  if (is_staying) write(rank, int(r.slot.id), share * scale);
+  if (lane >= num_staying && lane < K) write(lane, found.expert < 0 ? first : found.expert, new_share * scale);
+}
+
+}  // namespace

@@ -149,8 +149,8 @@ ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
   __syncthreads();
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) {
-    const int rank = shared.lowest_rank[v], demand = rank == 0 ? UNIT + 1 : min(shared.demand[v], UNIT + 1);
-    asked[v] = demand * DEMAND + (rank < K);
+    const int wanted = wanted_of(shared.demand[v], shared.demand[v] & SUM);
+    asked[v] = wanted < 0 ? 0 : wanted * DEMAND + 1;
   }
 }
 

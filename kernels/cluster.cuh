@@ -12,6 +12,8 @@ __device__ __forceinline__ int own_block() { return 0; }
 __device__ __forceinline__ int num_blocks() { return 1; }
 template <class T> __device__ __forceinline__ T& of_block(T& shared, int) { return shared; }
 __device__ __forceinline__ void wait_for_all_blocks() { __syncthreads(); }
+__device__ __forceinline__ void is_done_with_others() {}
+__device__ __forceinline__ void wait_until_others_are_done() {}
 
 #else
 
@@ -19,7 +21,7 @@ __device__ __forceinline__ int own_block() { return __clusterRelativeBlockRank()
 __device__ __forceinline__ int num_blocks() { return __clusterSizeInBlocks(); }
 
 // A block's own instance of something in shared memory. Not before all blocks have begun, nor after one may have ended:
-// see wait_for_all_blocks().
+// see the barriers.
 template <class T> __device__ __forceinline__ T& of_block(T& shared, int block) {
   return *static_cast<T*>(__cluster_map_shared_rank(&shared, block));
 }
@@ -32,6 +34,14 @@ __device__ __forceinline__ void wait_for_all_blocks() {
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
   }
+}
+
+// A block must not end while others read its shared memory: each says when it no longer reads theirs. Orders nothing.
+__device__ __forceinline__ void is_done_with_others() {
+  if (num_blocks() > 1) __cluster_barrier_arrive_relaxed();
+}
+__device__ __forceinline__ void wait_until_others_are_done() {
+  if (num_blocks() > 1) __cluster_barrier_wait();
 }
 
 #endif

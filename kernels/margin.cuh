@@ -10,41 +10,46 @@ struct Rows {                                      // of a warp, or of a block
   int first, step;
 };
 
-// One row: which experts it names, and how much it wants each. Rank 0 = kept anyway: a row's first choice, and
-// all that a row names which is not changed. Demand beyond UNIT is not told apart: nothing asks, and so sums of any
-// number of rows fit.
+// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. What is kept anyway is a
+// row's first choice, and all that a row names which is not changed.
+constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
+
+// One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
 __device__ __forceinline__ void ask(Shared& shared, const Row& r, int runners_up) {
   const Slot& s = r.slot;
   const int lane = threadIdx.x % 32;
   const int worth = s.valid ? in_order(__float_as_int(s.weight)) : 0x80000000;
   const int most = __reduce_max_sync(ALL_LANES, worth);
   const int first = __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1;
-  if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_rank[s.id], r.changeable && lane != first ? 1 : 0);
+  int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
+  if (s.valid && s.kind != PADDING) atomicOr(of_expert, r.changeable && lane != first ? NAMED : NAMED | KEPT_ANYWAY);
   if (!r.changeable) return;
   const int demand = demand_of(r, runners_up);
   if (lane >= K || demand == 0) return;
-  int* of_expert = &shared.demand[s.id];
-  if (*static_cast<volatile int*>(of_expert) <= UNIT) atomicAdd(of_expert, demand);
+  if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
 }
 
 // What is wanted of an expert: its demand; if it is kept anyway, more than any tau; -1 = nobody names it.
-__device__ __forceinline__ int wanted_of(int lowest_rank, int demand) {
-  return lowest_rank == 0 ? UNIT + 1 : lowest_rank < K ? min(demand, UNIT + 1) : -1;
+__device__ __forceinline__ int wanted_of(int facts, int demand) {
+  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, UNIT + 1) : -1;
 }
 
 // Fills shared.wanted from what all blocks were asked.
 __device__ __forceinline__ void add_up_blocks(Shared& shared) {
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
-    int rank = K, demand = 0;
+    int asked[MAX_BLOCKS], facts = 0, demand = 0;
 #pragma unroll
     for (int block = 0; block < MAX_BLOCKS; ++block) {  // all loads at once
-      if (block >= num_blocks()) continue;
-      const Shared& asked = of_block(shared, block);
-      rank = min(rank, asked.lowest_rank[v]);
-      demand += min(asked.demand[v], UNIT + 1);
+      asked[block] = of_block(shared, min(block, num_blocks() - 1)).demand[v];
     }
-    shared.wanted[v] = wanted_of(rank, demand);
+#pragma unroll
+    for (int block = 0; block < MAX_BLOCKS; ++block) {
+      const int own = block < num_blocks() ? asked[block] : 0;
+      facts |= own;
+      demand += min(own & SUM, UNIT + 1);
+    }
+    shared.wanted[v] = wanted_of(facts, demand);
   }
 }
 
@@ -102,21 +107,24 @@ __device__ __forceinline__ bool follows_margin(const Start& start) {
   return !UNAVAILABLE && start.has_work && start.settings.rule == MARGIN;
 }
 
-// The first half of the rule: fills shared.lowest_rank and shared.demand by this block's rows. load(row, slot) gives a
+// The first half of the rule: fills shared.demand by this block's rows. load(row, slot) gives a
 // slot. Returns the warp's first row, in a small batch its only one.
 template <class Load>
 __device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, const Settings& settings,
                                            const Logits& logits, Load load) {
   const Rows rows = rows_of_warp();
   Row first = {};
-  if (rows.first < a.num_rows) first = load_row(rows.first, logits, load);
-  __syncthreads();                                 // begin() has cleared shared memory
-  if (rows.first < a.num_rows) ask(shared, first, settings.runners_up);
 #pragma unroll 1
-  for (int row = rows.first + rows.step; row < a.num_rows; row += rows.step) {
-    ask(shared, load_row(row, logits, load), settings.runners_up);
+  for (int row = rows.first;; row += rows.step) {
+    const bool exists = row < a.num_rows;
+    const Row r = exists ? load_row(row, logits, load) : Row{};
+    if (row == rows.first) {
+      first = r;
+      __syncthreads();                             // begin() has cleared shared memory
+    }
+    if (!exists) return first;
+    ask(shared, r, settings.runners_up);
   }
-  return first;
 }
 
 // The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows. Writes ids
@@ -125,9 +133,10 @@ template <class Load, class Then>
 __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
                                            const Logits& logits, const Row* first, Load load, Then then) {
   const int lane = threadIdx.x % 32;
-  const unsigned kept = kept_experts(shared, start.settings);
-  const bool observes = start.settings.mode == OBSERVE;
+  const bool counts = own_block() == 0 && threadIdx.x >= THREADS - 32, observes = start.settings.mode == OBSERVE;
   const Rows rows = rows_of_warp();
+  if (rows.first >= a.num_rows && !counts) return;
+  const unsigned kept = kept_experts(shared, start.settings);
   int changed = 0;
 #pragma unroll 1
   for (int row = rows.first; row < a.num_rows; row += rows.step) {
@@ -150,11 +159,12 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
 
   unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
-  if (own_block() == 0 && threadIdx.x >= THREADS - 32) count_experts(shared, kept, counters);
+  if (counts) count_experts(shared, kept, counters);
 }
 
-// The rule on the whole batch, by all blocks. Behind it each of them sees what the others have written.
-template <class Load, class Then>
+// The rule on the whole batch, by all blocks. TOGETHER: then() may write to other blocks, and behind this each of them
+// sees what the others have written.
+template <bool TOGETHER, class Load, class Then>
 __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
                                              const Logits& logits, Load load, Then then) {
   const Row first = ask_for_all(shared, a, start.settings, logits, load);  // stays in registers between the halves
@@ -162,8 +172,10 @@ __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a,
   wait_for_all_blocks();
   add_up_blocks(shared);
   __syncthreads();
+  if (!TOGETHER) is_done_with_others();
   refill_all(shared, a, start, logits, &first, load, then);
-  wait_for_all_blocks();
+  if (TOGETHER) wait_for_all_blocks();
+  else wait_until_others_are_done();
 }
 
 }  // namespace

@@ -37,26 +37,23 @@ __device__ __forceinline__ int score_units(float score) { return __float2int_rn(
 // Integers in the order of floats; its own inverse.
 __device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
 
-// As many logits of a lane as one load takes.
+// A lane's logits of a row as they lie in memory, 0 beyond E.
 template <class T>
-struct Together {
-  static constexpr int COUNT = E % PER_LANE ? 1 : PER_LANE < 16 / int(sizeof(T)) ? PER_LANE : 16 / int(sizeof(T));
-  alignas(sizeof(T) * COUNT) T of[COUNT];
-};
+struct Share {
+  static constexpr int WIDTH = 16 / int(sizeof(T)), COUNT = E % PER_LANE ? 1 : PER_LANE < WIDTH ? PER_LANE : WIDTH;
+  struct Load {                                    // as many as one load takes
+    alignas(sizeof(T) * COUNT) T of[COUNT];
+  } loads[PER_LANE / COUNT] = {};
 
-// A lane's logits of a row, 0 beyond E; and that of its slot's expert.
-template <class T>
-__device__ __forceinline__ void load_logits(Row& r, const T* logits) {
-  constexpr int COUNT = Together<T>::COUNT;
+  __device__ __forceinline__ void read(const T* row) {
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j += COUNT) {
-    const int v = threadIdx.x % 32 * PER_LANE + j;
-    const Together<T> some = v < E ? *reinterpret_cast<const Together<T>*>(logits + v) : Together<T>{};
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) r.of[j + i] = to_float(some.of[i]);
+    for (int i = 0; i < PER_LANE / COUNT; ++i) {
+      const int v = threadIdx.x % 32 * PER_LANE + i * COUNT;
+      if (v < E) loads[i] = *reinterpret_cast<const Load*>(row + v);
+    }
   }
-  r.own = r.slot.valid ? to_float(logits[r.slot.id]) : 0;
-}
+  __device__ __forceinline__ float logit(int j) const { return to_float(loads[j / COUNT].of[j % COUNT]); }
+};
 
 // Bit j: a slot of the row names the expert lane * PER_LANE + j.
 __device__ __forceinline__ unsigned named_here(const Slot& s) {
@@ -74,26 +71,32 @@ __device__ __forceinline__ unsigned named_here(const Slot& s) {
 template <class Load>
 __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load) {
   const int lane = threadIdx.x % 32;
+  const bool is_wide = logits.bytes == 4;
+  Share<float> of_wide;
+  Share<unsigned short> of_narrow;
+  if (is_wide) of_wide.read(static_cast<const float*>(logits.values) + row * E);
+  else of_narrow.read(static_cast<const unsigned short*>(logits.values) + row * E);
   Row r;
   r.slot = lane < K ? load(row, lane) : Slot{-1, 0.0f, PADDING, false};
-  if (logits.bytes == 4) load_logits(r, static_cast<const float*>(logits.values) + row * E);
-  else load_logits(r, static_cast<const unsigned short*>(logits.values) + row * E);
   r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
   if (!r.changeable) return r;
 
-  const unsigned named = named_here(r.slot);
   int most = 0x80000000;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
+    r.of[j] = is_wide ? of_wide.logit(j) : of_narrow.logit(j);
     if (lane * PER_LANE + j < E) most = max(most, in_order(__float_as_int(r.of[j])));
   }
   const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
+  const unsigned named = named_here(r.slot);
+  const int id = r.slot.valid ? int(r.slot.id) : 0;
+  r.own = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const bool is_free = lane * PER_LANE + j < E && !(named >> j & 1);
-    r.of[j] = is_free ? score_of(r.of[j], best) : -1;
+    const float score = score_of(r.of[j], best), of_slot = __shfl_sync(ALL_LANES, score, id / PER_LANE);
+    if (r.slot.valid && id % PER_LANE == j) r.own = of_slot;
+    r.of[j] = lane * PER_LANE + j < E && !(named >> j & 1) ? score : -1;
   }
-  r.own = r.slot.valid ? score_of(r.own, best) : 0;
   return r;
 }
 
@@ -128,13 +131,16 @@ __device__ __forceinline__ void drop_first(int (&values)[PER_LANE], bool drops) 
 __device__ __forceinline__ int sum_of_best(int (&values)[PER_LANE], int count) {
   int sum = 0;
 #pragma unroll 1
-  while (count > 0) {                              // lanes that hold the same give theirs at once
-    const int best = __reduce_max_sync(ALL_LANES, values[0]);
-    const bool holds = values[0] == best;
-    const int takes = min(__popc(__ballot_sync(ALL_LANES, holds)), count);
-    sum += takes * best;
-    count -= takes;
-    drop_first(values, holds);
+  while (count > 0) {
+#pragma unroll
+    for (int pass = 0; pass < 4; ++pass) {         // a pass does not wait for the count of the one before
+      const int best = __reduce_max_sync(ALL_LANES, values[0]);
+      const bool holds = values[0] == best;        // lanes that hold the same give theirs at once
+      const int takes = min(__popc(__ballot_sync(ALL_LANES, holds)), count);
+      sum += takes * best;
+      count -= takes;
+      drop_first(values, holds);
+    }
   }
   return sum;
 }
@@ -190,26 +196,34 @@ __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slo
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) ranked[j] = kept >> j & 1 ? __float_as_int(r.of[j]) : -1;
   sort_falling(ranked);
-  int best = 0, holder = 0, repeats = 0;           // of the last slot; how often its lane gave the same before
-  int own_best = -1, own_holder = 0, own_repeats = 0;
+  const unsigned own_bit = 1u << lane;
+  int best = -1, repeats = 0;                      // of the last slot; how often its lane gave the same before
+  unsigned holder = 0;                             // a bit: the first lane with the best
+  int own_best = -1, own_repeats = 0;              // of this lane's slot
+  unsigned own_holder = 1;
 #pragma unroll 1
-  for (; slot < K; ++slot) {
-    const int last = best, last_holder = holder;
-    best = __reduce_max_sync(ALL_LANES, ranked[0]);
-    if (best < 0) break;
-    holder = __ffs(__ballot_sync(ALL_LANES, ranked[0] == best)) - 1;
-    repeats = best == last && holder == last_holder ? repeats + 1 : 0;
-    if (lane == slot) own_best = best, own_holder = holder, own_repeats = repeats;
-    drop_first(ranked, lane == holder);
+  while (slot < K) {
+#pragma unroll
+    for (int pass = 0; pass < 2; ++pass, ++slot) {
+      const int last = best;
+      const unsigned last_holder = holder;
+      best = __reduce_max_sync(ALL_LANES, ranked[0]);
+      const unsigned holders = __ballot_sync(ALL_LANES, ranked[0] == best);
+      holder = holders & -holders;
+      repeats = best == last && holder == last_holder ? repeats + 1 : 0;
+      if (lane == slot) own_best = best, own_holder = holder, own_repeats = repeats;
+      drop_first(ranked, holder == own_bit);
+    }
   }
+  const int from = __ffs(own_holder) - 1;
   int place = 0;                                   // which of its holder's experts it was
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const int score = __shfl_sync(ALL_LANES, kept >> j & 1 ? __float_as_int(r.of[j]) : -1, own_holder);
+    const int score = __shfl_sync(ALL_LANES, kept >> j & 1 ? __float_as_int(r.of[j]) : -1, from);
     if (score == own_best && own_repeats-- == 0) place = j;
   }
-  if (own_best < 0) return {-1, 0};
-  return {own_holder * PER_LANE + place, __int_as_float(own_best)};
+  if (own_best < 0 || lane >= K) return {-1, 0};   // the last pass may go beyond the row
+  return {from * PER_LANE + place, __int_as_float(own_best)};
 }
 
 // The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's

@@ -10,7 +10,7 @@ __device__ __forceinline__ void reroute_rows_by(Shared& shared, const Arguments&
                                                 const Logits& logits, Then then, ThenOfMargin then_of_margin) {
   if (follows_margin(start)) {
     const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-    apply_margin(shared, a, start, logits, load, then_of_margin);
+    apply_margin<!ONLY_RULE>(shared, a, start, logits, load, then_of_margin);
   } else {
     reroute_rows<ONLY_RULE>(shared, a, start, then);
   }

@@ -144,7 +144,7 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     Shared& shared_of_first = of_block(shared, 0);
     const auto tell_first = [&](int index, Id id) { count_slot(counting_of_first, shared_of_first, index, id); };
     __syncthreads();
-    apply_margin(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, tell_first);
+    apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, tell_first);
   } else {
     const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
     const auto load = [&](int row, int slot) {

@@ -395,6 +395,7 @@ inline void __syncwarp(unsigned mask = ~0u, LINE) {
 }
 // What is done between the two is done before the barrier here.
 inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_arrive_relaxed() {}
 inline void __cluster_barrier_wait(LINE) {
     cuda_on_cpu::wait_for(cuda_on_cpu::Wait::CLUSTER, __func__, line, 0);
 }

@@ -75,7 +75,7 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
         cluster=st.sampled_from([1, 1, 8]),
     )
     def every(case: Case, seed: int, inplace: bool, cluster: int) -> None:
-        how = dict(seed=seed, inplace=inplace, cluster=cluster)
+        how = {"seed": seed, "inplace": inplace, "cluster": cluster}
         check(functools.partial(run, cache=cache, threads=64, **how), case)
 
     every()
@@ -144,7 +144,7 @@ def test_aligned(experts: int, slots: int, cache: Path) -> None:
         cluster=st.sampled_from([1, 1, 8]),
     )
     def every(case: Case, seed: int, block: int, cluster: int) -> None:
-        how = dict(seed=seed, block=block, cluster=cluster)
+        how = {"seed": seed, "block": block, "cluster": cluster}
         check(functools.partial(align, cache=cache, threads=64, **how), case)
 
     every()
@@ -156,7 +156,7 @@ def test_aligned_without_work(cache: Path) -> None:
         make_case(seed=2, rows=20, experts=60, slots=4, select_top_k=1, kinds="exact")
     )
     for mode, cluster in (("on", 1), ("off", 1), ("off", 8)):
-        how = dict(mode=mode, cluster=cluster)
+        how = {"mode": mode, "cluster": cluster}
         ids, counts = align(case, cache=cache, threads=64, seed=0, block=16, **how)
         assert_same_ids(ids, case.ids, mode)
         assert counts == (0, 0, 0, 0)

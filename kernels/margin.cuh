@@ -10,8 +10,8 @@ struct Rows {                                      // of a warp, or of a block
   int first, step;
 };
 
-// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. What is kept anyway is a
-// row's first choice, and all that a row names which is not changed.
+// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a row's
+// first choice, and all that a row names which is not changed.
 constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
 
 // One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
@@ -127,8 +127,8 @@ __device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, c
   }
 }
 
-// The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows. Writes ids
-// and weights; where ids are in place, those of changed rows only. Counts. first: the warp's first row, or null.
+// The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows. Writes
+// ids and weights; where ids are in place, those of changed rows only. Counts. first: the warp's first row, or null.
 template <class Load, class Then>
 __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
                                            const Logits& logits, const Row* first, Load load, Then then) {

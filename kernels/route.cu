@@ -1,5 +1,6 @@
 // The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch: all that lies between the
-// gate's logits and the expert GEMM of a decode step. One block, or under margin a cluster. See rule.cuh and margin.cuh.
+// gate's logits and the expert GEMM of a decode step. One block; under margin it may be a cluster of blocks. See
+// rule.cuh and margin.cuh.
 //   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
 //   E is a power of two, 32..256
 #include "margin.cuh"

@@ -119,12 +119,13 @@ def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
     case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
     wanted = case.expected(emulated_exp)
     assert not torch.equal(wanted[0], case.ids)
-    for block in (None, 16):
-        ids, weights, counts = run(case, cache=cache, mode="observe", block=block, inplace=False)
+    for block, cluster in ((None, 1), (16, 1), (None, 8), (16, 8)):
+        how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
+        ids, weights, counts = run(case, mode="observe", **how)
         assert_same_ids(ids, case.ids, "observe")
         assert torch.equal(weights, case.weights)
         assert counts == wanted[2]
-        ids, weights, counts = run(case, cache=cache, mode="off", block=block, inplace=False)
+        ids, weights, counts = run(case, mode="off", **how)
         assert_same_ids(ids, case.ids, "off")
         assert torch.equal(weights, case.weights)
         assert counts == (0, 0, 0, 0)

@@ -169,5 +169,5 @@ reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked) {
   }
   __syncthreads();
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-  refill_all(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
+  refill_all<false>(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
 }

@@ -12,8 +12,8 @@ __device__ __forceinline__ int own_block() { return 0; }
 __device__ __forceinline__ int num_blocks() { return 1; }
 template <class T> __device__ __forceinline__ T& of_block(T& shared, int) { return shared; }
 __device__ __forceinline__ void wait_for_all_blocks() { __syncthreads(); }
-__device__ __forceinline__ void is_done_with_others() {}
-__device__ __forceinline__ void wait_until_others_are_done() {}
+template <bool SHOWS> __device__ __forceinline__ void announce() {}
+__device__ __forceinline__ void wait_for_announced() {}
 
 #else
 
@@ -36,11 +36,14 @@ __device__ __forceinline__ void wait_for_all_blocks() {
   }
 }
 
-// A block must not end while others read its shared memory: each says when it no longer reads theirs. Orders nothing.
-__device__ __forceinline__ void is_done_with_others() {
-  if (num_blocks() > 1) __cluster_barrier_arrive_relaxed();
+// The same in two halves, where there are other blocks, of which one must not end while others use its shared memory. A
+// thread announces that it is done with theirs; SHOWS: what it wrote before is seen by who has waited.
+template <bool SHOWS> __device__ __forceinline__ void announce() {
+  if (num_blocks() == 1) return;
+  if (SHOWS) __cluster_barrier_arrive();
+  else __cluster_barrier_arrive_relaxed();
 }
-__device__ __forceinline__ void wait_until_others_are_done() {
+__device__ __forceinline__ void wait_for_announced() {
   if (num_blocks() > 1) __cluster_barrier_wait();
 }
 

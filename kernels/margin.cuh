@@ -10,8 +10,8 @@ struct Rows {                                      // of a warp, or of a block
   int first, step;
 };
 
-// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a row's
-// first choice, and all that a row names which is not changed.
+// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a
+// row's first choice, and all that a row names which is not changed.
 constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
 
 // One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
@@ -127,33 +127,35 @@ __device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, c
   }
 }
 
-// The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows. Writes
-// ids and weights; where ids are in place, those of changed rows only. Counts. first: the warp's first row, or null.
-template <class Load, class Then>
+// The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows, after
+// which each thread announces. Writes ids and weights; where ids are in place, those of changed rows only. Counts.
+// first: the warp's first row, or null.
+template <bool SHOWS, class Load, class Then>
 __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
                                            const Logits& logits, const Row* first, Load load, Then then) {
   const int lane = threadIdx.x % 32;
   const bool counts = own_block() == 0 && threadIdx.x >= THREADS - 32, observes = start.settings.mode == OBSERVE;
   const Rows rows = rows_of_warp();
+  if (rows.first >= a.num_rows) announce<SHOWS>();
   if (rows.first >= a.num_rows && !counts) return;
   const unsigned kept = kept_experts(shared, start.settings);
   int changed = 0;
 #pragma unroll 1
   for (int row = rows.first; row < a.num_rows; row += rows.step) {
-    const auto write = [&](int slot, int id, float weight) {
-      a.new_ids[row * K + slot] = id;
-      a.weights[row * K + slot] = weight;
-      then(row * K + slot, id);
-    };
     const Row r = first && row == rows.first ? *first : load_row(row, logits, load);
     const unsigned stays = staying(r.slot, kept);
     const bool changes = r.changeable && stays != ALL_SLOTS;
     if (changes && row >= start.step.own_begin && row < start.step.own_end) changed += K - __popc(stays);
-    if (changes && !observes) {
-      refill(r, stays, kept, start.settings, write);
-    } else if (lane < K) {
-      if (a.new_ids != a.ids) write(lane, int(r.slot.id), r.slot.weight);
-      else then(row * K + lane, r.slot.id);
+    const bool moves = changes && !observes;
+    const NewSlots slots = moves ? refill(r, stays, kept, start.settings) : unchanged(r);
+    for (const NewSlot& s : slots.of) {
+      if (s.slot >= 0) then(row * K + s.slot, s.id);
+    }
+    if (row + rows.step >= a.num_rows) announce<SHOWS>();  // not after what follows: nobody waits for that
+    for (const NewSlot& s : slots.of) {
+      if (s.slot < 0 || (!moves && a.new_ids == a.ids)) continue;
+      a.new_ids[row * K + s.slot] = s.id;
+      a.weights[row * K + s.slot] = s.weight;
     }
   }
 
@@ -162,9 +164,8 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   if (counts) count_experts(shared, kept, counters);
 }
 
-// The rule on the whole batch, by all blocks. TOGETHER: then() may write to other blocks, and behind this each of them
-// sees what the others have written.
-template <bool TOGETHER, class Load, class Then>
+// The rule on the whole batch, by all blocks. SHOWS: then() may write to the first block, which sees it behind this.
+template <bool SHOWS, class Load, class Then>
 __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
                                              const Logits& logits, Load load, Then then) {
   const Row first = ask_for_all(shared, a, start.settings, logits, load);  // stays in registers between the halves
@@ -172,10 +173,21 @@ __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a,
   wait_for_all_blocks();
   add_up_blocks(shared);
   __syncthreads();
-  if (!TOGETHER) is_done_with_others();
-  refill_all(shared, a, start, logits, &first, load, then);
-  if (TOGETHER) wait_for_all_blocks();
-  else wait_until_others_are_done();
+  refill_all<SHOWS>(shared, a, start, logits, &first, load, then);
+  wait_for_announced();
+}
+
+// For the first block, which sorts the slots of all: a then() that counts a slot there, and the experts it was told.
+__device__ __forceinline__ auto count_in_first_block(Counting& counting, Shared& shared) {
+  Counting& counting_there = of_block(counting, 0);
+  Shared& shared_there = of_block(shared, 0);
+  return [&counting_there, &shared_there](int index, Id id) {
+    count_slot(counting_there, shared_there, index, id);
+    shared_there.expert[index] = id >= 0 && id < E ? id : E;
+  };
+}
+__device__ __forceinline__ auto expert_in_first_block(const Shared& shared) {
+  return [&shared](int index) { return Id(shared.expert[index]); };
 }
 
 }  // namespace

@@ -226,11 +226,24 @@ __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slo
   return {from * PER_LANE + place, __int_as_float(own_best)};
 }
 
+struct NewSlot {
+  int slot;                                        // -1: none
+  int id;
+  float weight;
+};
+
+struct NewSlots {                                  // of a lane: where its own expert goes, and who comes instead
+  NewSlot of[2];
+};
+
+__device__ __forceinline__ NewSlots unchanged(const Row& r) {
+  const int lane = threadIdx.x % 32;
+  return {{{lane < K ? lane : -1, int(r.slot.id), r.slot.weight}, {-1, 0, 0}}};
+}
+
 // The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's
-// first expert with weight 0, as experts' code that takes no id of -1 wants it. write(slot, id, weight) is told.
-template <class Write>
-__device__ __forceinline__ void refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings,
-                                       Write write) {
+// first expert with weight 0, as experts' code that takes no id of -1 wants it.
+__device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings) {
   const int lane = threadIdx.x % 32, num_staying = __popc(stays), rank = rank_by_score(r, stays);
   const bool is_staying = stays >> lane & 1;
   const StandIn found = stand_in(r, kept, num_staying);
@@ -241,8 +254,9 @@ __device__ __forceinline__ void refill(const Row& r, unsigned stays, unsigned ke
   const float taken = sum_of_slots(share + new_share), before = sum_of_slots(r.own);
   const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
   const float scale = sum_of_slots(r.slot.weight) * exp2f(-exponent);
-  if (is_staying) write(rank, int(r.slot.id), share * scale);
-  if (lane >= num_staying && lane < K) write(lane, found.expert < 0 ? first : found.expert, new_share * scale);
+  const int filled = lane >= num_staying && lane < K ? lane : -1;
+  return {{{is_staying ? rank : -1, int(r.slot.id), share * scale},
+           {filled, found.expert < 0 ? first : found.expert, new_share * scale}}};
 }
 
 }  // namespace

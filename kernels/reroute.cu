@@ -40,9 +40,9 @@ reroute_and_align(RULE_PARAMETERS, LOGITS_PARAMETERS, SORTED_PARAMETERS) {
   if (own_block() > 0 && !follows_margin(start)) return;
   if (own_block() == 0) begin_sorting(counting, sorted, num_rows);
   const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
-  Counting& counting_of_first = of_block(counting, 0);
-  Shared& shared_of_first = of_block(shared, 0);
-  const auto tell_first = [&](int index, Id id) { count_slot(counting_of_first, shared_of_first, index, id); };
+  const auto tell_first = count_in_first_block(counting, shared);
   reroute_rows_by<false>(shared, a, start, LOGITS_ARGUMENTS, count, tell_first);
-  if (own_block() == 0) sort_slots(counting, shared, sorted, new_ids, num_rows);
+  if (own_block() > 0) return;
+  if (follows_margin(start)) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
+  else sort_slots(counting, shared, sorted, new_ids, num_rows);
 }

@@ -141,11 +141,10 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind, expert >= 0};
   };
   if (by_margin) {
-    Counting& counting_of_first = of_block(counting, 0);
-    Shared& shared_of_first = of_block(shared, 0);
-    const auto tell_first = [&](int index, Id id) { count_slot(counting_of_first, shared_of_first, index, id); };
+    const auto tell_first = count_in_first_block(counting, shared);
     __syncthreads();
     apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, tell_first);
+    if (own_block() == 0) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
   } else {
     const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
     const auto load = [&](int row, int slot) {
@@ -154,6 +153,6 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
       return s;
     };
     apply_rule(shared, a, start, load, count);
+    sort_slots(counting, shared, sorted, new_ids, num_rows);
   }
-  if (own_block() == 0) sort_slots(counting, shared, sorted, new_ids, num_rows);
 }

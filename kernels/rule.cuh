@@ -82,7 +82,10 @@ struct Slot {
 struct Shared {
   union {
     __align__(16) Expert near[E][NEAR];            // the start of a row of Arguments::neighbours; after that:
-    unsigned short order[MAX_ROWS * K];            // a slot's place among those of its expert
+    struct {                                       // of a slot
+      unsigned short order[MAX_ROWS * K];          // its place among those of its expert
+      unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
+    };
   };
   int lowest_rank[STRIDE];                         // best rank any row gives the expert, K = none
   union {

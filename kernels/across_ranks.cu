@@ -166,17 +166,14 @@ ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
-  begin(start, shared, a);
-  finish_copies();
-  __syncthreads();
+  begin(start, shared, a, false);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-  Row first;
-  if (start.has_work) ask_for_all(shared, a, start.settings, LOGITS_ARGUMENTS, load, first);
+  if (start.has_work) ask_for_all(shared, a, start.settings, LOGITS_ARGUMENTS, load);
   __syncthreads();
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) {
-    const int rank = shared.lowest_rank[v], demand = rank == 0 ? UNIT + 1 : min(shared.demand[v], UNIT + 1);
-    asked[v] = demand * DEMAND + (rank < K);
+    const int wanted = wanted_of(shared.demand[v], shared.demand[v] & SUM);
+    asked[v] = wanted < 0 ? 0 : wanted * DEMAND + 1;
   }
 }
 
@@ -186,16 +183,14 @@ reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
-  begin(start, shared, a);
+  begin(start, shared, a, false);
   if (!start.has_work) return;
 #pragma unroll 1
-  for (int v = threadIdx.x; v < E; v += THREADS) {
-    const long long sum = asked[v], wanted = sum / DEMAND;
-    shared.lowest_rank[v] = wanted > UNIT ? 0 : sum > 0 ? 1 : K;
-    shared.demand[v] = int(min(wanted, (long long)UNIT));
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
+    const long long sum = v < E ? asked[v] : 0;
+    shared.wanted[v] = sum > 0 ? int(min(sum / DEMAND, (long long)UNIT + 1)) : -1;
   }
-  finish_copies();
   __syncthreads();
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-  refill_all(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
+  refill_all<false>(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
 }

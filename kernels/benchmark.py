@@ -1,11 +1,15 @@
 """Microseconds that re-routing adds to a layer, under a CUDA graph, on a GPU host.
 
     python kernels/benchmark.py --out kernel-h200.json --plot kernel-h200.png
+    python kernels/benchmark.py --only-margin --repeats 12 --out margin-h200.json
 
 A graph holds for each of 48 layers an empty kernel and one launch of an arm, with ids, weights and
 tables of the layer's own; the time beyond a graph of empty kernels only, over 48, is what the arm
 adds to a layer. (Without the empty kernels, our launches would overlap with each other.) Arms take
 turns; repeats are medians.
+
+The second form measures margin beside sere alone, in less than a minute: as it is launched, and
+with 1, 2, 4 and 8 blocks. sere's `..._8_blocks_us` are its times in a graph captured for margin.
 """
 
 import argparse
@@ -24,8 +28,8 @@ from torch import Tensor
 
 from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.compiler import compile_cubin
-from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
-from sere_ray.kernel.memory import Settings
+from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel, blocks_of_margin
+from sere_ray.kernel.memory import DeviceLayer, Settings
 from sere_ray.progress import progress
 from sere_ray.results import write_result
 from sere_ray.rules.sere import apply_plan, count, make_plan
@@ -33,6 +37,8 @@ from sere_ray.rules.sere import apply_plan, count, make_plan
 LAYERS = 48
 SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8)]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+MARGIN_SHAPES = SHAPES[1:]
+MARGIN_ROWS = [4, 16, 32, 64, 128]
 BLOCK_SIZE = 16
 
 Launch = Callable[[int], Any]
@@ -84,30 +90,12 @@ def arms(
 
     found: dict[str, Launch] = {
         "empty_us": _empty_launch(kernel.threads("reroute", rows)),
-        "added_us": lambda layer: kernel.reroute(
-            data.ids[layer], data.new_ids[layer], data.weights[layer], data.layers[layer]
-        ),
-        "with_sorting_us": lambda layer: kernel.reroute_and_align(
-            data.ids[layer],
-            data.new_ids[layer],
-            data.weights[layer],
-            data.layers[layer],
-            block_size=BLOCK_SIZE,
-        ),
         "reference_us": reference,
         "published_us": _published_launch(rows, num_experts, top_k, data),
+        **_sere_launches(kernel, rows, data),
+        **_margin_launches(kernel, rows, data, blocks_of_margin(rows, GPU)),
+        **_vllm_launches(num_experts, data),
     }
-    if kernel.can_route and rows <= MAX_ROUTED_ROWS:
-        found["with_top_k_us"] = lambda layer: kernel.route_and_align(
-            data.logits[layer],
-            data.new_ids[layer],
-            data.new_weights[layer],
-            data.layers[layer],
-            is_padding=None,
-            renormalize=True,
-            block_size=BLOCK_SIZE,
-        )
-    found |= _margin_launches(kernel, rows, data) | _vllm_launches(num_experts, data)
     if compiled:
         fast = torch.compile(_reference, dynamic=False)
         found["compiled_us"] = lambda layer: fast(
@@ -120,27 +108,69 @@ def arms(
     return found
 
 
-def _margin_launches(kernel: RuleKernel, rows: int, data: Layers) -> dict[str, Launch]:
-    """The rule ``margin`` in the three launches."""
+def margin_arms(rows: int, num_experts: int, top_k: int, data: Layers) -> dict[str, Launch]:
+    """The rule ``margin`` beside ``sere``, in one block and in clusters."""
+    kernel = RuleKernel(num_experts, top_k, torch.int32)
+    found = {
+        "empty_us": _empty_launch(kernel.threads("reroute", rows)),
+        **_sere_launches(kernel, rows, data),
+        **_margin_launches(kernel, rows, data, blocks_of_margin(rows, GPU)),
+    }
+    if torch.cuda.get_device_capability(GPU) < (9, 0):
+        return found
+    for blocks in (1, 2, 4, 8):
+        others = _margin_launches(kernel, rows, data, blocks)
+        if blocks == 8:
+            others |= _sere_launches(kernel, rows, data, blocks)
+        for name, launch in others.items():
+            found[f"{name.removesuffix('_us')}_{blocks}_blocks_us"] = launch
+    return found
+
+
+def _sere_launches(
+    kernel: RuleKernel, rows: int, data: Layers, blocks: int = 1
+) -> dict[str, Launch]:
+    names = ("added_us", "with_sorting_us", "with_top_k_us")
+    return _launches(kernel, rows, data, data.layers, data.weights, blocks, names)
+
+
+def _margin_launches(kernel: RuleKernel, rows: int, data: Layers, blocks: int) -> dict[str, Launch]:
+    names = ("margin_us", "margin_with_sorting_us", "margin_with_top_k_us")
+    return _launches(kernel, rows, data, data.margin, data.margin_weights, blocks, names)
+
+
+def _launches(
+    kernel: RuleKernel,
+    rows: int,
+    data: Layers,
+    layers: list[DeviceLayer],
+    weights: Tensor,
+    blocks: int,
+    names: tuple[str, str, str],
+) -> dict[str, Launch]:
+    """A rule alone, with sorting, and with the gate's top-k where the kernel has it."""
 
     def arguments(layer: int) -> tuple[Any, ...]:
-        return data.ids[layer], data.new_ids[layer], data.margin_weights[layer], data.margin[layer]
+        return data.ids[layer], data.new_ids[layer], weights[layer], layers[layer]
 
     found: dict[str, Launch] = {
-        "margin_us": lambda layer: kernel.reroute(*arguments(layer), logits=data.logits[layer]),
-        "margin_with_sorting_us": lambda layer: kernel.reroute_and_align(
-            *arguments(layer), logits=data.logits[layer], block_size=BLOCK_SIZE
+        names[0]: lambda layer: kernel.reroute(
+            *arguments(layer), logits=data.logits[layer], blocks=blocks
+        ),
+        names[1]: lambda layer: kernel.reroute_and_align(
+            *arguments(layer), logits=data.logits[layer], block_size=BLOCK_SIZE, blocks=blocks
         ),
     }
     if kernel.can_route and rows <= MAX_ROUTED_ROWS:
-        found["margin_with_top_k_us"] = lambda layer: kernel.route_and_align(
+        found[names[2]] = lambda layer: kernel.route_and_align(
             data.logits[layer],
             data.new_ids[layer],
             data.new_weights[layer],
-            data.margin[layer],
+            layers[layer],
             is_padding=None,
             renormalize=True,
             block_size=BLOCK_SIZE,
+            blocks=blocks,
         )
     return found
 
@@ -258,14 +288,21 @@ def replay_us(graph: torch.cuda.CUDAGraph, replays: int = 5) -> float:
 
 
 def measure(
-    rows: int, num_experts: int, top_k: int, repeats: int, *, compiled: bool
+    rows: int,
+    num_experts: int,
+    top_k: int,
+    repeats: int,
+    *,
+    compiled: bool = False,
+    only_margin: bool = False,
 ) -> dict[str, Any]:
     """One row of the result."""
     data = Layers(rows, num_experts, top_k, select_top_k=1)
-    graphs = {
-        name: capture(launch)
-        for name, launch in arms(rows, num_experts, top_k, data, compiled=compiled).items()
-    }
+    if only_margin:
+        launches = margin_arms(rows, num_experts, top_k, data)
+    else:
+        launches = arms(rows, num_experts, top_k, data, compiled=compiled)
+    graphs = {name: capture(launch) for name, launch in launches.items()}
     nothing = capture(lambda layer: None)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(repeats + 1):
@@ -279,12 +316,14 @@ def measure(
         "num_experts": num_experts,
         "top_k": top_k,
         "launches": 1,
+        "margin_blocks": blocks_of_margin(rows, GPU),
         **medians,
         "added_us_min": round(min(added), 3),
         "added_us_max": round(max(added), 3),
-        "times_published": round(medians["published_us"] / medians["added_us"], 2),
         "bytes": _bytes(rows, num_experts, top_k, data),
     }
+    if "published_us" in medians:
+        row["times_published"] = round(medians["published_us"] / medians["added_us"], 2)
     for ours, stock, added_name in (
         ("with_sorting_us", "vllm_sorting_us", "added_when_sorting_us"),
         ("with_top_k_us", "vllm_top_k_us", "added_with_top_k_us"),
@@ -348,7 +387,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the result file here")
     parser.add_argument("--only-plot", action="store_true", help="draw what was measured before")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--rows", help="batch sizes, with commas between them")
+    parser.add_argument("--only-margin", action="store_true", help="margin beside sere alone")
     parser.add_argument(
         "--compiled-rows",
         default="16,64,512",
@@ -360,13 +400,21 @@ def main() -> None:
         return
     torch._dynamo.config.cache_size_limit = 64
     compiled = {int(n) for n in options.compiled_rows.split(",") if n}
-    points = list(itertools.product(SHAPES, map(int, options.rows.split(","))))
+    shapes, batches = (MARGIN_SHAPES, MARGIN_ROWS) if options.only_margin else (SHAPES, ROWS)
+    if options.rows:
+        batches = [int(n) for n in options.rows.split(",")]
+    points = list(itertools.product(shapes, batches))
     console, rows = Console(), []
     with progress(console, len(points), task="measure", unit="shapes") as advance:
         for (num_experts, top_k), count_of in points:
             rows.append(
                 measure(
-                    count_of, num_experts, top_k, options.repeats, compiled=count_of in compiled
+                    count_of,
+                    num_experts,
+                    top_k,
+                    options.repeats,
+                    compiled=count_of in compiled,
+                    only_margin=options.only_margin,
                 )
             )
             console.print({k: v for k, v in rows[-1].items() if not k.startswith("added_us_")})

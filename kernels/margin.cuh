@@ -1,138 +1,56 @@
-// The rule `margin` (docs/quality.md) for one thread block, in the slot of the SERE rule: a warp takes a row.
-// sere_ray/rules/margin.py is the reference and must give the same integers.
-//
-// Scores are exp(logit - the row's best logit): the softmax without its sum, which cancels out of everything.
+// The rule `margin` (docs/quality.md) in the slot of the SERE rule: a warp takes a row, and the blocks of a cluster
+// share the rows out. sere_ray/rules/margin.py is the reference and must give the same integers.
 #pragma once
-#include "rule.cuh"
+#include "cluster.cuh"
+#include "margin_row.cuh"
 
 namespace {
 
-constexpr int REROUTABLE = 1;
-constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
-constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
-constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
-constexpr unsigned ALL_SLOTS = (1u << K) - 1;      // the lanes below K hold the slots of a warp's row
-
-struct Logits {
-  const void* values;                              // [num_rows][E]
-  int bytes;                                       // 4 = float32, 2 = bfloat16
+struct Rows {                                      // of a warp, or of a block
+  int first, step;
 };
 
-struct Row {                                       // as a warp holds it
-  Slot slot;                                       // of a lane below K; of the others none
-  bool changeable;                                 // re-routable, and each slot names an expert
-  float own;                                       // score of the slot's expert, 0 = no expert
-  float of[PER_LANE];                              // scores of the experts lane * PER_LANE + j; -1 beyond E
-};
+// What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a
+// row's first choice, and all that a row names which is not changed.
+constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
 
-__device__ __forceinline__ float logit_of(const Logits& logits, int row, int expert) {
-  const int at = row * E + expert;
-  if (logits.bytes == 4) return static_cast<const float*>(logits.values)[at];
-  return __uint_as_float(unsigned(static_cast<const unsigned short*>(logits.values)[at]) << 16);
-}
-
-__device__ __forceinline__ float score_of(float logit, float most) {
-  const float score = expf(logit - most);
-  return score >= 0 ? score : 0;                   // not a number: 0
-}
-
-__device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
-
-// Integers in the order of floats; its own inverse.
-__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
-
-// load(row, slot) gives a slot.
-template <class Load>
-__device__ __forceinline__ Row load_row(int row, Load load) {
-  Row r;
-  r.slot = threadIdx.x % 32 < K ? load(row, int(threadIdx.x % 32)) : Slot{-1, 0.0f, PADDING, false};
-  r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
-  return r;
-}
-
-__device__ __forceinline__ void load_scores(Row& r, const Logits& logits, int row) {
-  const int lane = threadIdx.x % 32;
-  const float own = r.slot.valid ? logit_of(logits, row, r.slot.id) : 0;
-  int most = 0x80000000;
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    const int v = lane * PER_LANE + j;
-    r.of[j] = v < E ? logit_of(logits, row, v) : 0;
-    if (v < E) most = max(most, in_order(__float_as_int(r.of[j])));
-  }
-  const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) r.of[j] = lane * PER_LANE + j < E ? score_of(r.of[j], best) : -1;
-  r.own = r.slot.valid ? score_of(own, best) : 0;
-}
-
-// Bit j: a slot of the row names the expert lane * PER_LANE + j.
-__device__ __forceinline__ unsigned named_here(const Slot& s) {
-  unsigned named = 0;
-#pragma unroll
-  for (int slot = 0; slot < K; ++slot) {
-    const int at = __shfl_sync(ALL_LANES, (int)s.id, slot) - int(threadIdx.x % 32) * PER_LANE;
-    if (at >= 0 && at < PER_LANE) named |= 1u << at;
-  }
-  return named;
-}
-
-// The best of the warp's values, which is taken out. Returns the lane that held it; of several the first, and of
-// a lane's the first.
-__device__ __forceinline__ int take_best(int (&values)[PER_LANE], int& best, int& place) {
-  best = values[0], place = 0;
-#pragma unroll
-  for (int j = 1; j < PER_LANE; ++j) {
-    if (values[j] > best) best = values[j], place = j;
-  }
-  const int own = best;
-  best = __reduce_max_sync(ALL_LANES, own);
-  const int holder = __ffs(__ballot_sync(ALL_LANES, own == best)) - 1;
-  if (threadIdx.x % 32 == holder) {
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-      if (j == place) values[j] = -1;
-    }
-  }
-  return holder;
-}
-
-// What a slot's expert is to its row: the lead over the best experts that it did not choose, squared.
-__device__ __forceinline__ int demand_of(const Row& r, int runners_up) {
-  const int own = score_units(r.own);
-  const unsigned named = named_here(r.slot);
-  int units[PER_LANE];
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) units[j] = named >> j & 1 ? -1 : score_units(r.of[j]);
-  const int total = __reduce_add_sync(ALL_LANES, own), count = min(runners_up, E - K);
-  int others = 0;
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
-    int best, place;
-    take_best(units, best, place);
-    others += best;
-  }
-  // In the reference's order of operations, none of them fused: the same bits.
-  const int n = max(count, 1), ahead = max(n * own - others, 0);
-  const float lead = __fdiv_rn(__int2float_rn(ahead), __fmul_rn(__int2float_rn(total), __int2float_rn(n)));
-  return __float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT)));
-}
-
-// One row: which experts it names, and how much it wants each. Rank 0 = kept anyway: a row's first choice, and
-// all that a row names which is not changed. Demand beyond UNIT is not told apart: nothing asks, and so sums of any
-// number of rows fit.
+// One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
 __device__ __forceinline__ void ask(Shared& shared, const Row& r, int runners_up) {
   const Slot& s = r.slot;
   const int lane = threadIdx.x % 32;
   const int worth = s.valid ? in_order(__float_as_int(s.weight)) : 0x80000000;
   const int most = __reduce_max_sync(ALL_LANES, worth);
   const int first = __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1;
-  if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_rank[s.id], r.changeable && lane != first ? 1 : 0);
+  int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
+  if (s.valid && s.kind != PADDING) atomicOr(of_expert, r.changeable && lane != first ? NAMED : NAMED | KEPT_ANYWAY);
   if (!r.changeable) return;
   const int demand = demand_of(r, runners_up);
   if (lane >= K || demand == 0) return;
-  int* of_expert = &shared.demand[s.id];
-  if (*static_cast<volatile int*>(of_expert) <= UNIT) atomicAdd(of_expert, demand);
+  if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
+}
+
+// What is wanted of an expert: its demand; if it is kept anyway, more than any tau; -1 = nobody names it.
+__device__ __forceinline__ int wanted_of(int facts, int demand) {
+  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, UNIT + 1) : -1;
+}
+
+// Fills shared.wanted from what all blocks were asked.
+__device__ __forceinline__ void add_up_blocks(Shared& shared) {
+#pragma unroll 1
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
+    int asked[MAX_BLOCKS], facts = 0, demand = 0;
+#pragma unroll
+    for (int block = 0; block < MAX_BLOCKS; ++block) {  // all loads at once
+      asked[block] = of_block(shared, min(block, num_blocks() - 1)).demand[v];
+    }
+#pragma unroll
+    for (int block = 0; block < MAX_BLOCKS; ++block) {
+      const int own = block < num_blocks() ? asked[block] : 0;
+      facts |= own;
+      demand += min(own & SUM, UNIT + 1);
+    }
+    shared.wanted[v] = wanted_of(facts, demand);
+  }
 }
 
 // Bit j: the expert lane * PER_LANE + j is kept. Every warp finds out for itself.
@@ -141,66 +59,22 @@ __device__ __forceinline__ unsigned kept_experts(const Shared& shared, const Set
   int wanted[PER_LANE], num_named = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const int v = threadIdx.x % 32 * PER_LANE + j, rank = shared.lowest_rank[v], demand = shared.demand[v];
-    const bool is_kept = rank == 0 || (rank < K && demand > settings.tau);
-    num_named += rank < K;
-    kept |= unsigned(is_kept) << j;
-    wanted[j] = is_kept || rank >= K ? -1 : demand;
+    wanted[j] = shared.wanted[threadIdx.x % 32 * PER_LANE + j];
+    num_named += wanted[j] >= 0;
+    kept |= unsigned(wanted[j] > settings.tau) << j;
   }
   const int enough = min(settings.min_primary_experts, __reduce_add_sync(ALL_LANES, num_named));
 #pragma unroll 1
   for (int size = __reduce_add_sync(ALL_LANES, __popc(kept)); size < enough; ++size) {
-    int best, place;
-    if (threadIdx.x % 32 == take_best(wanted, best, place)) kept |= 1u << place;
+    int best = -1, place = 0;                      // of equal ones the first
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      if (!(kept >> j & 1) && wanted[j] > best) best = wanted[j], place = j;
+    }
+    const unsigned holders = __ballot_sync(ALL_LANES, best == __reduce_max_sync(ALL_LANES, best));
+    if (threadIdx.x % 32 == __ffs(holders) - 1) kept |= 1u << place;
   }
   return kept;
-}
-
-// Sum over the lanes that hold the slots of the warp's row.
-__device__ __forceinline__ float sum_of_slots(float value) {
-#pragma unroll
-  for (int mask = GROUP / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(ALL_LANES, value, mask);
-  return __shfl_sync(ALL_LANES, value, 0);
-}
-
-// The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's
-// first expert with weight 0, as experts' code that takes no id of -1 wants it. write(slot, id, weight) is told.
-template <class Write>
-__device__ __forceinline__ void refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings,
-                                       Write write) {
-  const Slot& s = r.slot;
-  const int lane = threadIdx.x % 32, num_staying = __popc(stays);
-  const bool is_staying = stays >> lane & 1;
-  int rank = 0;                                    // of this slot among those that stay
-#pragma unroll
-  for (int slot = 0; slot < K; ++slot) {
-    const float score = __shfl_sync(ALL_LANES, r.own, slot);
-    const int id = __shfl_sync(ALL_LANES, (int)s.id, slot);
-    rank += (stays >> slot & 1) && (score > r.own || (score == r.own && id < s.id));
-  }
-  const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && rank == 0);
-  int new_id = __shfl_sync(ALL_LANES, (int)s.id, __ffs(best_staying) - 1);
-
-  const unsigned candidates = kept & ~named_here(s);
-  int ranked[PER_LANE];                            // the bits of floats >= 0 are in their order
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) ranked[j] = candidates >> j & 1 ? __float_as_int(r.of[j]) : -1;
-  float new_share = 0;
-#pragma unroll 1
-  for (int slot = num_staying; slot < K; ++slot) {
-    int best, place;
-    const int holder = take_best(ranked, best, place);
-    if (best < 0) break;
-    const int expert = holder * PER_LANE + __shfl_sync(ALL_LANES, place, holder);
-    if (lane == slot) new_id = expert, new_share = settings.fill * __int_as_float(best);
-  }
-
-  const float share = is_staying ? r.own : 0;
-  const float taken = sum_of_slots(share + new_share), before = sum_of_slots(r.own);
-  const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
-  const float scale = sum_of_slots(s.weight) * exp2f(-exponent);
-  if (is_staying) write(rank, int(s.id), share * scale);
-  if (lane >= num_staying && lane < K) write(lane, new_id, new_share * scale);
 }
 
 // Counters of the layer, by one warp: experts before and after. All that are kept are read: somebody named them.
@@ -208,7 +82,7 @@ __device__ __forceinline__ void count_experts(const Shared& shared, unsigned kep
   const int lane = threadIdx.x % 32;
   int before = 0;
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) before += shared.lowest_rank[lane * PER_LANE + j] < K;
+  for (int j = 0; j < PER_LANE; ++j) before += shared.wanted[lane * PER_LANE + j] >= 0;
   before = __reduce_add_sync(ALL_LANES, before);
   const int after = __reduce_add_sync(ALL_LANES, __popc(kept));
   if (lane == 0) atomicAdd(&counters[0], (unsigned long long)before);
@@ -222,65 +96,98 @@ __device__ __forceinline__ unsigned staying(const Slot& s, unsigned kept) {
   return __ballot_sync(ALL_LANES, s.valid && is_kept);
 }
 
-// The first half of the rule, on the whole batch: fills shared.lowest_rank and shared.demand. load(row, slot) gives
-// a slot. Gives the warp's first row back, in a small batch its only one.
+// Of this block and warp, where the blocks share the rows out.
+__device__ __forceinline__ Rows rows_of_block() { return {own_block(), num_blocks()}; }
+__device__ __forceinline__ Rows rows_of_warp() {
+  return {own_block() + int(threadIdx.x) / 32 * num_blocks(), WARPS * num_blocks()};
+}
+
+// Otherwise a cluster's further blocks have nothing to do.
+__device__ __forceinline__ bool follows_margin(const Start& start) {
+  return !UNAVAILABLE && start.has_work && start.settings.rule == MARGIN;
+}
+
+// The first half of the rule: fills shared.demand by this block's rows. load(row, slot) gives a
+// slot. Returns the warp's first row, in a small batch its only one.
 template <class Load>
-__device__ __forceinline__ void ask_for_all(Shared& shared, const Arguments& a, const Settings& settings,
-                                            const Logits& logits, Load load, Row& first) {
+__device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, const Settings& settings,
+                                           const Logits& logits, Load load) {
+  const Rows rows = rows_of_warp();
+  Row first = {};
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < a.num_rows; row += WARPS) {
-    Row r = load_row(row, load);
-    if (r.changeable) load_scores(r, logits, row);
-    if (row == threadIdx.x / 32) first = r;
+  for (int row = rows.first;; row += rows.step) {
+    const bool exists = row < a.num_rows;
+    const Row r = exists ? load_row(row, logits, load) : Row{};
+    if (row == rows.first) {
+      first = r;
+      __syncthreads();                             // begin() has cleared shared memory
+    }
+    if (!exists) return first;
     ask(shared, r, settings.runners_up);
   }
 }
 
-// The second half: then(slot index, final id) is told of every slot. Writes ids and weights; where ids are in place,
-// those of changed rows only. Counts. first: the warp's first row with its scores, or null.
-template <class Load, class Then>
+// The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows, after
+// which each thread announces. Writes ids and weights; where ids are in place, those of changed rows only. Counts.
+// first: the warp's first row, or null.
+template <bool SHOWS, class Load, class Then>
 __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
                                            const Logits& logits, const Row* first, Load load, Then then) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
+  const bool counts = own_block() == 0 && threadIdx.x >= THREADS - 32, observes = start.settings.mode == OBSERVE;
+  const Rows rows = rows_of_warp();
+  if (rows.first >= a.num_rows) announce<SHOWS>();
+  if (rows.first >= a.num_rows && !counts) return;
   const unsigned kept = kept_experts(shared, start.settings);
-  const bool observes = start.settings.mode == OBSERVE;
   int changed = 0;
 #pragma unroll 1
-  for (int row = warp; row < a.num_rows; row += WARPS) {
-    const auto write = [&](int slot, int id, float weight) {
-      a.new_ids[row * K + slot] = id;
-      a.weights[row * K + slot] = weight;
-      then(row * K + slot, id);
-    };
-    const bool is_known = first && row == warp;
-    Row r = is_known ? *first : load_row(row, load);
+  for (int row = rows.first; row < a.num_rows; row += rows.step) {
+    const Row r = first && row == rows.first ? *first : load_row(row, logits, load);
     const unsigned stays = staying(r.slot, kept);
     const bool changes = r.changeable && stays != ALL_SLOTS;
     if (changes && row >= start.step.own_begin && row < start.step.own_end) changed += K - __popc(stays);
-    if (changes && !observes) {
-      if (!is_known) load_scores(r, logits, row);
-      refill(r, stays, kept, start.settings, write);
-    } else if (lane < K) {
-      if (a.new_ids != a.ids) write(lane, int(r.slot.id), r.slot.weight);
-      else then(row * K + lane, r.slot.id);
+    const bool moves = changes && !observes;
+    const NewSlots slots = moves ? refill(r, stays, kept, start.settings) : unchanged(r);
+    for (const NewSlot& s : slots.of) {
+      if (s.slot >= 0) then(row * K + s.slot, s.id);
+    }
+    if (row + rows.step >= a.num_rows) announce<SHOWS>();  // not after what follows: nobody waits for that
+    for (const NewSlot& s : slots.of) {
+      if (s.slot < 0 || (!moves && a.new_ids == a.ids)) continue;
+      a.new_ids[row * K + s.slot] = s.id;
+      a.weights[row * K + s.slot] = s.weight;
     }
   }
 
   unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
-  if (warp == WARPS - 1) count_experts(shared, kept, counters);
+  if (counts) count_experts(shared, kept, counters);
 }
 
-// The rule on the whole batch.
-template <class Load, class Then>
+// The rule on the whole batch, by all blocks. SHOWS: then() may write to the first block, which sees it behind this.
+template <bool SHOWS, class Load, class Then>
 __device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
                                              const Logits& logits, Load load, Then then) {
-  finish_copies();
+  const Row first = ask_for_all(shared, a, start.settings, logits, load);  // stays in registers between the halves
+  finish_copies();                                 // then() may write where they go to
+  wait_for_all_blocks();
+  add_up_blocks(shared);
   __syncthreads();
-  Row first;                                       // stays in registers between the halves
-  ask_for_all(shared, a, start.settings, logits, load, first);
-  __syncthreads();
-  refill_all(shared, a, start, logits, &first, load, then);
+  refill_all<SHOWS>(shared, a, start, logits, &first, load, then);
+  wait_for_announced();
+}
+
+// For the first block, which sorts the slots of all: a then() that counts a slot there, and the experts it was told.
+__device__ __forceinline__ auto count_in_first_block(Counting& counting, Shared& shared) {
+  Counting& counting_there = of_block(counting, 0);
+  Shared& shared_there = of_block(shared, 0);
+  return [&counting_there, &shared_there](int index, Id id) {
+    count_slot(counting_there, shared_there, index, id);
+    shared_there.expert[index] = id >= 0 && id < E ? id : E;
+  };
+}
+__device__ __forceinline__ auto expert_in_first_block(const Shared& shared) {
+  return [&shared](int index) { return Id(shared.expert[index]); };
 }
 
 }  // namespace

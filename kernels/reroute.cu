@@ -1,15 +1,16 @@
-// Re-route ids that the gate's own kernel has chosen, in one launch of one block. See rule.cuh and margin.cuh.
+// Re-route ids that the gate's own kernel has chosen, in one launch: of one block, or under margin of a cluster of
+// blocks. See rule.cuh and margin.cuh.
 #include "margin.cuh"
 
 namespace {
 
-// By the rule that the settings name; then(slot index, final id) is told of every slot.
-template <bool ONLY_RULE, class Then>
+// By the rule that the settings name; then(slot index, final id) is told of every slot, under margin its other form.
+template <bool ONLY_RULE, class Then, class ThenOfMargin>
 __device__ __forceinline__ void reroute_rows_by(Shared& shared, const Arguments& a, const Start& start,
-                                                const Logits& logits, Then then) {
-  if (!UNAVAILABLE && start.has_work && start.settings.rule == MARGIN) {
+                                                const Logits& logits, Then then, ThenOfMargin then_of_margin) {
+  if (follows_margin(start)) {
     const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-    apply_margin(shared, a, start, logits, load, then);
+    apply_margin<!ONLY_RULE>(shared, a, start, logits, load, then_of_margin);
   } else {
     reroute_rows<ONLY_RULE>(shared, a, start, then);
   }
@@ -22,8 +23,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute(RULE_PARAMETERS
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
-  begin(start, shared, a);
-  reroute_rows_by<true>(shared, a, start, LOGITS_ARGUMENTS, [](int, Id) {});
+  begin(start, shared, a, own_block() == 0);
+  if (own_block() > 0 && !follows_margin(start)) return;
+  reroute_rows_by<true>(shared, a, start, LOGITS_ARGUMENTS, [](int, Id) {}, [](int, Id) {});
 }
 
 // The same, and the slots sorted by expert. At most MAX_ROWS rows.
@@ -34,9 +36,13 @@ reroute_and_align(RULE_PARAMETERS, LOGITS_PARAMETERS, SORTED_PARAMETERS) {
   __shared__ Shared shared;
   __shared__ Counting counting;
   Start start;
-  begin(start, shared, a);
-  begin_sorting(counting, sorted, num_rows);
+  begin(start, shared, a, own_block() == 0);
+  if (own_block() > 0 && !follows_margin(start)) return;
+  if (own_block() == 0) begin_sorting(counting, sorted, num_rows);
   const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
-  reroute_rows_by<false>(shared, a, start, LOGITS_ARGUMENTS, count);
-  sort_slots(counting, shared, sorted, new_ids, num_rows);
+  const auto tell_first = count_in_first_block(counting, shared);
+  reroute_rows_by<false>(shared, a, start, LOGITS_ARGUMENTS, count, tell_first);
+  if (own_block() > 0) return;
+  if (follows_margin(start)) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
+  else sort_slots(counting, shared, sorted, new_ids, num_rows);
 }

@@ -1,5 +1,6 @@
-// The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch of one block:
-// all that lies between the gate's logits and the expert GEMM of a decode step. See rule.cuh and margin.cuh.
+// The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch: all that lies between the
+// gate's logits and the expert GEMM of a decode step. One block; under margin it may be a cluster of blocks. See
+// rule.cuh and margin.cuh.
 //   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
 //   E is a power of two, 32..256
 #include "margin.cuh"
@@ -8,10 +9,8 @@ namespace {
 
 #if LOGIT_BYTES == 2
 typedef unsigned short Logit;
-__device__ __forceinline__ float to_float(Logit bits) { return __uint_as_float(unsigned(bits) << 16); }
 #else
 typedef float Logit;
-__device__ __forceinline__ float to_float(Logit value) { return value; }
 #endif
 
 // How vLLM's topkGating lays a row over lanes. The sums below are in its order, so that the weights
@@ -83,14 +82,15 @@ __device__ __forceinline__ int take_best(float (&p)[PER_THREAD], int lane, float
   return expert;
 }
 
-// Top-k of every row, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its rank.
+// Top-k of each of the rows, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its rank.
 __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Logit* logits, const bool* is_padding,
-                                       const Arguments& a, const Start& start) {
+                                       const Arguments& a, const Start& start, const Rows& rows) {
   const int lane = threadIdx.x % ROW_LANES;
 #pragma unroll 1
-  for (int at = 0; at < a.num_rows; at += ROWS_AT_ONCE) {
-    if (at + threadIdx.x / 32 * 32 / ROW_LANES >= a.num_rows) break;  // the whole warp has no row
-    const int row = at + threadIdx.x / ROW_LANES;
+  for (int at = 0;; at += ROWS_AT_ONCE) {
+    const int first_of_warp = rows.first + (at + threadIdx.x / 32 * 32 / ROW_LANES) * rows.step;
+    if (first_of_warp >= a.num_rows) break;
+    const int row = rows.first + int(at + threadIdx.x / ROW_LANES) * rows.step;
     const bool exists = row < a.num_rows;
     const int kind = exists && row < start.step.num_rows ? a.row_kind[row] : PADDING;
     const bool pads = exists && is_padding && is_padding[row];
@@ -126,10 +126,13 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
   __shared__ Counting counting;
   __shared__ Chosen chosen;
   Start start;
-  begin(start, shared, a);
-  begin_sorting(counting, sorted, num_rows);
+  begin(start, shared, a, own_block() == 0);
+  const bool by_margin = follows_margin(start);
+  if (own_block() > 0 && !by_margin) return;
+  if (own_block() == 0) begin_sorting(counting, sorted, num_rows);
   __syncthreads();
-  choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start);
+  const Rows rows = by_margin ? rows_of_block() : Rows{0, 1};
+  choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start, rows);
 
   const auto chosen_slot = [&](int row, int slot) {
     const float weight = chosen.weight[row][slot];
@@ -137,16 +140,19 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
     return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind, expert >= 0};
   };
-  const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
-  if (start.has_work && start.settings.rule == MARGIN) {
-    apply_margin(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, count);
+  if (by_margin) {
+    const auto tell_first = count_in_first_block(counting, shared);
+    __syncthreads();
+    apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, tell_first);
+    if (own_block() == 0) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
   } else {
+    const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
     const auto load = [&](int row, int slot) {
       const Slot s = chosen_slot(row, slot);
       topk_weights[row * K + slot] = s.weight;
       return s;
     };
     apply_rule(shared, a, start, load, count);
+    sort_slots(counting, shared, sorted, new_ids, num_rows);
   }
-  sort_slots(counting, shared, sorted, new_ids, num_rows);
 }

@@ -82,14 +82,20 @@ struct Slot {
 struct Shared {
   union {
     __align__(16) Expert near[E][NEAR];            // the start of a row of Arguments::neighbours; after that:
-    unsigned short order[MAX_ROWS * K];            // a slot's place among those of its expert
+    struct {                                       // of a slot
+      unsigned short order[MAX_ROWS * K];          // its place among those of its expert
+      unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
+    };
   };
   int lowest_rank[STRIDE];                         // best rank any row gives the expert, K = none
   union {
     int target[STRIDE];                            // where a slot that names the expert goes
     int demand[STRIDE];                            // of margin
   };
-  int is_read[STRIDE];                             // is it read after the rule
+  union {
+    int is_read[STRIDE];                           // is it read after the rule
+    int wanted[STRIDE];                            // of margin: demand from all blocks, see wanted_of()
+  };
 };
 
 struct Arguments {
@@ -283,11 +289,11 @@ __device__ __forceinline__ void finish_copies() {
 #endif
 }
 
-// Does what can be done before the earlier kernel is done, then waits for it.
-__device__ __forceinline__ void begin(Start& start, Shared& shared, const Arguments& a) {
+// Does what can be done before the earlier kernel is done, then waits for it. needs_tables: of the rule sere.
+__device__ __forceinline__ void begin(Start& start, Shared& shared, const Arguments& a, bool needs_tables = true) {
   constexpr int CHUNK = 16 / sizeof(Expert), CHUNKS = NEAR / CHUNK;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < E * CHUNKS; i += THREADS) {
+  for (int i = needs_tables ? threadIdx.x : E * CHUNKS; i < E * CHUNKS; i += THREADS) {
     const int u = i / CHUNKS, at = i % CHUNKS * CHUNK;
     start_copy(&shared.near[u][at], a.neighbours + u * STRIDE + at);
   }

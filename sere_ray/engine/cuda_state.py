@@ -23,6 +23,7 @@ from sere_ray.kernel.launcher import (
     MAX_ROUTED_ROWS,
     Aligned,
     RuleKernel,
+    blocks_of_margin,
     reads_logits,
 )
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
@@ -157,7 +158,14 @@ class CudaState(EngineState):
             logits: of :meth:`scores_of`.
         """
         kernel = self.kernel(topk_ids.dtype)
-        kernel.reroute(topk_ids, topk_ids, topk_weights, self.layer(layer), logits=logits)
+        kernel.reroute(
+            topk_ids,
+            topk_ids,
+            topk_weights,
+            self.layer(layer),
+            logits=logits,
+            blocks=self.blocks(topk_ids.shape[0]),
+        )
 
     def defer(
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None = None
@@ -218,6 +226,7 @@ class CudaState(EngineState):
                 is_padding=held.is_padding,
                 renormalize=held.renormalize,
                 block_size=block_size,
+                blocks=self.blocks(topk_ids.shape[0]),
             )
         return self.kernel(topk_ids.dtype).reroute_and_align(
             topk_ids,
@@ -226,7 +235,15 @@ class CudaState(EngineState):
             self.layer(held.layer),
             block_size=block_size,
             logits=held.logits,
+            blocks=self.blocks(topk_ids.shape[0]),
         )
+
+    def blocks(self, rows: int) -> int:
+        """Blocks of a launch: for the rule that runs now, so a graph keeps those of its capture.
+
+        A cluster of blocks waits for as many free multiprocessors, so ``sere`` does without it.
+        """
+        return blocks_of_margin(rows, self.device) if self.policy.rule == "margin" else 1
 
     def check_nothing_deferred(self) -> None:
         """Whatever was deferred must have been sorted: else experts ran on the gate's ids.

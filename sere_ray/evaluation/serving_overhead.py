@@ -89,7 +89,7 @@ class Plan:
             "model": MODEL_ID,
             "prompt": [random.randrange(2, vocabulary) for _ in range(prompt_tokens())],
             "max_tokens": self.tokens,
-            "temperature": 0,
+            "temperature": 1,  # or random weights soon say the same in every stream
             "ignore_eos": True,
             "stream": True,
         }

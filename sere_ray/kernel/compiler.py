@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.sere_ray")
 INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
 
 
-HEADERS = ("rule.cuh", "margin.cuh", "exchange.cuh")
+HEADERS = ("rule.cuh", "cluster.cuh", "margin_row.cuh", "margin.cuh", "exchange.cuh")
 """What kernel files include."""
 
 

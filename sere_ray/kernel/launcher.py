@@ -20,6 +20,10 @@ MAX_ALIGNED_ROWS = 512
 
 MAX_ROUTED_ROWS = 64
 """Most rows whose top-k the kernel computes, too; more rows need more than one block."""
+MAX_BLOCKS = 8
+"""Of a cluster, on every GPU that has clusters; as in ``kernels/cluster.cuh``."""
+ROWS_OF_BLOCK = 4
+"""Rows that a block of a cluster has at least: a warp's each, and so many warps run at once."""
 FILES = {
     "reroute": "reroute.cu",
     "reroute_and_align": "reroute.cu",
@@ -42,6 +46,18 @@ LOGIT_DTYPES = (torch.bfloat16, torch.float32)
 def reads_logits(logits: Tensor) -> bool:
     """Whether the kernels can read these."""
     return logits.dtype in LOGIT_DTYPES and logits.is_contiguous()
+
+
+def blocks_of_margin(rows: int, device: torch.device) -> int:
+    """Blocks that share the rows of a launch under the rule ``margin``: a cluster of them.
+
+    Args:
+        rows: T.
+        device: 1 where its compute capability is below 9.0, as it has no clusters.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return 1
+    return min(power_of_two(-(-rows // ROWS_OF_BLOCK)), MAX_BLOCKS)
 
 
 class Aligned(NamedTuple):
@@ -126,6 +142,7 @@ class RuleKernel:
         *,
         logits: Tensor | None = None,
         unavailable: Tensor | None = None,
+        blocks: int = 1,
     ) -> None:
         """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
 
@@ -137,9 +154,12 @@ class RuleKernel:
             logits: ``[T, E]`` of a softmax gate, bfloat16 or float32, contiguous. Without them the
                 rule ``margin`` must not be set.
             unavailable: ``[E]`` bool, with a kernel that was made for it. It has no ``margin``.
+            blocks: of the launch, see :func:`blocks_of_margin`. Any number is right under either
+                rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
-        self.launch("reroute", topk_ids, arguments + self.logit_arguments(logits))
+        arguments += self.logit_arguments(logits)
+        self.launch("reroute", topk_ids, arguments, blocks=blocks)
 
     def reroute_and_align(
         self,
@@ -150,6 +170,7 @@ class RuleKernel:
         *,
         block_size: int,
         logits: Tensor | None = None,
+        blocks: int = 1,
     ) -> Aligned:
         """Re-route and sort the slots by their new expert, in the same launch.
 
@@ -160,11 +181,12 @@ class RuleKernel:
             layer: as for :meth:`reroute`.
             block_size: a power of two, rows of an expert GEMM's tile.
             logits: as for :meth:`reroute`.
+            blocks: as for :meth:`reroute`.
         """
         aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, None)
         arguments += self.logit_arguments(logits)
-        self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments)
+        self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
         return aligned
 
     def route_and_align(
@@ -177,6 +199,7 @@ class RuleKernel:
         is_padding: Tensor | None,
         renormalize: bool,
         block_size: int,
+        blocks: int = 1,
     ) -> Aligned:
         """Softmax and top-k of the gate, the rule, and the sorted slots, in one launch.
 
@@ -189,6 +212,7 @@ class RuleKernel:
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
             block_size: as for :meth:`reroute_and_align`.
+            blocks: as for :meth:`reroute`.
 
         Raises:
             ValueError: a tensor does not fit.
@@ -207,7 +231,8 @@ class RuleKernel:
             topk_weights.data_ptr(),
             0,  # there are no ids yet
         )
-        self.launch("route_and_align", new_ids, routing + rule[1:] + sorted_arguments)
+        arguments = routing + rule[1:] + sorted_arguments
+        self.launch("route_and_align", new_ids, arguments, blocks=blocks)
         return aligned
 
     def empty_alignment(
@@ -284,39 +309,56 @@ class RuleKernel:
         """
         if logits is None:
             return 0, np.int32(0)
-        if not reads_logits(logits) or logits.shape[1] != self.num_experts:
+        # A lane's share of a row is loaded at once.
+        row = self.num_experts * logits.dtype.itemsize
+        is_aligned = logits.data_ptr() % min(row & -row, 16) == 0
+        if not (reads_logits(logits) and logits.shape[1] == self.num_experts and is_aligned):
             raise ValueError(
-                f"logits must be contiguous [T, {self.num_experts}] of {LOGIT_DTYPES}, got "
-                f"{logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
+                f"logits must be contiguous [T, {self.num_experts}] of {LOGIT_DTYPES}, whole rows "
+                f"from where their memory begins, got {logits.dtype} {tuple(logits.shape)}, "
+                f"strides {logits.stride()}, offset {logits.storage_offset()}"
             )
         return logits.data_ptr(), np.int32(logits.dtype.itemsize)
 
     def launch(
-        self, name: str, topk_ids: Tensor, arguments: tuple[Any, ...], *, early: bool = True
+        self,
+        name: str,
+        topk_ids: Tensor,
+        arguments: tuple[Any, ...],
+        *,
+        early: bool = True,
+        blocks: int = 1,
     ) -> None:
         """Launch a kernel of ``FILES`` on the current stream.
 
         Args:
             name: of the kernel.
-            topk_ids: ``[T, K]``, whose rows the block has to hold and on whose device it runs.
+            topk_ids: ``[T, K]``, whose rows the launch has to hold and on whose device it runs.
             arguments: in the kernel's order.
             early: whether it may start while the kernel before it still runs.
+            blocks: as for :meth:`reroute`.
         """
         from cuda.core import Stream, launch
 
         rows, device = topk_ids.shape[0], topk_ids.device.index
         threads = self.threads(name, rows)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        launch(stream, _config(threads, early), _function(self, threads, device, name), *arguments)
+        config = _config(threads, blocks, early)
+        launch(stream, config, _function(self, threads, device, name), *arguments)
 
 
 @cache
-def _config(threads: int, early: bool) -> Any:
+def _config(threads: int, blocks: int, early: bool) -> Any:
     from cuda.core import LaunchConfig
 
     # Programmatic: may start while the gate's top-k kernel still runs; see rule.cuh. Not behind a
     # collective, which never lets a kernel start early.
-    return LaunchConfig(grid=1, block=threads, programmatic_stream_serialization=early)
+    return LaunchConfig(
+        grid=1,
+        cluster=blocks if blocks > 1 else None,
+        block=threads,
+        programmatic_stream_serialization=early,
+    )
 
 
 @cache

@@ -1,7 +1,8 @@
 // Runs CUDA device code on the CPU, exactly and deterministically, so that a machine without a GPU
 // tests the very source that nvcc compiles: g++ -x c++ -include cuda_on_cpu.h kernel.cu
 //
-// Blocks run one after the other. A CUDA thread is a fiber that gives way only where the code
+// Clusters run one after the other; the blocks of one take turns, each from one barrier of the cluster to the next, with
+// shared memory of their own, which lies in a copy while another block runs. A CUDA thread is a fiber that gives way only where the code
 // waits for other threads (barriers, warp intrinsics); one OS thread runs them all. The seed
 // chooses the order: code whose result depends on it lacks a barrier. Stricter than a GPU: every
 // wait must be reached by all live lanes of the warp (all threads of the block) in the same line.
@@ -15,6 +16,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <time.h>
 #include <tuple>
@@ -38,7 +40,7 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-constexpr unsigned WARP = 32, MAX_THREADS = 1024;
+constexpr unsigned WARP = 32, MAX_THREADS = 1024, MAX_CLUSTER = 8;
 constexpr int POISON = 0xA5;
 // Not a power of two: the tops of all stacks would share the same few lines of the CPU's caches.
 constexpr size_t STACK = 64 * 1024 + 320;
@@ -82,7 +84,7 @@ static void prepare(Context& context, char* stack) {
 }
 #endif
 
-enum class Wait { NOTHING, WARP, BLOCK, EXIT };
+enum class Wait { NOTHING, WARP, BLOCK, CLUSTER, EXIT };
 
 struct Fiber {
     Context context;
@@ -97,9 +99,19 @@ struct Warp {
     uint64_t value[WARP];   // a copy: a fast lane is in the next exchange while a slow one reads
 };
 
-static Fiber fibers[MAX_THREADS];
-static Warp warps[MAX_THREADS / WARP];
-alignas(16) static char stacks[MAX_THREADS * STACK];  // only what is touched takes memory
+struct Block {
+    Fiber fibers[MAX_THREADS];
+    Warp warps[MAX_THREADS / WARP];
+    char* stacks;     // of MAX_THREADS fibers; only what is touched takes memory
+    char* shared;     // of a block of a cluster: its shared memory while another one runs
+};
+
+static Block blocks[MAX_CLUSTER];
+static unsigned cluster_size, rank;            // rank: of the block that runs, in its cluster
+static Fiber* fibers;                          // its own
+static Warp* warps;
+static char* shared_memory;                    // the segment that the kernel's variables lie in
+static size_t shared_size;
 static Context scheduler;
 static void (*run_kernel)(const void* call);
 static const void* kernel_call;
@@ -173,58 +185,111 @@ static Wait run_warp(unsigned index) {
     return first ? first->wait : Wait::EXIT;
 }
 
-// Returns whether all threads wait at one __syncthreads; false: all have ended, or an error.
-static bool pass_barrier() {
+// Returns what all threads of the block wait for, at one place; an error: as if they had ended.
+static Wait common_wait() {
     for (unsigned thread = 1; thread < blockDim.x && !*error; thread++)
         require_same_place(fibers[0], fibers[thread]);
-    return !*error && fibers[0].wait == Wait::BLOCK;
+    return *error ? Wait::EXIT : fibers[0].wait;
 }
 
 static thread_local volatile char touch_shared;  // the segment exists from its first use on
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start;  // of this library
 
-// A GPU does not clear shared memory, and what an earlier kernel left there is not to be relied on.
-static int poison_shared(dl_phdr_info* library, size_t, void*) {
+static int find_shared(dl_phdr_info* library, size_t, void*) {
     if (library->dlpi_addr != reinterpret_cast<uintptr_t>(&__ehdr_start)) return 0;
-    for (int i = 0; i < library->dlpi_phnum; i++)
-        if (library->dlpi_phdr[i].p_type == PT_TLS)
-            memset(library->dlpi_tls_data, POISON, library->dlpi_phdr[i].p_memsz);
+    for (int i = 0; i < library->dlpi_phnum; i++) {
+        if (library->dlpi_phdr[i].p_type != PT_TLS) continue;
+        shared_memory = static_cast<char*>(library->dlpi_tls_data);
+        shared_size = library->dlpi_phdr[i].p_memsz;
+    }
     return 1;
 }
 
-static void run_block() {
-    touch_shared = 0;
-    dl_iterate_phdr(poison_shared, nullptr);
+// A GPU does not clear shared memory, and what an earlier kernel left there is not to be relied on. Nor may a block of
+// a cluster read from one that has ended.
+static void poison_shared() { memset(shared_memory, POISON, shared_size); }
+
+// The block that runs from now on, whose shared memory is `shared_memory`.
+static void enter(unsigned next, unsigned first_of_cluster) {
+    rank = next;
+    blockIdx.x = first_of_cluster + rank;
+    fibers = blocks[rank].fibers;
+    warps = blocks[rank].warps;
+    if (cluster_size > 1) memcpy(shared_memory, blocks[rank].shared, shared_size);
+}
+
+static void leave() {
+    if (cluster_size > 1) memcpy(blocks[rank].shared, shared_memory, shared_size);
+}
+
+static void begin_block() {
+    poison_shared();
     for (unsigned thread = 0; thread < blockDim.x; thread++) {
         fibers[thread].wait = Wait::NOTHING;
-        prepare(fibers[thread].context, &stacks[thread * STACK]);
+        prepare(fibers[thread].context, blocks[rank].stacks + thread * STACK);
     }
+}
+
+// To where it waits for its cluster, or to its end.
+static Wait run_block() {
+    Wait common;
     do {
         unsigned runnable[MAX_THREADS / WARP], count = 0;
         for (unsigned i = 0; i * WARP < blockDim.x; i++) runnable[count++] = i;
         while (count) {
             const unsigned chosen = next_random() % count;
             const Wait wait = run_warp(runnable[chosen]);
-            if (*error) return;
+            if (*error) return Wait::EXIT;
             if (wait != Wait::WARP) {
                 count--;
                 memmove(runnable + chosen, runnable + chosen + 1,
                         (count - chosen) * sizeof *runnable);
             }
         }
-    } while (pass_barrier());
+        common = common_wait();
+    } while (common == Wait::BLOCK);
+    return common;
 }
 
-static void run_grid(unsigned blocks, unsigned threads, unsigned seed) {
-    if (threads < 1 || threads > MAX_THREADS) return report("%u threads per block", threads);
-    random_state = seed * 2654435761u;  // spreads small seeds over all bits
-    gridDim.x = blocks;
-    blockDim.x = threads;
-    const unsigned first = next_random() % (blocks ? blocks : 1);
-    for (unsigned n = 0; n < blocks && !*error; n++) {
-        blockIdx.x = (first + n) % blocks;
-        run_block();
+static void run_cluster(unsigned first) {
+    for (unsigned block = 0; block < cluster_size; block++) {
+        enter(block, first);
+        begin_block();
+        leave();
     }
+    unsigned ended = 0;
+    while (!ended) {
+        const unsigned start = next_random() % cluster_size;
+        for (unsigned n = 0; n < cluster_size; n++) {
+            enter((start + n) % cluster_size, first);
+            if (run_block() == Wait::EXIT) {
+                ended++;
+                poison_shared();
+            }
+            leave();
+            if (*error) return;
+        }
+        for (unsigned block = 1; block < cluster_size && !*error; block++)
+            require_same_place(blocks[0].fibers[0], blocks[block].fibers[0]);
+        if (*error) return;
+    }
+}
+
+static void run_grid(unsigned clusters, unsigned size, unsigned threads, unsigned seed) {
+    if (threads < 1 || threads > MAX_THREADS) return report("%u threads per block", threads);
+    if (size < 1 || size > MAX_CLUSTER) return report("%u blocks per cluster", size);
+    random_state = seed * 2654435761u;  // spreads small seeds over all bits
+    gridDim.x = clusters * size;
+    blockDim.x = threads;
+    cluster_size = size;
+    touch_shared = 0;
+    dl_iterate_phdr(find_shared, nullptr);
+    for (unsigned block = 0; block < size; block++) {
+        if (!blocks[block].stacks) blocks[block].stacks = static_cast<char*>(malloc(MAX_THREADS * STACK));
+        if (!blocks[block].shared) blocks[block].shared = static_cast<char*>(malloc(shared_size));
+    }
+    const unsigned first = next_random() % (clusters ? clusters : 1);
+    for (unsigned n = 0; n < clusters && !*error; n++) run_cluster((first + n) % clusters * size);
     fflush(stdout);  // a kernel's printf, before the caller's own output
 }
 
@@ -244,7 +309,7 @@ template <class P> P unpack(const char*& values) {
 
 // Returns what went wrong, or an empty string.
 template <class... P>
-const char* launch(void (*kernel)(P...), unsigned blocks, unsigned threads, unsigned seed,
+const char* launch(void (*kernel)(P...), unsigned clusters, unsigned size, unsigned threads, unsigned seed,
                    const char* kinds, const char* values) {
     const char expected[] = {kind<P>()..., 0};
     *error = 0;
@@ -257,7 +322,7 @@ const char* launch(void (*kernel)(P...), unsigned blocks, unsigned threads, unsi
     using Call = decltype(call);
     kernel_call = &call;
     run_kernel = [](const void* call) { (*static_cast<Call*>(call))(); };
-    run_grid(blocks, threads, seed);
+    run_grid(clusters, size, threads, seed);
     return error;
 }
 
@@ -315,8 +380,9 @@ void __ubsan_handle_shift_out_of_bounds(const SourceLocation* at, uintptr_t, uin
 
 #define CUDA_ON_CPU_LAUNCHER(kernel)                                                            \
     extern "C" __attribute__((visibility("default"))) const char* launch_##kernel(              \
-        unsigned blocks, unsigned threads, unsigned seed, const char* kinds, const char* values) { \
-        return cuda_on_cpu::launch(kernel, blocks, threads, seed, kinds, values);               \
+        unsigned clusters, unsigned size, unsigned threads, unsigned seed, const char* kinds,   \
+        const char* values) {                                                                   \
+        return cuda_on_cpu::launch(kernel, clusters, size, threads, seed, kinds, values);       \
     }
 
 // From here on: what device code calls. LINE, as a default argument, is the caller's line.
@@ -327,6 +393,20 @@ inline void __syncthreads(LINE) {
 }
 inline void __syncwarp(unsigned mask = ~0u, LINE) {
     cuda_on_cpu::exchange(__func__, line, mask, 0);
+}
+// What is done between the two is done before the barrier here.
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_arrive_relaxed() {}
+inline void __cluster_barrier_wait(LINE) {
+    cuda_on_cpu::wait_for(cuda_on_cpu::Wait::CLUSTER, __func__, line, 0);
+}
+inline unsigned __clusterRelativeBlockRank() { return cuda_on_cpu::rank; }
+inline unsigned __clusterSizeInBlocks() { return cuda_on_cpu::cluster_size; }
+inline void* __cluster_map_shared_rank(const void* address, unsigned rank, LINE) {
+    const size_t offset = static_cast<const char*>(address) - cuda_on_cpu::shared_memory;
+    if (offset >= cuda_on_cpu::shared_size) cuda_on_cpu::trap("not an own address in shared memory", line);
+    if (rank >= cuda_on_cpu::cluster_size) cuda_on_cpu::trap("no such block in the cluster", line);
+    return (rank == cuda_on_cpu::rank ? cuda_on_cpu::shared_memory : cuda_on_cpu::blocks[rank].shared) + offset;
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -377,6 +457,7 @@ SHUFFLE(__shfl_xor_sync, lane ^ (by & 31))
 REDUCE(__reduce_min_sync, a < b ? a : b)
 REDUCE(__reduce_max_sync, a > b ? a : b)
 REDUCE(__reduce_add_sync, V(unsigned(a) + unsigned(b)))
+REDUCE(__reduce_or_sync, a | b)
 
 // Atomic, as a fiber gives way only where it waits. The second parameter is not deduced.
 #define ATOMIC(name, combined)                                                                  \

@@ -87,6 +87,7 @@ def launch(
     *arguments: Argument,
     threads: int,
     blocks: int = 1,
+    cluster: int = 1,
     seed: int = 0,
 ) -> None:
     """Run a kernel to its end.
@@ -97,7 +98,8 @@ def launch(
         arguments: arrays and tensors go as pointers, None as the null pointer, numbers as values.
             The caller sees to it that element types are those of the kernel.
         threads: threads per block.
-        blocks: blocks; they run one after the other.
+        blocks: blocks; they run one after the other. With clusters, how many of those.
+        cluster: blocks per cluster; they take turns.
         seed: order of blocks, warps and lanes; 0 is the natural one. A correct kernel gives the
             same with each.
 
@@ -110,7 +112,7 @@ def launch(
     values = struct.pack(kinds, *(value for _, value in packed))
     function = getattr(library, f"launch_{kernel}")
     function.restype = ctypes.c_char_p
-    error = function(blocks, threads, seed, kinds.encode(), values).decode()
+    error = function(blocks, cluster, threads, seed, kinds.encode(), values).decode()
     if error:
         raise KernelError(f"{kernel}: {error}")
 

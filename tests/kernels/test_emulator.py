@@ -83,6 +83,20 @@ extern "C" __global__ void leftover(int* out) {
     shared[0] = 1;
 }
 
+extern "C" __global__ void cluster_sum(int* out, int how) {
+    __shared__ int shared[32];
+    const int rank = __clusterRelativeBlockRank();
+    shared[threadIdx.x] = blockIdx.x * 32 + threadIdx.x;
+    int* first = static_cast<int*>(__cluster_map_shared_rank(shared, how == 1 ? 9 : 0));
+    if (how == 2 && rank == 1) return;
+    if (how != 3) { __cluster_barrier_arrive(); __cluster_barrier_wait(); }
+    if (rank) atomicAdd(&first[threadIdx.x], shared[threadIdx.x]);
+    if (how == 4 && rank == 1) __cluster_barrier_wait();
+    else if (how != 5) __cluster_barrier_wait();
+    out[blockIdx.x * 32 + threadIdx.x] = how == 5 ? first[threadIdx.x] : shared[threadIdx.x];
+    if (how == 6) __cluster_map_shared_rank(out, 0);
+}
+
 extern "C" __global__ void diverge(int* out, int how) {
     if (how == 0 && threadIdx.x >= 32) return;
     if (how == 1 && threadIdx.x == 5) __syncthreads();
@@ -141,6 +155,40 @@ def test_block_sum_with_barriers(library, seed):
     launch(library, "block_sum", values, out, -3, threads=96, blocks=4, seed=seed)
     sums = values.view(4, 96).sum(dim=1)
     assert out.tolist() == torch.stack((sums, -3 * sums), dim=1).tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_cluster_share(library, seed):
+    """Each has shared memory of its own; the first one's collects that of the others."""
+    out = torch.zeros(2, 4, 32, dtype=torch.int32)
+    launch(library, "cluster_sum", out, 0, threads=32, blocks=2, cluster=4, seed=seed)
+    own = torch.arange(2 * 4 * 32, dtype=torch.int32).view(2, 4, 32)
+    assert torch.equal(out[:, 0], own.sum(dim=1).int())
+    assert torch.equal(out[:, 1:], own[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (1, "no such block in the cluster"),
+        (2, "divergence"),  # a block has ended
+        (4, "divergence"),  # blocks wait at different places
+        (6, "not an own address in shared memory"),
+    ],
+)
+def test_wrong_use_of_a_cluster_is_reported(library, how, message):
+    with pytest.raises(KernelError, match=message):
+        launch(library, "cluster_sum", torch.zeros(64).int(), how, threads=32, cluster=2)
+
+
+@pytest.mark.parametrize("how", [3, 5])  # a block has not begun; it may have ended
+def test_a_missing_barrier_of_a_cluster_shows(library, how):
+    found = set()
+    for seed in range(8):
+        out = torch.zeros(4 * 32, dtype=torch.int32)
+        launch(library, "cluster_sum", out, how, threads=32, cluster=4, seed=seed)
+        found.add(tuple(out.tolist()))
+    assert len(found) > 1
 
 
 @pytest.mark.parametrize("width", [8, 32])

@@ -41,6 +41,7 @@ def run(
     block: int | None = None,
     inplace: bool = True,
     mode: str = "on",
+    cluster: int = 1,
 ) -> Found:
     """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
     kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
@@ -57,6 +58,7 @@ def run(
         case.logits.dtype.itemsize,
         *sorted_arguments,
         threads=threads,
+        cluster=cluster,
         seed=seed,
     )
     if aligned:
@@ -73,9 +75,10 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
         seed=st.integers(0, 3),
         inplace=st.booleans(),
         block=st.sampled_from([None, 16, 64]),
+        cluster=st.sampled_from([1, 2, 5, 8]),
     )
-    def every(case: MarginCase, seed: int, inplace: bool, block: int | None) -> None:
-        found = run(case, cache=cache, seed=seed, inplace=inplace, block=block)
+    def every(case: MarginCase, seed: int, inplace: bool, block: int | None, cluster: int) -> None:
+        found = run(case, cache=cache, seed=seed, inplace=inplace, block=block, cluster=cluster)
         check_margin(found, case.expected(emulated_exp), case)
 
     every()
@@ -85,7 +88,18 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
 def test_block_sizes_as_launched(threads: int, cache: Path) -> None:
     for rows, tau in ((1, 0.1), (16, 0.004), (70, 0.02), (512, 0.05)):
         case = make_margin_case(seed=rows, rows=rows, experts=128, slots=8, floor=8, tau=tau)
-        found = run(case, cache=cache, threads=threads, seed=1, block=16)
+        for cluster in (1, 8):
+            found = run(case, cache=cache, threads=threads, seed=1, block=16, cluster=cluster)
+            check_margin(found, case.expected(emulated_exp), case)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33, 128, 200])
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4)])
+def test_a_cluster_of_blocks(experts: int, slots: int, rows: int, cache: Path) -> None:
+    """Blocks without a row, with one for some warps, and with several for each."""
+    for seed, tau in enumerate((0.0, 0.004, 1.0)):
+        case = make_margin_case(seed=seed, rows=rows, experts=experts, slots=slots, tau=tau)
+        found = run(case, cache=cache, threads=64, seed=seed, block=16, cluster=8)
         check_margin(found, case.expected(emulated_exp), case)
 
 
@@ -95,21 +109,23 @@ def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
     case.logits.copy_(torch.tensor([60.0, 60.0, -60.0, -60.0]))
     case.ids.copy_(torch.tensor([0, 1]))
     case.weights.fill_(0.5)
-    ids, weights, counts = run(case, cache=cache, threads=512, seed=2)
-    check_margin((ids, weights, counts), case.expected(emulated_exp), case)
-    assert counts == (2, 2, 0, 0)
+    for cluster in (1, 8):
+        ids, weights, counts = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
+        check_margin((ids, weights, counts), case.expected(emulated_exp), case)
+        assert counts == (2, 2, 0, 0)
 
 
 def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
     case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
     wanted = case.expected(emulated_exp)
     assert not torch.equal(wanted[0], case.ids)
-    for block in (None, 16):
-        ids, weights, counts = run(case, cache=cache, mode="observe", block=block, inplace=False)
+    for block, cluster in ((None, 1), (16, 1), (None, 8), (16, 8)):
+        how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
+        ids, weights, counts = run(case, mode="observe", **how)
         assert_same_ids(ids, case.ids, "observe")
         assert torch.equal(weights, case.weights)
         assert counts == wanted[2]
-        ids, weights, counts = run(case, cache=cache, mode="off", block=block, inplace=False)
+        ids, weights, counts = run(case, mode="off", **how)
         assert_same_ids(ids, case.ids, "off")
         assert torch.equal(weights, case.weights)
         assert counts == (0, 0, 0, 0)
@@ -168,11 +184,11 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
 # --- with the gate's top-k in the launch ----------------------------------------------------------
 
 
-def route(case: MarginCase, *, cache: Path, seed: int, block: int, mode: str = "on") -> Found:
+def route(case: MarginCase, *, cache: Path, seed: int, block: int, cluster: int) -> Found:
     """One launch of ``route_and_align``; padding rows are those whose ids are -1."""
     dtype = case.logits.dtype
     kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], torch.int32, logit_dtype=dtype)
-    layer = device_layer(case, CPU, mode)
+    layer = device_layer(case, CPU)
     new_ids, weights = torch.full_like(case.ids, -7), torch.full_like(case.weights, -7)
     aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
     launch(
@@ -186,6 +202,7 @@ def route(case: MarginCase, *, cache: Path, seed: int, block: int, mode: str = "
         *rule_arguments(new_ids, new_ids, weights, layer)[1:],
         *sorted_arguments,
         threads=512,
+        cluster=cluster,
         seed=seed,
     )
     check_aligned(new_ids, aligned, block, case.logits.shape[1])
@@ -209,14 +226,15 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
         ),
         seed=st.integers(0, 3),
         block=st.sampled_from([16, 64]),
+        cluster=st.sampled_from([1, 2, 8]),
     )
-    def every(case: MarginCase, seed: int, block: int) -> None:
+    def every(case: MarginCase, seed: int, block: int, cluster: int) -> None:
         ids, weights = case.ids, case.logits.float().softmax(dim=1)
         gone = (ids < 0).any(dim=1)
         ids[gone] = -1  # a row is padding as a whole
         order = case.logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
         case = case._replace(weights=weights.gather(1, order.indices[:, :slots]))
-        found = route(case, cache=cache, seed=seed, block=block)
+        found = route(case, cache=cache, seed=seed, block=block, cluster=cluster)
         wanted = case.expected(emulated_exp)
         assert_same_ids(found[0], wanted[0], "route")
         assert found[2] == wanted[2]

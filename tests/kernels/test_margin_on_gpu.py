@@ -12,6 +12,7 @@ from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.rules import sere
 from tests.rules.test_sere import RULES, assert_same_ids
 
+from .gpu_launches import BLOCKS, GPU, route, vllm_top_k
 from .kernel_cases import check_aligned
 from .margin_cases import (
     KNOBS,
@@ -25,33 +26,32 @@ from .margin_cases import (
     make_margin_case,
     margin_cases,
 )
-from .test_route_on_gpu import vllm_top_k
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-GPU = torch.device("cuda", 0)
 
 
-def run(case: MarginCase, *, block: int | None = None, mode: str = "on") -> Found:
+def run(case: MarginCase, *, block: int | None = None, mode: str = "on", blocks: int = 1) -> Found:
     kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
     layer = device_layer(case, GPU, mode)
     ids, weights, logits = case.ids.to(GPU), case.weights.to(GPU), case.logits.to(GPU)
     if block:
         aligned = kernel.reroute_and_align(
-            ids, ids, weights, layer, block_size=block, logits=logits
+            ids, ids, weights, layer, block_size=block, logits=logits, blocks=blocks
         )
         check_aligned(ids.cpu(), aligned, block, case.logits.shape[1])
     else:
-        kernel.reroute(ids, ids, weights, layer, logits=logits)
+        kernel.reroute(ids, ids, weights, layer, logits=logits, blocks=blocks)
     assert not layer.counters[0].any()
     return ids.cpu(), weights.cpu(), tuple(layer.counters[1].tolist())
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
-def test_equals_reference(experts: int, slots: int) -> None:
-    @settings(RULES, max_examples=50)
+def test_equals_reference(experts: int, slots: int, blocks: int) -> None:
+    @settings(RULES, max_examples=30)
     @given(
         case=margin_cases(
             experts=experts,
@@ -62,32 +62,50 @@ def test_equals_reference(experts: int, slots: int) -> None:
         block=st.sampled_from([None, 16, 64]),
     )
     def every(case: MarginCase, block: int | None) -> None:
-        check_margin(run(case, block=block), case.expected(gpu_exp), case)
+        check_margin(run(case, block=block, blocks=blocks), case.expected(gpu_exp), case)
 
     every()
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("rows", [0, 1, 33, 128, 200])
+@pytest.mark.parametrize(("experts", "slots"), [(60, 4), (64, 6), (128, 8), (256, 8)])
+def test_batches_of_a_server(experts: int, slots: int, rows: int, blocks: int) -> None:
+    for seed, tau in enumerate(KNOBS["tau"]):
+        case = make_margin_case(
+            seed=seed, rows=rows, experts=experts, slots=slots, tau=tau, kinds="decode", floor=slots
+        )
+        wanted = case.expected(gpu_exp)
+        for block in (None, 16):
+            check_margin(run(case, block=block, blocks=blocks), wanted, case, f"seed {seed}")
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("rows", [513, 4096, 131_072])
-def test_many_rows(rows: int) -> None:
+def test_many_rows(rows: int, blocks: int) -> None:
     case = make_margin_case(seed=rows, rows=rows, experts=60, slots=4, tau=1.0, floor=4)
-    check_margin(run(case), case.expected(gpu_exp), case)
+    check_margin(run(case, blocks=blocks), case.expected(gpu_exp), case)
 
 
-def test_twenty_runs_are_one() -> None:
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_twenty_runs_are_one(blocks: int) -> None:
     case = make_margin_case(seed=9, rows=400, experts=128, slots=8, tau=0.05, kinds="decode")
-    first = run(case)
+    first = run(case, blocks=blocks)
     for _ in range(20):
-        again = run(case)
+        again = run(case, blocks=blocks)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
         assert first[2] == again[2]
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(
     ("experts", "slots", "dtype"),
     [(128, 8, torch.bfloat16), (64, 6, torch.float32), (256, 8, torch.bfloat16)],
 )
-def test_vllms_choice_then_the_rule(experts: int, slots: int, dtype: torch.dtype) -> None:
+def test_vllms_choice_then_the_rule(
+    experts: int, slots: int, dtype: torch.dtype, blocks: int
+) -> None:
     kernel = RuleKernel(experts, slots, torch.int32, logit_dtype=dtype)
     for seed in range(60):
         case = make_margin_case(
@@ -105,19 +123,11 @@ def test_vllms_choice_then_the_rule(experts: int, slots: int, dtype: torch.dtype
         weights, ids = vllm_top_k(logits, slots, renormalize, padding)
         case = case._replace(ids=ids.cpu(), weights=weights.cpu())
         layer = device_layer(case, GPU)
-        new_ids, new_weights = torch.full_like(ids, -7), torch.full_like(weights, -7)
-        aligned = kernel.route_and_align(
-            logits,
-            new_ids,
-            new_weights,
-            layer,
-            is_padding=padding,
-            renormalize=renormalize,
-            block_size=16,
+        new_ids, new_weights = route(
+            kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
         )
         found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
         check_margin(found, case.expected(gpu_exp), case, f"seed {seed}")
-        check_aligned(new_ids.cpu(), aligned, 16, experts)
 
 
 def test_two_ranks_keep_one_set() -> None:
@@ -137,7 +147,8 @@ def test_two_ranks_keep_one_set() -> None:
         check_ranks(ranks, case.expected(gpu_exp), case)
 
 
-def test_captured_graph_follows_the_rule() -> None:
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_captured_graph_follows_the_rule(blocks: int) -> None:
     """One capture; then sere and margin take turns, with settings and steps of their own."""
     base = make_margin_case(seed=1, rows=48, experts=128, slots=8, tau=0.0, shuffled=False)
     settings_ = Settings(GPU, layers=2)
@@ -154,9 +165,9 @@ def test_captured_graph_follows_the_rule() -> None:
         for new_ids, new_weights in both:
             new_ids.copy_(ids)
             new_weights.copy_(weights)
-        kernel.reroute(both[0][0], *both[0], layer, logits=logits)
+        kernel.reroute(both[0][0], *both[0], layer, logits=logits, blocks=blocks)
         aligned = kernel.reroute_and_align(
-            both[1][0], *both[1], layer, logits=logits, block_size=16
+            both[1][0], *both[1], layer, logits=logits, block_size=16, blocks=blocks
         )
     for seed in range(40):
         rows = 48 if seed % 3 else 31  # the rest is graph padding
@@ -195,3 +206,59 @@ def test_captured_graph_follows_the_rule() -> None:
         if not by_sere:
             assert layer.counters[1].tolist() == [2 * number for number in counts]
         check_aligned(both[1][0].cpu(), aligned, 16, 128)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(("experts", "slots"), [(64, 6), (128, 8), (256, 8)])
+def test_captured_choice_follows_the_rule(experts: int, slots: int, blocks: int) -> None:
+    """The gate's choice in the launch, too: one capture, then the rules take turns."""
+    base = make_margin_case(
+        seed=0, rows=33, experts=experts, slots=slots, tau=0.0, kinds="decode", shuffled=False
+    )
+    settings_ = Settings(GPU, layers=2)
+    similarity = torch.rand((experts, experts), generator=torch.Generator().manual_seed(0))
+    layer = device_layer(base, GPU)._replace(
+        tables=LayerTables.build(similarity, GPU), settings=settings_.buffer[1]
+    )
+    kernel = RuleKernel(experts, slots, torch.int32)
+    kernel.load(GPU, ("route_and_align",))
+    logits, ids, weights = base.logits.to(GPU), base.ids.to(GPU), base.weights.to(GPU)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        aligned = kernel.route_and_align(
+            logits,
+            ids,
+            weights,
+            layer,
+            is_padding=None,
+            renormalize=False,
+            block_size=16,
+            blocks=blocks,
+        )
+    for seed in range(20):
+        knobs = {name: values[seed % len(values)] for name, values in KNOBS.items()}
+        case = make_margin_case(
+            seed=seed,
+            rows=33,
+            experts=experts,
+            slots=slots,
+            kinds="decode",
+            shuffled=False,
+            **knobs,
+        )
+        by_sere, bound = seed % 2 == 0, case.policy()
+        if by_sere:
+            bound = BoundPolicy(
+                mode="on", select_top_k=1 + seed % 3, threshold=None, min_primary_experts=0
+            )
+        settings_.write(bound, top_k=slots, num_experts=experts)
+        layer.step.write(case.kinds.numpy(), counter_row=1)
+        logits.copy_(case.logits)
+        graph.replay()
+        wanted = case.expected(gpu_exp)[0]
+        if by_sere:
+            wanted = sere.reroute(
+                case.ids, case.weights, similarity, row_kind=case.kinds, select_top_k=1 + seed % 3
+            )
+        assert_same_ids(ids.cpu(), wanted, f"seed {seed}")
+        check_aligned(ids.cpu(), aligned, 16, experts)

@@ -36,7 +36,16 @@ def arguments(case: Case, ids, new_ids, mode: str = "on"):
     return rule_arguments(ids, new_ids, case.weights, layer, case.unavailable), layer.counters
 
 
-def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode: str = "on"):
+def run(
+    case: Case,
+    *,
+    cache: Path,
+    threads: int,
+    seed: int,
+    inplace: bool,
+    mode: str = "on",
+    cluster: int = 1,
+):
     kernel = RuleKernel(case.experts, case.slots, case.ids.dtype, case.unavailable is not None)
     ids = case.ids.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
@@ -47,6 +56,7 @@ def run(case: Case, *, cache: Path, threads: int, seed: int, inplace: bool, mode
         *packed,
         *NO_LOGITS,
         threads=threads,
+        cluster=cluster,
         seed=seed,
     )
     assert counters[0].tolist() == [0, 0, 0, 0]
@@ -62,12 +72,11 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
         case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 40)),
         seed=st.integers(0, 3),
         inplace=st.booleans(),
+        cluster=st.sampled_from([1, 1, 8]),
     )
-    def every(case: Case, seed: int, inplace: bool) -> None:
-        check(
-            functools.partial(run, cache=cache, threads=64, seed=seed, inplace=inplace),
-            case,
-        )
+    def every(case: Case, seed: int, inplace: bool, cluster: int) -> None:
+        how = {"seed": seed, "inplace": inplace, "cluster": cluster}
+        check(functools.partial(run, cache=cache, threads=64, **how), case)
 
     every()
 
@@ -91,7 +100,16 @@ def test_observe_counts_and_leaves_ids_alone(cache: Path) -> None:
     assert counts == (0, 0, 0, 0)
 
 
-def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode: str = "on"):
+def align(
+    case: Case,
+    *,
+    cache: Path,
+    threads: int,
+    seed: int,
+    block: int,
+    mode: str = "on",
+    cluster: int = 1,
+):
     kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
     ids = case.ids.clone()
     packed, counters = arguments(case, ids, ids, mode)
@@ -103,6 +121,7 @@ def align(case: Case, *, cache: Path, threads: int, seed: int, block: int, mode:
         *NO_LOGITS,
         *sorted_arguments,
         threads=threads,
+        cluster=cluster,
         seed=seed,
     )
     check_aligned(ids, aligned, block, case.experts)
@@ -122,9 +141,11 @@ def test_aligned(experts: int, slots: int, cache: Path) -> None:
         ),
         seed=st.integers(0, 3),
         block=st.sampled_from([16, 32, 64, 128]),
+        cluster=st.sampled_from([1, 1, 8]),
     )
-    def every(case: Case, seed: int, block: int) -> None:
-        check(functools.partial(align, cache=cache, threads=64, seed=seed, block=block), case)
+    def every(case: Case, seed: int, block: int, cluster: int) -> None:
+        how = {"seed": seed, "block": block, "cluster": cluster}
+        check(functools.partial(align, cache=cache, threads=64, **how), case)
 
     every()
 
@@ -134,7 +155,8 @@ def test_aligned_without_work(cache: Path) -> None:
     case = as_launched(
         make_case(seed=2, rows=20, experts=60, slots=4, select_top_k=1, kinds="exact")
     )
-    for mode in ("on", "off"):
-        ids, counts = align(case, cache=cache, threads=64, seed=0, block=16, mode=mode)
+    for mode, cluster in (("on", 1), ("off", 1), ("off", 8)):
+        how = {"mode": mode, "cluster": cluster}
+        ids, counts = align(case, cache=cache, threads=64, seed=0, block=16, **how)
         assert_same_ids(ids, case.ids, mode)
         assert counts == (0, 0, 0, 0)

@@ -6,23 +6,14 @@ import torch
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
-from .kernel_cases import as_launched, check_aligned, device_layer, expected
+from .gpu_launches import BLOCKS, GPU, route, vllm_top_k
+from .kernel_cases import as_launched, device_layer, expected
 from .test_route_on_cpu import SHAPES, gate_logits
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-GPU = torch.device("cuda", 0)
-
-
-def vllm_top_k(logits, slots, renormalize, padding):
-    ops = pytest.importorskip("vllm._custom_ops")
-    rows = logits.shape[0]
-    weights = torch.empty((rows, slots), device=GPU)
-    ids, indices = (torch.empty((rows, slots), dtype=torch.int32, device=GPU) for _ in range(2))
-    ops.topk_softmax(weights, ids, indices, logits, renormalize, is_padding=padding)
-    return weights, ids
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -49,15 +40,9 @@ def test_vllms_choice_then_the_rule(experts, slots, dtype, renormalize) -> None:
         padding = (torch.arange(rows) % 5 == 4).to(GPU) if seed % 2 else None
         weights, ids = vllm_top_k(logits, slots, renormalize, padding)
         layer = device_layer(case, GPU)
-        new_ids, new_weights = torch.full_like(ids, -7), torch.full_like(weights, -7)
-        aligned = kernel.route_and_align(
-            logits,
-            new_ids,
-            new_weights,
-            layer,
-            is_padding=padding,
-            renormalize=renormalize,
-            block_size=16,
+        blocks = BLOCKS[seed // 2 % len(BLOCKS)]  # all but one end at once
+        new_ids, new_weights = route(
+            kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
         )
         assert torch.equal(new_weights, weights), f"seed {seed}: weights differ"
         case = Case(
@@ -74,4 +59,3 @@ def test_vllms_choice_then_the_rule(experts, slots, dtype, renormalize) -> None:
         wanted, counts = expected(case)
         assert_same_ids(new_ids.cpu(), wanted, f"seed {seed}")
         assert tuple(layer.counters[1].tolist()) == counts
-        check_aligned(new_ids.cpu(), aligned, 16, experts)

@@ -1,0 +1,27 @@
+"""What the launcher decides and refuses before a GPU is asked."""
+
+import pytest
+import torch
+
+from sere_ray.kernel.launcher import RuleKernel, blocks_of_margin
+
+GPU = torch.device("cuda", 0)
+
+
+def test_blocks_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = [blocks_of_margin(rows, GPU) for rows in (0, 1, 4, 5, 16, 17, 128, 4096)]
+    assert found == [1, 1, 1, 2, 4, 8, 8, 8]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert blocks_of_margin(128, GPU) == 1
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(128, torch.bfloat16), (60, torch.float32)])
+def test_logits_that_no_vector_load_reaches(experts: int, dtype: torch.dtype, has_words) -> None:
+    kernel = RuleKernel(experts, 4, torch.int32)
+    memory = torch.zeros(3 * experts, dtype=dtype)
+    rows = memory[experts:].view(2, experts)  # a row in a larger batch is well
+    assert kernel.logit_arguments(rows) == (rows.data_ptr(), dtype.itemsize)
+    with pytest.raises(ValueError) as error:
+        kernel.logit_arguments(memory[1 : 1 + experts].view(1, experts))
+    has_words(str(error.value), "whole rows", "offset 1")

@@ -159,7 +159,12 @@ def check_peers(ranks, streams, case: Case, split: float) -> None:
     layers = [device_layer(part, GPU, reroutable=reroutable) for part in parts]
     ids = [part.ids.to(GPU) for part in parts]
     weights = [part.weights.to(GPU) for part in parts]
-    kernel_of(case).load(GPU, ["reroute_with_peers"])  # loading waits for the GPU to be idle
+    (alone,) = peers_on(GPU, case.experts, 1)
+    for of_ids, of_rank in zip(ids, zip(weights, layers, strict=True), strict=True):
+        # A kernel's first launch may wait for the GPU to be idle; this one waits for nobody.
+        across_ranks.reroute_with_peers(kernel_of(case), of_ids.clone(), *of_rank, alone)
+    for layer in layers:
+        layer.counters.zero_()
     torch.cuda.synchronize()
     for stream, *of_rank in zip(streams, ids, weights, layers, ranks, strict=True):
         with torch.cuda.stream(stream):

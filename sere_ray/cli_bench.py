@@ -185,16 +185,20 @@ def scale(out: Out) -> None:
 def plot(
     result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],
     picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Only what was measured on this one [all].")
+    ] = None,
 ) -> None:
     """Draw a result file of `bench step-time`, `failover` or `scale`.
 
     Example: sere-ray bench plot step-time.json step-time.png
     """
     with user_errors():
-        from sere_ray.evaluation.plot import draw
+        from sere_ray.evaluation.plot import draw, of_model
         from sere_ray.results import load_result
 
-        draw(load_result(result), picture)
+        document = load_result(result)
+        draw(of_model(document, model) if model else document, picture)
     print(picture)
 
 

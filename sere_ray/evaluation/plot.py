@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
+_COLUMNS = 2
+"""Of a picture that has room for more than one: a model's two routers are side by side."""
 
 
 def draw(document: dict[str, Any], picture: Path) -> None:
@@ -49,22 +51,41 @@ def draw(document: dict[str, Any], picture: Path) -> None:
         figure.savefig(temporary, format=kind, dpi=130)
 
 
+def of_model(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """The part of a result file that was measured on one model.
+
+    Raises:
+        SereError: there is none; says which there are.
+    """
+    names = [str(row.get("model", "")).partition(":")[0] for row in document.get("rows", [])]
+    if name not in names:
+        known = ", ".join(sorted(set(names) - {""})) or "none"
+        raise SereError(f"--model = {name!r}: the file has {known}")
+    rows = [row for row, own in zip(document["rows"], names, strict=True) if own == name]
+    return {**document, "rows": rows}
+
+
 def draw_step_time(document: dict[str, Any]) -> "Figure":
-    """A column for each model and router; dashed lines are the floor."""
+    """Two panels for each model and router, one above the other; dashed lines are the floor."""
     from matplotlib.figure import Figure
 
     rows = document["rows"]
     panels: dict[tuple[str, str], Rows] = {}
     for row in rows:
         panels.setdefault((row["model"], row.get("router", "uniform")), []).append(row)
-    figure = Figure(figsize=(4.6 * len(panels), 6.6), layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False)
-    for column, ((model, router), own) in enumerate(panels.items()):
-        _draw_speedup(grid[0][column], own)
-        _draw_step(grid[1][column], own)
-        grid[0][column].set_title(
-            textwrap.fill(model, 44) + f"\n{router} routing", fontsize=9, loc="left"
-        )
+    columns = min(len(panels), _COLUMNS)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 6.6 * lines), layout="constrained")
+    grid = figure.subplots(2 * lines, columns, squeeze=False)
+    for missing in range(len(panels), lines * columns):
+        for half in (0, 1):
+            grid[2 * (lines - 1) + half][missing % columns].remove()
+    for number, ((model, router), own) in enumerate(panels.items()):
+        line, column = divmod(number, columns)
+        upper, lower = (grid[2 * line + half][column] for half in (0, 1))
+        _draw_speedup(upper, own)
+        _draw_step(lower, own)
+        upper.set_title(textwrap.fill(model, 44) + f"\n{router} routing", fontsize=9, loc="left")
     machine = document["machine"]
     device = machine.get("gpu", machine.get("cpu"))
     ranks = rows[0].get("data_parallel_size", 1)

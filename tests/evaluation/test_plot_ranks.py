@@ -5,7 +5,7 @@ import pytest
 
 from sere_ray.errors import SereError
 from sere_ray.evaluation.failover import METHODS, Scores, _row
-from sere_ray.evaluation.plot import draw
+from sere_ray.evaluation.plot import draw, draw_step_time, of_model
 from sere_ray.evaluation.scale import SHAPES, simulate
 
 
@@ -35,3 +35,21 @@ def test_expert_parallel_steps(tmp_path):
     ]
     draw({"machine": {"gpu": "a GPU"}, "rows": rows}, tmp_path / "ranks.svg")
     assert "<svg" in (tmp_path / "ranks.svg").read_text()
+
+
+def test_models_side_by_side_or_one_of_them(tmp_path):
+    """Panels wrap; what is drawn of one model is that model's."""
+    row = {"arm": "S=1", "speedup": 1.5, "speedup_min": 1, "speedup_max": 2, "step_ms": 4.0}
+    rows = [
+        {**row, "model": f"{name}: some layers", "router": "uniform", "batch": batch}
+        for name in ("alpha", "beta", "gamma")
+        for batch in (1, 16)
+    ]
+    document = {"machine": {"gpu": "a GPU"}, "rows": rows}
+    figure = draw_step_time(document)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title.partition(":")[0] for title in titles if title] == ["alpha", "beta", "gamma"]
+    assert len(figure.axes) == 6
+    assert of_model(document, "beta")["rows"] == rows[2:4]
+    with pytest.raises(SereError, match="alpha, beta, gamma"):
+        of_model(document, "delta")

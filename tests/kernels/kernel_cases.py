@@ -208,6 +208,20 @@ def rows_of(case: Case, own: range) -> Case:
     return replace(case, ids=ids, weights=weights, row_kind=kinds)
 
 
+def check_split(
+    case: Case, owned: list[range], ids: list[Tensor], layers: list[DeviceLayer]
+) -> None:
+    """Each rank has its rows of the reference's ids, the counts of all, and its own slots."""
+    new, counts = expected(case)
+    slots = 0
+    for own, of_rank, layer in zip(owned, ids, layers, strict=True):
+        assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
+        before, after, changed, critical = layer.counters[1].tolist()
+        assert (before, after, critical) == (counts[0], counts[1], counts[3])
+        slots += changed
+    assert slots == counts[2]
+
+
 def own_slots(case: Case, new_ids: Tensor, own: range) -> int:
     """Slots that changed in the rows of a rank."""
     rows = slice(own.start, own.stop)

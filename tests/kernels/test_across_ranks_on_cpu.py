@@ -18,6 +18,7 @@ from .kernel_cases import (
     as_launched,
     busiest,
     check_local_alignment,
+    check_split,
     device_layer,
     empty_alignment,
     expected,
@@ -145,31 +146,22 @@ def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, ca
 
 
 def check_exchange(case: Case, split: float, **options):
-    new, counts = expected(case)
     reroutable = int((case.kinds == sere.REROUTABLE).sum())
     owned = [own for own, _ in two_ranks(case, split, False)]
-    vectors, parts = [], [rows_of(case, own) for own in owned]
-    for part in parts:
-        layer = device_layer(part, CPU, reroutable=reroutable)
+    parts = [rows_of(case, own) for own in owned]
+    layers = [device_layer(part, CPU, reroutable=reroutable) for part in parts]
+    ids, vectors = [part.ids.clone() for part in parts], []
+    for part, layer, of_rank in zip(parts, layers, ids, strict=True):
         ranks = torch.full((case.experts,), 77, dtype=torch.uint8)
-        ids = part.ids.clone()
-        run("lowest_ranks", part, ids, layer, ranks, **options)
-        assert torch.equal(ids, part.ids)
+        run("lowest_ranks", part, of_rank, layer, ranks, **options)
+        assert torch.equal(of_rank, part.ids)
         reference = sere.rank_vector(part.ids, part.weights, case.experts, part.kinds)
         assert torch.equal(ranks, reference if reroutable else torch.full_like(ranks, 255))
         vectors.append(ranks)
     lowest = torch.minimum(*vectors)
-    slots = 0
-    for own, part in zip(owned, parts, strict=True):
-        layer = device_layer(part, CPU, reroutable=reroutable)
-        ids = part.ids.clone()
-        run("reroute_by_ranks", part, ids, layer, lowest, **options)
-        assert_same_ids(ids, new[own.start : own.stop], "kernel")
-        found = layer.counters[1].tolist()
-        assert found[:2] == list(counts[:2])
-        assert found[3] == counts[3]
-        slots += found[2]
-    assert slots == counts[2]
+    for part, layer, of_rank in zip(parts, layers, ids, strict=True):
+        run("reroute_by_ranks", part, of_rank, layer, lowest, **options)
+    check_split(case, owned, ids, layers)
 
 
 def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64):
@@ -210,7 +202,6 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots, cache):
 
 
 def check_peers(ranks, case: Case, split: float, **options):
-    new, counts = expected(case)
     reroutable = int((case.kinds == sere.REROUTABLE).sum())
     owned = [own for own, _ in two_ranks(case, split, False)]
     parts = [rows_of(case, own) for own in owned]
@@ -223,11 +214,7 @@ def check_peers(ranks, case: Case, split: float, **options):
         ]
         for one in launches:
             one.result()
-    found = [layer.counters[1].tolist() for layer in layers]
-    for own, of_rank, (before, after, _, critical) in zip(owned, ids, found, strict=True):
-        assert_same_ids(of_rank, new[own.start : own.stop], "kernel")
-        assert (before, after, critical) == (counts[0], counts[1], counts[3])
-    assert sum(of_rank[2] for of_rank in found) == counts[2]
+    check_split(case, owned, ids, layers)
 
 
 def test_a_rank_that_never_comes_is_given_up(cache):

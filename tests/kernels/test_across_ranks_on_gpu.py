@@ -16,6 +16,7 @@ from .kernel_cases import (
     as_launched,
     busiest,
     check_local_alignment,
+    check_split,
     device_layer,
     expected,
     own_slots,
@@ -90,30 +91,30 @@ def test_many_rows(rows):
 
 
 def exchanged(case: Case, split: float) -> None:
-    new, counts = expected(case)
-    reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    owned = [own for own, _ in two_ranks(case, split, False)]
-    vectors, parts = [], [rows_of(case, own) for own in owned]
-    for part in parts:
+    owned, parts, layers, ids, weights = on_two_ranks(case, split)
+    reroutable, vectors = int((case.kinds == sere.REROUTABLE).sum()), []
+    for part, layer, *of_rank in zip(parts, layers, ids, weights, strict=True):
         ranks = torch.full((case.experts,), 77, dtype=torch.uint8, device=GPU)
-        layer = device_layer(part, GPU, reroutable=reroutable)
-        ids, weights = part.ids.to(GPU), part.weights.to(GPU)
-        across_ranks.lowest_ranks(kernel_of(case), ids, weights, layer, ranks)
+        across_ranks.lowest_ranks(kernel_of(case), *of_rank, layer, ranks)
         reference = sere.rank_vector(part.ids, part.weights, case.experts, part.kinds)
         assert torch.equal(
             ranks.cpu(), reference if reroutable else torch.full_like(reference, 255)
         )
         vectors.append(ranks)
-    lowest, slots = torch.minimum(*vectors), 0
-    for own, part in zip(owned, parts, strict=True):
-        layer = device_layer(part, GPU, reroutable=reroutable)
-        ids, weights = part.ids.to(GPU), part.weights.to(GPU)
-        across_ranks.reroute_by_ranks(kernel_of(case), ids, weights, layer, lowest)
-        assert_same_ids(ids.cpu(), new[own.start : own.stop], "kernel")
-        before, after, changed, critical = layer.counters[1].tolist()
-        assert (before, after, critical) == (counts[0], counts[1], counts[3])
-        slots += changed
-    assert slots == counts[2]
+    lowest = torch.minimum(*vectors)
+    for of_rank in zip(ids, weights, layers, strict=True):
+        across_ranks.reroute_by_ranks(kernel_of(case), *of_rank, lowest)
+    check_split(case, owned, ids, layers)
+
+
+def on_two_ranks(case: Case, split: float):
+    """Rows, cases, and tensors on the GPU of each rank."""
+    reroutable = int((case.kinds == sere.REROUTABLE).sum())
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    parts = [rows_of(case, own) for own in owned]
+    layers = [device_layer(part, GPU, reroutable=reroutable) for part in parts]
+    ids = [part.ids.to(GPU) for part in parts]
+    return owned, parts, layers, ids, [part.weights.to(GPU) for part in parts]
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
@@ -152,15 +153,9 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots):
 
 
 def check_peers(ranks, streams, case: Case, split: float) -> None:
-    new, counts = expected(case)
-    reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    owned = [own for own, _ in two_ranks(case, split, False)]
-    parts = [rows_of(case, own) for own in owned]
-    layers = [device_layer(part, GPU, reroutable=reroutable) for part in parts]
-    ids = [part.ids.to(GPU) for part in parts]
-    weights = [part.weights.to(GPU) for part in parts]
+    owned, _, layers, ids, weights = on_two_ranks(case, split)
     (alone,) = peers_on(GPU, case.experts, 1)
-    for of_ids, of_rank in zip(ids, zip(weights, layers, strict=True), strict=True):
+    for of_ids, *of_rank in zip(ids, weights, layers, strict=True):
         # A kernel's first launch may wait for the GPU to be idle; this one waits for nobody.
         across_ranks.reroute_with_peers(kernel_of(case), of_ids.clone(), *of_rank, alone)
     for layer in layers:
@@ -170,13 +165,7 @@ def check_peers(ranks, streams, case: Case, split: float) -> None:
         with torch.cuda.stream(stream):
             across_ranks.reroute_with_peers(kernel_of(case), *of_rank)
     torch.cuda.synchronize()
-    slots = 0
-    for own, of_rank, layer in zip(owned, ids, layers, strict=True):
-        assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
-        before, after, changed, critical = layer.counters[1].tolist()
-        assert (before, after, critical) == (counts[0], counts[1], counts[3])
-        slots += changed
-    assert slots == counts[2]
+    check_split(case, owned, ids, layers)
 
 
 def test_captured_graph_follows_row_kinds():

@@ -164,11 +164,16 @@ def check_exchange(case: Case, split: float, **options):
     check_split(case, owned, ids, layers)
 
 
+def library_of(peers, part: Case, cache, threads=64):
+    """Compiled, if it was not, which takes longer than ranks wait for each other."""
+    kernel = RuleKernel(part.experts, part.slots, part.ids.dtype)
+    return library(kernel, "reroute_with_peers", threads, cache, peers.rank)
+
+
 def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64):
     """A rank's launch of `reroute_with_peers`; returns when the others have launched theirs."""
-    kernel = RuleKernel(part.experts, part.slots, ids.dtype)
     launch(
-        library(kernel, "reroute_with_peers", threads, cache, peers.rank),
+        library_of(peers, part, cache, threads),
         "reroute_with_peers",
         *rule_arguments(ids, ids, part.weights, layer),
         peers.inboxes,
@@ -195,19 +200,30 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots, cache):
         seed=st.integers(0, 3),
     )
     def every(case: Case, split: float, seed: int) -> None:
-        check_peers(ranks, as_launched(case), split, cache=cache, seed=seed)
+        owned = [own for own, _ in two_ranks(case, split, False)]
+        check_peers(ranks, as_launched(case), owned, cache=cache, seed=seed)
 
     every()
     assert ranks[0].number == ranks[1].number > 0
 
 
-def check_peers(ranks, case: Case, split: float, **options):
+def test_five_ranks_one_of_them_without_rows(cache):
+    ranks = peers_on(CPU, 60, 5)
+    for seed in range(6):
+        case = make_case(seed=seed, rows=22, experts=60, slots=4, select_top_k=1, kinds="mixed")
+        owned = [range(3), range(3, 3), range(3, 12), range(12, 13), range(13, 22)]
+        check_peers(ranks, as_launched(case), owned, cache=cache, seed=seed % 4)
+    assert [int(peers.number) for peers in ranks] == [6] * 5
+
+
+def check_peers(ranks, case: Case, owned: list[range], **options):
     reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    owned = [own for own, _ in two_ranks(case, split, False)]
     parts = [rows_of(case, own) for own in owned]
     layers = [device_layer(part, CPU, reroutable=reroutable) for part in parts]
     ids = [part.ids.clone() for part in parts]
-    with ThreadPoolExecutor(2) as pool:
+    for peers in ranks:
+        library_of(peers, case, options["cache"])
+    with ThreadPoolExecutor(len(ranks)) as pool:
         launches = [
             pool.submit(with_peers, *of_rank, **options)
             for of_rank in zip(ranks, parts, layers, ids, strict=True)

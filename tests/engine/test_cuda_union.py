@@ -5,7 +5,6 @@ Two ranks take turns at what vLLM lets them do in a pass. The engines themselves
 """
 
 import functools
-import struct
 import threading
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
 from sere_ray.config import Policy
+from sere_ray.engine import cuda_state
 from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
 from sere_ray.engine.rank_words import read_words, write_words
 from sere_ray.errors import PolicyError, UnsupportedError
@@ -22,7 +22,7 @@ from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
-from tests.kernels.emulator import COMPILER, KernelError
+from tests.kernels.emulator import COMPILER, launch_packed
 from tests.kernels.kernel_cases import check_local_alignment, library
 from tests.kernels.margin_cases import by_reference, emulated_exp
 
@@ -109,15 +109,11 @@ def emulated(monkeypatch, tmp_path_factory):
     """Launches run in the emulator, one at a time: it is one GPU."""
     cache, one_at_a_time = tmp_path_factory.getbasetemp() / "kernels", threading.Lock()
 
-    def run(kernel, name, topk_ids, arguments, *, early=True):
+    def run(kernel, name, topk_ids, arguments, *, early=True, blocks=1):
         with one_at_a_time:
-            function = getattr(library(kernel, name, 64, cache), f"launch_{name}")
-            function.restype = __import__("ctypes").c_char_p
-            kinds = SIGNATURES[name]
-            values = struct.pack(kinds, *(int(argument) for argument in arguments))
-            error = function(1, 64, 1, kinds.encode(), values).decode()
-        if error:
-            raise KernelError(f"{name}: {error}")
+            values = [int(argument) for argument in arguments]
+            code = library(kernel, name, 64, cache)
+            launch_packed(code, name, SIGNATURES[name], values, 64, cluster=blocks, seed=1)
 
     def arguments(kernel, topk_ids, new_ids, topk_weights, layer, unavailable):
         step = layer.step.buffer.data_ptr()
@@ -139,6 +135,7 @@ def emulated(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(RuleKernel, "launch", run)
     monkeypatch.setattr(RuleKernel, "arguments", arguments)
     monkeypatch.setattr(RuleKernel, "load", lambda kernel, device, names: None)
+    monkeypatch.setattr(cuda_state, "blocks_of_margin", lambda rows, device: 2)
 
 
 class Group:

@@ -7,7 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -109,10 +109,32 @@ def launch(
     """
     packed = [_pack(argument) for argument in arguments]
     kinds = "".join(kind for kind, _ in packed)
-    values = struct.pack(kinds, *(value for _, value in packed))
+    values = [value for _, value in packed]
+    launch_packed(
+        library, kernel, kinds, values, threads, blocks=blocks, cluster=cluster, seed=seed
+    )
+
+
+def launch_packed(
+    library: ctypes.CDLL,
+    kernel: str,
+    kinds: str,
+    values: Sequence[int | float],
+    threads: int,
+    *,
+    blocks: int = 1,
+    cluster: int = 1,
+    seed: int = 0,
+) -> None:
+    """The same with addresses; kinds are letters of the struct module, all of 8 bytes.
+
+    Raises:
+        KernelError: as for :func:`launch`.
+    """
     function = getattr(library, f"launch_{kernel}")
     function.restype = ctypes.c_char_p
-    error = function(blocks, cluster, threads, seed, kinds.encode(), values).decode()
+    packed = struct.pack(kinds, *values)
+    error = function(blocks, cluster, threads, seed, kinds.encode(), packed).decode()
     if error:
         raise KernelError(f"{kernel}: {error}")
 

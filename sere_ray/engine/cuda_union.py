@@ -24,6 +24,7 @@ import logging
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ from sere_ray.kernel.peers import Peers
 from sere_ray.rules import EXACT, REROUTABLE
 
 Way = Literal["gathered", "before", "local"]
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.sere_ray")
 NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
 """Row kinds of a dummy pass."""
 
@@ -86,8 +87,6 @@ class UnionCudaState(CudaState):
         text = f"{self.policy.model_dump_json()} {_checksum_of(self.artifact.layers)}"
         self.checksum = zlib.crc32(text.encode())
         self.way: Way | None = None
-        self.peers: Peers | None = None  # None before the first exchange, too
-        self.is_connected = False
         self.next_kinds = NO_ROWS
         self.placements: dict[int, Placement] = {}
         self.awaited: tuple[int, bool] | None = None  # layer, and whether its experts may be sorted
@@ -235,16 +234,20 @@ class UnionCudaState(CudaState):
             self.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
             return
-        if not self.is_connected:  # in the first pass, which no graph captures
-            self.peers, self.is_connected = self.connect(), True
-            how = "inside the kernel" if self.peers else "by an all-reduce in each layer"
-            logger.info("sere-ray: %d ranks exchange their union %s", self.num_ranks, how)
         if self.peers:
             across_ranks.reroute_with_peers(*of_layer, self.peers)
         else:
             across_ranks.lowest_ranks(*of_layer, self.ranks)
             self.exchange(self.ranks)
             across_ranks.reroute_by_ranks(*of_layer, self.ranks)
+
+    @cached_property
+    def peers(self) -> Peers | None:
+        """Connected in the first pass, which no graph captures."""
+        peers = self.connect()
+        how = "inside the kernel" if peers else "by an all-reduce in each layer"
+        logger.info("sere-ray: %d ranks exchange their union %s", self.num_ranks, how)
+        return peers
 
     def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Re-route the rows of all ranks: now, or when the experts ask for them sorted."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sere_ray.engine.cuda_seam import is_plain_softmax, request_kinds
 from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
+from sere_ray.engine.dispatch import group_timeout
 from sere_ray.engine.row_kinds import row_kinds
 from sere_ray.engine.state import Routing, Wrap, all_states, find_state
 from sere_ray.errors import UnsupportedError
@@ -63,10 +64,6 @@ def before_dispatch() -> Iterator[None]:
         _measured_way.reset(token)
 
 
-_PATIENCE_SECONDS = 1800
-"""How long ranks wait for each other in a kernel where vLLM is not told; torch's default."""
-
-
 def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) -> dict[str, Any]:
     """What :class:`UnionCudaState` has to know of the data-parallel ranks."""
     from torch.distributed import ReduceOp
@@ -75,7 +72,7 @@ def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) ->
     group = get_dp_group()
     communicator = group.device_communicator.pynccl_comm  # as dispatch: graphs can hold it
 
-    seconds = vllm_config.parallel_config.distributed_timeout_seconds or _PATIENCE_SECONDS
+    timeout = group_timeout(vllm_config)
 
     def reduce_by(operation: Any) -> Callable[[Tensor], None]:
         return lambda numbers: communicator.all_reduce(numbers, numbers, op=operation)
@@ -86,7 +83,7 @@ def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) ->
         "exchange": reduce_by(ReduceOp.MIN),
         "add_up": reduce_by(ReduceOp.SUM),
         "connect": partial(
-            connect, group.device_group, group.cpu_group, num_experts, device, seconds
+            connect, group.device_group, group.cpu_group, num_experts, device, timeout
         ),
         "before_dispatch": _measured_way.get(),
     }

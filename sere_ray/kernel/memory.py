@@ -34,7 +34,7 @@ class LayerTables(NamedTuple):
         """From ``float32 [E, E]`` on any device."""
         matrix = similarity.detach().cpu().numpy()
         num_experts = matrix.shape[0]
-        stride = 32 * power_of_two(-(-num_experts // 32))
+        stride = padded_experts(num_experts)
         kind = np.uint8 if num_experts <= 256 else np.uint16
         neighbours = np.zeros((num_experts, stride), kind)
         neighbours[:, :num_experts] = np.argsort(-matrix, axis=1, kind="stable")
@@ -137,6 +137,11 @@ class DeviceLayer(NamedTuple):
     step: StepInput
     counters: Tensor
     """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""
+
+
+def padded_experts(num_experts: int) -> int:
+    """``STRIDE`` of rule.cuh: a power of two for each of 32 lanes."""
+    return 32 * power_of_two(-(-num_experts // 32))
 
 
 def power_of_two(least: int) -> int:

@@ -1,13 +1,14 @@
 """Memory of other GPUs that a kernel of this rank writes to: ``kernels/exchange.cuh``."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sere_ray.kernel.memory import power_of_two
+from sere_ray.kernel.memory import padded_experts
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Peers:
 
 def inbox_words(num_experts: int, num_ranks: int) -> int:
     """Length of an inbox in int64: two halves of a byte an expert of each rank, four to a word."""
-    return 2 * num_ranks * 8 * power_of_two(-(-num_experts // 32))
+    return 2 * num_ranks * padded_experts(num_experts) // 4
 
 
 def connect(
@@ -39,7 +40,7 @@ def connect(
     host_group: ProcessGroup,
     num_experts: int,
     device: torch.device,
-    seconds: float,
+    timeout: timedelta,
 ) -> Peers | None:
     """Give every rank of a group an inbox that the others write to; a collective call.
 
@@ -48,7 +49,7 @@ def connect(
         host_group: of the same ranks, for messages between their hosts.
         num_experts: E.
         device: this rank's.
-        seconds: how long a rank is waited for in a step.
+        timeout: how long a rank is waited for in a step.
 
     Returns:
         None on every rank if one of them does not reach all the others: on several hosts, or
@@ -57,15 +58,15 @@ def connect(
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
-    inbox, addresses = None, None
     words = inbox_words(num_experts, group.size())
+    addresses = None
     try:
         inbox = symmetric.empty(words, dtype=torch.int64, device=device)
         inbox.zero_()
         torch.cuda.synchronize(device)  # before a peer can write to it
         addresses = symmetric.rendezvous(inbox, group.group_name).buffer_ptrs
-    except RuntimeError:  # what torch raises where peers are out of reach
-        addresses = None
+    except RuntimeError:
+        pass  # what torch raises where peers are out of reach
     reached = torch.tensor([int(addresses is not None)])
     dist.all_reduce(reached, op=dist.ReduceOp.MIN, group=host_group)
     if addresses is None or not int(reached):
@@ -74,6 +75,6 @@ def connect(
         inboxes=torch.tensor(list(addresses), dtype=torch.int64, device=device),
         number=torch.zeros(1, dtype=torch.int32, device=device),
         rank=group.rank(),
-        patience_ns=int(seconds * 1e9),
+        patience_ns=int(timeout.total_seconds() * 1e9),
         memory=inbox,
     )

@@ -208,6 +208,17 @@ def rows_of(case: Case, own: range) -> Case:
     return replace(case, ids=ids, weights=weights, row_kind=kinds)
 
 
+def split_up(
+    case: Case, owned: list[range], device: torch.device
+) -> tuple[list[Case], list[DeviceLayer], list[Tensor], list[Tensor]]:
+    """Of each rank: its rows as a case, its layer, and its ids and weights on the device."""
+    reroutable = int((case.kinds == REROUTABLE).sum())
+    parts = [rows_of(case, own) for own in owned]
+    layers = [device_layer(part, device, reroutable=reroutable) for part in parts]
+    ids = [part.ids.to(device, copy=True) for part in parts]
+    return parts, layers, ids, [part.weights.to(device) for part in parts]
+
+
 def check_split(
     case: Case, owned: list[range], ids: list[Tensor], layers: list[DeviceLayer]
 ) -> None:

@@ -25,8 +25,8 @@ from .kernel_cases import (
     library,
     own_slots,
     peers_on,
-    rows_of,
     rule_arguments,
+    split_up,
     two_ranks,
 )
 
@@ -147,10 +147,8 @@ def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, ca
 
 def check_exchange(case: Case, split: float, **options):
     reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    owned = [own for own, _ in two_ranks(case, split, False)]
-    parts = [rows_of(case, own) for own in owned]
-    layers = [device_layer(part, CPU, reroutable=reroutable) for part in parts]
-    ids, vectors = [part.ids.clone() for part in parts], []
+    owned, vectors = [own for own, _ in two_ranks(case, split, False)], []
+    parts, layers, ids, _ = split_up(case, owned, CPU)
     for part, layer, of_rank in zip(parts, layers, ids, strict=True):
         ranks = torch.full((case.experts,), 77, dtype=torch.uint8)
         run("lowest_ranks", part, of_rank, layer, ranks, **options)
@@ -217,10 +215,7 @@ def test_five_ranks_one_of_them_without_rows(cache):
 
 
 def check_peers(ranks, case: Case, owned: list[range], **options):
-    reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    parts = [rows_of(case, own) for own in owned]
-    layers = [device_layer(part, CPU, reroutable=reroutable) for part in parts]
-    ids = [part.ids.clone() for part in parts]
+    parts, layers, ids, _ = split_up(case, owned, CPU)
     for peers in ranks:
         library_of(peers, case, options["cache"])
     with ThreadPoolExecutor(len(ranks)) as pool:

@@ -21,7 +21,7 @@ from .kernel_cases import (
     expected,
     own_slots,
     peers_on,
-    rows_of,
+    split_up,
     two_ranks,
 )
 
@@ -91,7 +91,8 @@ def test_many_rows(rows):
 
 
 def exchanged(case: Case, split: float) -> None:
-    owned, parts, layers, ids, weights = on_two_ranks(case, split)
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    parts, layers, ids, weights = split_up(case, owned, GPU)
     reroutable, vectors = int((case.kinds == sere.REROUTABLE).sum()), []
     for part, layer, *of_rank in zip(parts, layers, ids, weights, strict=True):
         ranks = torch.full((case.experts,), 77, dtype=torch.uint8, device=GPU)
@@ -105,16 +106,6 @@ def exchanged(case: Case, split: float) -> None:
     for of_rank in zip(ids, weights, layers, strict=True):
         across_ranks.reroute_by_ranks(kernel_of(case), *of_rank, lowest)
     check_split(case, owned, ids, layers)
-
-
-def on_two_ranks(case: Case, split: float):
-    """Rows, cases, and tensors on the GPU of each rank."""
-    reroutable = int((case.kinds == sere.REROUTABLE).sum())
-    owned = [own for own, _ in two_ranks(case, split, False)]
-    parts = [rows_of(case, own) for own in owned]
-    layers = [device_layer(part, GPU, reroutable=reroutable) for part in parts]
-    ids = [part.ids.to(GPU) for part in parts]
-    return owned, parts, layers, ids, [part.weights.to(GPU) for part in parts]
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
@@ -153,7 +144,8 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots):
 
 
 def check_peers(ranks, streams, case: Case, split: float) -> None:
-    owned, _, layers, ids, weights = on_two_ranks(case, split)
+    owned = [own for own, _ in two_ranks(case, split, False)]
+    _, layers, ids, weights = split_up(case, owned, GPU)
     (alone,) = peers_on(GPU, case.experts, 1)
     for of_ids, *of_rank in zip(ids, weights, layers, strict=True):
         # A kernel's first launch may wait for the GPU to be idle; this one waits for nobody.

@@ -27,9 +27,9 @@ until grep -q '^serving ' "$out/serve.log"; do
   sleep 1
 done
 
-# Random weights that always take their likeliest token soon say the same in every stream, and then choose the same experts.
-sed 's/"ignore_eos": true/"ignore_eos": true, "temperature": 1/' loadtest/workloads/answers.jsonl > "$work/workload.jsonl"
-load="--url $url --workload $work/workload.jsonl --slo ttft=500,tpot=20 --gpus $gpus"
+# The workload samples: random weights that always take their likeliest token soon say the same in every stream, and then
+# choose the same experts.
+load="--url $url --workload loadtest/workloads/answers.jsonl --slo ttft=500,tpot=20 --gpus $gpus"
 load="$load --usd-per-gpu-hour ${USD_PER_GPU_HOUR:-3} --processes 4 --rounds ${ROUNDS:-2} --seconds ${SECONDS_PER_BLOCK:-10} --warmup 1"
 name=loadtest-h200; streams=16,64,32,128,4
 [ "$gpus" = 1 ] || { name=loadtest-h200x2; streams=32,128,64,8; }

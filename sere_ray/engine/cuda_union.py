@@ -84,7 +84,7 @@ class UnionCudaState(CudaState):
         self.version = 0
         super().__post_init__()
         self.policies = {0: self.bound}
-        text = f"{self.policy.model_dump_json()} {_checksum_of(self.artifact.layers)}"
+        text = f"{self.bound.model_dump_json()} {_checksum_of(self.artifact.layers)}"
         self.checksum = zlib.crc32(text.encode())
         self.way: Way | None = None
         self.next_kinds = NO_ROWS

@@ -8,12 +8,10 @@ import bisect
 import itertools
 import json
 import math
-import os
-import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +19,6 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import psutil
 from rich.console import Console
 
 from sere_ray.demo.assets import final_answer
@@ -32,6 +29,7 @@ from sere_ray.loadtest.driver import Load, Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import rounded
 from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.processes import kill_engine, usage
 
 STREAMS = 4
 """Of each tier."""
@@ -41,7 +39,6 @@ _STEP_SECONDS = 5.0
 _CLEAN_SECONDS = 10.0
 """Without a failure, after which a gang counts as replaced."""
 _POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
-_ENGINE = "VLLM::EngineCore"
 _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
     (b"{nonsense", range(400, 401)),
     (b'{"model": "nobody", "messages": []}', range(400, 500)),
@@ -62,6 +59,8 @@ class _Log:
     """When and what."""
     killed_at: float | None = None
     usage: list[dict[str, float]] = field(default_factory=list)
+    kinds: list[dict[str, float]] = field(default_factory=list)
+    """Memory by kind of process, each time."""
 
 
 def run_soak(
@@ -124,7 +123,7 @@ def _disturb(
     half = now() + plan.seconds / 2
     while not all(load.done() for load in loads):
         if kill_rank and log.killed_at is None and now() >= half:
-            _kill_engine(pid)
+            kill_engine(pid)
             log.killed_at = now()
         try:
             set_policy(url, next(policies))
@@ -133,7 +132,9 @@ def _disturb(
             log.policy_changes_refused += 1  # counted as lost unless a rank is being replaced
         _disconnect(plan, url, log)
         _ask_nonsense(plan, url, *next(bad), log)
-        log.usage.append(_usage(pid))
+        memory, handles = usage(pid)
+        log.kinds.append(memory)
+        log.usage.append({"at": now(), "memory_mib": sum(memory.values()), "handles": handles})
         time.sleep(_STEP_SECONDS)
 
 
@@ -176,35 +177,6 @@ def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log)
         log.wrong_statuses.append((now(), f"{status} for {body[:40].decode()}"))
 
 
-def _processes(pid: int) -> Iterator[psutil.Process]:
-    root = psutil.Process(pid)
-    yield root
-    yield from root.children(recursive=True)
-
-
-def _usage(pid: int) -> dict[str, float]:
-    """Memory and open files of all processes of the deployment."""
-    memory = files = 0
-    for process in _processes(pid):
-        try:
-            memory += process.memory_info().rss
-            files += process.num_fds()
-        except psutil.Error:
-            continue  # it has just ended
-    return {"at": now(), "rss_mib": memory / 2**20, "handles": files}
-
-
-def _kill_engine(pid: int) -> None:
-    for process in _processes(pid):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(_ENGINE):
-                os.kill(process.pid, signal.SIGKILL)
-                return
-        except psutil.Error:
-            continue
-    raise SereError(f"--pid {pid}: no engine process below it to kill")
-
-
 def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str, Any]:
     exact, usual = (load.measured for load in loads)
     every = [*exact, *usual]
@@ -236,16 +208,17 @@ def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str
         and log.killed_at
         and rounded(recovered - log.killed_at),
     }
-    for name in ("rss_mib", "handles"):
+    for name in ("memory_mib", "handles"):
         row |= _growth(name, log.usage, name)
         later = [one for one in log.usage if recovered is not None and one["at"] > recovered]
         if later:  # the new gang is smaller at first: it is watched on its own, too
             row |= _growth(name, later, f"{name}_after_the_kill")
-    usage = [
+    row["memory_mib_by_kind"] = _thirds_by_kind(log.kinds)
+    course = [
         {name: rounded(value - begin if name == "at" else value) for name, value in one.items()}
         for one in log.usage
     ]
-    return {"model": plan.target.model, "streams": 2 * STREAMS, "rows": [row], "usage": usage}
+    return {"model": plan.target.model, "streams": 2 * STREAMS, "rows": [row], "usage": course}
 
 
 def _recovered(outcomes: list[Outcome], killed_at: float | None) -> float | None:
@@ -270,13 +243,25 @@ def _while_down(at: float, killed_at: float | None, recovered: float | None) -> 
 
 def _growth(name: str, usage: list[dict[str, float]], label: str) -> dict[str, float | None]:
     """Means of the first and last third, and the growth between them."""
-    values = [one[name] for one in usage]
-    third = max(len(values) // 3, 1)
-    first, last = (sum(part) / len(part) for part in (values[:third], values[-third:]))
+    first, last = _thirds([one[name] for one in usage])
     return {
         f"{label}_first_third": rounded(first),
         f"{label}_last_third": rounded(last),
         f"{label}_growth": rounded(last / first - 1),
+    }
+
+
+def _thirds(values: list[float]) -> tuple[float, float]:
+    third = max(len(values) // 3, 1)
+    return sum(values[:third]) / third, sum(values[-third:]) / third
+
+
+def _thirds_by_kind(kinds: list[dict[str, float]]) -> dict[str, list[float | None]]:
+    """First and last third of each kind of process: what grew, if something did."""
+    names = sorted(set().union(*kinds))
+    return {
+        name: [rounded(mean) for mean in _thirds([one.get(name, 0.0) for one in kinds])]
+        for name in names
     }
 
 

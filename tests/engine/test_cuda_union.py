@@ -141,7 +141,7 @@ def emulated(monkeypatch, tmp_path_factory):
 class Group:
     """Two ranks of one process, a thread each where they must meet."""
 
-    def __init__(self, before_dispatch=False, **keys):
+    def __init__(self, before_dispatch=False, copies=({},) * RANKS, **keys):
         generator = torch.Generator().manual_seed(1)
         self.similarity = {i: torch.rand(E, E, generator=generator) for i in LAYERS}
         metadata = ArtifactMetadata(
@@ -157,7 +157,7 @@ class Group:
         self.barrier, self.vectors = threading.Barrier(RANKS, timeout=60), {}
         self.states = [
             UnionCudaState(
-                Policy.parse(self.key),
+                Policy.parse({**self.key, **copies[rank]}),
                 SimilarityArtifact(self.similarity, metadata),
                 K,
                 E,
@@ -417,6 +417,15 @@ def test_policies_switch_in_the_same_pass_on_all_ranks(emulated):
         for of_rank in after:
             assert torch.equal(of_rank, before)
     assert [len(state.policies) for state in group.states] == [1, 1]
+
+
+@needs_compiler
+def test_ranks_agree_wherever_their_copies_of_the_artifact_lie(emulated):
+    """Each replica of a deployment keeps one of its own."""
+    group = Group(copies=[{"similarity": f"copy {rank}"} for rank in range(RANKS)])
+    table = np.stack([state.words() for state in group.states], axis=1)
+    for state in group.states:
+        state.begin_pass(table, [1, 1])
 
 
 @needs_compiler

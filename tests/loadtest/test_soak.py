@@ -29,7 +29,7 @@ def outcome(at, ended, error=None, text="Answer: 5", label="5"):
 def content(exact=(), usual=(), log=None):
     loads = [Load(0.0, 100.0, list(own), Histogram()) for own in (exact, usual)]
     log = log or soak._Log()
-    log.usage = log.usage or [{"at": 0.0, "rss_mib": 100.0, "handles": 50}]
+    log.usage = log.usage or [{"at": 0.0, "memory_mib": 100.0, "handles": 50}]
     return soak._content(plan("http://127.0.0.1", 100), loads, log, 0.0)["rows"][0]
 
 
@@ -82,20 +82,20 @@ def test_no_answer_after_the_kill_is_a_fault():
 
 
 def test_growth_of_memory_and_handles():
-    log = soak._Log(usage=[{"at": i, "rss_mib": 100.0 + i, "handles": 50} for i in range(30)])
+    log = soak._Log(usage=[{"at": i, "memory_mib": 100.0 + i, "handles": 50} for i in range(30)])
     row = content(log=log)
-    assert row["rss_mib_growth"] == pytest.approx(20 / 104.5, abs=1e-3)
-    with pytest.raises(SereError, match="rss_mib_growth"):
+    assert row["memory_mib_growth"] == pytest.approx(20 / 104.5, abs=1e-3)
+    with pytest.raises(SereError, match="memory_mib_growth"):
         soak._judge(row)
 
 
 def test_growth_of_the_new_gang_is_not_hidden_by_the_smaller_start():
     sizes = [100.0] * 15 + [80.0 + i for i in range(15)]
-    log = soak._Log(usage=[{"at": i, "rss_mib": s, "handles": 50} for i, s in enumerate(sizes)])
+    log = soak._Log(usage=[{"at": i, "memory_mib": s, "handles": 50} for i, s in enumerate(sizes)])
     log.killed_at = 14.0
     row = content(usual=[outcome(14, 14.5)], log=log)
-    assert row["rss_mib_growth"] < 0
-    with pytest.raises(SereError, match=r"hold: rss_mib_after_the_kill_growth 0\.12"):
+    assert row["memory_mib_growth"] < 0
+    with pytest.raises(SereError, match=r"hold: memory_mib_after_the_kill_growth 0\.12"):
         soak._judge(row)
 
 

@@ -85,12 +85,12 @@ def _check_kernel(policy: Policy, where: str) -> None:
             f"{where}.rule = {policy.rule!r}: the CUDA kernel computes {' and '.join(KERNEL_RULES)}"
             ", a CPU engine every rule; use one of these on a GPU"
         )
-    written = policy.model_dump(include={"by_rows", "balance_ranks"})
-    for key, value in written.items():
-        if value:
+    entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
+    for place, keys in [("", policy.model_dump()), *entries]:
+        if keys.get("balance_ranks"):
             raise UnsupportedError(
-                f"{where}.{key} = {value}: a CPU engine follows it, the CUDA kernel cannot yet; "
-                "leave it out on a GPU"
+                f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
+                "cannot yet; leave it out on a GPU"
             )
     if policy.prefer_local_rank is not None:
         raise UnsupportedError(

@@ -140,7 +140,9 @@ class CudaState(EngineState):
             kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
         """
         kind = self.step_kind(kinds)
-        self.count_step(kind, self.step_input.write(kinds, kind), len(kinds))
+        reroutable = self.step_input.write(kinds, kind)
+        self.settings.follow(reroutable)
+        self.count_step(kind, reroutable, len(kinds))
 
     def begin_dummy_step(self) -> None:
         """The next pass computes nobody's rows: leave it alone."""

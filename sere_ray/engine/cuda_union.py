@@ -175,8 +175,11 @@ class UnionCudaState(CudaState):
         self.gathered_steps[kind] += bool(reroutable)
         if self.bound.union == "local":
             kind = self.step_kind(mine)
-            self.count_step(kind, self.step_input.write(mine, kind), len(mine))
+            reroutable = self.step_input.write(mine, kind)
+            self.settings.follow(reroutable)
+            self.count_step(kind, reroutable, len(mine))
             return
+        self.settings.follow(reroutable)
         if reroutable:
             self.add_step(kind, own_rows, len(mine), None)
         if self.way != "gathered":

@@ -244,9 +244,11 @@ def padded(kinds, sizes):
     return torch.from_numpy(np.concatenate(rows))
 
 
-def rule_of(policy):
+def rule_of(policy, rows):
+    """The numbers for a step of so many re-routable rows."""
+    own = next((e for e in policy.get("by_rows", ()) if rows <= e["up_to"]), {})
     names = ("select_top_k", "threshold", "min_primary_experts")
-    return {name: policy.get(name) for name in names}
+    return {name: {**policy, **own}.get(name) for name in names}
 
 
 D, X = REROUTABLE, EXACT
@@ -260,12 +262,15 @@ PASSES = {
     "prompts only": ([[X] * 5, [X] * 2], [5, 2]),
     "nobody": ([[], []], [8, 8]),
 }
+BY_ROWS = [{"up_to": 6, "select_top_k": 2}, {"up_to": 12, "threshold": 0.9}]
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
 
 @needs_compiler
 @pytest.mark.parametrize("way", ["gathered", "unsorted", "before", "elsewhere"])
-@pytest.mark.parametrize("keys", [{}, {"threshold": 0.9, "min_primary_experts": 3}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"threshold": 0.9, "min_primary_experts": 3}, {"by_rows": BY_ROWS}]
+)
 def test_one_union_whatever_the_way(emulated, way, keys):
     group = Group(before_dispatch=way == "before", **keys)
     options = {"block": None if way == "unsorted" else 16, "gathers": way != "elsewhere"}
@@ -279,7 +284,8 @@ def test_one_union_whatever_the_way(emulated, way, keys):
         decode_rows[name] += int((row_kind == REROUTABLE).sum())
         passed = group.run_pass(kinds, sizes, seed=seed, **options)
         for position, (layer, (before, weights, after)) in enumerate(passed.items()):
-            similarity, rule = group.similarity[layer], rule_of(group.key)
+            similarity = group.similarity[layer]
+            rule = rule_of(group.key, int((row_kind == REROUTABLE).sum()))
             new = before
             if active:
                 arguments = (before, weights, similarity)
@@ -320,8 +326,8 @@ def test_one_union_whatever_the_way(emulated, way, keys):
 
 @needs_compiler
 def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
-    group = Group(union="local")
-    kinds, sizes = PASSES["padded"]
+    group = Group(union="local", by_rows=BY_ROWS)
+    kinds, sizes = PASSES["padded"]  # 3 and 7 rows
     row_kind = padded(kinds, sizes)
     slots = np.zeros(RANKS, np.int64)
     for position, (layer, (before, weights, after)) in enumerate(
@@ -335,7 +341,7 @@ def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
                 weights[rows],
                 group.similarity[layer],
                 row_kind=row_kind[rows],
-                **rule_of(group.key),
+                **rule_of(group.key, len(kinds[rank])),
             )
             slots[rank] += int((part != before[rows]).sum())
             parts.append(part)
@@ -417,6 +423,23 @@ def test_policies_switch_in_the_same_pass_on_all_ranks(emulated):
         for of_rank in after:
             assert torch.equal(of_rank, before)
     assert [len(state.policies) for state in group.states] == [1, 1]
+
+
+@needs_compiler
+def test_a_step_of_one_rank_has_the_numbers_for_its_rows(emulated):
+    group = Group()
+    artifact, key = group.states[0].artifact, {**group.key, "by_rows": BY_ROWS}
+    rest = (artifact, K, E, MAX_ROWS, torch.device("cpu"))
+    state = cuda_state.CudaState(Policy.parse(key), *rest)
+    for kinds in ([D] * 3 + [X] * 20, [D] * 9, [D] * 20, [D], [X]):
+        state.begin_step(np.array(kinds, dtype=np.int8))
+        rule = rule_of(key, kinds.count(D))
+        expected = cuda_state.CudaState(Policy.parse({**group.key, **rule}), *rest)
+        assert torch.equal(state.settings.buffer, expected.settings.buffer)
+    state.set_policy({**group.key, "by_rows": [{"up_to": 40, "select_top_k": 3}]})
+    state.begin_step(np.array([D], dtype=np.int8))
+    expected = cuda_state.CudaState(Policy.parse({**group.key, "select_top_k": 3}), *rest)
+    assert torch.equal(state.settings.buffer, expected.settings.buffer)
 
 
 @needs_compiler

@@ -228,12 +228,19 @@ def recorder(monkeypatch):
 
 
 MARGIN = {"rule": "margin", "select_top_k": None, "threshold": None, "tau": 0.02}
-BY_SERE = [{}, {"select_top_k": 1}, {"select_top_k": TOP_K}, {"threshold": None}]
+BY_SERE = [
+    {},
+    {"select_top_k": 1},
+    {"select_top_k": TOP_K},
+    {"threshold": None},
+    {"by_rows": [{"up_to": 5, "select_top_k": 1}, {"up_to": 8, "threshold": None}]},
+]
 BY_MARGIN = [
     MARGIN,
     {"select_top_k": 1},
     {**MARGIN, "tau": [1.0, 0.0, 0.05, 0.01], "beta": 1.0, "min_primary_experts": 0},
     {**MARGIN, "runners_up": 3, "fill": 1.0, "mode": "observe"},
+    {**MARGIN, "by_rows": [{"up_to": 7, "tau": [0.0, 1.0, 0.0, 0.1], "fill": 1.0}]},
 ]
 
 
@@ -296,7 +303,9 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
     for kinds, bound, kind, copies in recorder.steps:
         if REROUTABLE not in kinds:
             continue
-        totals[kind] += (1, np.count_nonzero(kinds == REROUTABLE))
+        reroutable = np.count_nonzero(kinds == REROUTABLE)
+        bound = bound.for_rows(reroutable)
+        totals[kind] += (1, reroutable)
         for position, layer in enumerate(layers):
             before, weights, after, weights_after, logits = (t.cpu() for t in copies[layer])
             rows = len(kinds)

@@ -225,15 +225,15 @@ SERE, MARGIN = {"select_top_k": 1}, {"rule": "margin", "tau": 0.1}
     ("keys", "words"),
     [
         ({**SERE, "prefer_local_rank": 0.1}, ["prefer_local_rank = 0.1", "only null"]),
-        (
-            {**SERE, "by_rows": [{"up_to": 8, "select_top_k": 2}]},
-            ["sere.by_rows = [{'up_to': 8"],
-        ),
         ({**MARGIN, "balance_ranks": True}, ["sere.balance_ranks = True"]),
+        (
+            {**MARGIN, "by_rows": [{"up_to": 8, "balance_ranks": True}]},
+            ["sere.by_rows.0.balance_ranks = True"],
+        ),
     ],
 )
 def test_a_policy_that_the_cuda_kernel_does_not_compute(keys, words, has_words):
-    for policy in (SERE, MARGIN):
+    for policy in (SERE, MARGIN, {**SERE, "by_rows": [{"up_to": 8, "select_top_k": 2}]}):
         policy = Policy.parse({"similarity": "a.safetensors", **policy})
         check_policy(policy, on_gpu=True, several_ranks=False)
     policy = Policy.parse({"similarity": "a.safetensors", **keys})

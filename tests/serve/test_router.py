@@ -288,7 +288,11 @@ def test_a_policy_by_rows_is_kept_and_shown(make_router):
         ),
         ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
         ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
-        ({"on_gpu": True}, {"by_rows": BY_ROWS}, ["policy.by_rows", "CUDA kernel", "leave it out"]),
+        (
+            {"on_gpu": True},
+            {"rule": "margin", "tau": 0.1, "balance_ranks": True},
+            ["policy.balance_ranks", "CUDA kernel", "leave it out"],
+        ),
         (
             {"on_gpu": True, "several_ranks": True},
             {"union": "local"},

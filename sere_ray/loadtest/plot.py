@@ -20,9 +20,9 @@ def policies(rows: Rows) -> list[str]:
 
 
 def by_load(rows: Rows) -> dict[str, Rows]:
-    """Rows of each amount of load, by its name."""
+    """Rows of each amount of load, by its name, from little to much."""
     loads: dict[str, Rows] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.get("rate") or row["streams"]):
         rate = row.get("rate")
         name = f"{row['streams']} streams" if rate is None else f"{rate:g} requests/s"
         loads.setdefault(name, []).append(row)

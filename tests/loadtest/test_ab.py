@@ -17,6 +17,7 @@ from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
 from sere_ray.loadtest.endpoint import find_model, kept_policy
 from sere_ray.loadtest.options import parse_shapes, word_range
+from sere_ray.loadtest.plot import by_load
 from sere_ray.loadtest.report import write_reports
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
@@ -105,6 +106,16 @@ def test_the_page_is_whole_and_says_what_was_measured(result, tmp_path):
     with (tmp_path / "a.csv").open() as file:
         assert [row["policy"] for row in csv.DictReader(file)] == ["off", "S=1"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loads_stand_from_little_to_much():
+    rates = [{"rate": rate, "policy": "off"} for rate in (10.0, 4.0, 16.0)]
+    assert list(by_load(rates)) == ["4 requests/s", "10 requests/s", "16 requests/s"]
+    streams = [{"rate": None, "streams": n, "policy": p} for n in (16, 4) for p in ("off", "on")]
+    assert [[row["policy"] for row in rows] for rows in by_load(streams).values()] == [
+        ["off", "on"]
+    ] * 2
+    assert list(by_load(streams)) == ["4 streams", "16 streams"]
 
 
 def test_what_is_no_result(tmp_path, has_words):

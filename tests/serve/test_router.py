@@ -266,7 +266,7 @@ BY_ROWS = [{"up_to": 4, "select_top_k": 3}, {"up_to": 16, "threshold": 0.5}]
 
 def test_a_policy_by_rows_is_kept_and_shown(make_router):
     async def scenario():
-        router = make_router(several_ranks=True)
+        router = make_router(on_gpu=True, several_ranks=True)
         status = await router.set_policy({"by_rows": BY_ROWS}, "eve")
         assert status["policy"]["by_rows"] == BY_ROWS
         assert (await router.set_policy({"select_top_k": 1}, "eve"))["policy"]["by_rows"] == BY_ROWS
@@ -290,7 +290,7 @@ def test_a_policy_by_rows_is_kept_and_shown(make_router):
         ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
         (
             {"on_gpu": True},
-            {"rule": "margin", "tau": 0.1, "balance_ranks": True},
+            {"rule": "margin", "tau": 0.1, "balance_ranks": True, "select_top_k": None},
             ["policy.balance_ranks", "CUDA kernel", "leave it out"],
         ),
         (

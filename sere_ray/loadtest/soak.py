@@ -257,12 +257,10 @@ def _thirds(values: list[float]) -> tuple[float, float]:
 
 
 def _thirds_by_kind(kinds: list[dict[str, float]]) -> dict[str, list[float | None]]:
-    """First and last third of each kind of process: what grew, if something did."""
+    """First and last third of each kind of process, from 1 MiB on: what grew, if something did."""
     names = sorted(set().union(*kinds))
-    return {
-        name: [rounded(mean) for mean in _thirds([one.get(name, 0.0) for one in kinds])]
-        for name in names
-    }
+    thirds = {name: _thirds([one.get(name, 0.0) for one in kinds]) for name in names}
+    return {name: [rounded(m) for m in means] for name, means in thirds.items() if max(means) >= 1}
 
 
 def _judge(row: dict[str, Any]) -> None:

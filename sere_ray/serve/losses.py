@@ -11,37 +11,50 @@ from typing import Any
 
 from sere_ray.serve.access import App, Message, Receive, Refusal, Send
 
-LOST = Refusal(
-    503,
-    "engine_lost",
-    "The engine of this request was lost and restarts; send the request again.",
-    {"retry-after": "5"},
-)
-NOBODY = Refusal(
-    503, "no_engine", "No engine is running now; try again shortly.", {"retry-after": "5"}
-)
 _ERROR_EVENT = 'data: {"error"'
+
+
+class EngineLostError(RuntimeError):
+    """What a replica raises for other processes in place of vLLM's exceptions.
+
+    To read one of those, Serve's controller would import all of vLLM: 190 MiB.
+    """
+
+
+def lost() -> Refusal:
+    """A new one each time: an exception that is raised again keeps the frames of all its raises."""
+    message = "The engine of this request was lost and restarts; send the request again."
+    return Refusal(503, "engine_lost", message, {"retry-after": "5"})
+
+
+def nobody() -> Refusal:
+    """Likewise, of a request that finds no engine."""
+    message = "No engine is running now; try again shortly."
+    return Refusal(503, "no_engine", message, {"retry-after": "5"})
 
 
 def loss_event() -> str:
     """The last event of a stream whose engine was lost."""
-    return f"data: {LOST.body().decode()}\n\n"
+    return f"data: {lost().body().decode()}\n\n"
 
 
 async def raise_at_loss(
     responses: AsyncIterable[Any], is_lost: Callable[[], bool]
 ) -> AsyncIterator[Any]:
-    """What an engine answers; in place of the event with which vLLM ends a stream, its reason.
+    """What an engine answers; an exception in place of the event with which vLLM ends a stream.
 
     Raises:
-        EngineDeadError: the engine is gone.
+        EngineLostError: the engine is gone.
     """
-    async for response in responses:
-        if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
-            from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.exceptions import EngineDeadError
 
-            raise EngineDeadError
-        yield response
+    try:
+        async for response in responses:
+            if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
+                raise EngineDeadError
+            yield response
+    except EngineDeadError as error:
+        raise EngineLostError(str(error)) from None
 
 
 class LossLayer:
@@ -82,5 +95,5 @@ def _tells_of_failure(message: Message) -> bool:
 
 async def _tell_of_loss(message: Message, send: Send) -> None:
     if message["type"] == "http.response.start":
-        return await LOST.answer(send)
+        return await lost().answer(send)
     await send({"type": "http.response.body", "body": loss_event().encode()})

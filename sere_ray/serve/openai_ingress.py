@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from sere_ray.serve.access import Refusal
-from sere_ray.serve.losses import LOST, NOBODY, loss_event
+from sere_ray.serve.losses import EngineLostError, loss_event, lost, nobody
 
 QUEUE_CHECK_SECONDS = 1.0
 
@@ -37,7 +37,7 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
         model_id = await self._get_model_id(body.model)
         handle = self._get_configured_serve_handle(model_id)
         if has_no_replica(handle):
-            raise NOBODY
+            raise nobody()
         started = False
         try:
             responses = super()._get_response(body=body, **kwargs)
@@ -52,7 +52,7 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
             if not is_loss(error):
                 raise
             if not started:
-                raise LOST from None
+                raise lost() from None
             yield loss_event()
 
 
@@ -67,9 +67,7 @@ async def until_loss(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
 
 def is_loss(error: Exception) -> bool:
     """Whether an error means that the engine is gone, not that the request is bad."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    kinds = (EngineDeadError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+    kinds = (EngineLostError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
     return isinstance(error, kinds)
 
 
@@ -87,7 +85,7 @@ async def first_response(responses: AsyncIterator[Any], handle: Any) -> Any:
         while not first.done():
             await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
             if not first.done() and has_no_replica(handle) and has_queue(handle):
-                raise NOBODY
+                raise nobody()
         return first.result()
     finally:
         first.cancel()

@@ -20,6 +20,7 @@ from sere_ray.config import Startup
 from sere_ray.serve.engine import SereEngine
 from sere_ray.serve.follower import Follower, own_follower
 from sere_ray.serve.locate import ACTOR
+from sere_ray.serve.losses import EngineLostError
 from sere_ray.serve.router_actor import RouterActor
 
 logger = logging.getLogger("ray.serve")
@@ -62,7 +63,10 @@ class _Following:
         """Unhealthy when the engine is, or when it cannot follow the router."""
         if self.follower is not None and self.follower.failure is not None:
             raise RuntimeError(f"sere-ray: {self.follower.failure}")
-        await super().check_health()  # type: ignore[misc]
+        try:
+            await super().check_health()  # type: ignore[misc]
+        except Exception as error:
+            raise EngineLostError(f"{type(error).__name__}: {error}") from None
 
     async def _end_with_the_engine(self) -> None:
         """End this process soon after its engine is lost, or cannot follow the router.

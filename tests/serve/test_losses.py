@@ -3,10 +3,13 @@ vLLM's, with its answers."""
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 
-from sere_ray.serve.losses import LossLayer, raise_at_loss
+from sere_ray.serve import losses
+from sere_ray.serve.losses import EngineLostError, LossLayer, raise_at_loss
 
 HTTP = {"type": "http"}
 FAILED = b'{"error": {"message": "EngineCore", "type": "InternalServerError", "code": 500}}'
@@ -74,8 +77,6 @@ def test_only_requests_are_looked_at():
 @pytest.mark.parametrize("lost", [True, False])
 def test_the_engine_raises_in_place_of_vllms_event(lost):
     """Behind Ray's proxy; an error of a request whose engine lives is vLLM's to word."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
     events = ['data: {"choices": []}\n\n', f"data: {FAILED.decode()}\n\n", "data: [DONE]\n\n"]
     read = []
 
@@ -88,8 +89,26 @@ def test_the_engine_raises_in_place_of_vllms_event(lost):
             read.append(event)
 
     if lost:
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineLostError):
             asyncio.run(run())
     else:
         asyncio.run(run())
     assert read == (events[:1] if lost else events)
+
+
+def test_an_exception_of_vllm_stays_in_the_engines_process():
+    """Serve's controller would import vLLM to read it."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    async def responses():
+        yield "an event"
+        raise EngineDeadError
+
+    async def run():
+        return [event async for event in raise_at_loss(responses(), lambda: True)]
+
+    with pytest.raises(EngineLostError, match="EngineCore") as caught:
+        asyncio.run(run())
+    assert type(caught.value).__module__ == losses.__name__
+    check = f"import sys, {losses.__name__}; sys.exit('vllm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,6 +1,7 @@
 """What becomes of a request when the last replica is gone; handles are stand-ins for Ray's."""
 
 import asyncio
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,16 @@ def test_a_request_that_nobody_can_take_is_refused_at_once():
     assert (refusal.status, refusal.code) == (503, "no_engine")
     assert refusal.headers["retry-after"]
     assert closed, "the request goes on"
+
+
+def test_refusals_do_not_hold_the_frames_of_earlier_ones():
+    """An ingress without an engine refuses every request there is; each would stay in memory."""
+
+    def frames():
+        refusal, _ = ask(handle([], ["request"]), seconds=60)
+        return len(traceback.extract_tb(refusal.__traceback__))
+
+    assert frames() == frames() == frames()
 
 
 def events_of(responses):

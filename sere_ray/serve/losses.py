@@ -17,7 +17,7 @@ _ERROR_EVENT = 'data: {"error"'
 class EngineLostError(RuntimeError):
     """What a replica raises for other processes in place of vLLM's exceptions.
 
-    To read one of those, Serve's controller would import all of vLLM: 190 MiB.
+    To read one of those, Serve's controller would import all of vLLM.
     """
 
 

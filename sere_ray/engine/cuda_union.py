@@ -174,11 +174,7 @@ class UnionCudaState(CudaState):
         own_rows = int(np.count_nonzero(mine == REROUTABLE))
         self.gathered_steps[kind] += bool(reroutable)
         if self.bound.union == "local":
-            kind = self.step_kind(mine)
-            reroutable = self.step_input.write(mine, kind)
-            self.settings.follow(reroutable)
-            self.count_step(kind, reroutable, len(mine))
-            return
+            return super().begin_step(mine)
         self.settings.follow(reroutable)
         if reroutable:
             self.add_step(kind, own_rows, len(mine), None)

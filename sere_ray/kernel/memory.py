@@ -50,8 +50,6 @@ class Settings:
     def __init__(self, device: torch.device, layers: int = 1) -> None:
         shape = (layers, _SETTINGS.size)
         self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._of_few_rows: list[tuple[int, bytes]] = []
-        self._of_more_rows = self._written = b""
 
     def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
         """Takes effect for everything that is launched afterwards on the current stream."""
@@ -60,20 +58,20 @@ class Settings:
             layers = [bound.of_layer(i, num_experts, None) for i in range(len(self.buffer))]
             return b"".join(_pack(bound, layer, top_k) for layer in layers)
 
-        self._of_few_rows = [(up_to, packed(bound)) for up_to, bound in policy.by_rows]
-        self._of_more_rows = packed(policy)
-        self._copy(self._of_more_rows)
+        self._policy = policy
+        bounds = [policy, *(bound for _, bound in policy.by_rows)]
+        self._packed = {bound: packed(bound) for bound in bounds}
+        self._copy(policy)
 
     def follow(self, rows: int) -> None:
         """Have the policy's numbers for a step of so many re-routable rows, likewise."""
-        fitting = (content for up_to, content in self._of_few_rows if rows <= up_to)
-        content = next(fitting, self._of_more_rows)
-        if content is not self._written:
-            self._copy(content)
+        bound = self._policy.for_rows(rows)
+        if bound is not self._written:
+            self._copy(bound)
 
-    def _copy(self, content: bytes) -> None:
-        _copy_to_device(content, self.buffer.view(-1))
-        self._written = content
+    def _copy(self, bound: BoundPolicy) -> None:
+        _copy_to_device(self._packed[bound], self.buffer.view(-1))
+        self._written = bound
 
 
 def _pack(policy: BoundPolicy, layer: Layer, top_k: int) -> bytes:

@@ -110,10 +110,15 @@ def check_hang_up(served, *, stream):
     clients, tokens = 8, 200
     served.sere("policy", {"mode": "on"})
 
+    def rows():
+        return served.sere("stats")["total"]["decode_only"]["decode_rows"]
+
     def hang_up():
+        before = rows()
         body = {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
         connections = [served.begin("1 + 1", **body) for _ in range(clients)]
-        time.sleep(0.2)
+        # Not after a fixed time: on a busy machine no request may have reached an engine by then.
+        wait_for(lambda: rows() > before, 30, "a first row")
         for connection in connections:
             connection.close()
         wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")

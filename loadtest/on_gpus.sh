@@ -31,8 +31,8 @@ done
 # choose the same experts.
 load="--url $url --workload loadtest/workloads/answers.jsonl --slo ttft=500,tpot=20 --gpus $gpus"
 load="$load --usd-per-gpu-hour ${USD_PER_GPU_HOUR:-3} --processes 4 --rounds ${ROUNDS:-2} --seconds ${SECONDS_PER_BLOCK:-10} --warmup 1"
-name=loadtest-h200; streams=16,64,32,128,4
-[ "$gpus" = 1 ] || { name=loadtest-h200x2; streams=32,128,64,8; }
+name=loadtest-h200; streams=16,64,32,128,4  # what matters most comes first
+[ "$gpus" = 1 ] || { name=loadtest-h200x2; streams=16,8,4,32,64,128; }
 status=0  # a load that fails, as with a generator that cannot keep up, does not cost the ones after it
 $sere loadtest ab $load --streams "$streams" --out "$out/$name.json" --html "$out/$name.html" || status=$?
 if [ "$gpus" = 1 ]; then

@@ -8,7 +8,6 @@ the policy is changed; the deployment has recovered when all four ranks run the 
 import asyncio
 import itertools
 import random
-import signal
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from sere_ray.errors import SereError
 from sere_ray.evaluation.completions import Reply, complete
 from sere_ray.evaluation.servers import APP, served
 from sere_ray.evaluation.stand_in import ENVIRONMENT, expected_words
+from sere_ray.processes import ENGINE, processes_named
 from sere_ray.progress import progress
 from sere_ray.serve.client import request
 from sere_ray.serve.run import free_port
@@ -48,7 +48,7 @@ ENDS = ("answers", "clean_errors", "wrong_answers", "hung_clients", "unclean_err
 Unclean: anything else that is no whole answer, such as 500 or a broken connection."""
 VICTIMS = {
     "rank": f"ray::ServeReplica:{APP}:SereGangServer",
-    "engine": "VLLM::EngineCore_DP",
+    "engine": ENGINE,
     "router actor": "ray::RouterActor",
 }
 """What can be killed: how its process is called. An engine is a process of a real rank."""
@@ -226,10 +226,14 @@ async def _disturb(
 
 async def _kill(load: Load, victim: str, root: psutil.Process, number: int) -> dict[str, Any]:
     """Kill one process, change the policy, and wait until all ranks run it."""
-    process = random.choice(_processes(root, VICTIMS[victim]))
+    name = VICTIMS[victim]
+    found = processes_named(root, name)
+    if not found:
+        raise SereError(f"no process {name!r} below {root.pid}: is this a deployment of two gangs?")
+    process = random.choice(found)
     version = (await asyncio.to_thread(request, load.url, "policy"))["version"]
     before, start = load.ends.copy(), time.monotonic()
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     change = asyncio.create_task(_change_policy(load.url, select_top_k=1 + number % 2))
     while not await _all_run_newer(load.url, version):
         if time.monotonic() - start > RECOVERY_SECONDS:
@@ -245,17 +249,6 @@ async def _kill(load: Load, victim: str, root: psutil.Process, number: int) -> d
         "errors": len(errors),
         "last_error_s": round(max(errors), 2) if errors else None,
     }
-
-
-def _processes(root: psutil.Process, name: str) -> list[psutil.Process]:
-    found = []
-    for process in root.children(recursive=True):
-        with suppress(psutil.Error):
-            if process.cmdline() and process.cmdline()[0].startswith(name):
-                found.append(process)
-    if not found:
-        raise SereError(f"no process {name!r} below {root.pid}: is this a deployment of two gangs?")
-    return found
 
 
 async def _change_policy(url: str, **keys: Any) -> None:

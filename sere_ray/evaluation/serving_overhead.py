@@ -7,7 +7,6 @@ nothing from the other. Random weights, the same policy and engine arguments in 
 import asyncio
 import itertools
 import json
-import os
 import random
 import secrets
 import statistics
@@ -31,6 +30,7 @@ from sere_ray.evaluation.engines import gpu_engine, on_gpu, prompt_tokens, write
 from sere_ray.evaluation.models import Model, get_model
 from sere_ray.evaluation.servers import APP, served, server
 from sere_ray.evaluation.tokenizer import write_tokenizer
+from sere_ray.processes import processes
 from sere_ray.progress import progress
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.keys import API_KEY
@@ -256,22 +256,20 @@ async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil
 def _processor_seconds(root: psutil.Process) -> dict[tuple[int, str], float]:
     """Of the client and of the server's processes, by process and kind."""
     seconds = {}
-    for process in [psutil.Process(), root, *root.children(recursive=True)]:
+    client = ("client", psutil.Process())
+    server = ((_kind(title, process, root), process) for title, process in processes(root))
+    for kind, process in (client, *server):
         with suppress(psutil.Error):
-            kind = _kind(process, root)
             times = process.cpu_times()
             seconds[process.pid, kind] = times.user + times.system
     return seconds
 
 
-def _kind(process: psutil.Process, root: psutil.Process) -> str:
-    if process.pid == os.getpid():
-        return "client"
-    program = (process.cmdline() or [process.name()])[0]
+def _kind(title: str, process: psutil.Process, root: psutil.Process) -> str:
     for start, kind in PROCESSES.items():
-        if program.startswith(start) or Path(program).name.startswith(start):
+        if title.startswith(start) or Path(title).name.startswith(start):
             return kind
-    return "front end" if process.pid == root.pid else "ray"
+    return "front end" if process == root else "ray"
 
 
 def _cores(

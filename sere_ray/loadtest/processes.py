@@ -1,15 +1,12 @@
-"""The processes of a deployment on this machine: what they hold, and how one is killed."""
+"""What the processes of a deployment on this machine hold, and which of them is an engine."""
 
-import os
-import signal
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 
 from sere_ray.errors import SereError
-
-_ENGINE = "VLLM::EngineCore"
+from sere_ray.processes import ENGINE, processes, processes_named
 
 
 def usage(pid: int) -> tuple[dict[str, float], int]:
@@ -19,43 +16,36 @@ def usage(pid: int) -> tuple[dict[str, float], int]:
 
     Args:
         pid: of a `sere-ray serve`; its children are counted, too.
+
+    Raises:
+        SereError: there is no such process.
     """
     memory: Counter[str] = Counter()
     files = 0
-    for process in _processes(pid):
-        try:
-            memory[_kind(_title(process))] += process.memory_full_info().pss
+    for title, process in processes(_root(pid)):
+        with suppress(psutil.Error):  # it has just ended
+            memory[_kind(title)] += process.memory_full_info().pss
             files += process.num_fds()
-        except psutil.Error:
-            continue  # it has just ended
     return {kind: size / 2**20 for kind, size in memory.items()}, files
 
 
-def kill_engine(pid: int) -> None:
-    """Kill the first engine below a process, with SIGKILL.
+def first_engine(pid: int) -> psutil.Process:
+    """An engine below a process.
 
     Raises:
-        SereError: there is none.
+        SereError: there is none, or no such process.
     """
-    for process in _processes(pid):
-        try:
-            if _title(process).startswith(_ENGINE):
-                os.kill(process.pid, signal.SIGKILL)
-                return
-        except psutil.Error:
-            continue
-    raise SereError(f"--pid {pid}: no engine process below it to kill")
+    engines = processes_named(_root(pid), ENGINE)
+    if not engines:
+        raise SereError(f"--pid {pid}: no engine process below it to kill; see --no-kill-rank")
+    return engines[0]
 
 
-def _processes(pid: int) -> Iterator[psutil.Process]:
-    root = psutil.Process(pid)
-    yield root
-    yield from root.children(recursive=True)
-
-
-def _title(process: psutil.Process) -> str:
-    words: list[str] = process.cmdline() or [process.name()]
-    return words[0]
+def _root(pid: int) -> psutil.Process:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        raise SereError(f"--pid {pid}: no such process; give that of `sere-ray serve`") from None
 
 
 def _kind(title: str) -> str:

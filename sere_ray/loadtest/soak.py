@@ -29,7 +29,7 @@ from sere_ray.loadtest.driver import Load, Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import rounded
 from sere_ray.loadtest.pool import generator
-from sere_ray.loadtest.processes import kill_engine, usage
+from sere_ray.loadtest.processes import first_engine, usage
 
 STREAMS = 4
 """Of each tier."""
@@ -83,8 +83,12 @@ def run_soak(
         console: where the figures are printed.
 
     Raises:
-        SereError: something was lost, crossed or grew; the file is written before.
+        SereError: ``pid`` is none of a deployment, before any load; or something was lost, crossed
+            or grew, after the file is written.
     """
+    usage(pid)
+    if kill_rank:
+        first_engine(pid)
     log = _Log()
     with (
         kept_policy(url, console) as before,
@@ -123,7 +127,7 @@ def _disturb(
     half = now() + plan.seconds / 2
     while not all(load.done() for load in loads):
         if kill_rank and log.killed_at is None and now() >= half:
-            kill_engine(pid)
+            first_engine(pid).kill()
             log.killed_at = now()
         try:
             set_policy(url, next(policies))

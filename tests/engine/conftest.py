@@ -2,6 +2,7 @@ import gc
 import os
 import random
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -77,18 +78,39 @@ def running_engine(folder, sere=None, **options):
         "kv_cache_memory_bytes": 1 << 26,
         "gpu_memory_utilization": 0.05,
     }
-    engine = LLM(
-        str(folder),
-        additional_config={} if sere is None else {"sere": sere},
-        **{**defaults, **options},
-    )
+    with _frozen_heap():
+        engine = LLM(
+            str(folder),
+            additional_config={} if sere is None else {"sere": sere},
+            **{**defaults, **options},
+        )
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+            del engine
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _frozen_heap():
+    """What is there before an engine is left out when garbage is collected.
+
+    vLLM does so nine times for each engine, and a process that has imported all of it, and Ray, is
+    slow to search. Its own ``freeze()`` would keep the engine, its ``unfreeze()`` undo this one.
+    """
+
+    def nothing():
+        pass
+
+    gc.collect()
+    gc.freeze()
     try:
-        yield engine
+        with mock.patch.multiple(gc, freeze=nothing, unfreeze=nothing):
+            yield
     finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        gc.unfreeze()
 
 
 def sere_key(folder, **keys):

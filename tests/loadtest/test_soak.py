@@ -101,7 +101,7 @@ def test_growth_of_the_new_gang_is_not_hidden_by_the_smaller_start():
 
 def test_against_a_server_that_takes_nonsense(monkeypatch):
     """A real one, which answers bad requests as if they were good: that is found."""
-    monkeypatch.setattr(soak, "_STEP_SECONDS", 0.3)
+    monkeypatch.setattr(soak, "_STEP_SECONDS", 0.1)
     control, saved = Control(), []
     events = [token("Answer: "), token("5", "stop"), usage(2), DONE]
     with (
@@ -109,7 +109,7 @@ def test_against_a_server_that_takes_nonsense(monkeypatch):
         pytest.raises(SereError, match="did not hold"),
     ):
         run_soak(
-            plan(server.url, 2.0),
+            plan(server.url, 4.0),
             url=server.url,
             pid=os.getpid(),
             kill_rank=False,
@@ -124,3 +124,26 @@ def test_against_a_server_that_takes_nonsense(monkeypatch):
     assert "200 for" in str(row["bad_requests_answered_wrongly"])
     assert row["crossed"] > 0  # the prompt whose answer is 6 gets the other one's
     assert control.history[-1] == ("on", 3)
+
+
+@pytest.mark.parametrize(
+    ("pid", "words"),
+    [
+        (2**22 + 1, ["--pid 4194305", "no such process", "sere-ray serve"]),
+        (os.getpid(), [f"--pid {os.getpid()}", "no engine", "--no-kill-rank"]),
+    ],
+)
+def test_a_wrong_process_is_refused_before_any_load(pid, words, has_words):
+    control = Control()
+    with serving(control=control) as server, pytest.raises(SereError) as error:
+        run_soak(
+            plan(server.url, 60.0),
+            url=server.url,
+            pid=pid,
+            kill_rank=True,
+            save=[].append,
+            console=Console(quiet=True),
+        )
+    has_words(str(error.value), *words)
+    assert not server.requests
+    assert not control.history

@@ -16,6 +16,7 @@ import yaml
 
 from sere_ray.demo import assets
 from sere_ray.evaluation.servers import served
+from sere_ray.processes import processes_named
 from sere_ray.serve.keys import digest
 from sere_ray.serve.run import free_port
 from tests.engine.conftest import random_artifact
@@ -105,14 +106,7 @@ class Served:
 
     def processes(self, name):
         """Processes of this deployment whose title starts with ``name``."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if process.cmdline() and process.cmdline()[0].startswith(name):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return processes_named(psutil.Process(self.process.pid), name)
 
 
 def _parsed(content):

@@ -9,6 +9,7 @@ import pytest
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
 from tests.serve.every_path import (
     BAD_REQUESTS,
+    TEXT,
     check_drains,
     check_hang_up,
     check_refused,
@@ -85,10 +86,12 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
     check_killed_engine(served)
     meanwhile = []
 
+    body = {"model": MODEL_ID, "prompt": "1 + 1", "max_tokens": 4}
+
     def is_back():
         start = time.monotonic()
         try:
-            status, answer, _ = served.complete(max_tokens=4)
+            status, answer, _ = served.request("POST", TEXT, body, API_KEY, timeout=150)
         except (HTTPException, OSError) as error:  # HAProxy has closed the connection
             status, answer = None, error
         meanwhile.append((status, time.monotonic() - start, answer))
@@ -96,7 +99,8 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
 
     wait_for(is_back, 120, "the gang comes back")
     print(*meanwhile, sep="\n")
-    # The last one may have waited for the gang, which takes as long as a start does here.
+    # The last one may have waited for the gang, which takes as long as a start does here, or
+    # longer on a busy machine: not an error of HAProxy's.
     errors = [seconds for status, seconds, _ in meanwhile if status != 200]
     assert max(errors, default=0) < 30, "HAProxy, without a gang"
 

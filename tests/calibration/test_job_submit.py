@@ -20,7 +20,6 @@ from sere_ray.demo import assets
 from sere_ray.evaluation.servers import server
 from sere_ray.serve.run import free_port
 
-pytestmark = pytest.mark.timeout(180)
 REPOSITORY = Path(__file__).parents[2]
 RAY = ["-m", "ray.scripts.scripts"]
 ENVIRONMENT = {

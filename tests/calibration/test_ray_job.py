@@ -32,7 +32,6 @@ from sere_ray.demo import assets
 from sere_ray.errors import ArtifactError, DataError, SereError
 from sere_ray.ray_instance import start_ray
 
-pytestmark = pytest.mark.timeout(300)
 SETTINGS = Settings(str(assets.MODEL), str(assets.CALIBRATION), sequences=150, batch_size=16)
 SHARDS = 5
 

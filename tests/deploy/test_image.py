@@ -39,7 +39,7 @@ def arguments(name):
 
 def install(*words):
     command = [str(DEPLOY / "install.sh"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_stages_start_from_one_pinned_base():
@@ -163,7 +163,6 @@ def test_an_unknown_variant_is_refused(tmp_path, has_words):
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.timeout(200)
 def test_the_package_is_installed_and_runs_in_a_clean_environment(tmp_path):
     """The steps `wheel`, `package` and `check`; the stack itself is borrowed from this one."""
     done = install("wheel", sys.executable, tmp_path / "wheels")
@@ -194,7 +193,7 @@ def test_the_package_is_installed_and_runs_in_a_clean_environment(tmp_path):
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -55,11 +55,15 @@ class Ranks:
         from sere_ray.dispatch import Greeting
 
         address = f"tcp://127.0.0.1:{port}"
+        # They start one after the other, so they meet with a longer limit than they exchange with.
+        patient = timedelta(seconds=90)
         dist.init_process_group(
-            "gloo", init_method=address, rank=rank, world_size=size, timeout=TIMEOUT
+            "gloo", init_method=address, rank=rank, world_size=size, timeout=patient
         )
-        self.rank, self.size, self.group = rank, size, dist.group.WORLD
-        second = dist.new_group(list(range(size)), backend="gloo", timeout=TIMEOUT)
+        self.rank, self.size = rank, size
+        self.group, second = (
+            dist.new_group(list(range(size)), backend="gloo", timeout=TIMEOUT) for _ in range(2)
+        )
         self.greeting = Greeting(second, TIMEOUT)
 
 

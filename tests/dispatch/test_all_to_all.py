@@ -14,8 +14,6 @@ HIDDEN, EXPERTS, TOP_K = 24, 37, 4
 """37 experts: two words of flags, and no number of ranks divides it."""
 CASES = 40
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def free_port():
     with socket.socket() as listener:

@@ -44,9 +44,9 @@ def lose_a_rank(ranks, how, where):
 @pytest.mark.parametrize(
     ("how", "where", "within"),
     [
-        (signal.SIGKILL, "dispatch", 2.0),
-        (signal.SIGKILL, "combine", 2.0),
-        (signal.SIGSTOP, "dispatch", 2 * SECONDS + 4),
+        (signal.SIGKILL, "dispatch", SECONDS - 0.5),
+        (signal.SIGKILL, "combine", SECONDS - 0.5),
+        (signal.SIGSTOP, "dispatch", 2 * SECONDS + 12),
     ],
 )
 def test_the_others_name_it(how, where, within, has_words, record_property):

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 RANKS = 2
-TIME_LIMIT = 150
+TIME_LIMIT = 400
 """Seconds until a rank that hangs writes where, and dies."""
 
 

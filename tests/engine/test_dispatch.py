@@ -50,7 +50,6 @@ NAMES = ["one finishes early", "one is idle", "local", "observe", "off"]
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_and_choices_are_those_of_the_all_gather(rounds, name):
     _, found = rounds
@@ -178,15 +177,16 @@ def test_re_routing_saves_rows_and_the_report_says_so(rounds):
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(("how", "within"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 16)])
-def test_a_lost_rank_is_named_and_nobody_waits_for_it(checkpoint, how, within, has_words):
+@pytest.mark.parametrize(
+    ("how", "limit", "within"), [(signal.SIGKILL, 60, 20), (signal.SIGSTOP, 10, 30)]
+)
+def test_a_lost_rank_is_named_and_nobody_waits_for_it(checkpoint, how, limit, within, has_words):
     folder = checkpoint("qwen3_moe")
     options = {
         "sere": sere_key(folder, dispatch="all_to_all"),
         "enable_expert_parallel": True,
         "distributed_executor_backend": "uni",
-        "distributed_timeout_seconds": 6,
+        "distributed_timeout_seconds": limit,
     }
     ((message, seconds),) = run_ranks(
         lose_rank, free_port(), folder, options, prompts(1)[0], how, 1, lost=(1,)

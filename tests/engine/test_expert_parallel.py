@@ -18,7 +18,7 @@ from tests.engine.ranks import RANKS, run_ranks, run_rounds
 from tests.models import MOE_LAYERS, NUM_EXPERTS, TOP_K
 from tests.rules import oracle
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.engine
 EXPERT_COUNTERS = ("experts_before", "experts_after", "critical_kept")
 
 

@@ -14,7 +14,7 @@ from tests.engine.ranks import run_forced, run_ranks
 from tests.engine.test_expert_parallel import free_port
 from tests.models import TOP_K
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.engine
 REQUESTS = prompts(16, seed=3, length=(5, 30))
 POSITIONS = 64
 

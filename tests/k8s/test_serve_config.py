@@ -69,7 +69,6 @@ def test_a_mistake_in_the_file_is_caught(rendered, change, words):
         read_by_ray(config)
 
 
-@pytest.mark.timeout(240)
 def test_the_application_is_built(config, service, tmp_path, ray_instance):
     from ray.serve._private.build_app import build_app
 

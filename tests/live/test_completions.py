@@ -8,7 +8,7 @@ import pytest
 from sere_ray.evaluation.completions import complete
 from tests.serve.deployment import API_KEY, MODEL_ID
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 
 
 def ask(live, key=API_KEY, **options):

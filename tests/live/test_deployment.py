@@ -15,7 +15,7 @@ from tests.serve.every_path import (
     check_too_many_at_once,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 PROBLEM = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
 
 

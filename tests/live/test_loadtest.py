@@ -9,7 +9,7 @@ import pytest
 
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, NO_TIER_KEY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.engine
 
 
 def loadtest(live, *arguments, api_key=API_KEY, admin=ADMIN):

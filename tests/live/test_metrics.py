@@ -17,7 +17,6 @@ from tests.serve.deployment import free_port, wait_for
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(
         shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"
     ),

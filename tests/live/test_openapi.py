@@ -8,7 +8,7 @@ import pytest
 
 from tests.serve.deployment import ADMIN
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 CONFIG = """
 [checks.positive_data_acceptance]
 # A change may have the form of the document and not fit the model, or the rule that runs.
@@ -22,10 +22,10 @@ def test_schemathesis_finds_nothing(live, tmp_path):
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
     command += ["run", f"{live.url}/sere/openapi.json", "--max-examples", "15", "--seed", "1"]
     command += ["--header", f"Authorization: Bearer {ADMIN}", "--continue-on-failure"]
-    command += ["--request-timeout", "15", "--max-time", "20", "--phases", "coverage,fuzzing"]
+    command += ["--request-timeout", "15", "--max-time", "30", "--phases", "coverage,fuzzing"]
     try:
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
         )
         print(done.stdout[-1500:])
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.browser import DESKTOP, PHONE, chromium, watched
 from tests.serve.deployment import ADMIN
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.engine
 PICTURES = Path(__file__).parents[2] / "docs/pictures"
 LEAST_INTERVALS = 3
 """Of two seconds, that each load and policy of the picture is looked at."""

@@ -7,7 +7,7 @@ import yaml
 
 from tests.live.traffic import at_once, counted
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 BY_ROWS = [{"up_to": 1, "select_top_k": 4}, {"up_to": 64, "select_top_k": 1}]
 """K = 4 changes nothing: a lone row is exact although there is no floor, several are not."""
 

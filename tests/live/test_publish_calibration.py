@@ -11,7 +11,7 @@ from sere_ray.artifact import file_sha256
 from sere_ray.demo import assets
 from tests.serve.deployment import ADMIN
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.engine
 
 
 def calibrate(out, url, token):

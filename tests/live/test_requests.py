@@ -7,7 +7,7 @@ import pytest
 
 from tests.serve.deployment import ADMIN, API_KEY, MODEL_ID, NO_TIER_KEY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 PROBLEM = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
 GREEDY = {"model": MODEL_ID, "temperature": 0}
 

@@ -10,7 +10,7 @@ import yaml
 
 from sere_ray.serve.keys import RELOAD_SECONDS, digest, new_key
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from sere_ray.loadtest.client import now
 from sere_ray.serve.stats import totals
 
 DONE = "[DONE]"
@@ -39,7 +40,8 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
         control: what answers ``/sere``; see :class:`Control`.
 
     Yields:
-        The address; ``requests`` of the server holds (headers, body) of what was asked.
+        The address; ``requests`` of the server holds (headers, body) of what was asked, ``written``
+        when events were, by the client's clock.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,6 +66,7 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
             try:
                 for event in events:
                     time.sleep(gap)
+                    server.written.append(now())
                     data = f"data: {event}\n\n".encode()
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
                 time.sleep(stall)
@@ -94,7 +97,7 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.requests = []
+    server.requests, server.written = [], []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

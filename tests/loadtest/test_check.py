@@ -18,10 +18,10 @@ def test_times_are_those_that_the_stub_wrote(monkeypatch):
     monkeypatch.setattr(check, "_FACTORS", (1,))
     monkeypatch.setattr(check, "LIMIT_MS", 1000.0)
     saved = []
-    run_check(saved.append, streams=4, seconds=1.5, console=QUIET)
+    run_check(saved.append, streams=4, seconds=3, console=QUIET)
     (row,) = saved[0]["rows"]
-    assert row["itl_error_ms_p50"] < 0.2
-    assert row["achieved_per_stream"] == pytest.approx(50, rel=0.1)
+    assert row["itl_error_ms_p50"] < 1
+    assert row["achieved_per_stream"] == pytest.approx(50, rel=0.3)
     assert row["requests"] >= 2
 
 
@@ -49,7 +49,7 @@ def test_the_rate_at_which_it_ends_is_named(good, stub, verdict, rows):
 def test_errors_beyond_the_limit_at_once_are_an_error(monkeypatch, has_words):
     monkeypatch.setattr(check, "LIMIT_MS", 1e-6)
     with pytest.raises(SereError) as error:
-        run_check(lambda _: None, streams=2, seconds=1, console=QUIET)
+        run_check(lambda _: None, streams=2, seconds=3, console=QUIET)
     has_words(str(error.value), "50 tokens/s", "2 streams", "idle machine")
 
 

@@ -10,7 +10,7 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest.client import Client, Limits, now
 from tests.loadtest.servers import DONE, WHOLE, serving, token, usage
 
-LIMITS = Limits(connect=2, stall=0.3, total=5)
+LIMITS = Limits(connect=5, stall=1.5, total=20)
 
 
 def ask(url, limits=LIMITS, scheduled=None):
@@ -33,11 +33,13 @@ def test_a_whole_answer():
 
 
 def test_times_are_those_of_the_events():
-    with serving(gap=0.05) as server:
-        outcome = ask(server.url)
-    assert outcome.ttft == pytest.approx(0.05, abs=0.04)
-    assert outcome.gaps == pytest.approx([0.05, 0.05], abs=0.02)
-    assert outcome.tpot == pytest.approx(0.05, abs=0.02)
+    start = now()
+    with serving(gap=0.1) as server:
+        outcome = ask(server.url, scheduled=start)
+    first, *_, last = written = server.written[:3]
+    assert outcome.times == pytest.approx(written, abs=0.05)
+    assert outcome.ttft == pytest.approx(first - start, abs=0.05)
+    assert outcome.tpot == pytest.approx((last - first) / 2, abs=0.05)
 
 
 def test_latency_counts_from_when_it_was_due():
@@ -48,15 +50,18 @@ def test_latency_counts_from_when_it_was_due():
 
 def test_reads_of_a_busy_process_are_not_late():
     """The kernel stamps what comes while the process sleeps, and the stamps are believed."""
-    with serving([token("a"), token("b"), token("", "stop"), DONE], gap=0.1) as server:
-        client = Client(f"{server.url}/v1", LIMITS)
+    with serving([token("a"), token("b"), token("", "stop"), DONE], gap=0.5) as server:
+        client = Client(f"{server.url}/v1", Limits())
         start = now()
         stream = gevent.spawn(client.stream, "/chat/completions", b"{}", {}, start)
-        gevent.sleep(0.02)  # sent
-        time.sleep(0.13)  # the event loop is blocked while the first token comes
+        while not server.requests:
+            gevent.sleep(0.005)
+        while not server.written:  # the event loop is blocked while the first token comes
+            time.sleep(0.01)
+        time.sleep(0.15)
         outcome = stream.get()
         client.close()
-    assert outcome.ttft == pytest.approx(0.1, abs=0.05)
+    assert outcome.times[0] == pytest.approx(server.written[0], abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_reads_of_a_busy_process_are_not_late():
         ({"events": WHOLE[:2], "cut": True}, "cut: the connection was closed"),
         ({"events": WHOLE[:3]}, "cut: the stream ended without finish_reason"),
         ({"events": WHOLE[:4]}, r"cut: the stream ended without \[DONE\]"),
-        ({"events": WHOLE[:2], "stall": 1.0}, r"stalled: no byte within 0\.3 s"),
+        ({"events": WHOLE[:2], "stall": 6.0}, r"stalled: no byte within 1\.5 s"),
         ({"events": [token("a"), "{nonsense"]}, "malformed event: b'{nonsense'"),
         ({"events": [token("a"), '{"id": 1}']}, "malformed event"),
         ({"events": [token("a"), '["list"]']}, "malformed event"),

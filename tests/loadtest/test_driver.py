@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 
@@ -17,7 +18,7 @@ ENTRIES = tuple(Entry(prompt=f"p{i}", max_tokens=3) for i in range(50))
 
 
 def plan(server, **changes):
-    target = Target(f"{server.url}/v1", "tiny", limits=Limits(stall=2))
+    target = Target(f"{server.url}/v1", "tiny", limits=Limits(stall=30))
     return Plan(target, ENTRIES, **{"seconds": 0.6, **changes})
 
 
@@ -26,7 +27,9 @@ def test_closed_loop_keeps_so_many_under_way():
         load = run_part(plan(server, streams=4, warmup=0.3), now())
     one = sample(load, Slo())
     # 6 events of 20 ms: at most 8.3 requests/s in each of 4 streams.
-    assert 4 * 0.6 / 0.12 * 0.6 < one.requests <= 4 * (0.6 / 0.12 + 1)
+    assert 4 <= one.requests <= 4 * (0.6 / 0.12 + 1)
+    steps = sorted([(o.sent, 1) for o in load.outcomes] + [(o.ended, -1) for o in load.outcomes])
+    assert max(itertools.accumulate(step for _, step in steps)) == 4
     assert not one.failures
     assert one.ttft.min() >= 20
     assert len(load.outcomes) > one.requests  # warm-up is not measured
@@ -56,21 +59,22 @@ def test_open_loop_latency_grows_with_a_queue():
         server.RequestHandlerClass.do_POST = one_at_a_time
         load = run_part(plan(server, arrivals=Arrivals.at(30.0), seed=1), now())
     ttft = [o.ttft for o in sorted(load.measured, key=lambda o: o.scheduled)]
-    assert ttft[-1] > 5 * ttft[0]
+    # The last one waited for all others; 0.6 s is how long they came.
+    assert max(ttft) >= 0.1 * len(ttft) - 0.6 > 0.3
 
 
 def test_a_trace_is_sent_once():
     entries = tuple(Entry(prompt="p", max_tokens=3, at=0.1 * i) for i in range(4))
     with serving() as server:
         target = Target(f"{server.url}/v1", "tiny")
-        load = run_part(Plan(target, entries, seconds=0.35), now())
+        load = run_part(Plan(target, entries, seconds=1.0), now())
     starts = [o.scheduled - load.begin for o in load.measured]
     assert starts == pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-6)
 
 
 def test_processes_share_the_load():
     with serving(gap=0.01) as server, generator(2) as sender:
-        load = sender.run(plan(server, streams=3))
+        load = sender.run(plan(server, streams=3, seconds=2.0))
         again = sender.run(plan(server, arrivals=Arrivals.at(30.0), seed=5))
     assert len(load.measured) > 10
     times = Arrivals.at(30.0).times(5)

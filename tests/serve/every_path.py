@@ -93,7 +93,7 @@ def check_too_many_at_once(served, processes):
     """
     with ExitStack() as stack:
         connections = [
-            stack.enter_context(closing(served.begin("1 + 1", max_tokens=60, ignore_eos=True)))
+            stack.enter_context(closing(served.begin("1 + 1", max_tokens=200, ignore_eos=True)))
             for _ in range(KEY_LIMIT * processes + 1)
         ]
         assert served.complete(key=NO_TIER_KEY, max_tokens=1)[0] == 200, "of another key"
@@ -124,7 +124,7 @@ def check_hang_up(served, *, stream):
         wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")
 
     counts, _ = counted(served, hang_up)
-    assert 0 < counts["decode_rows"] < 0.75 * clients * tokens, counts
+    assert 0 < counts["decode_rows"] < 0.95 * clients * tokens, counts
 
 
 def check_drains(served):

@@ -236,10 +236,12 @@ def test_the_router_looks_by_itself(folder, monkeypatch):
     async def scenario():
         async with Deployment(folder, {**AUTO, "interval_s": 0.5}) as deployment:
             await deployment.router.set_policy({"mode": "auto"}, "ops")
-            await asyncio.sleep(0.8)
+            router = deployment.router
+            while (await router.policy())["auto"]["load"] is None:
+                await asyncio.sleep(0.01)
             deployment.ranks[0].run_interval(40)
-            await asyncio.sleep(0.6)
-            assert (await deployment.router.policy())["auto"]["tpot_ms"] > 0
+            while not (await router.policy())["auto"]["tpot_ms"]:
+                await asyncio.sleep(0.01)
         deployment.router._auto_task.cancel()
 
     run(scenario())

@@ -55,7 +55,7 @@ def folder(tmp_path):
 @pytest.fixture
 def make_router(folder, monkeypatch):
     monkeypatch.setattr(router_module, "POLL_SECONDS", 0.1)
-    monkeypatch.setattr(router_module, "ATTACHED_SECONDS", 0.5)
+    monkeypatch.setattr(router_module, "ATTACHED_SECONDS", 2.0)
     values = {}
 
     def make(**engines):
@@ -126,7 +126,7 @@ def versions(replica):
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 def test_a_replica_starts_with_what_the_router_holds(make_router, folder):
@@ -186,8 +186,8 @@ def test_a_change_waits_for_its_replicas_and_says_how_many_follow(make_router):
         tasks[1].cancel()  # a rank that hangs
         status = await router.set_policy({"select_top_k": 3}, "test", timeout_s=0.2)
         assert (status["replicas"], status["replicas_settled"]) == (2, 0)
-        await asyncio.sleep(0.6)
-        assert (await router.policy())["replicas"] == 1
+        while (await router.policy())["replicas"] != 1:
+            await asyncio.sleep(0.05)
         tasks[0].cancel()
 
     run(scenario())

@@ -9,7 +9,7 @@ from sere_ray.evaluation.chaos import Load, answers_of, disturb
 from tests.serve.deployment import MODEL_ID, deployed
 from tests.serve.every_path import check_drains
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(590)]
+pytestmark = pytest.mark.engine
 PROMPTS = [f"Work out {i + 3} + {2 * i + 5}." for i in range(12)]
 
 
@@ -33,7 +33,7 @@ def test_a_killed_engine(two_gangs):
         assert result[end] == 0, result["errors_seen"]
     for kill in result["killed"]:
         assert kill["answers_meanwhile"] > 0, "the other gang did not go on"
-        assert kill["last_error_s"] is None or kill["last_error_s"] < 10
+        assert kill["last_error_s"] is None or kill["last_error_s"] < kill["recovery_s"] / 2
     now = two_gangs.processes("VLLM::EngineCore")
     assert len(now) == 4
     orphans = [e for e in engines if e.is_running() and e not in now]

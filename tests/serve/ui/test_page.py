@@ -4,7 +4,7 @@ import pytest
 
 from sere_ray.serve import keys
 from tests.browser import DESKTOP, PHONE, watched
-from tests.serve.deployment import ADMIN, API_KEY
+from tests.serve.deployment import ADMIN, API_KEY, wait_for
 from tests.serve.ui.actions import FORBIDDEN, REFUSED, UNAUTHORIZED, connect, poll, text
 
 pytestmark = pytest.mark.timeout(120)
@@ -167,8 +167,10 @@ def luminance(colour):
 def test_nothing_is_wider_than_the_screen(page):
     for width in (DESKTOP["width"], 800, PHONE["width"], 320):
         page.set_viewport_size({"width": width, "height": 800})
-        page.wait_for_timeout(100)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        charts = page.evaluate("[...document.querySelectorAll('.uplot')].map((c) => c.clientWidth)")
-        assert len(charts) == 4
-        assert all(150 < chart < width for chart in charts)
+        wait_for(lambda width=width: fits(page, width), 10, f"fits {width} pixels")
+
+
+def fits(page, width):
+    charts = page.evaluate("[...document.querySelectorAll('.uplot')].map((c) => c.clientWidth)")
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    return wide <= width and len(charts) == 4 and all(150 < chart < width for chart in charts)

@@ -39,6 +39,9 @@ _STEP_SECONDS = 5.0
 _CLEAN_SECONDS = 10.0
 """Without a failure, after which a gang counts as replaced."""
 _POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
+_GOOD_REQUEST = (
+    b'{"messages": [{"role": "user", "content": "1"}], "model": "MODEL", "max_tokens": 1}'
+)
 _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
     (b"{nonsense", range(400, 401)),
     (b'{"model": "nobody", "messages": []}', range(400, 500)),
@@ -83,12 +86,16 @@ def run_soak(
         console: where the figures are printed.
 
     Raises:
-        SereError: ``pid`` is none of a deployment, before any load; or something was lost, crossed
-            or grew, after the file is written.
+        SereError: ``pid`` is none of a deployment, or it does not answer, before any load; or
+            something was lost, crossed or grew, after the file is written.
     """
     usage(pid)
     if kill_rank:
         first_engine(pid)
+    if (status := _status(plan, url, _GOOD_REQUEST)) != 200:
+        raise SereError(
+            f"{url}: a good request ends with {status or 'no answer'}; is it serving yet?"
+        )
     log = _Log()
     with (
         kept_policy(url, console) as before,
@@ -165,20 +172,25 @@ def _disconnect(plan: Plan, url: str, log: _Log) -> None:
 
 def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log) -> None:
     """A bad request must be refused with its status, and nothing else."""
+    log.bad_requests += 1
+    status = _status(plan, url, body)
+    if status not in expected:
+        log.wrong_statuses.append((now(), f"{status} for {body[:40].decode()}"))
+
+
+def _status(plan: Plan, url: str, body: bytes) -> int:
+    """Of the answer to a request; 0: there is none. ``MODEL`` in the body is the model's name."""
     headers = {"Content-Type": "application/json"}
     if plan.target.keys:
         headers["Authorization"] = f"Bearer {plan.target.keys[0].key}"
     data = body.replace(b"MODEL", plan.target.model.encode())
-    log.bad_requests += 1
     try:
         with urlopen(Request(f"{url}/v1/chat/completions", data, headers), timeout=30) as answer:
-            status = answer.status
+            return int(answer.status)
     except HTTPError as error:
-        status = error.code
+        return error.code
     except (URLError, OSError):
-        status = 0
-    if status not in expected:
-        log.wrong_statuses.append((now(), f"{status} for {body[:40].decode()}"))
+        return 0
 
 
 def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str, Any]:

@@ -147,3 +147,19 @@ def test_a_wrong_process_is_refused_before_any_load(pid, words, has_words):
     has_words(str(error.value), *words)
     assert not server.requests
     assert not control.history
+
+
+def test_a_deployment_that_does_not_serve_yet_is_refused_before_any_load(has_words):
+    control = Control()
+    with serving(status=503, control=control) as server, pytest.raises(SereError) as error:
+        run_soak(
+            plan(server.url, 60.0),
+            url=server.url,
+            pid=os.getpid(),
+            kill_rank=False,
+            save=[].append,
+            console=Console(quiet=True),
+        )
+    has_words(str(error.value), server.url, "503", "serving yet")
+    assert len(server.requests) == 1
+    assert not control.history

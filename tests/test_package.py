@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +55,24 @@ def test_importing_the_package_touches_neither_vllm_nor_ray():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_links_and_commands_in_the_readme_exist():
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
+def test_links_lead_to_files_and_headings(page):
+    import re
+
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        if target.startswith("https://"):
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE) if heading else []
+        names = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not heading or heading in names, f"{target}#{heading}"
+
+
+def test_commands_in_the_readme_exist():
     import re
 
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+) ", text):
         assert f"\n{target}:" in makefile, target

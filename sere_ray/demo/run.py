@@ -16,9 +16,10 @@ from sere_ray.demo.report import print_table, write_html
 from sere_ray.demo.serving import HOST, MODEL_ID, RANKS, served
 from sere_ray.demo.settings import policies
 from sere_ray.errors import SereError
+from sere_ray.ports import check_free
 from sere_ray.progress import progress
 from sere_ray.results import write_result
-from sere_ray.serve.run import check_free, wait_for_signal
+from sere_ray.serve.run import wait_for_signal
 
 
 def run_demo(

@@ -29,10 +29,10 @@ from sere_ray.errors import SereError
 from sere_ray.evaluation.completions import Reply, complete
 from sere_ray.evaluation.servers import APP, served
 from sere_ray.evaluation.stand_in import ENVIRONMENT, expected_words
+from sere_ray.ports import free_port
 from sere_ray.processes import ENGINE, processes_named
 from sere_ray.progress import progress
 from sere_ray.serve.client import request
-from sere_ray.serve.run import free_port
 from sere_ray.tiers import HEADER
 
 RANKS = 4

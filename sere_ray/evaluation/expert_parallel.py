@@ -7,7 +7,6 @@ of taking the union, which take turns. Rows of a result are those of ``bench ste
 
 import multiprocessing
 import queue
-import socket
 import statistics
 import tempfile
 import traceback
@@ -25,6 +24,7 @@ from sere_ray.evaluation.engines import on_gpu, write_config
 from sere_ray.evaluation.models import get_model
 from sere_ray.evaluation.rank_engines import WAYS, RankPlan, Report, measure_rank
 from sere_ray.evaluation.routing import ROUTERS
+from sere_ray.ports import free_ports
 from sere_ray.results import check_continues, load_result, write_result
 
 ROW_KEY = ("model", "router", "data_parallel_size", "rows_per_rank", "union", "arm")
@@ -115,7 +115,7 @@ def run_expert_parallel(
             repeats=repeats,
             tokens=tokens,
             routers=[router for router in ROUTERS if router in routers],
-            ports=_free_ports(len(ways) + 1),
+            ports=free_ports(len(ways) + 1, apart=_PORTS_OF_ENGINE),
             compiled=compiled,
             num_ranks=num_ranks,
             profile_rows=profile_rows if profile else None,
@@ -283,15 +283,3 @@ def _run_rank(rank: int, plan: RankPlan, results: Any) -> None:
     except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
-
-
-def _free_ports(count: int) -> list[int]:
-    """The first of ``_PORTS_OF_ENGINE`` for each engine, which vLLM counts up from."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
-        if port < 65000 and all(abs(port - other) > _PORTS_OF_ENGINE for other in found):
-            found.append(port)
-    return found

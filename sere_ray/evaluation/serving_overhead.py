@@ -30,11 +30,11 @@ from sere_ray.evaluation.engines import gpu_engine, on_gpu, prompt_tokens, write
 from sere_ray.evaluation.models import Model, get_model
 from sere_ray.evaluation.servers import APP, served, server
 from sere_ray.evaluation.tokenizer import write_tokenizer
+from sere_ray.ports import free_port
 from sere_ray.processes import processes
 from sere_ray.progress import progress
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.keys import API_KEY
-from sere_ray.serve.run import free_port
 
 BARE = "bare"
 PROXIES = ("default", "direct")

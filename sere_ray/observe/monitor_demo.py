@@ -14,7 +14,8 @@ from sere_ray.demo.run import check_machine
 from sere_ray.demo.serving import HOST, MODEL_ID, served
 from sere_ray.demo.traffic import send
 from sere_ray.observe.prometheus import prometheus, require_prometheus
-from sere_ray.serve.run import check_free, wait_for_signal
+from sere_ray.ports import check_free
+from sere_ray.serve.run import wait_for_signal
 
 STREAMS = 8
 QUERY = '{__name__=~"sere:experts_(before|after):mean"}'

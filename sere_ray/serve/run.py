@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from sere_ray.errors import SereError
+from sere_ray.ports import check_free, free_ports
 from sere_ray.progress import waiting
 from sere_ray.ray_instance import start_ray
 from sere_ray.serve.artifacts import read_artifact
@@ -88,8 +88,9 @@ def stream_directly() -> None:
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
     }
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-        os.environ.setdefault(name, str(free_port()))
+    names = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+    for name, port in zip(names, free_ports(2), strict=True):
+        os.environ.setdefault(name, str(port))
 
 
 def check_artifacts(document: Mapping[str, Any]) -> None:
@@ -114,27 +115,6 @@ def wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def check_free(port: int, option: str, *, host: str = "127.0.0.1") -> None:
-    """Say at once that a port is taken.
-
-    Raises:
-        SereError: names the option.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            raise SereError(f"{option} = {port}: already in use; choose another") from None
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sere_ray.calibration.ray_job import STORE_BYTES, ShardWorker, _partial, cut
 from sere_ray.calibration.work_folder import WorkFolder
 from sere_ray.demo import assets
 from sere_ray.evaluation.servers import server
-from sere_ray.serve.run import free_port
+from sere_ray.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = ["-m", "ray.scripts.scripts"]

@@ -5,13 +5,14 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from sere_ray.ports import free_port
 
 pytestmark = pytest.mark.engine
 FIELDS = {
@@ -32,9 +33,7 @@ FIELDS = {
 def kept(tmp_path_factory):
     """The demo at 8 streams, left up: (process, output so far, folder)."""
     folder = tmp_path_factory.mktemp("demo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [str(Path(sys.executable).with_name("sere-ray")), "demo", "--keep", "--port", port]
     files = ["--json", str(folder / "demo.json"), "--html", str(folder / "demo.html")]
     log = folder / "log"
@@ -107,5 +106,5 @@ def test_the_printed_curl_works_and_ctrl_c_ends_everything(kept):
     )
     assert "Answer: 54" in json.loads(done.stdout)["choices"][0]["message"]["content"]
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=180) == 0
+    assert process.wait(timeout=60) == 0
     assert "Traceback" not in log.read_text()

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sere_ray import __version__
+from sere_ray.ports import free_port
 from tests.k8s.schemas import pod_templates
-from tests.serve.deployment import free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -1,24 +1,17 @@
 """Dispatch and combine against a dense computation, in 2 to 4 gloo ranks."""
 
-import socket
-
 import pytest
 import torch
 
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report
 from sere_ray.dispatch.all_to_all import merge_duplicates, pack, unpack
 from sere_ray.dispatch.counts import any_flag, flag_words
+from sere_ray.ports import free_port
 from tests.dispatch.rank_pool import RankPool
 
 HIDDEN, EXPERTS, TOP_K = 24, 37, 4
 """37 experts: two words of flags, and no number of ranks divides it."""
 CASES = 40
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sere_ray.dispatch import AllToAll, MissingRankError
+from sere_ray.ports import free_port
 from tests.dispatch.rank_pool import TIMEOUT, RankPool
-from tests.dispatch.test_all_to_all import EXPERTS, HIDDEN, TOP_K, free_port
+from tests.dispatch.test_all_to_all import EXPERTS, HIDDEN, TOP_K
 
 LOST = 1
 SECONDS = TIMEOUT.total_seconds()
@@ -44,9 +45,9 @@ def lose_a_rank(ranks, how, where):
 @pytest.mark.parametrize(
     ("how", "where", "within"),
     [
-        (signal.SIGKILL, "dispatch", SECONDS - 0.5),
-        (signal.SIGKILL, "combine", SECONDS - 0.5),
-        (signal.SIGSTOP, "dispatch", 2 * SECONDS + 12),
+        (signal.SIGKILL, "dispatch", 2.0),
+        (signal.SIGKILL, "combine", 2.0),
+        (signal.SIGSTOP, "dispatch", 2 * SECONDS + 4),
     ],
 )
 def test_the_others_name_it(how, where, within, has_words, record_property):

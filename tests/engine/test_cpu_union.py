@@ -20,18 +20,13 @@ from sere_ray.engine.cpu_expert_parallel import (
 from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cpu_union import UnionCpuState
 from sere_ray.errors import ArtifactError, PolicyError, SereError
+from sere_ray.ports import free_port
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 2
 SWITCHES, PASSES = 1000, 800
 ARTIFACTS = 3
-
-
-def free_port():
-    from vllm.utils.network_utils import get_open_port
-
-    return get_open_port()
 
 
 # --- rows ----------------------------------------------------------------------------------------

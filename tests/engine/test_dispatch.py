@@ -10,10 +10,11 @@ from sere_ray.dispatch import DISPATCH_COUNTS
 from sere_ray.engine import checks
 from sere_ray.engine.control import dispatch_report
 from sere_ray.errors import PolicyError, UnsupportedError
+from sere_ray.ports import free_port
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import prompts, sere_key
 from tests.engine.ranks import RANKS, lose_rank, run_ranks
-from tests.engine.test_expert_parallel import free_port, parallel_rounds
+from tests.engine.test_expert_parallel import parallel_rounds
 from tests.engine.test_refusals import configure
 from tests.models import NUM_EXPERTS
 
@@ -178,7 +179,7 @@ def test_re_routing_saves_rows_and_the_report_says_so(rounds):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("how", "limit", "within"), [(signal.SIGKILL, 60, 20), (signal.SIGSTOP, 10, 30)]
+    ("how", "limit", "within"), [(signal.SIGKILL, 60, 2), (signal.SIGSTOP, 10, 2 * 10 + 4)]
 )
 def test_a_lost_rank_is_named_and_nobody_waits_for_it(checkpoint, how, limit, within, has_words):
     folder = checkpoint("qwen3_moe")

@@ -12,6 +12,7 @@ import torch
 from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
 from sere_ray.engine.state import all_states, find_state
+from sere_ray.ports import free_port
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import artifact_path, generate, prompts, running_engine, sere_key
 from tests.engine.ranks import RANKS, run_ranks, run_rounds
@@ -20,12 +21,6 @@ from tests.rules import oracle
 
 pytestmark = pytest.mark.engine
 EXPERT_COUNTERS = ("experts_before", "experts_after", "critical_kept")
-
-
-def free_port():
-    from vllm.utils.network_utils import get_open_port
-
-    return get_open_port()
 
 
 def parallel_rounds(folder, key, rounds, **options):

@@ -8,10 +8,10 @@ import torch
 
 from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
+from sere_ray.ports import free_port
 from tests.engine import forced
 from tests.engine.conftest import prompts, running_engine, sere_key
 from tests.engine.ranks import run_forced, run_ranks
-from tests.engine.test_expert_parallel import free_port
 from tests.models import TOP_K
 
 pytestmark = pytest.mark.engine

@@ -96,7 +96,7 @@ def test_refusals(tmp_path, changes, words):
 
 
 def test_a_rank_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(expert_parallel, "_free_ports", lambda count: [])
+    monkeypatch.setattr(expert_parallel, "free_ports", lambda count, apart: [])
     with pytest.raises(SereError, match=r"rank [01] failed:\n(?s:.*)zip"):
         run_expert_parallel("demo", tmp_path / "out.json", **OPTIONS)
 

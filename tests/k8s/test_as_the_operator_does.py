@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from sere_ray.demo import assets
+from sere_ray.ports import free_port, free_ports
 from tests.k8s.conftest import ROOT, only
-from tests.serve.deployment import ADMIN, API_KEY, free_port, save_artifacts, save_keys, wait_for
+from tests.serve.deployment import ADMIN, API_KEY, save_artifacts, save_keys, wait_for
 
 pytestmark = pytest.mark.engine
 OVERLAY = "cpu-demo"
@@ -35,10 +36,8 @@ class Cluster:
     def __init__(self, service, folder):
         self.folder = folder
         self.token = secrets.token_hex(16)
-        self.ports = {
-            name: free_port()
-            for name in ("gcs", "dashboard", "serve", "head_agent", "worker_agent")
-        }
+        names = ("gcs", "dashboard", "serve", "head_agent", "worker_agent")
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._groups = service["rayClusterConfig"]
         self._processes = []
 
@@ -182,7 +181,7 @@ def test_the_application_runs_on_the_worker_behind_keys(cluster):
 
     url = f"http://127.0.0.1:{cluster.ports['serve']}"
     command = [str(ROOT / "deploy" / "healthcheck.sh"), str(cluster.ports["serve"])]
-    wait_for(lambda: subprocess.run(command, check=False).returncode == 0, 30, "health")
+    assert subprocess.run(command, check=False).returncode == 0
     body = {"model": "sere-demo", "prompt": "Work out 2 + 3.", "max_tokens": 4}
     key, admin = ({"authorization": f"Bearer {value}"} for value in (API_KEY, ADMIN))
     headers = {"content-type": "application/json"}

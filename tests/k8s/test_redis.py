@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from sere_ray.ports import free_port
 from tests.k8s.conftest import only
-from tests.serve.deployment import free_port
 
 PASSWORD = "a-password-of-this-test"
 

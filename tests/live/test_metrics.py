@@ -12,8 +12,9 @@ from sere_ray.observe.dashboards import DASHBOARD, expressions
 from sere_ray.observe.metrics import MAX_SERIES_PER_RANK, METRICS, VLLM
 from sere_ray.observe.prometheus import Prometheus, prometheus
 from sere_ray.observe.rules import ALERTS, recorded_names
+from sere_ray.ports import free_port
 from tests.live.draw_panels import draw_panels
-from tests.serve.deployment import free_port, wait_for
+from tests.serve.deployment import wait_for
 
 pytestmark = [
     pytest.mark.engine,

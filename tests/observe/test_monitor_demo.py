@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from sere_ray.cli import app
 from sere_ray.observe.monitor_demo import QUERY, urls
+from sere_ray.ports import free_ports
 from tests.observe.test_rules import known_names
 
 
@@ -22,22 +23,16 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(has_words, tmp_pat
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for option in ("--port", "--metrics-port", "--prometheus-port"):
-            others = {"--port": "0", "--metrics-port": "0", "--prometheus-port": "0"}
-            others = [part for item in _free(others, option) for part in item]
+        options = ("--port", "--metrics-port", "--prometheus-port")
+        for option in options:
+            ports = {name: str(free) for name, free in zip(options, free_ports(3), strict=True)}
+            ports[option] = str(port)
+            arguments = [part for pair in ports.items() for part in pair]
             result = CliRunner().invoke(
-                app, ["monitor-demo", option, str(port), *others], env={"PATH": str(tmp_path)}
+                app, ["monitor-demo", *arguments], env={"PATH": str(tmp_path)}
             )
             assert result.exit_code == 2
             has_words(result.stderr, f"{option} = {port}", "already in use")
-
-
-def _free(options, but):
-    for name in options:
-        if name != but:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                yield name, str(probe.getsockname()[1])
 
 
 def test_the_links_lead_to_metrics_that_exist():

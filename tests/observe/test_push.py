@@ -11,8 +11,8 @@ from sere_ray.cli import app
 from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_push import policy_marks
 from sere_ray.observe.rules import ALERTS
+from sere_ray.ports import free_port
 from tests.observe.grafana_stub import TOKEN, grafana
-from tests.serve.deployment import free_port
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import yaml
 
 from sere_ray.demo import assets
 from sere_ray.evaluation.servers import served
+from sere_ray.ports import free_ports
 from sere_ray.processes import processes_named
 from sere_ray.serve.keys import digest
-from sere_ray.serve.run import free_port
 from tests.engine.conftest import random_artifact
 
 MODEL_ID = "sere-demo"
@@ -71,7 +71,9 @@ class Served:
         except HTTPError as error:
             return error.code, _parsed(error.read()), dict(error.headers)
 
-    def complete(self, prompt="Work out 23 + 48 - 17.", key=API_KEY, headers=None, **body):
+    def complete(
+        self, prompt="Work out 23 + 48 - 17.", key=API_KEY, headers=None, timeout=60, **body
+    ):
         body = {
             "model": MODEL_ID,
             "prompt": prompt,
@@ -80,7 +82,7 @@ class Served:
             "ignore_eos": True,
             **body,
         }
-        return self.request("POST", "/v1/completions", body, key, headers)
+        return self.request("POST", "/v1/completions", body, key, headers, timeout)
 
     def begin(self, prompt, key=API_KEY, **body):
         """Send a completion and read nothing: the open connection."""
@@ -120,7 +122,7 @@ def _parsed(content):
 @contextmanager
 def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_ports(2)
     save_artifacts(folder)
     access = {"max_body_bytes": 100_000, "max_concurrent_per_key": KEY_LIMIT}
     if keys:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 
 from sere_ray.errors import SereError
+from sere_ray.ports import free_port
 from sere_ray.serve.access import AccessConfig
 from sere_ray.serve.ingress import protect
 from sere_ray.serve.keys import KeyFile
@@ -15,7 +16,7 @@ from sere_ray.serve.locate import RouterUnavailableError
 from sere_ray.serve.router import SereRouter
 from sere_ray.serve.store import memory_store
 from sere_ray.token_times import BUCKETS
-from tests.serve.deployment import free_port, save_keys
+from tests.serve.deployment import save_keys
 from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, save_artifact
 
 STEPS, ROWS, BEFORE, AFTER, REROUTED, BYTES = 100, 4, (6, 4), (3, 2), (8, 4), (500, 250)

@@ -52,4 +52,4 @@ def test_kills_under_load(tmp_path):
     assert router["errors"] == 0
     for kill in ranks:
         assert kill["answers_meanwhile"] > 0, "the other gang did not go on"
-        assert kill["last_error_s"] is None or kill["last_error_s"] < kill["recovery_s"] / 2
+        assert kill["last_error_s"] is None or kill["last_error_s"] < 5

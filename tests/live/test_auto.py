@@ -50,7 +50,7 @@ def test_up_under_load_and_exact_when_idle(live):
         status = live.sere("policy")
         assert status["policy"]["mode"] == "off"
         mine = [e for e in live.sere("audit")["entries"] if e["who"] == "auto"]
-        assert [entry["level"] for entry in mine][-3:] == [1, 2, 0]
+        assert [entry["level"] for entry in mine] == [1, 2, 0]
         assert mine[-1]["reason"] == "idle"
     finally:
         status = live.sere("policy", {"mode": "on"})

@@ -58,6 +58,8 @@ def test_rows_hold_intervals_and_ratios(result):
     base, other = content["rows"]
     assert (base["policy"], base["streams"], other["policy"]) == ("off", 2, "S=1")
     assert "tpot_ms_p50_ratio" not in base
+    # The same server answered both.
+    assert other["tpot_ms_p50_ratio"] == pytest.approx(1, abs=0.3)
     ratio = other["tpot_ms_p50"] / base["tpot_ms_p50"]
     assert other["tpot_ms_p50_ratio"] == pytest.approx(ratio, rel=1e-3)
     low, high = other["tpot_ms_p50_ratio_95"]

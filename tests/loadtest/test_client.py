@@ -37,9 +37,9 @@ def test_times_are_those_of_the_events():
     with serving(gap=0.1) as server:
         outcome = ask(server.url, scheduled=start)
     first, *_, last = written = server.written[:3]
-    assert outcome.times == pytest.approx(written, abs=0.05)
-    assert outcome.ttft == pytest.approx(first - start, abs=0.05)
-    assert outcome.tpot == pytest.approx((last - first) / 2, abs=0.05)
+    assert outcome.times == pytest.approx(written, abs=0.02)
+    assert outcome.ttft == pytest.approx(first - start, abs=0.02)
+    assert outcome.tpot == pytest.approx((last - first) / 2, abs=0.02)
 
 
 def test_latency_counts_from_when_it_was_due():

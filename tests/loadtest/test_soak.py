@@ -22,6 +22,18 @@ def plan(url, seconds):
     return Plan(Target(f"{url}/v1", "tiny"), ENTRIES, seconds)
 
 
+def run_on(server, *, seconds=60.0, pid=None, kill_rank=False, save=lambda _: None):
+    """A soak of this process, which is no deployment, or of ``pid``."""
+    run_soak(
+        plan(server.url, seconds),
+        url=server.url,
+        pid=os.getpid() if pid is None else pid,
+        kill_rank=kill_rank,
+        save=save,
+        console=Console(quiet=True),
+    )
+
+
 def outcome(at, ended, error=None, text="Answer: 5", label="5"):
     return Outcome(at, ended=ended, error=error, text=text, label=label)
 
@@ -108,14 +120,7 @@ def test_against_a_server_that_takes_nonsense(monkeypatch):
         serving(events, gap=0.02, control=control) as server,
         pytest.raises(SereError, match="did not hold"),
     ):
-        run_soak(
-            plan(server.url, 4.0),
-            url=server.url,
-            pid=os.getpid(),
-            kill_rank=False,
-            save=saved.append,
-            console=Console(quiet=True),
-        )
+        run_on(server, seconds=4.0, save=saved.append)
     (row,) = saved[0]["rows"]
     assert row["requests"] > 20
     assert row["lost"] == 0
@@ -136,14 +141,7 @@ def test_against_a_server_that_takes_nonsense(monkeypatch):
 def test_a_wrong_process_is_refused_before_any_load(pid, words, has_words):
     control = Control()
     with serving(control=control) as server, pytest.raises(SereError) as error:
-        run_soak(
-            plan(server.url, 60.0),
-            url=server.url,
-            pid=pid,
-            kill_rank=True,
-            save=[].append,
-            console=Console(quiet=True),
-        )
+        run_on(server, pid=pid, kill_rank=True)
     has_words(str(error.value), *words)
     assert not server.requests
     assert not control.history
@@ -152,14 +150,7 @@ def test_a_wrong_process_is_refused_before_any_load(pid, words, has_words):
 def test_a_deployment_that_does_not_serve_yet_is_refused_before_any_load(has_words):
     control = Control()
     with serving(status=503, control=control) as server, pytest.raises(SereError) as error:
-        run_soak(
-            plan(server.url, 60.0),
-            url=server.url,
-            pid=os.getpid(),
-            kill_rank=False,
-            save=[].append,
-            console=Console(quiet=True),
-        )
+        run_on(server)
     has_words(str(error.value), server.url, "503", "serving yet")
     assert len(server.requests) == 1
     assert not control.history

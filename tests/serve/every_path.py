@@ -107,7 +107,7 @@ def check_too_many_at_once(served, processes):
 
 def check_hang_up(served, *, stream):
     """The rows of clients that hang up are computed no longer. Leaves the mode ``on``."""
-    clients, tokens = 8, 200
+    clients, tokens = 8, 240
     served.sere("policy", {"mode": "on"})
 
     def rows():
@@ -124,7 +124,7 @@ def check_hang_up(served, *, stream):
         wait_for(lambda: counted(served, lambda: time.sleep(0.5))[0]["decode_rows"] == 0, 20, "end")
 
     counts, _ = counted(served, hang_up)
-    assert 0 < counts["decode_rows"] < 0.95 * clients * tokens, counts
+    assert 0 < counts["decode_rows"] < 0.75 * clients * tokens, counts
 
 
 def check_drains(served):

@@ -9,7 +9,6 @@ import pytest
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
 from tests.serve.every_path import (
     BAD_REQUESTS,
-    TEXT,
     check_drains,
     check_hang_up,
     check_refused,
@@ -86,18 +85,16 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
     check_killed_engine(served)
     meanwhile = []
 
-    body = {"model": MODEL_ID, "prompt": "1 + 1", "max_tokens": 4}
-
     def is_back():
         start = time.monotonic()
         try:
-            status, answer, _ = served.request("POST", TEXT, body, API_KEY, timeout=150)
+            status, answer, _ = served.complete(max_tokens=4, timeout=120)
         except (HTTPException, OSError) as error:  # HAProxy has closed the connection
             status, answer = None, error
         meanwhile.append((status, time.monotonic() - start, answer))
         return status == 200
 
-    wait_for(is_back, 300, "the gang comes back")
+    wait_for(is_back, 120, "the gang comes back")
     print(*meanwhile, sep="\n")
     # The last one may have waited for the gang, which takes as long as a start does here, or
     # longer on a busy machine: not an error of HAProxy's.

@@ -33,7 +33,7 @@ def test_a_killed_engine(two_gangs):
         assert result[end] == 0, result["errors_seen"]
     for kill in result["killed"]:
         assert kill["answers_meanwhile"] > 0, "the other gang did not go on"
-        assert kill["last_error_s"] is None or kill["last_error_s"] < kill["recovery_s"] / 2
+        assert kill["last_error_s"] is None or kill["last_error_s"] < 10
     now = two_gangs.processes("VLLM::EngineCore")
     assert len(now) == 4
     orphans = [e for e in engines if e.is_running() and e not in now]

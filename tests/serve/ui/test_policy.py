@@ -83,7 +83,7 @@ def test_a_change_that_not_all_ranks_follow_yet(page, site):
     page.locator("#settled", has_text="version 1 on 0 of 2 ranks").wait_for()
     assert page.locator("#settling").is_visible()
     site.engines[1].hangs = False
-    page.locator("#settled", has_text="version 1 on 2 of 2 ranks").wait_for()
+    page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
     assert page.locator("#settling").is_hidden()
 
 

@@ -28,7 +28,6 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
     """
     import ray
 
-    logs = []
     for _ in range(_ATTEMPTS):
         before = psutil.Process().children()
         try:
@@ -43,25 +42,25 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
         except Exception as error:
             if _NOT_STARTED not in str(error):
                 raise
-            logs.append(_end_children(before))
+            logs = _end_children(before)
         else:
             return
     port = "" if metrics_port is None else f", or something listens on port {metrics_port}"
     raise SereError(
         f"Ray did not start, {_ATTEMPTS} times: the machine is too busy{port}; the reason is in "
-        f"{logs[-1]}: see dashboard_agent.log and raylet.out"
+        f"{logs}: see dashboard_agent.log and raylet.out"
     )
 
 
 def _end_children(before: list[psutil.Process]) -> str:
     """End what a start has left, as Ray does only when this process ends; where its logs are."""
-    logs = "the folder logs of Ray's newest session"
     left = [process for process in psutil.Process().children() if process not in before]
+    arguments = []
     for process in left:
         with suppress(psutil.Error):  # one that has ended has no arguments
-            for argument in process.cmdline():
-                name, _, value = argument.partition("=")
-                logs = value if name == "--log_dir" else logs
+            arguments += process.cmdline()
             process.kill()
     psutil.wait_procs(left, timeout=10)
-    return logs
+    option = "--log_dir="
+    folders = [each.removeprefix(option) for each in arguments if each.startswith(option)]
+    return folders[0] if folders else "the folder logs of Ray's newest session"

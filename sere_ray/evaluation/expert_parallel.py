@@ -31,7 +31,8 @@ ROW_KEY = ("model", "router", "data_parallel_size", "rows_per_rank", "union", "a
 """What tells rows of a result file apart."""
 TIME_LIMIT = 900
 """Seconds until a rank that reports nothing is given up."""
-_PORTS_OF_ENGINE = 8
+PORTS_OF_ENGINE = 8
+"""vLLM counts up from the port that it is given."""
 
 
 def arms(top_k: int) -> dict[str, dict[str, Any] | None]:
@@ -115,7 +116,7 @@ def run_expert_parallel(
             repeats=repeats,
             tokens=tokens,
             routers=[router for router in ROUTERS if router in routers],
-            ports=free_ports(len(ways) + 1, apart=_PORTS_OF_ENGINE),
+            ports=free_ports(len(ways) + 1, apart=PORTS_OF_ENGINE),
             compiled=compiled,
             num_ranks=num_ranks,
             profile_rows=profile_rows if profile else None,

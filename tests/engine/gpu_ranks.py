@@ -144,6 +144,7 @@ class Recorder:
 
 def reports_of(exercise, checkpoint, *, engines, time_limit):
     """What ``exercise`` reports of both ranks; the second has fewer requests, and idles."""
+    from sere_ray.evaluation.expert_parallel import PORTS_OF_ENGINE
     from sere_ray.ports import free_ports
     from tests.engine.conftest import prompts, sere_key
     from tests.engine.ranks import run_ranks
@@ -151,7 +152,7 @@ def reports_of(exercise, checkpoint, *, engines, time_limit):
     folder = checkpoint("qwen3_moe")
     key = sere_key(folder, min_primary_experts=0)
     requests = [prompts(8, seed=1), prompts(5, seed=2)]
-    arguments = (free_ports(engines, apart=8), folder, key, requests, [30, 12])
+    arguments = (free_ports(engines, apart=PORTS_OF_ENGINE), folder, key, requests, [30, 12])
     return run_ranks(exercise, *arguments, time_limit=time_limit)
 
 

@@ -67,7 +67,7 @@ def run_ranks(target, *arguments, time_limit=TIME_LIMIT, lost=()):
 def _context():
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # where forks have not been tried
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])

@@ -20,6 +20,7 @@ from sere_ray.errors import PolicyError, UnsupportedError
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
+from sere_ray.ports import free_port
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernels.emulator import COMPILER, launch_packed
@@ -84,11 +85,9 @@ def sync_pass(rank, port, tokens):
 
 @pytest.mark.parametrize("tokens", [(3, 33), (0, 1), (0, 0)])
 def test_words_travel_in_the_table_that_vllm_sums(tokens):
-    from vllm.utils.network_utils import get_open_port
-
     words = [(rank, 0xFFFFFFFF - rank, [REROUTABLE] * tokens[rank]) for rank in range(RANKS)]
     expected = words, list(tokens) if any(tokens) else None
-    assert run_ranks(sync_pass, get_open_port(), tokens) == [expected] * RANKS
+    assert run_ranks(sync_pass, free_port(), tokens) == [expected] * RANKS
 
 
 def test_a_pass_without_that_sum_is_refused():

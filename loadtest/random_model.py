@@ -4,6 +4,7 @@
     sere-ray serve --config out/random/deployment.yaml
     python loadtest/random_model.py out/random --model qwen3-30b-a3b --streams 128     # on a GPU
     python loadtest/random_model.py out/random --model qwen3-30b-a3b --streams 128 --ranks 2
+    python loadtest/random_model.py out/random --target-tpot-ms 10      # has levels for mode `auto`
 
 Its answers mean nothing; its steps take what such a model's steps take. The tokenizer is the
 demo's, with a word for each token that it lacks.
@@ -63,6 +64,10 @@ def deployment(options, model, checkpoint, artifact):
             **own,
         },
     }
+    if options.target_tpot_ms is not None:
+        levels = [{"select_top_k": k} for k in (4, 2, 1)]
+        pace = {"interval_s": 1, "patience": 2}  # so that a load of seconds sees where it leads
+        arguments["auto"] = {"tpot_ms": options.target_tpot_ms, "levels": levels, **pace}
     application = {"name": "random", "import_path": "sere_ray.serve:build_app", "args": arguments}
     return {
         "http_options": {"host": "127.0.0.1", "port": options.port},
@@ -78,6 +83,7 @@ def parse():
     parser.add_argument("--model", default="random-e128", choices=models)
     parser.add_argument("--streams", type=int, default=16, help="rows of a rank at most")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel, with expert parallel")
+    parser.add_argument("--target-tpot-ms", type=float, help="of mode `auto`, p90")
     parser.add_argument("--port", type=int, default=8000)
     return parser.parse_args()
 

@@ -1,8 +1,9 @@
 """Decode batches of a layer through :mod:`sere_ray.engine.gate_up`, in the place of vLLM's GEMMs.
 
 Tiles are in ``tiles/*.json``, made by kernels/tune_experts.py, a file for each shape and GPU named
-as vLLM names its own. A rank's shard of the experts takes those of the whole layer. Where there are
-none, or a batch is anything but the plain bf16 case, vLLM's own code runs.
+as vLLM names its own. A rank's shard of the experts takes those of the whole layer, a card of the
+H200's generation without a file those of the H200. Where there are none, or a batch is anything but
+the plain bf16 case, vLLM's own code runs.
 """
 
 import functools
@@ -93,8 +94,11 @@ _SHARDS = (1, 2, 4, 8, 16)
 @functools.cache
 def _load(folder: Path, num_experts: int, width: int) -> dict[int, Tiles]:
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+    from vllm.platforms import current_platform
 
     names = [get_config_file_name(num_experts * shards, width, None) for shards in _SHARDS]
+    if current_platform.is_device_capability(90):
+        names += [name.split("device_name=")[0] + "device_name=NVIDIA_H200.json" for name in names]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         return {}

@@ -28,9 +28,10 @@ class Sample:
     gaps: Histogram
     tokens: float
     """Output tokens that came in the measured part, whosever they were."""
+    good_tokens: float
+    """Of these, those of requests that kept the SLO."""
     good: int
-    """Requests that kept the SLO, and their output tokens."""
-    good_tokens: int
+    """Requests that kept the SLO."""
     requests: int
     failures: Counter[str]
     right: int
@@ -54,7 +55,7 @@ def sample(load: Load, slo: Slo) -> Sample:
     """The measured part of a load."""
     measured = load.measured
     answered = [o for o in measured if o.error is None]
-    good = [o for o in answered if slo.kept_by(o)]
+    came = [(_tokens_between(o, load.begin, load.end), slo.kept_by(o)) for o in load.outcomes]
     known = [o for o in answered if o.cached_tokens is not None]
     return Sample(
         seconds=load.end - load.begin,
@@ -62,9 +63,9 @@ def sample(load: Load, slo: Slo) -> Sample:
         tpot=_ms([o.tpot for o in answered if o.tpot is not None]),
         latency=_ms([o.latency for o in answered]),
         gaps=Histogram().extend(gap for o in answered for gap in o.gaps),
-        tokens=sum(_tokens_between(o, load.begin, load.end) for o in load.outcomes),
-        good=len(good),
-        good_tokens=sum(o.output_tokens for o in good),
+        tokens=sum(tokens for tokens, _ in came),
+        good_tokens=sum(tokens for tokens, kept in came if kept),
+        good=sum(slo.kept_by(o) for o in measured),
         requests=len(measured),
         failures=Counter(o.error for o in measured if o.error is not None),
         right=sum(final_answer(o.text) == o.label for o in answered if o.label is not None),

@@ -204,6 +204,33 @@ def exercise(rank, ports, folder, key, requests, tokens):
     return report
 
 
+MARGIN = {"rule": "margin", "select_top_k": None, "threshold": None, "tau": 1.0}
+MARGIN_POLICIES = {
+    "all kept": {**MARGIN, "min_primary_experts": 64},
+    "observe": {**MARGIN, "mode": "observe", "min_primary_experts": 0},
+    "off": {**MARGIN, "mode": "off"},
+    "firsts": {**MARGIN, "min_primary_experts": 0},
+}
+
+
+def exercise_margin(rank, ports, folder, key, requests, tokens):
+    """Stock, then an engine under ``margin``, whose policies change: answers and counters."""
+    choose_rank(rank)
+    from sere_ray.engine.control import read_counters
+    from tests.engine.conftest import generate
+
+    report = {}
+    with engine_of(folder, None, ports[0]) as engine:
+        report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
+    with engine_of(folder, {**key, **MARGIN}, ports[1]) as engine:
+        for name, changes in MARGIN_POLICIES.items():
+            engine.collective_rpc("sere_set_policy", args=({**key, **changes},))
+            read_counters(engine, reset=True)
+            given = generate(engine, requests[rank], tokens=tokens[rank])[0]
+            report[name] = {"answers": given, "counters": read_counters(engine)["decode_only"]}
+    return report
+
+
 BALANCED = {
     "enable_eplb": True,
     "eplb_config": {

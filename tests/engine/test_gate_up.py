@@ -383,6 +383,23 @@ def test_shapes_without_tiles_are_left_to_vllm(tmp_path, monkeypatch):
     assert fused_experts.tiles_for(8, 48, 1) is None
 
 
+def test_a_card_of_the_same_generation_takes_the_tiles_of_the_h200(monkeypatch):
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: "NVIDIA_H200")
+    wanted = fused_experts.tiles_for(128, 768, 16)
+    assert wanted is not None
+    fused_experts._load.cache_clear()
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: "NVIDIA_H100_80GB_HBM3")
+    assert fused_experts.tiles_for(128, 768, 16) is None
+    fused_experts._load.cache_clear()
+    monkeypatch.setattr(current_platform, "is_device_capability", lambda wanted: wanted == 90)
+    assert fused_experts.tiles_for(128, 768, 16) == wanted
+    assert fused_experts.tiles_for(64, 768, 16) == wanted
+    fused_experts._load.cache_clear()
+
+
 # --- what `apply_experts` counts on in vLLM: read, not imported ----------------------------------
 
 

@@ -29,7 +29,8 @@ class Sample:
     tokens: float
     """Output tokens that came in the measured part, whosever they were."""
     good_tokens: float
-    """Of these, those of requests that kept the SLO."""
+    """Of these, the share that requests which kept the SLO have in the tokens of the measured ones:
+    whose answers begin before or end after the measured part neither gains nor loses by it."""
     good: int
     """Requests that kept the SLO."""
     requests: int
@@ -55,7 +56,10 @@ def sample(load: Load, slo: Slo) -> Sample:
     """The measured part of a load."""
     measured = load.measured
     answered = [o for o in measured if o.error is None]
-    came = [(_tokens_between(o, load.begin, load.end), slo.kept_by(o)) for o in load.outcomes]
+    good = [o for o in answered if slo.kept_by(o)]
+    came = sum(_tokens_between(o, load.begin, load.end) for o in load.outcomes)
+    all_tokens = sum(o.output_tokens for o in measured)
+    share = sum(o.output_tokens for o in good) / all_tokens if all_tokens else 0.0
     known = [o for o in answered if o.cached_tokens is not None]
     return Sample(
         seconds=load.end - load.begin,
@@ -63,9 +67,9 @@ def sample(load: Load, slo: Slo) -> Sample:
         tpot=_ms([o.tpot for o in answered if o.tpot is not None]),
         latency=_ms([o.latency for o in answered]),
         gaps=Histogram().extend(gap for o in answered for gap in o.gaps),
-        tokens=sum(tokens for tokens, _ in came),
-        good_tokens=sum(tokens for tokens, kept in came if kept),
-        good=sum(slo.kept_by(o) for o in measured),
+        tokens=came,
+        good_tokens=came * share,
+        good=len(good),
         requests=len(measured),
         failures=Counter(o.error for o in measured if o.error is not None),
         right=sum(final_answer(o.text) == o.label for o in answered if o.label is not None),

@@ -141,18 +141,22 @@ def test_a_failure_is_never_good():
 def test_tokens_of_the_measured_part_only():
     early = outcome(0.5, [1.0] * 3, at=-2.0)  # events at -1.5, -0.5, 0.5, 1.5
     one = sample(load_of(early), Slo())
-    assert one.tokens == one.good_tokens == 2
+    assert one.tokens == 2
     assert one.requests == 0
 
 
-def test_cost_counts_the_tokens_that_came_of_whoever_kept_the_slo():
+def test_cost_counts_the_tokens_that_came():
     # A user with 10 tokens a second has 100 in 10 s. The answers that were due in these have 120.
     answers = [outcome(0.1, [0.1] * 39, at=at) for at in (-2.05, 1.95, 5.95, 9.95)]
-    late = outcome(3.0, [0.1] * 9, at=1.0)
-    one = sample(load_of(*answers, late), Slo(ttft=500))
-    assert one.tokens == one.good_tokens + 10
-    assert one.good_tokens == 20 + 40 + 40 + 0
-    assert sample(load_of(late), Slo(ttft=500)).good_tokens == 0
+    one = sample(load_of(*answers), Slo(ttft=500))
+    assert one.tokens == one.good_tokens == 100
+    slow = outcome(3.0, [0.1] * 39, at=1.0)
+    one = sample(load_of(*answers, slow), Slo(ttft=500))
+    assert one.tokens == 140
+    assert one.good_tokens == pytest.approx(140 * 120 / 160)
+    in_the_warm_up = outcome(3.0, [0.1] * 39, at=-1.0)
+    one = sample(load_of(*answers, in_the_warm_up), Slo(ttft=500))
+    assert one.tokens == one.good_tokens == 140
 
 
 def test_pooling_is_the_sample_of_all():

@@ -42,7 +42,7 @@ if [ "$gpus" = 1 ]; then
   # The warm-up is as long as `auto` takes to its strongest level, and more. Its decisions are in the audit log.
   $sere loadtest ab $load --warmup 10 --streams 32 --policies off,auto --out "$out/$name-auto.json" || status=$?
   curl -sS -H "Authorization: Bearer $SERE_ADMIN_TOKEN" "$url/sere/audit" > "$out/audit.json" || status=$?
-  $sere loadtest ab $load --warmup 1 --rates 4,10,16 --out "$out/$name-rates.json" || status=$?
+  $sere loadtest ab $load --warmup 1 --rates 4,10,16,22,28 --out "$out/$name-rates.json" || status=$?
 fi
 $sere stats --url "$url"
 exit $status

@@ -56,7 +56,8 @@ def _has_stacked_products(experts: nn.Module) -> bool:
 
 
 def _stacked_products(experts: nn.Module, tokens: Tensor) -> Tensor:
-    """Two batched products: 2 to 4 times as fast on a CPU as the module's walk over experts."""
+    """Two batched products; 2 to 4 times as fast on a CPU as the module's own walk over experts
+    was seen (no result file)."""
     gate_up = torch.matmul(tokens, experts.gate_up_proj.mT)  # type: ignore[arg-type]
     hidden: Tensor = experts._apply_gate(gate_up)  # type: ignore[operator]
     return torch.bmm(hidden, experts.down_proj.mT)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ HELDOUT = assets.CALIBRATION.with_name("heldout.jsonl")
 TOKENS = (5_120, 20_480, 51_200, 204_800)
 """Multiples of the 1,024 tokens of a chunk of ``cka``."""
 METRICS = {"frobenius": 204_800, "cosine": 204_800, "cka": 51_200}
-"""Name -> most tokens: ``cka`` takes eight times as long."""
+"""Name -> most tokens: ``cka`` takes six times as long (docs/results/calibration-cpu.json)."""
 DEFAULT = ("mixed", "frobenius")
 """Compared with: the shipped calibration text, all of it."""
 BATCH = 16

@@ -240,8 +240,8 @@ async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil
             await asyncio.gather(*(stream() for _ in range(concurrency)))
             return firsts
 
-        await send(max(concurrency, 4))
         requests = max(3 * concurrency, 24)
+        await send(requests)  # as many: an engine may stall at each batch size that is new to it
         before, start = _processor_seconds(root), asyncio.get_running_loop().time()
         firsts = await send(requests)
         seconds = asyncio.get_running_loop().time() - start

@@ -121,15 +121,17 @@ class _Runner:
     log: list[dict[str, Any]]
 
     def first(self, shape: Shape) -> dict[str, float | None]:
-        """A short block by which no policy is measured: means of its steps.
+        """A block by which no policy is measured, short in a closed loop: means of its steps.
 
         Engines stall at batch sizes that are new to them (2 s were seen on a GPU), which the policy
         that happens to come first would pay. The mode runs the rule and discards it, so that the
-        block counts what exact routing reads.
+        block counts what exact routing reads, of the prompts and at the times of the first round.
         """
-        short = replace(self.what.plan, seconds=min(self.what.plan.seconds, _FIRST_SECONDS))
-        runner = replace(self, what=replace(self.what, plan=short))
-        return runner._block(shape, 0, OBSERVE, "observe", needs_answers=False).steps
+        plan = self.what.plan
+        if shape.rate is None:  # an open loop only then has as many streams as in other blocks
+            plan = replace(plan, seconds=min(plan.seconds, _FIRST_SECONDS))
+        runner = replace(self, what=replace(self.what, plan=plan))
+        return runner._block(shape, 1, OBSERVE, "observe", needs_answers=False).steps
 
     def rounds(self, shape: Shape) -> dict[str, list[_Block]]:
         """The blocks of each policy, in the order of the rounds."""

@@ -140,7 +140,7 @@ def _disturb(
             set_policy(url, next(policies))
             log.policy_changes += 1
         except SereError:
-            log.policy_changes_refused += 1  # counted as lost unless a rank is being replaced
+            log.policy_changes_refused += 1  # reported; `_judge` lets it pass
         _disconnect(plan, url, log)
         _ask_nonsense(plan, url, *next(bad), log)
         memory, handles = usage(pid)

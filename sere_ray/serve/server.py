@@ -133,7 +133,8 @@ class SereGangServer(_Following, DPServer):  # type: ignore[misc]
 class SkipDownload(CallbackBase):  # type: ignore[misc]
     """Where the model is a folder of this node, there is nothing to download.
 
-    Ray would start a worker process on each node to find that out: 20 s and 0.6 GB on a laptop.
+    Ray would start a worker process on each node to find that out: 20 s and 0.6 GB were seen
+    (no result file).
     """
 
     async def on_before_node_init(self) -> None:

@@ -8,6 +8,7 @@ the plain bf16 case, vLLM's own code runs.
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sere_ray.engine.gate_up import Tile
 
+logger = logging.getLogger("vllm.sere_ray")
 _FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -101,7 +103,9 @@ def _load(folder: Path, num_experts: int, width: int) -> dict[int, Tiles]:
         names += [name.split("device_name=")[0] + "device_name=NVIDIA_H200.json" for name in names]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
+        logger.info("sere-ray: expert GEMMs are vLLM's: there are no tiles in %s", names[0])
         return {}
+    logger.info("sere-ray: expert GEMMs of small batches with the tiles in %s", file.name)
     from sere_ray.engine.gate_up import Tile
 
     return {

@@ -24,9 +24,9 @@ SECONDS = 7.0
 WARMUP = 2.0
 SLO = Slo(ttft=1000, tpot=40)
 _NOTE = (
-    "Reading fewer experts saves the demo model no time, we take it because it stays in a CPU's "
-    "cache, and the rule itself shows; engines, proxy and generator share the same cores, and the "
-    "price is assumed. "
+    "Reading fewer experts saves the demo model no time (we take it that it stays in a CPU's "
+    "cache), so that the rule itself shows; engines, proxy and generator share the same cores, and "
+    "the price is assumed. "
     "Few answers of S=1 are right: the model has 48 experts that are not very alike."
 )
 

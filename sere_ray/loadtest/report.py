@@ -36,7 +36,7 @@ _NOTES = (
     ("goodput, within SLO", "requests that kept the SLO: per second, and their share"),
     (
         "$ per million tokens",
-        "price per GPU hour x GPUs / (3600 x output tokens/s of requests that kept the SLO), "
+        "price per GPU hour x GPUs / (3600 x tokens/s x share of tokens within the SLO), "
         "at this load: a machine that waits costs the same",
     ),
     ("experts read", "per layer and decode step, counted in the engines; exact: by `observe`"),

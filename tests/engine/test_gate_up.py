@@ -383,20 +383,24 @@ def test_shapes_without_tiles_are_left_to_vllm(tmp_path, monkeypatch):
     assert fused_experts.tiles_for(8, 48, 1) is None
 
 
-def test_a_card_of_the_same_generation_takes_the_tiles_of_the_h200(monkeypatch):
+def test_a_card_of_the_same_generation_takes_the_tiles_of_the_h200(monkeypatch, caplog):
     from vllm.model_executor.layers.fused_moe import fused_moe
     from vllm.platforms import current_platform
 
+    monkeypatch.setattr(fused_experts.logger, "handlers", [caplog.handler])
+    caplog.set_level("INFO", fused_experts.logger.name)
     monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: "NVIDIA_H200")
     wanted = fused_experts.tiles_for(128, 768, 16)
     assert wanted is not None
     fused_experts._load.cache_clear()
     monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: "NVIDIA_H100_80GB_HBM3")
     assert fused_experts.tiles_for(128, 768, 16) is None
+    assert "vLLM's: there are no tiles in E=128,N=768,device_name=NVIDIA_H100" in caplog.text
     fused_experts._load.cache_clear()
     monkeypatch.setattr(current_platform, "is_device_capability", lambda wanted: wanted == 90)
     assert fused_experts.tiles_for(128, 768, 16) == wanted
     assert fused_experts.tiles_for(64, 768, 16) == wanted
+    assert caplog.text.strip().endswith("tiles in E=128,N=768,device_name=NVIDIA_H200.json")
     fused_experts._load.cache_clear()
 
 

@@ -156,21 +156,28 @@ def reports_of(exercise, checkpoint, *, engines, time_limit):
     return run_ranks(exercise, *arguments, time_limit=time_limit)
 
 
+def under(engine, policy, requests, tokens):
+    """What an engine answers under a policy, and what it counts meanwhile."""
+    from sere_ray.engine.control import read_counters
+    from tests.engine.conftest import generate
+
+    engine.collective_rpc("sere_set_policy", args=(policy,))
+    read_counters(engine, reset=True)
+    return generate(engine, requests, tokens=tokens)[0], read_counters(engine)
+
+
 def exercise(rank, ports, folder, key, requests, tokens):
     """Engines one after the other; what each answered and counted, and passes of some."""
     choose_rank(rank)
-    from sere_ray.engine.control import read_counters
     from sere_ray.engine.state import all_states
     from tests.engine.conftest import generate
 
     recorder, report = Recorder(), {}
 
     def answers(engine, name, policy):
-        engine.collective_rpc("sere_set_policy", args=(policy,))
-        read_counters(engine, reset=True)
         recorder.take()
-        given = generate(engine, requests[rank], tokens=tokens[rank])[0]
-        report[name] = {"answers": given, "counters": read_counters(engine)}
+        given, counters = under(engine, policy, requests[rank], tokens[rank])
+        report[name] = {"answers": given, "counters": counters}
 
     with engine_of(folder, None, ports[0]) as engine:
         report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
@@ -216,7 +223,6 @@ MARGIN_POLICIES = {
 def exercise_margin(rank, ports, folder, key, requests, tokens):
     """Stock, then an engine under ``margin``, whose policies change: answers and counters."""
     choose_rank(rank)
-    from sere_ray.engine.control import read_counters
     from tests.engine.conftest import generate
 
     report = {}
@@ -224,10 +230,9 @@ def exercise_margin(rank, ports, folder, key, requests, tokens):
         report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
     with engine_of(folder, {**key, **MARGIN}, ports[1]) as engine:
         for name, changes in MARGIN_POLICIES.items():
-            engine.collective_rpc("sere_set_policy", args=({**key, **changes},))
-            read_counters(engine, reset=True)
-            given = generate(engine, requests[rank], tokens=tokens[rank])[0]
-            report[name] = {"answers": given, "counters": read_counters(engine)["decode_only"]}
+            policy = {**key, **changes}
+            given, counters = under(engine, policy, requests[rank], tokens[rank])
+            report[name] = {"answers": given, "counters": counters["decode_only"]}
     return report
 
 
@@ -245,7 +250,6 @@ BALANCED = {
 def exercise_balanced(rank, ports, folder, key, requests, tokens):
     """Engines with vLLM's load balancer: stock, and with the key."""
     choose_rank(rank)
-    from sere_ray.engine.control import read_counters
     from tests.engine.conftest import generate
 
     report = {}
@@ -256,10 +260,8 @@ def exercise_balanced(rank, ports, folder, key, requests, tokens):
         with engine_of(folder, policy, ports[number], **BALANCED) as engine:
             for size in (4, 1):
                 changed = {**policy, "select_top_k": size}
-                engine.collective_rpc("sere_set_policy", args=(changed,))
-                read_counters(engine, reset=True)
-                given = generate(engine, requests[rank], tokens=tokens[rank])[0]
-                report[policy.get("union", "global"), size] = given, read_counters(engine)
+                name = policy.get("union", "global"), size
+                report[name] = under(engine, changed, requests[rank], tokens[rank])
     return report
 
 

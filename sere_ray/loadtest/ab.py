@@ -11,7 +11,7 @@ from rich.console import Console
 from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
-from sere_ray.loadtest.driver import Plan
+from sere_ray.loadtest.driver import Plan, new_salt
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import Sample, figures, pool, rounded, sample
 from sere_ray.loadtest.pool import Generator, generator
@@ -160,8 +160,8 @@ class _Runner:
         # In a round all policies get the same prompts at the same times.
         plan = replace(
             plan,
-            seed=hash_of(plan.seed, number),
-            salt=f"{hash_of(plan.seed, shape, number, name):x} ",  # vLLM takes no "/" in it
+            seed=random.Random(f"{plan.seed} {number}").getrandbits(32),
+            salt=new_salt(),
         )
         load = self.sender.run(plan)
         counted = deployment.read_counters()
@@ -184,11 +184,6 @@ class _Runner:
             f"TPOT {row['tpot_ms_p50']} ms, {row['tokens_per_s']} tokens/s",
             highlight=False,
         )
-
-
-def hash_of(*parts: object) -> int:
-    """A seed for a round, or for a block."""
-    return random.Random(" ".join(map(str, parts))).getrandbits(32)
 
 
 def _rows(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -60,6 +61,11 @@ class Target:
         return {"body": json.dumps(body).encode(), "headers": headers}
 
 
+def new_salt() -> str:
+    """One that no load has had, of this run or another: a server keeps prefixes between runs."""
+    return secrets.token_hex(8)
+
+
 @dataclass(frozen=True)
 class Plan:
     """One load: closed (``streams``), open (``arrivals``) or the times of a trace."""
@@ -74,7 +80,7 @@ class Plan:
     arrivals: Arrivals | None = None
     seed: int = 0
     cache: Cache = "server"
-    salt: str = ""
+    salt: str = field(default_factory=new_salt)
     """With ``cache`` other than ``server``: of this load."""
     part: tuple[int, int] = (0, 1)
     """Which process of how many this is."""

@@ -141,6 +141,16 @@ def test_without_control_api_it_refuses(has_words):
     has_words(str(error.value), "404", "SERE_ADMIN_TOKEN", "sere-ray loadtest run")
 
 
+def test_no_block_finds_the_prompts_of_another_or_of_an_earlier_run():
+    with serving(control=Control()) as server:
+        observe = {"observe": {"mode": "observe"}}
+        what = comparison(server, policies=observe, rounds=1)
+        for _ in range(2):
+            run_comparison(what, lambda _: None, QUIET)
+    salts = [body["cache_salt"] for _, body in server.requests]
+    assert len(set(salts)) == len(salts) > 5
+
+
 def test_a_refused_policy_puts_the_old_one_back():
     control = Control(refuse="off")
     last_refused = {"S=1": POLICIES["S=1"], "off": POLICIES["off"]}

@@ -198,7 +198,7 @@ def _rows(
     rows: list[dict[str, Any]] = []
     for name, own in samples.items():
         row = {"policy": name, **shape.row, **figures(pool(own), what.price)}
-        row |= _steps(blocks[name], observed if what.policies[name]["mode"] == "off" else None)
+        row |= _steps(blocks[name], what.policies[name]["mode"], observed)
         for field_name, values in drawn[name].items():
             row[f"{field_name}_95"] = _interval(values)
             if name != base:
@@ -210,11 +210,11 @@ def _rows(
     return rows
 
 
-def _steps(blocks: list[_Block], observed: dict[str, float | None] | None) -> dict[str, Any]:
+def _steps(blocks: list[_Block], mode: str, observed: dict[str, float | None]) -> dict[str, Any]:
     """What the engine counted, means over blocks; ``off`` counts no experts itself."""
-    experts = [block.steps["experts_after"] for block in blocks]
-    if observed is not None:
-        experts = [observed["experts_before"]]
+    counted = [observed] if mode == "off" else [block.steps for block in blocks]
+    is_exact = mode in ("off", "observe")  # the latter counts what the rule would have left, too
+    experts = [steps["experts_before" if is_exact else "experts_after"] for steps in counted]
     return {
         "experts_read": _mean(experts),
         "engine_step_ms": _mean([block.steps["step_ms"] for block in blocks]),

@@ -141,6 +141,13 @@ def test_without_control_api_it_refuses(has_words):
     has_words(str(error.value), "404", "SERE_ADMIN_TOKEN", "sere-ray loadtest run")
 
 
+@pytest.mark.parametrize(("mode", "read"), [("off", 9.0), ("observe", 8.0), ("on", 3.0)])
+def test_exact_modes_read_what_the_gate_chose(mode, read):
+    steps = {"experts_before": 8.0, "experts_after": 3.0, "step_ms": 1.0, "rows": 4.0}
+    own = [ab._Block(None, dict.fromkeys(steps) if mode == "off" else steps)]
+    assert ab._steps(own, mode, {**steps, "experts_before": 9.0})["experts_read"] == read
+
+
 def test_no_block_finds_the_prompts_of_another_or_of_an_earlier_run():
     with serving(control=Control()) as server:
         observe = {"observe": {"mode": "observe"}}

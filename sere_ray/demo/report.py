@@ -28,9 +28,9 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 HEADINGS = ("policy", *(heading for _, heading, _ in COLUMNS))
 NOTES = {
     "experts": "read per layer and decode step, of 48, counted in the engine",
-    "step ms": "forward pass of a decode step. This model fits a CPU's cache, so reading fewer "
-    "experts saves no time here and the rule itself shows; `sere-ray bench step-time` measures a "
-    "model that does not fit",
+    "step ms": "forward pass of a decode step. Reading fewer experts saves this model no time (we "
+    "take it that it stays in a CPU's cache), so that the rule itself shows; `sere-ray bench "
+    "step-time` measures a larger one",
     "answers": "arithmetic answered right, through the endpoint",
     "top-1, KL": "agreement with and distance (nats) from the exact model on held-out text, "
     "teacher-forced, with batches of `streams` rows",

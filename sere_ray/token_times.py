@@ -1,4 +1,4 @@
-"""Times between output tokens, counted in buckets: bounded, and sums of ranks are sums."""
+"""Times per output token, counted in buckets: bounded, and sums of ranks are sums."""
 
 import bisect
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from itertools import accumulate
 SHORTEST_SECONDS, RATIO, BUCKETS = 1e-4, 1.1, 140
 """Bucket i holds times up to ``SHORTEST_SECONDS * RATIO**i``, the last one all above 51 s."""
 BOUNDS = [SHORTEST_SECONDS * RATIO**i for i in range(BUCKETS - 1)]
+SLICE_SECONDS = 1.0
+"""Over which a request's time per output token is taken."""
 
 
 def bucket_of(seconds: float) -> int:
@@ -15,7 +17,7 @@ def bucket_of(seconds: float) -> int:
 
 
 def quantile_ms(counts: Sequence[int], share: float) -> float | None:
-    """Milliseconds within which that share of tokens came; None without tokens.
+    """Milliseconds per token that this share of tokens kept; None without tokens.
 
     At most 10 % off: tokens of a bucket are taken as evenly spread. Nothing above 51 s is told
     apart.

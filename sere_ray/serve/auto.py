@@ -154,8 +154,7 @@ def _observation(total: Mapping[str, Any]) -> Observation:
     steps, rows, slots = (sum(k[name] for k in kinds) for name in ("steps", "decode_rows", "slots"))
     rerouted = sum(sum(k["slots_rerouted"]) for k in kinds)
     return Observation(
-        # Without a row that may be re-routed there is nothing to save, as without a request.
-        tpot_ms=quantile_ms(total["token_times"], 0.9) if rows else None,
+        tpot_ms=quantile_ms(total["token_times"], 0.9),
         load=rows / steps if steps else 0.0,
         rerouted_share=rerouted / slots if slots else 0.0,
     )

@@ -47,7 +47,7 @@ class AutoStatus(BaseModel):
 
     level: int = Field(description="0 = exact")
     levels: int = Field(description="how many there are, exact routing included")
-    tpot_ms: float | None = Field(description="p90 of the time per output token; null: no tokens")
+    tpot_ms: float | None = Field(description="p90 of requests' TPOT; null: none counted")
     load: float | None = Field(description="decode rows of a step, over a gang")
     rerouted_share: float | None = Field(description="re-routed slots of all of decode rows, 0..1")
 
@@ -82,7 +82,7 @@ class Stats(Status):
     decode_only_means: StepMeans
     mixed_means: StepMeans
     tpot_p90_ms: float | None = Field(
-        description="p90 of the engine's time per output token since its start"
+        description="p90 of requests' time per output token in the engine, since its start"
     )
     per_replica: list[Replica]
 

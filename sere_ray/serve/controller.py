@@ -11,7 +11,8 @@ is exact routing, higher levels re-route more.
   undo every step.
 - **Floor**: where the re-routed share of slots is above the limit, down at once, and that level and
   those above it stay closed until the load has changed clearly.
-- An interval without a request leads straight to exact: there is nothing to save.
+- An interval without a row leads straight to exact: there is nothing to save. One in which rows
+  were computed but no time has been counted yet says nothing about the time.
 - Without a target for the time it goes up as far as the floor allows.
 """
 
@@ -29,8 +30,8 @@ class Target(BaseModel):
     tpot_ms: float | None = Field(
         None,
         gt=0,
-        description="p90 of the time per output token, milliseconds; null = re-route as much as "
-        "max_rerouted_share allows",
+        description="p90 of requests' time per output token (TPOT), milliseconds; null = re-route "
+        "as much as max_rerouted_share allows",
     )
     max_rerouted_share: float = Field(
         1.0, ge=0, le=1, description="quality floor: most slots of decode rows that may move"
@@ -50,9 +51,9 @@ class Observation:
     """One interval."""
 
     tpot_ms: float | None
-    """p90; None if no token was produced."""
+    """p90 of requests; None where none has been counted."""
     load: float
-    """Decode rows per step, over the gang."""
+    """Decode rows per step, over the gang; 0 without a row that may be re-routed."""
     rerouted_share: float
     """Re-routed slots over all slots of decode rows."""
 
@@ -88,7 +89,7 @@ class Controller:
 
     def observe(self, seen: Observation) -> Decision:
         """Take one interval into account."""
-        if seen.tpot_ms is None:
+        if not seen.load:
             return self._go(0, "idle") if self.level else Decision(0)
         target, margin = self.target, self.target.margin
         if self._closed_from < self.levels and abs(seen.load - self._closed_at) > (
@@ -101,8 +102,13 @@ class Controller:
                 self.level - 1,
                 f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}",
             )
-        is_slow = target.tpot_ms is None or seen.tpot_ms > target.tpot_ms
-        is_fast = target.tpot_ms is not None and seen.tpot_ms < (1 - margin) * target.tpot_ms
+        if target.tpot_ms is None:
+            is_slow, is_fast = True, False
+        elif seen.tpot_ms is None:
+            return Decision(self.level)
+        else:
+            is_slow = seen.tpot_ms > target.tpot_ms
+            is_fast = seen.tpot_ms < (1 - margin) * target.tpot_ms
         has_eased = seen.load < (1 - margin) * self._entered_at[self.level]
         self._slow = self._slow + 1 if is_slow else 0
         self._fast = self._fast + 1 if is_fast and has_eased else 0

@@ -148,7 +148,7 @@ class Follower:
                 self._settled = order.settle
             if order.report:
                 (counters, *_) = await _call(engine, "sere_counters", False)
-                self._counters = {**counters, "token_times": list(self._token_times.counts)}
+                self._counters = {**counters, "token_times": self._token_times.read()}
         except Exception as error:
             # The router has validated it, so the engine and the router disagree: start anew.
             self.failure = f"version {order.updates[-1:]}: {error}"

@@ -65,8 +65,8 @@ class Totals(BaseModel):
     decode_only: StepSums = Field(description="steps in which every row may be re-routed")
     mixed: StepSums = Field(description="steps that also compute prompts or exact requests")
     token_times: list[int] = Field(
-        description="output tokens by the engine's time since the token before: bucket i holds "
-        f"those up to {SHORTEST_SECONDS} s x {RATIO}^i"
+        description="output tokens by the time per output token of their request in that second, "
+        f"in the engine: bucket i holds those up to {SHORTEST_SECONDS} s x {RATIO}^i"
     )
 
 

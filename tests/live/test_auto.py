@@ -1,14 +1,17 @@
 """Mode ``auto`` on real engines: up under load with a target out of reach, exact when idle."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
 
+from sere_ray.token_times import SLICE_SECONDS
 from tests.serve.deployment import ADMIN, wait_for
 
 pytestmark = pytest.mark.engine
 STREAMS = 6
+TOKENS = 48
 
 
 @contextmanager
@@ -18,7 +21,7 @@ def load(served):
 
     def send():
         while not stop.is_set():
-            statuses.append(served.complete(max_tokens=48)[0])
+            statuses.append(served.complete(max_tokens=TOKENS)[0])
 
     threads = [threading.Thread(target=send) for _ in range(STREAMS)]
     for thread in threads:
@@ -63,9 +66,12 @@ def level(live):
 
 def test_stats_of_what_the_load_did(live):
     """Counters that only a running deployment has: token times, and what ranks sent."""
+    time.sleep(SLICE_SECONDS + 0.1)  # what came before has been counted then
     before = live.sere("stats")["total"]
-    with load(live):
+    with load(live) as statuses:
         wait_for(lambda: sum_of(live, "rows") > sum(of(before, "rows")) + 300, 30, "rows")
+    timed = sum(before["token_times"]) + len(statuses) * (TOKENS - 1)  # a first token has no time
+    wait_for(lambda: sum(live.sere("stats")["total"]["token_times"]) == timed, 10, "each is timed")
     stats = live.sere("stats")
     assert stats["tpot_p90_ms"] > 0
     mean = stats["decode_only_means"]

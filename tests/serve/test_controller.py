@@ -98,6 +98,15 @@ def test_reasons_say_what_was_seen():
     assert controller.observe(Observation(None, 0, 0.0)).reason == "idle"
 
 
+def test_an_interval_that_says_nothing_about_the_time_holds():
+    """Also the count of slow ones: an interval may be shorter than what the time is taken over."""
+    controller = Controller(Target(tpot_ms=10, max_rerouted_share=0.5, patience=2), 3)
+    slow, unknown = Observation(12.0, 8, 0.0), Observation(None, 8, 0.0)
+    assert [controller.observe(seen).level for seen in (slow, unknown, slow)] == [0, 0, 1]
+    assert [controller.observe(unknown).level for _ in range(5)] == [1] * 5
+    assert controller.observe(Observation(None, 8, 0.6)).level == 0, "the floor needs no time"
+
+
 def test_one_level_is_always_exact():
     controller = Controller(Target(tpot_ms=1), 1)
     assert {controller.observe(Observation(9, 9, 0)).level for _ in range(9)} == {0}

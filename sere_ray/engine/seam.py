@@ -14,12 +14,12 @@ MoERunner.__init__                     Attach the rule to each layer's router, a
                                        below in place. Why: the runner holds its router by
                                        reference, so it must be changed as it is built. Remove:
                                        vLLM offers a hook after ``_compute_routing``.
-EngineCore.preprocess_add_request      Add the policy version, or the exact tier, to
-                                       ``cache_salt``, so that blocks computed under one policy
-                                       are never found under another, nor by exact requests.
-                                       Remove: prefix caching takes an engine-wide salt.
-EngineCore.collective_rpc              Notice a policy change and raise that version. Remove: as
-                                       above.
+EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``cache_salt``, so
+                                       that blocks computed under one policy are never found under
+                                       another, nor by exact requests: see ``kv_salt.py``. Remove:
+                                       prefix caching takes an engine-wide salt.
+EngineCore.add_request, collective_rpc Notice a policy change; requests that still wait get the
+                                       salt of the new one. Remove: as above.
 =====================================  ==========================================================
 
 Patches, put in place by the first layer that is built under a ``sere`` key:
@@ -53,6 +53,7 @@ from sere_ray.engine import (
     cpu_union_seam,
     cuda_seam,
     cuda_union_seam,
+    kv_salt,
 )
 from sere_ray.engine.checks import (
     check_config,
@@ -64,8 +65,7 @@ from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cuda_state import CudaState
 from sere_ray.engine.cuda_union import UnionCudaState
 from sere_ray.engine.state import EngineState, Routing, add_state, all_states, find_state
-from sere_ray.errors import UnsupportedError
-from sere_ray.tiers import asks_exact
+from sere_ray.errors import ArtifactError, UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")
 _MARK = "_sere_ray_original"
@@ -80,8 +80,9 @@ def install_observers() -> None:
     cpu_seam.define_op()
     _wrap(VllmConfig, "__post_init__", _validate_config)
     _wrap(MoERunner, "__init__", _attach_runner)
-    _wrap(EngineCore, "preprocess_add_request", _salt_request)
-    _wrap(EngineCore, "collective_rpc", _notice_policy_change)
+    _wrap(EngineCore, "preprocess_add_request", kv_salt.salt_request)
+    _wrap(EngineCore, "add_request", kv_salt.salt_again)
+    _wrap(EngineCore, "collective_rpc", kv_salt.notice_policy_change)
 
 
 def _install_patches(state: EngineState, vllm_config: Any) -> None:
@@ -214,10 +215,22 @@ def _check_loaded(
     modules = set(model.modules())
     states = [s for s in all_states() if modules.intersection(s.attached.values())]
     for state in states:
+        _check_layers(state)
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
     for state in states:
         state.loaded()
+
+
+def _check_layers(state: EngineState) -> None:
+    """Every matrix has its layer; that every layer has its matrix is checked as it is built."""
+    without = sorted(state.artifact.layers.keys() - state.attached.keys())
+    if without:
+        raise ArtifactError(
+            f"{state.policy.similarity}: has layers {without}, in which this model has no experts; "
+            f"the artifact belongs to {state.artifact.metadata.model_id!r}: run `sere-ray "
+            "calibrate` on the model you serve"
+        )
 
 
 def _check_router_weights(state: EngineState, model: Any) -> None:
@@ -258,24 +271,3 @@ def sere_set_policy(
 
 def sere_settle(worker: Any) -> None:
     """Nothing here: the engine core notices that all ranks were told the last policy."""
-
-
-# --- engine core: KV blocks of one policy are never found under another -------------------------
-
-
-def _notice_policy_change(
-    original: Callable[..., Any], core: Any, method: Any, *args: Any, **kwargs: Any
-) -> Any:
-    result = original(core, method, *args, **kwargs)
-    if method in (sere_set_policy.__name__, sere_settle.__name__):
-        core.sere_policy_version = getattr(core, "sere_policy_version", 0) + 1
-    return result
-
-
-def _salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
-    if sere_config(core.vllm_config) is not None:
-        exact = asks_exact(request.sampling_params)  # the same blocks under every policy
-        version = getattr(core, "sere_policy_version", 0)
-        made_by = "exact" if exact else f"policy-{version}"
-        request.cache_salt = f"{request.cache_salt or ''}|sere-{made_by}"
-    return original(core, request)

@@ -1,5 +1,7 @@
 """KV computed under one policy is never found under another."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sere_ray.config import Policy
@@ -13,6 +15,8 @@ BLOCK = 32
 @pytest.fixture(scope="module")
 def turns(checkpoint):
     """Two turns: the second prompt holds the first answer, made under S = 1, then exact."""
+    from vllm import SamplingParams
+
     folder = checkpoint("qwen3_moe")
     first = prompts(6, seed=3, length=(70, 90))
     key = sere_key(folder, min_primary_experts=0)
@@ -24,12 +28,22 @@ def turns(checkpoint):
             for request, answer in zip(first, answers, strict=True)
         ]
         _, same_policy = generate(engine, second, tokens=8, logprobs=5)
+        parameters = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=5)
+        engine.enqueue(second, parameters, use_tqdm=False)
+        set_policy(engine, Policy.parse({**key, "mode": "off"}))
+        waited = engine.wait_for_completion(use_tqdm=False)
         set_policy(engine, Policy.parse({**key, "mode": "off"}))
         _, exact = generate(engine, second, tokens=8, logprobs=5)
         _, again = generate(engine, second, tokens=8, logprobs=5)
     with running_engine(folder, **options) as engine:
         _, stock = generate(engine, second, tokens=8, logprobs=5)
-    return {"same policy": same_policy, "exact": exact, "again": again, "stock": stock}
+    return {
+        "same policy": same_policy,
+        "waited": waited,
+        "exact": exact,
+        "again": again,
+        "stock": stock,
+    }
 
 
 def cached(outputs):
@@ -49,10 +63,42 @@ def test_blocks_are_shared_under_one_policy(turns):
     assert all(tokens >= 3 * BLOCK for tokens in cached(turns["again"]))
 
 
-def test_nothing_is_found_after_a_change_of_policy(turns):
-    assert cached(turns["exact"]) == [0] * 6
+@pytest.mark.parametrize("when", ["waited", "exact"])
+def test_nothing_is_found_after_a_change_of_policy(turns, when):
+    """Neither by requests that came after it nor by those that waited for their turn."""
+    assert cached(turns[when]) == [0] * 6
 
 
-def test_an_exact_second_turn_has_the_log_probabilities_of_stock(turns):
-    assert logprobs(turns["exact"]) == logprobs(turns["stock"])
+@pytest.mark.parametrize("when", ["waited", "exact"])
+def test_an_exact_second_turn_has_the_log_probabilities_of_stock(turns, when):
+    assert logprobs(turns[when]) == logprobs(turns["stock"])
     assert logprobs(turns["same policy"]) != logprobs(turns["stock"])
+
+
+def test_a_salt_is_of_one_engine_and_one_policy():
+    """A cache beside the GPU outlives the engine that filled it."""
+    from sere_ray.engine.kv_salt import notice_policy_change, salt_again, salt_request
+
+    def engine():
+        return SimpleNamespace(
+            vllm_config=SimpleNamespace(additional_config={"sere": {}}),
+            scheduler=SimpleNamespace(waiting=[]),
+        )
+
+    def arrive(core, **extra):
+        parameters = SimpleNamespace(extra_args=extra)
+        request = SimpleNamespace(sampling_params=parameters, cache_salt="mine", block_hashes=[1])
+        request.update_block_hashes = lambda: request.block_hashes.append(2)
+        return salt_request(lambda core, request: request, core, request)
+
+    one, other = engine(), engine()
+    first, exact = arrive(one), arrive(one, **{"sere_tier": "exact"})
+    assert first.cache_salt == arrive(one).cache_salt != arrive(other).cache_salt
+    assert exact.cache_salt == arrive(other, **{"sere_tier": "exact"}).cache_salt
+    one.scheduler.waiting = [first, exact]
+    late = arrive(one)  # on its way to the scheduler while the policy changes
+    notice_policy_change(lambda *_: [], one, "sere_set_policy")
+    salt_again(lambda *_: None, one, late)
+    assert first.cache_salt == late.cache_salt == arrive(one).cache_salt
+    assert first.cache_salt.startswith("mine|sere-")
+    assert [r.block_hashes for r in (first, late, exact)] == [[2], [2], [1]]

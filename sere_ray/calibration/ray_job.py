@@ -115,6 +115,7 @@ class ShardWorker:
         self.layers = find_moe_layers(self.model)
         gates = {i: router_fingerprint(layer.gate_weight) for i, layer in self.layers.items()}
         self.fingerprints = json.dumps(gates)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Sums ``gram [1, layers, E, E]`` and ``tokens [1, layers]`` of a batch of one shard."""
@@ -134,6 +135,7 @@ class ShardWorker:
             "gram": torch.stack([layer.gram.cpu() for layer in sums.values()])[None].numpy(),
             "tokens": np.array([[layer.tokens for layer in sums.values()]]),
             "fingerprints": np.array([self.fingerprints]),
+            "dtype": np.array([self.dtype]),
         }
 
 
@@ -188,7 +190,7 @@ def _partial(plan: Plan, row: dict[str, Any]) -> Partial:
         sums[index].gram = torch.tensor(row["gram"][0][position])
         sums[index].tokens = int(row["tokens"][0][position])
     gates = json.loads(row["fingerprints"][0])
-    return Partial(sums, {int(index): gate for index, gate in gates.items()})
+    return Partial(sums, {int(i): gate for i, gate in gates.items()}, str(row["dtype"][0]))
 
 
 def _reason(error: BaseException, folder: WorkFolder) -> str:

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,7 +22,9 @@ from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.errors import SereError
 
 _JOB = "job.json"
-_IGNORED = {"batch_size", "device"}  # settings that do not change the sums
+_IGNORED = {"batch_size", "device"}
+"""Settings that do not change the sums, but for the dtype that follows from the device: each shard
+holds its own."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Partial:
     """By MoE layer."""
     fingerprints: Mapping[int, str]
     """Of the gates, by MoE layer."""
+    dtype: str
+    """In which the model computed."""
 
 
 class WorkFolder:
@@ -64,11 +70,19 @@ class WorkFolder:
         return {int(path.stem.removeprefix("shard-")) for path in self.path.glob("shard-*")}
 
     def save(self, shard: int, partial: Partial) -> None:
-        """Write one shard's sums in one step."""
+        """Write one shard's sums in one step.
+
+        Raises:
+            SereError: those on disk were computed in another dtype, so on another device.
+        """
+        if done := self.done():
+            with self._opened(min(done)) as (_, first):
+                self._check_dtype(partial.dtype, first["dtype"])
         tensors = {f"{index}": sums.gram for index, sums in partial.sums.items()}
         about = {
             "tokens": {index: sums.tokens for index, sums in partial.sums.items()},
             "fingerprints": dict(partial.fingerprints),
+            "dtype": partial.dtype,
         }
         with atomic_path(self._file(shard)) as temporary:
             save_file(tensors, temporary, metadata={"sere_ray": json.dumps(about)})
@@ -88,31 +102,47 @@ class WorkFolder:
                 f"work = {str(self.path)!r}: shards were calibrated on different weights; give "
                 "another folder"
             )
+        for partial in partials:
+            self._check_dtype(partial.dtype, partials[0].dtype)
         sums = {
             index: reduce(lambda a, b: a.merge(b), [partial.sums[index] for partial in partials])
             for index in self._shape.layers
         }
-        return Partial(sums, first)
+        return Partial(sums, first, partials[0].dtype)
 
     def remove(self) -> None:
         """Delete the folder: its job has ended."""
         shutil.rmtree(self.path)
 
     def _load(self, shard: int) -> Partial:
+        sums: dict[int, Sums] = {}
+        with self._opened(shard) as (file, about):
+            for index in self._shape.layers:
+                sums[index] = make_sums(self._metric, self._shape.num_experts)
+                sums[index].gram = file.get_tensor(f"{index}")
+                sums[index].tokens = about["tokens"][f"{index}"]
+            gates = {int(index): gate for index, gate in about["fingerprints"].items()}
+            return Partial(sums, gates, about["dtype"])
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """A shard's file, and what it says of itself."""
         path = self._file(shard)
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["sere_ray"])
-                sums: dict[int, Sums] = {}
-                for index in self._shape.layers:
-                    sums[index] = make_sums(self._metric, self._shape.num_experts)
-                    sums[index].gram = file.get_tensor(f"{index}")
-                    sums[index].tokens = about["tokens"][f"{index}"]
+                yield file, json.loads(file.metadata()["sere_ray"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise SereError(
                 f"{path}: damaged ({error}); remove it and start the job again"
             ) from None
-        return Partial(sums, {int(i): value for i, value in about["fingerprints"].items()})
+
+    def _check_dtype(self, dtype: str, on_disk: str) -> None:
+        if dtype != on_disk:
+            raise SereError(
+                f"work = {str(self.path)!r}: holds sums of a model in {on_disk}, these are of "
+                f"one in {dtype}, as another device has it; give --dtype {on_disk} or another "
+                "folder"
+            )
 
     def _file(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05}.safetensors"

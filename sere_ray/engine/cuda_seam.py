@@ -103,7 +103,15 @@ def _sorts_as_expected(runner: Any) -> bool:
         and experts.expert_map is None
         and not experts.apply_router_weight_on_input
         and runner.router.eplb_state is None
+        and not _scales_over_all_rows(kernel.fused_experts)
     )
+
+
+def _scales_over_all_rows(experts: Any) -> bool:
+    """Is the second GEMM's scale a maximum over the whole workspace, in which the rows of slots
+    that our sorting leaves out hold anything? vLLM writes them: see ``TritonExperts.apply``."""
+    is_dynamic = experts.quant_dtype is not None and experts.a2_scale is None
+    return is_dynamic and experts.block_shape is None and not experts.per_act_token_quant
 
 
 def _send_row_kinds(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +28,8 @@ from sere_ray.calibration.ray_job import (
     calibrate_on_ray,
     cut,
 )
-from sere_ray.calibration.work_folder import WorkFolder
+from sere_ray.calibration.similarity import make_sums
+from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.demo import assets
 from sere_ray.errors import ArtifactError, DataError, SereError
 from sere_ray.ray_instance import start_ray
@@ -205,6 +207,28 @@ def test_another_job_refuses_the_folder(tmp_path: Path) -> None:
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(SereError, match="is not empty and no job's"):
         WorkFolder(tmp_path / "mine", plan, cut(plan))
+
+
+def test_sums_of_another_dtype_are_not_added(tmp_path: Path) -> None:
+    """A job begun on GPUs and gone on with on CPUs; or shards that got there all the same."""
+    plan = prepare(SETTINGS, tmp_path / "a")
+    folder = WorkFolder(tmp_path / "work", plan, cut(plan))
+
+    def partial(dtype: str) -> Partial:
+        sums = {i: make_sums("frobenius", plan.shape.num_experts) for i in plan.shape.layers}
+        return Partial(sums, dict.fromkeys(plan.shape.layers, ""), dtype)
+
+    folder.save(0, partial("bfloat16"))
+    with pytest.raises(
+        SereError, match=r"in bfloat16, these are of one in float32.*--dtype bfloat"
+    ):
+        folder.save(1, partial("float32"))
+    assert folder.done() == {0}
+    other = WorkFolder(tmp_path / "other", plan, cut(plan))
+    other.save(1, partial("float32"))
+    shutil.copy(other.path / "shard-00001.safetensors", folder.path)
+    with pytest.raises(SereError, match="in bfloat16, these are of one in float32"):
+        folder.merged()
 
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.model_loader import base_loader
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
 from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -78,7 +80,17 @@ def test_kernels_are_rebound_by_module_global_name():
 
 def test_engine_core_seams():
     assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
+    assert parameters(EngineCore.add_request)[:2] == ["self", "request"]
     assert parameters(EngineCore.collective_rpc)[:2] == ["self", "method"]
+
+
+def test_requests_that_wait_have_no_blocks_and_may_be_hashed_anew():
+    init = source(Scheduler.__init__)
+    assert "self.waiting = create_request_queue(" in init
+    assert "self.kv_holding_waiting = create_request_queue(" in init
+    assert "self.block_hashes.extend(self._block_hasher(self))" in source(
+        Request.update_block_hashes
+    )
 
 
 def test_the_tier_of_a_request_is_found():
@@ -321,5 +333,6 @@ def test_ids_of_all_ranks_are_gathered_in_rank_order_and_handed_to_the_experts()
         modular_kernel.FusedMoEKernelModularImpl._prepare
     )
     apply = source(TritonExperts.apply)
+    assert "a2_scale_is_global = (" in apply
     assert "ignore_invalid_experts=skip_invalid," in apply
     assert "self.moe_sum(intermediate_cache3, output, topk_ids, expert_map)" in apply

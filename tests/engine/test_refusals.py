@@ -122,6 +122,16 @@ def test_artifact_of_another_fine_tune_is_refused_before_readiness(moe, tmp_path
     has_words(str(error.value), str(path), "router fingerprint of layer 0", "0" * 32)
 
 
+def test_an_artifact_with_more_layers_than_the_model(moe, tmp_path, has_words):
+    artifact = random_artifact(moe)
+    artifact.layers[5] = artifact.layers[0].clone()
+    path = tmp_path / "long.safetensors"
+    artifact.save(path)
+    with pytest.raises(ArtifactError) as error:
+        configure(moe, sere_key(moe, similarity=str(path)))
+    has_words(str(error.value), str(path), "has layers [5]", "end at 3", "sere-ray calibrate")
+
+
 @pytest.mark.engine
 def test_missing_layer_is_never_an_identity_matrix(moe, tmp_path, has_words):
     artifact = random_artifact(moe)
@@ -134,6 +144,22 @@ def test_missing_layer_is_never_an_identity_matrix(moe, tmp_path, has_words):
     ):
         pass
     has_words(str(error.value), str(path), "no matrix for MoE layer 2", "0-1, 3")
+
+
+@pytest.mark.engine
+def test_a_matrix_for_a_layer_without_experts(checkpoint, tmp_path, has_words):
+    """Counters by layer would name one that never runs."""
+    folder = checkpoint("deepseek_v2")  # its layer 0 is dense
+    artifact = random_artifact(folder)
+    artifact.layers[0] = artifact.layers[1].clone()
+    path = tmp_path / "dense.safetensors"
+    artifact.save(path)
+    with (
+        pytest.raises(ArtifactError) as error,
+        running_engine(folder, sere_key(folder, similarity=str(path))),
+    ):
+        pass
+    has_words(str(error.value), str(path), "has layers [0]", "no experts", "sere-ray calibrate")
 
 
 def test_dense_model(moe, tmp_path, has_words):

@@ -1,6 +1,7 @@
 """The commands around a deployment: serve, policy, stats, key."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -42,13 +43,16 @@ def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
 
     Example: sere-ray key team-a
     """
-    from sere_ray.serve.keys import digest, new_key
+    from sere_ray.serve.keys import NAME_PATTERN, digest, new_key
 
+    with user_errors():
+        if re.match(NAME_PATTERN, name) is None:
+            raise SereError(f"NAME = {name!r}: must be 1 to 64 letters, digits, '.', '_' or '-'")
     value = new_key()
     console.print("Give this to its holder; it is not stored anywhere:", highlight=False)
     print(value)
     console.print("Add this to the key file, below `keys:` or `admin:`:", highlight=False)
-    print(f"  - {{name: {name}, sha256: {digest(value)}}}")
+    print(f'  - {{name: "{name}", sha256: "{digest(value)}"}}')
 
 
 @policy_app.command("get")
@@ -84,7 +88,14 @@ def policy_set(
         if bool(changes) == (file is not None):
             raise SereError("give KEY=VALUE ... or --file FILE, one of the two")
         change = parse_changes(changes or []) if file is None else read_policy(file)
-        print(json.dumps(request(url, "policy", change=change), indent=2))
+        status = request(url, "policy", change=change)
+        print(json.dumps(status, indent=2))
+        if status["replicas_settled"] < max(status["replicas"], 1):
+            console.print(
+                f"{status['replicas_settled']} of {status['replicas']} ranks run it yet; others "
+                "follow when they answer: see `sere-ray policy get`",
+                highlight=False,
+            )
 
 
 def stats(

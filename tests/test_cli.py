@@ -1,7 +1,9 @@
 """The command line: help to live on, one-line errors, exit code 2, nothing half-written."""
 
 import json
+import socket
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact, file_sha256
 from sere_ray.cli import app
 from sere_ray.demo import assets
+from sere_ray.serve.keys import KeyFile, digest
 from tests.models import build_checkpoint
 
 run = CliRunner().invoke
@@ -122,6 +125,53 @@ def test_calibrate_writes_an_artifact(tmp_path):
     assert result.exit_code == 0, result.output
     assert SimilarityArtifact.load(out).metadata.tokens == 128
     assert f"sha256 {file_sha256(out)}" in result.output
+
+
+@pytest.mark.parametrize("name", ["team-a", "123", "no", "1e3"])
+def test_the_line_of_a_key_is_one_of_a_key_file(tmp_path, name):
+    result = run(app, ["key", name])
+    value, line = (text for text in result.stdout.splitlines() if "sk-sere-" in text or "{" in text)
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"keys:\n{line}\n")
+    (key,) = KeyFile.load(path).keys
+    assert (key.name, key.sha256) == (name, digest(value.strip()))
+
+
+@pytest.mark.parametrize("name", ["team a", "alice@example.com", "", "a" * 65])
+def test_a_name_that_no_key_file_takes_is_refused(name):
+    result = run(app, ["key", name])
+    assert_refused(result, ["NAME", repr(name), "letters"])
+    assert "sk-sere-" not in result.output
+
+
+@pytest.mark.parametrize("pair", ["tau=[0.1", "threshold=: :"])
+def test_a_value_that_is_not_yaml(pair):
+    assert_refused(run(app, ["policy", "set", pair]), [pair, "YAML"])
+
+
+def test_a_token_is_never_printed(monkeypatch):
+    monkeypatch.setenv("SERE_ADMIN_TOKEN", "xyzzy\nplugh")
+    result = run(app, ["policy", "get", "--url", "http://127.0.0.1:9"])
+    assert_refused(result, ["SERE_ADMIN_TOKEN", "set it anew"])
+    assert "xyzzy" not in result.output
+    assert "plugh" not in result.output
+
+
+def test_a_server_that_hangs_up(monkeypatch):
+    monkeypatch.setenv("SERE_ADMIN_TOKEN", "with-a-newline\n")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up():
+            connection, _ = listener.accept()
+            assert b"Bearer with-a-newline\r\n" in connection.recv(10_000)
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        result = run(app, ["policy", "get", "--url", url])
+        thread.join()
+    assert_refused(result, [url, "is the deployment up"])
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ AT_A_GLANCE = Row(
             "none",
             (
                 Query(
-                    f"max(ray_sere_router_policy_version{APP}) "
-                    f"- min(ray_sere_policy_settled_version{APP})",
+                    f"max(max by (app) (ray_sere_router_policy_version{APP}) "
+                    f"- min by (app) (ray_sere_policy_settled_version{APP}))",
                     "behind",
                 ),
             ),
@@ -64,9 +64,15 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Artifacts",
-            "Different similarity artifacts that replicas run: must be 1.",
+            "Different similarity artifacts that replicas of an application run: must be 1.",
             "none",
-            (Query(f"count(count by (sha256) (ray_sere_artifact_info{APP} == 1))", "artifacts"),),
+            (
+                Query(
+                    "max(count by (app) "
+                    f"(count by (app, sha256) (ray_sere_artifact_info{APP} == 1)))",
+                    "artifacts",
+                ),
+            ),
             "stat",
             red_above=2,
         ),

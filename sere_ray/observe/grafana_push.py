@@ -42,8 +42,12 @@ class Grafana:
     """
 
     def __init__(self, url: str, token: str, *, report: Report, dry_run: bool) -> None:
-        from grafana_client import GrafanaApi
-
+        try:
+            from grafana_client import GrafanaApi
+        except ImportError:
+            raise SereError(
+                "grafana-client is not installed: pip install 'sere-ray[monitoring]'"
+            ) from None
         if not url.startswith(("http://", "https://")):
             raise SereError(f"--url = {url!r}: must start with http:// or https://")
         self._url, self._report, self._dry_run = url, report, dry_run

@@ -146,6 +146,7 @@ class AutoPilot:
             "tpot_ms": None if seen is None else seen.tpot_ms,
             "load": None if seen is None else seen.load,
             "rerouted_share": None if seen is None else seen.rerouted_share,
+            "base": self.base.model_dump(),
         }
 
 

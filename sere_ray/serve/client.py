@@ -4,9 +4,10 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
@@ -14,7 +15,7 @@ import yaml
 from sere_ray.config import Policy
 from sere_ray.errors import SereError
 from sere_ray.serve.keys import ADMIN_TOKEN
-from sere_ray.serve.stats import STEP_KINDS, difference, means
+from sere_ray.serve.stats import STEP_KINDS, between, means
 from sere_ray.token_times import quantile_ms
 
 TIMEOUT_SECONDS = 30.0
@@ -27,7 +28,9 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
         SereError: the server is not there or refuses; with its own words.
     """
     headers = {"Content-Type": "application/json"}
-    if token := os.environ.get(ADMIN_TOKEN):
+    if token := os.environ.get(ADMIN_TOKEN, "").strip():
+        if not (token.isascii() and token.isprintable()):
+            raise SereError(f"{ADMIN_TOKEN}: holds characters that no token has; set it anew")
         headers["Authorization"] = f"Bearer {token}"
     address = f"{url.rstrip('/')}/sere/{what}"
     body = None if change is None else json.dumps(change).encode()
@@ -40,8 +43,8 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
             return answer
     except HTTPError as error:
         raise SereError(f"{address}: {error.code}: {_message(error)}") from None
-    except (URLError, TimeoutError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
         raise SereError(f"{address}: {reason}; is the deployment up, and --url right?") from None
 
 
@@ -56,7 +59,10 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
         name, found, value = pair.partition("=")
         if not found:
             raise SereError(f"{pair!r}: must be KEY=VALUE, such as select_top_k=1")
-        changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
+        try:
+            changes[name] = value if value in ("on", "off") else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SereError(f"{pair!r}: the value must be YAML, such as 0.3 or null") from None
     return changes
 
 
@@ -91,13 +97,13 @@ class Deployment:
             SereError: refused, or not all replicas follow within the server's time limit.
         """
         status = request(self._url, "policy", policy.model_dump(exclude={"similarity"}))
-        if status["replicas_settled"] < status["replicas"]:
+        if status["replicas_settled"] < status["replicas"] or not status["replicas"]:
             raise SereError(f"{self._url}: not all replicas follow: {status}")
 
     def read_counters(self) -> dict[str, Any]:
         """Totals since the last call, as :func:`sere_ray.serve.stats.totals`."""
-        now = request(self._url, "stats")["total"]
-        counted = now if self._last is None else difference(now, self._last)
+        now = request(self._url, "stats")
+        counted = now["total"] if self._last is None else between(self._last, now)
         self._last = now
         return counted
 
@@ -112,7 +118,7 @@ def print_stats(url: str, interval: float | None) -> None:
         while True:
             time.sleep(interval)
             now = request(url, "stats")
-            print(_text(difference(now["total"], last["total"]), now), flush=True)
+            print(_text(between(last, now), now), flush=True)
             last = now
     except KeyboardInterrupt:
         return

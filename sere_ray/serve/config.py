@@ -11,6 +11,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from sere_ray.config import Policy, Startup, parse_key
 from sere_ray.errors import SereError
@@ -104,6 +105,11 @@ class ServeConfig(BaseModel):
             raise ValueError("auto: needs a policy under `sere`, whose keys its levels change")
         if self.auto is not None and self.engine.get("disable_log_stats"):
             raise ValueError("auto: needs the engine's token times; leave disable_log_stats out")
+        if self.metrics_interval_s is not None and self.engine.get("disable_log_stats"):
+            raise ValueError(
+                "engine.disable_log_stats: metrics need vLLM's statistics; leave it out, or set "
+                "metrics_interval_s: null"
+            )
         return self
 
     @property
@@ -123,8 +129,12 @@ class ServeConfig(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            lines = (
-                f"{'.'.join(str(part) for part in e['loc']) or 'args'} = {e['input']!r}: {e['msg']}"
-                for e in error.errors()
-            )
-            raise SereError("; ".join(lines)) from None
+            raise SereError("; ".join(_line(e) for e in error.errors())) from None
+
+
+def _line(error: ErrorDetails) -> str:
+    """Key, value and mistake; no value that holds others, ``env`` with its tokens among them."""
+    where = ".".join(map(str, error["loc"])) or "args"
+    value = error["input"]
+    shown = not isinstance(value, Mapping | BaseModel) and error["loc"][:1] != ("env",)
+    return f"{where} = {value!r}: {error['msg']}" if shown else f"{where}: {error['msg']}"

@@ -1,5 +1,6 @@
 """The control API, under ``/sere/``: policy, artifact, counters and audit log of a deployment."""
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Request
@@ -50,6 +51,7 @@ class AutoStatus(BaseModel):
     tpot_ms: float | None = Field(description="p90 of requests' TPOT; null: none counted")
     load: float | None = Field(description="decode rows of a step, over a gang")
     rerouted_share: float | None = Field(description="re-routed slots of all of decode rows, 0..1")
+    base: dict[str, Any] = Field(description="the policy's keys under those that a level sets")
 
 
 class Status(BaseModel):
@@ -169,7 +171,8 @@ async def _ask(method: str, *args: Any) -> Any:
     from ray import serve
 
     try:
-        router = find_router(serve.get_replica_context().app_name)
+        app = serve.get_replica_context().app_name
+        router = await asyncio.to_thread(find_router, app)
         return await getattr(router, method).remote(*args)
     except RayTaskError as error:
         if isinstance(error.cause, SereError):
@@ -177,7 +180,7 @@ async def _ask(method: str, *args: Any) -> Any:
         raise
     except (RayActorError, RouterUnavailableError):
         raise Refusal(
-            503, "router_unavailable", "The router actor is restarting.", {"retry-after": "5"}
+            503, "router_unavailable", "The router actor restarts or has no engine yet.", {"retry-after": "5"}
         ) from None
 
 

@@ -29,6 +29,7 @@ from sere_ray.tiers import TIERS, Tier
 
 logger = logging.getLogger("ray.serve")
 RELOAD_SECONDS = 1.0
+NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
 API_KEY, ADMIN_TOKEN = "SERE_API_KEY", "SERE_ADMIN_TOKEN"
 """Environment variables with one key, one admin token, as they are."""
 
@@ -38,7 +39,7 @@ class Key(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    name: str = Field(pattern=NAME_PATTERN)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     default_tier: Tier = "default"
     tiers: tuple[Tier, ...] = TIERS

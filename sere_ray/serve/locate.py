@@ -4,6 +4,7 @@
 actor's name holds a code version. So the actor publishes its name.
 """
 
+from contextlib import suppress
 from typing import Any
 
 from sere_ray.errors import SereError
@@ -28,28 +29,31 @@ def own_actor_name() -> tuple[str, str]:
     return context.app_name, name
 
 
-def publish(app: str, name: str) -> None:
-    """Make ``name`` the router of an application."""
+def publish(app: str, name: str) -> str | None:
+    """Make ``name`` the router of an application; returns who was it before."""
     from ray.experimental import internal_kv as kv
 
+    before = kv._internal_kv_get(_key(app), namespace=_NAMESPACE)
     kv._internal_kv_put(_key(app), name.encode(), namespace=_NAMESPACE)
+    return None if before is None else before.decode()
 
 
 def find_router(app: str) -> Any:
     """The actor's handle; not to be kept, since a restarted actor has a new one.
 
+    It asks the cluster's head and waits for it, so an event loop calls it in a thread.
+
     Raises:
-        RouterUnavailableError: there is none now.
+        RouterUnavailableError: there is none now, or the head does not answer.
     """
     import ray
+    from ray.exceptions import RaySystemError, RpcError
     from ray.experimental import internal_kv as kv
 
-    name = kv._internal_kv_get(_key(app), namespace=_NAMESPACE)
-    try:
+    with suppress(ValueError, RaySystemError, RpcError):  # no such actor; no head
+        name = kv._internal_kv_get(_key(app), namespace=_NAMESPACE)
         if name is not None:
             return ray.get_actor(name.decode(), namespace="serve")
-    except ValueError:
-        pass
     raise RouterUnavailableError(
         f"application {app!r}: its router actor is not running; try again in a few seconds"
     )

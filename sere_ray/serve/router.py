@@ -48,10 +48,11 @@ class SereRouter:
         gangs: that the deployment has; those beyond are counted as restarts.
         on_gpu: whether ranks compute on GPUs.
         several_ranks: whether a gang has more than one.
+        store: where state survives this actor.
+        on_followed: called when the first replica polls: its engine has started.
         sink: of metrics; None exports none.
         auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
         starts_auto: begin in it.
-        store: where state survives this actor; None = Ray's key-value store.
         put: makes an object reference of bytes; None = ``ray.put``.
     """
 
@@ -64,16 +65,13 @@ class SereRouter:
         gangs: int = 1,
         on_gpu: bool = False,
         several_ranks: bool = False,
+        store: Store,
+        on_followed: Callable[[], None] = lambda: None,
         sink: Sink | None = None,
         auto: Mapping[str, Any] | None = None,
         starts_auto: bool = False,
-        store: Store | None = None,
         put: Any = None,
     ) -> None:
-        if store is None:
-            from sere_ray.serve.store import ray_store
-
-            store = ray_store()
         if put is None:
             import ray
 
@@ -93,6 +91,7 @@ class SereRouter:
         self._versions = self._holdings.versions
         self._members = Members(ATTACHED_SECONDS)
         self._sink, self._gangs = sink, gangs
+        self._on_followed: Callable[[], None] | None = on_followed
         self._gangs_met: set[str] = set()
         self._gang_start: dict[str, Update] = {}
         self._left: dict[str, set[str]] = {}
@@ -122,6 +121,9 @@ class SereRouter:
         """Take note of a replica and wait until there is something for it, at most
         ``POLL_SECONDS``."""
         self._meet(member.gang)
+        if self._on_followed is not None:
+            self._on_followed()
+            self._on_followed = None
         is_news = self._members.see(member) or member.counters is not None
         self._holdings.save_again()
         if self._auto_config is not None and self._auto_task is None:

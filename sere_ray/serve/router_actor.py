@@ -11,6 +11,7 @@ import ray
 from sere_ray.observe.sink import RaySink
 from sere_ray.serve.locate import own_actor_name
 from sere_ray.serve.router import SereRouter
+from sere_ray.serve.store import ray_store
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
@@ -18,5 +19,8 @@ class RouterActor(SereRouter):
     """See :class:`SereRouter`."""
 
     def __init__(self, **arguments: Any) -> None:
-        app, _ = own_actor_name()
-        super().__init__(**arguments, sink=RaySink({"app": app}))
+        app, name = own_actor_name()
+        store, take_over = ray_store(app, name)
+        super().__init__(
+            **arguments, store=store, on_followed=take_over, sink=RaySink({"app": app})
+        )

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sere_ray.serve.artifacts import read_artifact
 from sere_ray.serve.config import ServeConfig
 
 IMPORT_PATH = "sere_ray.serve:build_app"
+APPLICATION_KEYS = ("name", "import_path", "args", "route_prefix")
 
 
 def run_file(
@@ -39,7 +40,9 @@ def run_file(
         stream_directly()
     document = load_file(path)
     check_artifacts(document)
-    http = document.get("http_options") or {}
+    http = {"host": "127.0.0.1", "port": 8000, **(document.get("http_options") or {})}
+    host, port = http["host"], http["port"]
+    check_free(port, f"{path}: http_options.port", host=host)  # Ray would share it with others
     if metrics_port is not None:
         check_free(metrics_port, "--metrics-port", host="")
     start_ray(metrics_port=metrics_port)
@@ -50,7 +53,7 @@ def run_file(
         logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
         from sere_ray.serve import build_app
 
-        serve.start(http_options={"host": "127.0.0.1", "port": 8000, **http})
+        serve.start(http_options=http)
         names = []
         for application in document["applications"]:
             names.append(application.get("name", "default"))
@@ -61,7 +64,6 @@ def run_file(
                     route_prefix=application.get("route_prefix", "/"),
                     blocking=False,
                 )
-        host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
         if metrics_port is not None:
             console.print(f"metrics on http://127.0.0.1:{metrics_port}/metrics", highlight=False)
         console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
@@ -117,6 +119,15 @@ def wait_for_signal() -> None:
         pass
 
 
+def _refuse_others(path: Path, where: str, given: Mapping[str, Any], taken: Sequence[str]) -> None:
+    for key in given:
+        if key not in taken:
+            raise SereError(
+                f"{path}: {where}{key}: `sere-ray serve` takes only {', '.join(taken)} here; "
+                "deploy the file with `serve deploy` on a Ray cluster, or leave the key out"
+            )
+
+
 def load_file(path: Path) -> dict[str, Any]:
     """A deployment file, with every application's arguments checked.
 
@@ -136,7 +147,9 @@ def load_file(path: Path) -> dict[str, Any]:
         ServeDeploySchema.model_validate(document)
     except (ValidationError, TypeError) as error:
         raise SereError(f"{path}: not a Ray Serve file: {' '.join(str(error).split())}") from None
-    for application in document["applications"]:
+    _refuse_others(path, "", document, ("applications", "http_options"))
+    for number, application in enumerate(document["applications"]):
+        _refuse_others(path, f"applications.{number}.", application, APPLICATION_KEYS)
         if application["import_path"] != IMPORT_PATH:
             raise SereError(
                 f"{path}: import_path = {application['import_path']!r}: `sere-ray serve` runs "

@@ -108,16 +108,11 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What was counted between two totals; the later one where an engine restarted meanwhile."""
-    restarted = any(now[kind]["steps"] < before[kind]["steps"] for kind in STEP_KINDS)
-    return dict(now) if restarted else _minus(now, before)
-
-
 def since(
     replicas: Iterable[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The same for each rank, to be added up; ranks that had not counted before are left out.
+    """What each rank counted between two times, for :func:`totals`. Ranks that had not counted
+    before are left out: a restarted one comes under a new name.
 
     Args:
         replicas: with ``replica`` and ``counters`` of its engine.
@@ -130,11 +125,21 @@ def since(
     ]
 
 
+def between(last: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Totals of what was counted between two answers of ``GET /sere/stats``, by the ranks that
+    answered both times."""
+    then, later = (
+        {r["replica"]: r for r in stats["per_replica"] if r["counters"] is not None}
+        for stats in (last, now)
+    )
+    return totals(since(later.values(), {name: r["counters"] for name, r in then.items()}))
+
+
 def means(sums: Mapping[str, Any]) -> dict[str, float | None]:
     """Fields of :class:`StepMeans`.
 
     Args:
-        sums: of one kind of step, from :func:`totals` or :func:`difference`.
+        sums: of one kind of step, from :func:`totals`.
     """
     steps, layers = sums["steps"], len(sums["experts_before"])
     seconds = sums["forward_seconds"]

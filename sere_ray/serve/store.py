@@ -76,14 +76,20 @@ def memory_store(name: str, values: dict[bytes, bytes]) -> Store:
     )
 
 
-def ray_store() -> Store:
-    """The store of the running deployment actor, whose name it publishes: see ``locate.py``.
+def ray_store(app: str, name: str) -> tuple[Store, Callable[[], None]]:
+    """The store of a deployment actor, and what makes it the router of its application.
 
-    What earlier deployments of the same application left is removed.
+    To be called when an engine follows it, not before: while an application of several gangs is
+    updated, its old router still has those that serve, and keeps them if the new ones do not start.
+    So what the one before has stored stays; what older ones left is removed.
+
+    Args:
+        app: name of the application.
+        name: of the actor.
     """
     from ray.experimental import internal_kv as kv
 
-    from sere_ray.serve.locate import own_actor_name, publish
+    from sere_ray.serve.locate import publish
 
     def delete(key: bytes) -> None:
         kv._internal_kv_del(key, namespace=_NAMESPACE)
@@ -92,15 +98,20 @@ def ray_store() -> Store:
         found: list[bytes] = kv._internal_kv_list(prefix, namespace=_NAMESPACE)
         return found
 
-    app, name = own_actor_name()
-    for key in keys(f"{app}/".encode()):
-        if not key.startswith(f"{app}/{name}/".encode()):
-            delete(key)
-    publish(app, name)
-    return Store(
+    def take_over() -> None:
+        before = publish(app, name)
+        if before is None or before == name:
+            return
+        kept = tuple(f"{app}/{owner}/".encode() for owner in (before, name))
+        for key in keys(f"{app}/".encode()):
+            if not key.startswith(kept):
+                delete(key)
+
+    store = Store(
         f"{app}/{name}",
         lambda key: kv._internal_kv_get(key, namespace=_NAMESPACE),
         lambda key, value: kv._internal_kv_put(key, value, namespace=_NAMESPACE),
         delete,
         keys,
     )
+    return store, take_over

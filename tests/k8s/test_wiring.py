@@ -131,7 +131,7 @@ def test_a_draining_pod_has_the_time_that_requests_may_take(deployment):
     pod = worker["template"]["spec"]
     command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     pause, stop = map(int, re.findall(r"\d+", command))
-    assert stop == DRAIN_SECONDS
+    assert pause == DRAIN_SECONDS
     assert pod["terminationGracePeriodSeconds"] > pause + stop
 
 

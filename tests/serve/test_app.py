@@ -1,5 +1,6 @@
 """Deployment files are validated before Ray or vLLM is touched."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,11 @@ def test_without_a_policy_the_engine_is_stock():
             SereError,
             ["VLLM_ALLOW_INSECURE_SERIALIZATION lets clients run code"],
         ),
+        (
+            {"engine": {"disable_log_stats": True}},
+            SereError,
+            ["engine.disable_log_stats", "metrics_interval_s: null"],
+        ),
         ({"access": {"max_body": 1}}, SereError, ["access.max_body = 1", "not permitted"]),
         ({"access": {"max_body_bytes": 1}}, SereError, ["access.max_body_bytes = 1"]),
         ({"startup": {}}, SereError, ["startup: write its keys under `sere`"]),
@@ -65,6 +71,23 @@ def test_mistakes(changes, error, words, has_words):
     with pytest.raises(error) as caught:
         ServeConfig.parse({**VALID, **changes})
     has_words(str(caught.value), *words)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_id": None},
+        {"startup": {}},
+        {"env": {"VLLM_SERVER_DEV_MODE": "1", "HF_TOKEN": "secret"}},
+        {"env": {"HF_TOKEN": ["secret"]}},
+        {"auto": {"tpot_ms": 5, "levels": [{"select_top_k": 1}]}},
+    ],
+)
+def test_no_message_shows_the_environment_of_the_engines(changes):
+    value = {**VALID, "env": {"HF_TOKEN": "secret"}, **changes}
+    with pytest.raises(SereError) as caught:
+        ServeConfig.parse({k: v for k, v in value.items() if v is not None})
+    assert "secret" not in str(caught.value)
 
 
 def test_deployment_files_are_valid():
@@ -96,6 +119,11 @@ def test_deployment_files_are_valid():
             "applications: [{import_path: 'sere_ray.serve:build_app', args: {model: m}}]",
             ["model_id", "required"],
         ),
+        ("applications: []\nproxy_location: HeadOnly", ["proxy_location", "serve deploy"]),
+        (
+            "applications: [{import_path: 'sere_ray.serve:build_app', deployments: []}]",
+            ["applications.0.deployments", "name, import_path, args, route_prefix", "serve deploy"],
+        ),
     ],
 )
 def test_mistakes_in_a_deployment_file(tmp_path, has_words, text, words):
@@ -118,6 +146,23 @@ def test_an_artifact_that_is_not_here_is_said_before_anything_starts(tmp_path, h
     with pytest.raises(SereError) as caught:
         run_file(file, Console(quiet=True))
     has_words(str(caught.value), "none.safetensors", "No such file", "sere-ray calibrate")
+
+
+def test_a_port_that_another_deployment_has_is_refused(tmp_path, has_words):
+    """Ray's proxy would listen on it, too, and get every other request."""
+    arguments = {"model": str(assets.MODEL), "model_id": "m"}
+    application = {"name": "a", "import_path": "sere_ray.serve:build_app", "args": arguments}
+    file = tmp_path / "file.yaml"
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        document = {"http_options": {"port": port}, "applications": [application]}
+        file.write_text(yaml.safe_dump(document))
+        with pytest.raises(SereError) as caught:
+            run_file(file, Console(quiet=True))
+    has_words(str(caught.value), "file.yaml", f"http_options.port = {port}", "already in use")
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

@@ -71,6 +71,21 @@ def make_router(folder, monkeypatch):
     return make
 
 
+def test_it_is_the_applications_router_once_an_engine_follows_it(make_router):
+    """The one of the version before has the engines that serve until then."""
+
+    async def scenario():
+        calls = []
+        router, replica = make_router(on_followed=lambda: calls.append(1)), Replica("r")
+        await replica.join(router)
+        assert calls == []
+        for _ in range(3):
+            await replica.step(router)
+        assert calls == [1]
+
+    run(scenario())
+
+
 def counted(**numbers):
     """Counters of one rank and kind of step, of two layers."""
     lists = {name: [4, 5] for name in (*COUNTERS, *BYTES)}

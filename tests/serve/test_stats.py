@@ -9,7 +9,7 @@ from sere_ray.serve.stats import (
     StepMeans,
     StepSums,
     Totals,
-    difference,
+    between,
     means,
     since,
     totals,
@@ -88,14 +88,16 @@ def test_means_are_per_step_and_experts_per_counted_step_and_layer():
     assert "experts 12.5 -> 5  busiest rank 7 -> 3.5" in _line("decode_only", found)
 
 
-def test_a_difference_has_every_field():
-    before, now = totals([rank()]), totals([rank(steps=9, rows=30, experts_after=[10, 20])])
-    assert not any(difference(now, before)["token_times"])
-    change = difference(now, before)["mixed"]
+def test_between_two_answers_every_field_is_of_ranks_that_answered_both_times():
+    first = {"per_replica": [rank("a"), rank("gone", steps=50), {**rank("mute"), "counters": None}]}
+    now = rank("a", steps=9, rows=30, experts_after=[10, 20])
+    found = between(first, {"per_replica": [now, rank("new", steps=70), rank("mute", steps=80)]})
+    assert not any(found["token_times"])
+    change = found["mixed"]
     assert set(change) == set(StepSums.model_fields)
     assert (change["steps"], change["rows"], change["experts_after"]) == (5, 18, [2, 8])
     assert not any(change["bytes_dispatched_after"])
-    assert difference(before, now)["mixed"] == before["mixed"], "an engine restarted meanwhile"
+    Totals.model_validate(between({"per_replica": []}, {"per_replica": [now]}))
 
 
 def test_since_counts_rank_by_rank_and_leaves_new_ones_out():

@@ -44,7 +44,7 @@ class Session:
         options = environment.parsed_options
         self.environment = environment
         self.collector = Collector(Slo.parse(options.slo))
-        self.started = time.monotonic()
+        self.started = self.stopped = time.monotonic()
         self.target = None
         path = options.workload
         self.entries = load_workload(Path(path)) if path else arithmetic_workload()
@@ -101,7 +101,7 @@ class EndpointUser(User):
         self.under_way = gevent.pool.Group()
 
     def on_stop(self):
-        """Requests that are still under way are cut off, not counted."""
+        """Requests that are still under way are cut off and counted as unfinished."""
         if self.target is not None:
             self.under_way.kill()
             self.client.close()
@@ -109,7 +109,11 @@ class EndpointUser(User):
     def send(self, entry, due):
         """One request that was due at a time."""
         request = self.target.request(entry, self.draw, None)
-        outcome = self.client.stream(PATHS[self.target.api], **request, scheduled=due)
+        try:
+            outcome = self.client.stream(PATHS[self.target.api], **request, scheduled=due)
+        except gevent.GreenletExit:
+            self.session.collector.record_unfinished()
+            raise
         self.session.record(outcome)
         return outcome
 
@@ -217,16 +221,25 @@ def begin(environment, **_):
         gevent.spawn(environment.runner.quit)
 
 
+@events.test_stopping.add_listener
+def end(environment, **_):
+    """What comes later, as the web UI's idle time, is no part of the test."""
+    environment.sere.stopped = time.monotonic()
+
+
 @events.quitting.add_listener
 def finish(environment, **_):
     """Print and judge, in the master or where there is none."""
     if isinstance(environment.runner, WorkerRunner):
         return
     session, options = environment.sere, environment.parsed_options
-    found = session.collector.figures(time.monotonic() - session.started)
+    found = session.collector.figures(session.stopped - session.started)
     print(json.dumps(found, indent=1))
     if options.figures:
         write_result(Path(options.figures), {"slo": options.slo, "rows": [found]})
+    if found["unfinished"] and not found["requests"]:
+        print(f"no answer came to an end: {found['unfinished']} requests were cut off at the stop")
+        environment.process_exit_code = 1
     if options.require_slo is not None and (found["slo_kept"] or 0) < options.require_slo:
         print(f"only {found['slo_kept']} of the requests kept the SLO")
         environment.process_exit_code = 1

@@ -6,7 +6,7 @@
 #   SECONDS_PER_BLOCK=30 ROUNDS=6 USD_PER_GPU_HOUR=2.5 loadtest/on_gpus.sh OUT 1
 #
 # From a checkout whose environment is active. Result files, named after the card (h200, ...), are written after each load.
-# About 2.5 minutes to start an engine cold; with the defaults 90 s a load. Whatever it started ends with it.
+# About 2.5 minutes to start an engine cold; with the defaults two minutes a load. Whatever it started ends with it.
 set -euo pipefail
 [ $# = 2 ] && { [ "$2" = 1 ] || [ "$2" = 2 ]; } || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd); gpus=$2
@@ -35,14 +35,14 @@ card=$(nvidia-smi --query-gpu=name --format=csv,noheader | awk 'NR == 1 {print t
 name=loadtest-$card; streams=16,64,32,128,4  # what matters most comes first
 [ "$gpus" = 1 ] || { name=loadtest-${card}x2; streams=16,8,4,32,64,128; }
 status=0  # a load that fails, as with a generator that cannot keep up, does not cost the ones after it
-$sere loadtest ab $load --warmup 1 --streams "$streams" --out "$out/$name.json" --html "$out/$name.html" || status=$?
+$sere loadtest ab $load --warmup 4 --streams "$streams" --out "$out/$name.json" --html "$out/$name.html" || status=$?
 if [ "$gpus" = 1 ]; then
   python3 loadtest/cross_check.py --url "$url" --tokenizer "$work/model" --streams 16 --requests 480 --seconds 10 --rounds 2 \
     --out "$out/loadtest-cross-check-$card.json" || status=$?
   # The warm-up is as long as `auto` takes to its strongest level, and more. Its decisions are in the audit log.
   $sere loadtest ab $load --warmup 10 --streams 32 --policies off,auto --out "$out/$name-auto.json" || status=$?
   curl -sS -H "Authorization: Bearer $SERE_ADMIN_TOKEN" "$url/sere/audit" > "$out/audit.json" || status=$?
-  $sere loadtest ab $load --warmup 1 --rates 4,10,16,22,28 --out "$out/$name-rates.json" || status=$?
+  $sere loadtest ab $load --warmup 6 --rates 4,10,16,22,28 --out "$out/$name-rates.json" || status=$?
 fi
 $sere stats --url "$url"
 exit $status

@@ -1,5 +1,6 @@
 """Policies against each other in one run: blocks in random order, intervals over the rounds."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.driver import Plan, new_salt
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
-from sere_ray.loadtest.figures import Sample, figures, pool, rounded, sample
+from sere_ray.loadtest.figures import PERCENTILES, Sample, figures, pool, rounded, sample
 from sere_ray.loadtest.pool import Generator, generator
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.serve.client import Deployment
@@ -101,8 +102,10 @@ def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, 
     """
     content: dict[str, Any] = {**what.conditions(), "rows": [], "blocks": []}
     with kept_policy(what.url, console) as before, generator(what.processes) as sender:
-        for name, change in what.policies.items():  # what is refused, is before any load
-            set_policy(what.url, whole_policy(before, change, name))
+        wholes = {n: whole_policy(before, change, n) for n, change in what.policies.items()}
+        for whole in wholes.values():  # what is refused, is before any load
+            set_policy(what.url, whole)
+        content["policies"] = wholes
         runner = _Runner(what, before, sender, console, content["blocks"])
         for shape in what.shapes:
             observed = runner.first(shape)
@@ -243,8 +246,10 @@ def _statistics(chosen: list[Sample], price: Price | None) -> dict[str, float]:
     seconds = sum(one.seconds for one in chosen)
     found = {"tokens_per_s": sum(one.tokens for one in chosen) / seconds}
     for name in ("ttft", "tpot"):
-        values = np.percentile(np.concatenate([getattr(one, name) for one in chosen]), (50, 90, 99))
-        found |= {f"{name}_ms_p{p}": float(v) for p, v in zip((50, 90, 99), values, strict=True)}
+        values = np.concatenate([getattr(one, name) for one in chosen])
+        for percent in PERCENTILES:  # answers of one token have no TPOT
+            value = float(np.percentile(values, percent)) if len(values) else math.nan
+            found[f"{name}_ms_p{percent}"] = value
     if price is not None:
         cost = price.usd_per_million(sum(one.good_tokens for one in chosen) / seconds)
         found["usd_per_million_output_tokens"] = np.inf if cost is None else cost

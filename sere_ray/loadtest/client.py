@@ -136,14 +136,14 @@ class Client:
         while True:
             kept = bool(self._idle)
             connection = self._idle.pop() if kept else self._connect()
+            reader = _Reader(connection, self._secure)
             try:
                 outcome.sent = now()
                 connection.sendall(request)
-                reader = _Reader(connection, self._secure)
                 reader.read_all()
             except (ConnectionError, _NothingCameError):
                 connection.close()
-                if not kept:
+                if not kept or reader.started:  # an answer that was cut is lost, not asked again
                     raise
                 continue
             except BaseException:
@@ -207,6 +207,8 @@ class _Reader:
         self.response = _Response("POST")
         self._connection, self._secure = connection, secure
         self._reads: list[tuple[float, bytes]] = []
+        self.started = False
+        """Whether a byte of the answer came."""
 
     def read_all(self) -> None:
         """Until the message is complete.
@@ -215,16 +217,15 @@ class _Reader:
             BadAnswerError: the connection was closed before that.
             OSError: it broke, or nothing came in time.
         """
-        started = False
         while not self.response.message_complete:
             at, data = self._read()
             if not data:
                 raise (
                     BadAnswerError("cut: the connection was closed in the middle of the answer")
-                    if started
+                    if self.started
                     else _NothingCameError("connection: closed without an answer")
                 )
-            started = True
+            self.started = True
             self.response.feed(data)
             body = self.response.take()
             if body:

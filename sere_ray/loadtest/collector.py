@@ -8,7 +8,7 @@ from sere_ray.loadtest.histogram import Histogram
 from sere_ray.loadtest.slo import Slo
 
 TIMES = ("ttft", "itl", "tpot", "latency", "lag")
-_COUNTS = ("requests", "failures", "good", "output_tokens", "good_tokens")
+_COUNTS = ("requests", "failures", "good", "output_tokens", "good_tokens", "unfinished")
 
 
 class Collector:
@@ -42,6 +42,10 @@ class Collector:
         self._counts["good"] += good
         self._counts["output_tokens"] += outcome.output_tokens
         self._counts["good_tokens"] += outcome.output_tokens * good
+
+    def record_unfinished(self) -> None:
+        """Count a request that the end of the test cut off; it is in no other figure."""
+        self._counts["unfinished"] += 1
 
     def record_lag(self, seconds: float) -> None:
         """Count a lateness of the event loop."""

@@ -109,6 +109,8 @@ class Load:
     """Of all requests that ended, warm-up included."""
     lag: Histogram
     """How much later than asked for the event loop came back to a timer."""
+    is_open: bool = False
+    """Requests were due whatever came back."""
 
     @property
     def measured(self) -> list[Outcome]:
@@ -142,7 +144,9 @@ class _Run:
     def __init__(self, plan: Plan, start: float) -> None:
         self._plan, self._start = plan, start
         begin = start + plan.warmup
-        self._load = Load(begin, begin + plan.seconds, [], Histogram())
+        self._load = Load(
+            begin, begin + plan.seconds, [], Histogram(), is_open=plan.streams is None
+        )
         self._draw = random.Random(f"{plan.seed} keys {plan.part}")
         self._client = Client(plan.target.base_url, plan.target.limits)
         self._entries = plan.own(self._shuffled())
@@ -165,12 +169,19 @@ class _Run:
 
     def _senders(self) -> list[gevent.Greenlet]:
         if self._plan.streams is not None:
-            return [gevent.spawn(self._stream) for _ in range(self._plan.streams)]
+            count, (part, parts) = self._plan.streams, self._plan.part
+            places = ((i + part / parts) / count for i in range(count))
+            return [gevent.spawn(self._stream, place) for place in places]
         return [gevent.spawn(self._arrive)]
 
-    def _stream(self) -> None:
-        """One closed-loop user."""
-        self._sleep_until(self._start)
+    def _stream(self, place: float) -> None:
+        """One closed-loop user. All begin in the warm-up, spread over it: users that begin at once
+        would ask in step, wave after wave, as long as answers are of like length.
+
+        Args:
+            place: among all users, from 0 to 1.
+        """
+        self._sleep_until(self._start + place * self._plan.warmup)
         for entry in self._entries:
             if self._send(entry, now()).error is not None:
                 gevent.sleep(_PAUSE_AFTER_FAILURE)

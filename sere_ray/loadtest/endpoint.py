@@ -1,12 +1,14 @@
 """The endpoint before a load, and its policy around one."""
 
 import json
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any, NoReturn
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from sere_ray.serve.client import request
 
 _TIMEOUT_SECONDS = 10.0
 _RESTORE_TRIES = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
@@ -43,7 +46,7 @@ def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
                 f"{address}: {error.code}: {which} is refused; give the keys with --keys FILE or "
                 "one in OPENAI_API_KEY"
             ) from None
-        except (URLError, TimeoutError, ValueError, KeyError, TypeError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             reason = getattr(error, "reason", None) or f"not an OpenAI endpoint ({error!r})"
             raise SereError(f"{address}: {reason}; is it up, and --url right?") from None
     if not served:
@@ -61,7 +64,7 @@ def set_policy(url: str, policy: Mapping[str, Any]) -> None:
     """
     change = {key: value for key, value in policy.items() if key != "similarity"}
     status = request(url, "policy", change)
-    if status["replicas_settled"] < status["replicas"]:
+    if status["replicas_settled"] < status["replicas"] or not status["replicas"]:
         raise SereError(
             f"{url}: {status['replicas_settled']} of {status['replicas']} replicas follow the "
             "policy; see `sere-ray policy get`"
@@ -70,29 +73,40 @@ def set_policy(url: str, policy: Mapping[str, Any]) -> None:
 
 @contextmanager
 def kept_policy(url: str, console: Console) -> Iterator[dict[str, Any]]:
-    """Put the policy back afterwards, also after an error, Ctrl-C or SIGTERM.
+    """Put the policy back afterwards, also after an error, Ctrl-C, SIGTERM or SIGHUP.
 
     Yields:
-        The policy as it was found.
+        The policy as it was found; in mode ``auto`` the keys under its levels.
 
     Raises:
         SereError: the endpoint has no control API, or refuses the admin token.
     """
     try:
-        before: dict[str, Any] = request(url, "policy")["policy"]
+        before = _as_asked_for(request(url, "policy"))
     except SereError as error:
         raise SereError(
             f"{error}\nComparing policies needs a sere-ray deployment and its admin token in "
             "SERE_ADMIN_TOKEN; `sere-ray loadtest run` loads any OpenAI endpoint"
         ) from None
-    handler = signal.signal(signal.SIGTERM, _terminate)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if handlers[number] is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     try:
         yield before
     finally:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         _restore(url, before, console)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _as_asked_for(status: Mapping[str, Any]) -> dict[str, Any]:
+    """What to set, so that the deployment does again what it does now."""
+    auto = status["auto"]
+    keys = status["policy"] if auto is None else auto["base"]
+    return {**keys, "mode": status["mode"]}
 
 
 def _restore(url: str, policy: dict[str, Any], console: Console) -> None:
@@ -101,8 +115,9 @@ def _restore(url: str, policy: dict[str, Any], console: Console) -> None:
             return set_policy(url, policy)
         except SereError as error:
             if attempt == _RESTORE_TRIES:
-                keys = (f"{k}={json.dumps(v)}" for k, v in policy.items() if k != "similarity")
-                command = " ".join(keys).replace('"', "")
+                keys = {k: v for k, v in policy.items() if k != "similarity"}
+                values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in keys.items()}
+                command = " ".join(shlex.quote(f"{k}={v}") for k, v in values.items())
                 console.print(
                     f"the policy could not be put back ({error}); when the deployment is up: "
                     f"sere-ray policy set --url {url} {command}",

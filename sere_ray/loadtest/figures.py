@@ -29,8 +29,11 @@ class Sample:
     tokens: float
     """Output tokens that came in the measured part, whosever they were."""
     good_tokens: float
-    """Of these, the share that requests which kept the SLO have in the tokens of the measured ones:
-    whose answers begin before or end after the measured part neither gains nor loses by it."""
+    """Under the SLO. Closed loop: of the above, the share that requests which kept the SLO have in
+    the tokens of the measured ones; whose answers begin before or end after the measured part
+    neither gains nor loses by it. Open loop: tokens of the measured requests that kept the SLO, so
+    that policies which keep up cost the same: of a slower one less comes within the seconds, and
+    more after them."""
     good: int
     """Requests that kept the SLO."""
     requests: int
@@ -59,7 +62,9 @@ def sample(load: Load, slo: Slo) -> Sample:
     good = [o for o in answered if slo.kept_by(o)]
     came = sum(_tokens_between(o, load.begin, load.end) for o in load.outcomes)
     all_tokens = sum(o.output_tokens for o in measured)
-    share = sum(o.output_tokens for o in good) / all_tokens if all_tokens else 0.0
+    good_tokens = float(sum(o.output_tokens for o in good))
+    if not load.is_open:
+        good_tokens = came * good_tokens / all_tokens if all_tokens else 0.0
     known = [o for o in answered if o.cached_tokens is not None]
     return Sample(
         seconds=load.end - load.begin,
@@ -68,7 +73,7 @@ def sample(load: Load, slo: Slo) -> Sample:
         latency=_ms([o.latency for o in answered]),
         gaps=Histogram().extend(gap for o in answered for gap in o.gaps),
         tokens=came,
-        good_tokens=came * share,
+        good_tokens=good_tokens,
         good=len(good),
         requests=len(measured),
         failures=Counter(o.error for o in measured if o.error is not None),
@@ -123,6 +128,7 @@ def figures(one: Sample, price: Price | None) -> dict[str, Any]:
     for percent in PERCENTILES:
         row[f"itl_ms_p{percent}"] = rounded(one.gaps.quantile(percent / 100) * 1e3)
     row["tokens_per_s"] = rounded(one.tokens_per_s)
+    row["requests_per_s"] = rounded(one.requests / one.seconds)
     row["goodput"] = rounded(one.good / one.seconds)
     row["slo_kept"] = rounded(one.good / one.requests) if one.requests else None
     row["tokens_per_s_under_slo"] = rounded(one.good_tokens_per_s)

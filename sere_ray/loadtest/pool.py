@@ -11,7 +11,7 @@ from sere_ray.loadtest.client import now
 from sere_ray.loadtest.driver import Load, Plan, run_part
 
 if TYPE_CHECKING:
-    from multiprocessing.pool import Pool
+    from multiprocessing.pool import AsyncResult, Pool
 
 _PRIORITY = -10
 """Nice value of the processes that send, where it is allowed: beside an engine on the same cores
@@ -28,9 +28,28 @@ class Generator:
 
     def run(self, plan: Plan) -> Load:
         """Send a load and return when it has ended."""
+        return self.begin(plan).result()
+
+    def begin(self, plan: Plan) -> "Pending":
+        """Send a load in the background."""
         parts = plan.split(self._processes)
         start = now() + _LEAD_SECONDS
-        first, *others = self._pool.starmap(run_part, [(p, start) for p in parts], chunksize=1)
+        return Pending(self._pool.starmap_async(run_part, [(p, start) for p in parts], chunksize=1))
+
+
+class Pending:
+    """A load that is being sent; it ends with its generator."""
+
+    def __init__(self, parts: "AsyncResult[list[Load]]") -> None:
+        self._parts = parts
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._parts.ready()
+
+    def result(self) -> Load:
+        """Wait for the end."""
+        first, *others = self._parts.get()
         for other in others:
             first.merge(other)
         return first

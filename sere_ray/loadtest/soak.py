@@ -12,7 +12,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -28,7 +27,7 @@ from sere_ray.loadtest.client import Outcome, now
 from sere_ray.loadtest.driver import Load, Plan
 from sere_ray.loadtest.endpoint import kept_policy, set_policy
 from sere_ray.loadtest.figures import rounded
-from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.pool import Pending, generator
 from sere_ray.loadtest.processes import first_engine, usage
 
 STREAMS = 4
@@ -101,13 +100,12 @@ def run_soak(
         kept_policy(url, console) as before,
         generator() as exact,
         generator() as usual,
-        ThreadPoolExecutor(2) as threads,
     ):
         marked = tuple(e.model_copy(update={"tier": "exact"}) for e in plan.entries)
         begin = now()
         loads = [
-            threads.submit(exact.run, replace(plan, entries=marked, streams=STREAMS)),
-            threads.submit(usual.run, replace(plan, streams=STREAMS)),
+            exact.begin(replace(plan, entries=marked, streams=STREAMS)),
+            usual.begin(replace(plan, streams=STREAMS)),
         ]
         _disturb(plan, url, pid, before, loads, kill_rank, log)
         results = [load.result() for load in loads]
@@ -123,7 +121,7 @@ def _disturb(
     url: str,
     pid: int,
     before: dict[str, Any],
-    loads: Sequence[Future[Load]],
+    loads: Sequence[Pending],
     kill_rank: bool,
     log: _Log,
 ) -> None:

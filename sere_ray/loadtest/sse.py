@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_OUTPUT = ("content", "reasoning", "reasoning_content", "tool_calls")
+
 
 class BadAnswerError(Exception):
     """The answer breaks OpenAI's streaming form, or reports an error; the message says how."""
@@ -75,23 +77,34 @@ def _take(answer: Answer, data: bytes, time: float) -> None:
         event = json.loads(data.decode())  # of bytes, json first guesses the encoding
         if "error" in event:
             raise BadAnswerError(f"error event: {_message(event['error'])}")
-        answer.usage = event.get("usage") or answer.usage
+        answer.usage = _usage(event) or answer.usage
         for choice in event["choices"]:
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-            piece = _piece(choice)
-            if piece:
+            text, has_output = _piece(choice)
+            if has_output:
                 answer.times.append(time)
-                answer.text += piece
+                answer.text += text
     except (ValueError, TypeError, KeyError, AttributeError):
         raise BadAnswerError(f"malformed event: {data[:80]!r}") from None
 
 
-def _piece(choice: dict[str, Any]) -> str:
-    """Output text of a choice of a chat or completion event."""
+def _piece(choice: dict[str, Any]) -> tuple[str, bool]:
+    """Answer text of a choice of a chat or completion event, and whether it has any output.
+
+    What a model thinks and the tools that it calls are output, too: their tokens are counted.
+    """
     if "text" in choice:
-        return choice["text"] or ""
+        return choice["text"] or "", bool(choice["text"])
     delta = choice["delta"]
-    return str(delta.get("content") or delta.get("reasoning_content") or "")
+    return str(delta.get("content") or ""), any(delta.get(name) for name in _OUTPUT)
+
+
+def _usage(event: dict[str, Any]) -> dict[str, Any] | None:
+    usage = event.get("usage")
+    for part in (usage, (usage or {}).get("prompt_tokens_details")):
+        if not isinstance(part, dict | None):
+            raise TypeError
+    return usage
 
 
 def _message(error: Any) -> str:

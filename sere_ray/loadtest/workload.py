@@ -87,7 +87,7 @@ def load_trace(path: Path, *, speed: float = 1.0) -> list[Entry]:
     """Read a recorded trace: Mooncake's JSON lines or BurstGPT's CSV.
 
     Prompts are made up in the recorded lengths, counted in words; equal ``hash_ids`` of Mooncake
-    make equal prefixes. Answers have the recorded length.
+    make equal prefixes. Answers have the recorded length. The first request is due at once.
 
     Args:
         path: ``.jsonl`` or ``.csv``.
@@ -100,7 +100,8 @@ def load_trace(path: Path, *, speed: float = 1.0) -> list[Entry]:
     entries = sorted(read(path, speed), key=lambda entry: entry.at or 0.0)
     if not entries:
         raise SereError(f"{path}: no request in it")
-    return entries
+    first = entries[0].at or 0.0  # of a part of a trace, days after its beginning
+    return [entry.model_copy(update={"at": (entry.at or 0.0) - first}) for entry in entries]
 
 
 def text_workload(

@@ -127,7 +127,17 @@ class Control:
                 return 422, {"error": {"message": f"mode {self._refuse} is refused"}}
             self.policy = {**self.policy, **change}
             self.history.append((self.policy["mode"], self.policy["select_top_k"]))
-        status = {"version": 1, "policy": self.policy, "replicas": 2, "replicas_settled": 2}
+        status = {
+            "version": 1,
+            "mode": self.policy["mode"],
+            "policy": self.policy,
+            "auto": None,
+            "replicas": 2,
+            "replicas_settled": 2,
+        }
+        if self.policy["mode"] == "auto":  # at level 1, which sets S
+            status["policy"] = {**self.policy, "mode": "on", "select_top_k": 1}
+            status["auto"] = {"level": 1, "base": {**self.policy, "mode": "off"}}
         if what == "policy":
             return 200, status
-        return 200, {**status, "total": totals([])}
+        return 200, {**status, "total": totals([]), "per_replica": []}

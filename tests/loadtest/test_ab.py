@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,14 +16,15 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest import ab
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.endpoint import find_model, kept_policy
+from sere_ray.loadtest.endpoint import find_model, kept_policy, set_policy
 from sere_ray.loadtest.options import parse_shapes, word_range
 from sere_ray.loadtest.plot import by_load
 from sere_ray.loadtest.report import write_reports
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
-from tests.loadtest.servers import WHOLE, Control, serving, token
+from sere_ray.serve.client import parse_changes
+from tests.loadtest.servers import DONE, WHOLE, Control, serving, token, usage
 
 QUIET = Console(quiet=True)
 POLICIES = {"off": {"mode": "off"}, "S=1": {"mode": "on", "select_top_k": 1}}
@@ -212,16 +214,42 @@ def test_the_block_that_only_counts_does_not_hide_failures(long_answers):
     assert control.history[-1] == ("on", 3)
 
 
+def test_mode_auto_is_put_back_with_the_keys_under_its_levels():
+    control = Control()
+    control.policy["mode"] = "auto"
+    with serving(control=control) as server:
+        with kept_policy(server.url, QUIET) as before:
+            set_policy(server.url, {**before, "mode": "on", "select_top_k": 2})
+        assert before["select_top_k"] == 3, "not that of the level"
+    assert control.history == [("on", 2), ("auto", 3)]
+
+
+def test_answers_of_one_token_have_no_time_per_token():
+    events = [token("a", "stop"), usage(1), DONE]
+    with serving(events, gap=0.01, control=Control()) as server:
+        content = run_comparison(comparison(server), lambda _: None, QUIET)
+    base, other = content["rows"]
+    assert base["tpot_ms_p50"] is None
+    assert other["tpot_ms_p50_ratio_95"] == [None, None]
+    assert other["ttft_ms_p50_ratio"] > 0
+
+
 def test_a_policy_that_cannot_be_put_back_is_printed(has_words):
     console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", lambda _: None)
-        with serving(control=Control()) as server, kept_policy(server.url, console):
+        control = Control()
+        control.policy["tau"] = [0.02, 0.05]
+        with serving(control=control) as server, kept_policy(server.url, console):
             server.RequestHandlerClass.do_PUT = lambda self: self.answer_json(503, {})
-    has_words(console.export_text(), "sere-ray policy set", "select_top_k=3", "threshold=0.5")
+    text = console.export_text()
+    has_words(text, "sere-ray policy set", "select_top_k=3", "threshold=0.5")
+    words = shlex.split(text.partition("sere-ray ")[2])
+    changes = parse_changes([word for word in words if "=" in word])
+    assert changes == {k: v for k, v in control.policy.items() if k != "similarity"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_puts_the_old_policy_back(number, tmp_path):
     control = Control()
     with serving(gap=0.01, control=control) as server:

@@ -1,5 +1,7 @@
+import json
 import re
 import socket
+import struct
 import threading
 import time
 
@@ -74,6 +76,11 @@ def test_reads_of_a_busy_process_are_not_late():
         ({"events": [token("a"), "{nonsense"]}, "malformed event: b'{nonsense'"),
         ({"events": [token("a"), '{"id": 1}']}, "malformed event"),
         ({"events": [token("a"), '["list"]']}, "malformed event"),
+        ({"events": [token("a"), '{"choices": [], "usage": [1]}']}, "malformed event"),
+        (
+            {"events": ['{"choices": [], "usage": {"prompt_tokens_details": [1]}}']},
+            "malformed event",
+        ),
         ({"events": [token("a"), '{"error": {"message": "engine lost"}}']}, "engine lost"),
         ({"events": [token("", "stop"), DONE]}, "empty: no event with output"),
         ({"status": 401}, "HTTP 401: .*not you"),
@@ -124,6 +131,51 @@ def test_a_connection_is_used_again_and_replaced_when_the_server_closed_it():
         client._idle[0].shutdown(socket.SHUT_RDWR)
         assert client.stream("/chat/completions", b"{}", {}, now()).error is None
         client.close()
+
+
+def test_an_answer_that_is_cut_on_a_kept_connection_is_not_asked_for_again():
+    """With a reset, as of a killed proxy; a connection closed while idle is another matter."""
+    whole = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            for events in (WHOLE, WHOLE[:2]):
+                asked.append(connection.recv(10_000))
+                connection.sendall(whole)
+                for event in events:
+                    data = f"data: {event}\n\n".encode()
+                    connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+                if events == WHOLE:
+                    connection.sendall(b"0\r\n\r\n")
+            time.sleep(0.2)
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", LIMITS)
+        first, second = (client.stream("/chat/completions", b"{}", {}, now()) for _ in range(2))
+        client.close()
+        thread.join()
+    assert first.error is None
+    assert second.error.startswith("connection: ")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "tool_calls"])
+def test_what_a_model_thinks_and_calls_is_output_but_no_answer(key):
+    """Its tokens are counted, so its times are, too."""
+    value = [{"index": 0}] if key == "tool_calls" else "so"
+    delta = json.dumps({"choices": [{"delta": {key: value}}]})
+    events = [delta, delta, token("5"), token("", "stop"), usage(3), DONE]
+    with serving(events, gap=0.05) as server:
+        outcome = ask(server.url)
+    assert (outcome.error, outcome.text, outcome.output_tokens) == (None, "5", 3)
+    assert len(outcome.times) == 3
+    assert outcome.tpot == pytest.approx(0.05, abs=0.02)
 
 
 def test_what_is_not_a_url(has_words):

@@ -1,6 +1,7 @@
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,19 @@ def test_closed_loop_keeps_so_many_under_way():
     assert not one.failures
     assert one.ttft.min() >= 20
     assert len(load.outcomes) > one.requests  # warm-up is not measured
+
+
+@pytest.mark.parametrize(
+    ("part", "places"), [((0, 1), [0, 0.25, 0.5, 0.75]), ((1, 2), [0.25, 0.75])]
+)
+def test_users_of_a_closed_loop_begin_spread_over_the_warm_up(part, places):
+    """An answer takes longer than warm-up and measured part, so each user asks once."""
+    with serving(gap=0.4) as server:
+        start = now()
+        load = run_part(
+            plan(server, streams=len(places), warmup=0.8, seconds=0.2, part=part), start
+        )
+    assert [(o.sent - start) / 0.8 for o in load.outcomes] == pytest.approx(places, abs=0.1)
 
 
 def test_open_loop_does_not_wait_and_counts_from_the_schedule():
@@ -131,6 +145,16 @@ def test_figures_by_hand():
     assert row["usd_per_million_output_tokens"] == pytest.approx(0.002 / 1.1 * 1e6, rel=1e-3)
     assert row["answers_right"] == 0.5
     assert row["prefix_cache_hit_rate"] is None
+
+
+def test_cost_of_an_open_loop_is_of_the_requests_that_were_due():
+    """All keep the SLO and say the same; one ends after the measured seconds."""
+    loads = [load_of(outcome(0.1, [gap] * 10, at=9.5)) for gap in (0.01, 0.2)]
+    closed = [sample(load, Slo()).good_tokens for load in loads]
+    assert closed[0] > closed[1]
+    came = [replace(load, is_open=True) for load in loads]
+    assert [sample(load, Slo()).good_tokens for load in came] == [11, 11]
+    assert sample(replace(came[0]), Slo(tpot=5)).good_tokens == 0
 
 
 def test_a_failure_is_never_good():

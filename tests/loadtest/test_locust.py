@@ -10,7 +10,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.loadtest.servers import Control, serving
+from tests.loadtest.servers import Control, serving, token
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +97,19 @@ def test_failures_are_failures(tmp_path):
     row = figures(out)
     assert row["failures"] == row["requests"] > 0
     assert row["ttft_ms_p50"] is None
+
+
+@pytest.mark.parametrize("user", ["ClosedUser", "OpenUser"])
+def test_requests_without_an_end_are_counted(user, tmp_path):
+    """Long answers are those that the end of a test cuts off."""
+    out = tmp_path / "figures.json"
+    with serving([token("a")], stall=60) as server:
+        options = ("-u", "2", "-r", "2", "-t", "3s", "--figures", str(out))
+        text = locust(user, "--host", server.url, *options, expect=1)
+    row = figures(out)
+    assert row["requests"] == row["failures"] == 0
+    assert row["unfinished"] >= 2
+    assert "no answer came to an end" in text
 
 
 def test_the_web_ui_starts_a_test():

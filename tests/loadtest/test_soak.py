@@ -131,6 +131,18 @@ def test_against_a_server_that_takes_nonsense(monkeypatch):
     assert control.history[-1] == ("on", 3)
 
 
+@pytest.mark.timeout(60)
+def test_an_error_or_a_signal_ends_the_loads(monkeypatch):
+    def disturb(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soak, "_disturb", disturb)
+    control = Control()
+    with serving(gap=0.02, control=control) as server, pytest.raises(KeyboardInterrupt):
+        run_on(server, seconds=300.0, save=lambda _: None)
+    assert control.history[-1] == ("on", 3)
+
+
 @pytest.mark.parametrize(
     ("pid", "words"),
     [

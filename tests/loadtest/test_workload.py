@@ -87,7 +87,7 @@ def test_burst_gpt_trace(tmp_path):
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
         "5,ChatGPT,10,3,13,Conversation log\n45,ChatGPT,7,0,7,Conversation log\n"
     )
-    assert [(e.at, len(e.prompt.split()), e.max_tokens) for e in load_trace(path)] == [(5, 10, 3)]
+    assert [(e.at, len(e.prompt.split()), e.max_tokens) for e in load_trace(path)] == [(0, 10, 3)]
 
 
 @pytest.mark.parametrize(("name", "text"), [("t.csv", "a,b\n1,2\n"), ("t.jsonl", '{"a": 1}\n')])

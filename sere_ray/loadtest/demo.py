@@ -22,7 +22,8 @@ from sere_ray.loadtest.workload import arithmetic_workload
 STREAMS = 8
 SECONDS = 7.0
 WARMUP = 2.0
-SLO = Slo(ttft=1000, tpot=40)
+SLO = Slo(ttft=1000, tpot=100)
+"""Far from what policies take, on slow machines, too: near it, cost says more of the limit."""
 _NOTE = (
     "Reading fewer experts saves the demo model no time (we take it that it stays in a CPU's "
     "cache), so that the rule itself shows; engines, proxy and generator share the same cores, and "

@@ -180,7 +180,10 @@ async def _ask(method: str, *args: Any) -> Any:
         raise
     except (RayActorError, RouterUnavailableError):
         raise Refusal(
-            503, "router_unavailable", "The router actor restarts or has no engine yet.", {"retry-after": "5"}
+            503,
+            "router_unavailable",
+            "The router actor restarts or has no engine yet.",
+            {"retry-after": "5"},
         ) from None
 
 

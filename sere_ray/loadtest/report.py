@@ -42,8 +42,8 @@ _NOTES = (
     (
         "$ per million tokens",
         "price per GPU hour x GPUs / (3600 x tokens/s x share of tokens within the SLO), "
-        "at this load: a machine that waits costs the same; at an offered rate the tokens are those "
-        "of the measured requests within the SLO",
+        "at this load: a machine that waits costs the same; at an offered rate the tokens are "
+        "those of the measured requests within the SLO",
     ),
     (
         "experts read",

@@ -46,7 +46,7 @@ def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
     from sere_ray.serve.keys import NAME_PATTERN, digest, new_key
 
     with user_errors():
-        if re.match(NAME_PATTERN, name) is None:
+        if re.fullmatch(NAME_PATTERN, name) is None:
             raise SereError(f"NAME = {name!r}: must be 1 to 64 letters, digits, '.', '_' or '-'")
     value = new_key()
     console.print("Give this to its holder; it is not stored anywhere:", highlight=False)

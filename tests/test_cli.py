@@ -137,7 +137,7 @@ def test_the_line_of_a_key_is_one_of_a_key_file(tmp_path, name):
     assert (key.name, key.sha256) == (name, digest(value.strip()))
 
 
-@pytest.mark.parametrize("name", ["team a", "alice@example.com", "", "a" * 65])
+@pytest.mark.parametrize("name", ["team a", "alice@example.com", "", "a" * 65, "a\n"])
 def test_a_name_that_no_key_file_takes_is_refused(name):
     result = run(app, ["key", name])
     assert_refused(result, ["NAME", repr(name), "letters"])

@@ -105,7 +105,10 @@ def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, 
         wholes = {n: whole_policy(before, change, n) for n, change in what.policies.items()}
         for whole in wholes.values():  # what is refused, is before any load
             set_policy(what.url, whole)
-        content["policies"] = wholes
+        content["policies"] = {
+            name: {key: value for key, value in whole.items() if key != "similarity"}  # a path
+            for name, whole in wholes.items()
+        }
         runner = _Runner(what, before, sender, console, content["blocks"])
         for shape in what.shapes:
             observed = runner.first(shape)

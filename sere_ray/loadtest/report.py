@@ -206,7 +206,7 @@ def _plain(value: Any) -> str:
 
 
 def _keys(policy: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in policy.items() if v is not None and k != "similarity")
+    return ", ".join(f"{key} {value}" for key, value in policy.items() if value is not None)
 
 
 def _name(row: dict[str, Any]) -> str:

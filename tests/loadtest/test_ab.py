@@ -69,6 +69,8 @@ def test_rows_hold_intervals_and_ratios(result):
     assert base["usd_per_million_output_tokens"] > 0
     assert content["slo"] == "tpot <= 50 ms"
     assert content["usd_per_gpu_hour"] == 2.0
+    changed = {"select_top_k": 1, "by_rows": None}
+    assert content["policies"]["S=1"] == {"threshold": 0.5, "mode": "on", **changed}
     assert len(content["blocks"]) == 6
     assert saved == [content]
 

@@ -91,7 +91,7 @@ def _outage(served):
     assert found in (200, 503)
     if found == 503:
         assert "retry-after" in {name.lower() for name in headers}
-        assert "restarting" in answer["error"]["message"]
+        assert "router actor restarts" in answer["error"]["message"]
 
     def is_back():
         found, answer, _ = served.request("GET", "/sere/policy", None, ADMIN)

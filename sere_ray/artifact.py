@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,24 @@ class SimilarityArtifact:
                     f"artifact belongs to {metadata.model_id!r}: run `sere-ray calibrate` on the "
                     "model you serve"
                 )
+
+    def check_layers(self, having: Container[int], *, path: str, but: str) -> None:
+        """Refuse matrices of layers that the model has not.
+
+        Args:
+            having: layers that may have one.
+            path: of the artifact, for the message.
+            but: how the model differs, likewise.
+
+        Raises:
+            ArtifactError: names the layers and what to do.
+        """
+        surplus = [layer for layer in sorted(self.layers) if layer not in having]
+        if surplus:
+            raise ArtifactError(
+                f"{path}: has layers {surplus}, but {but}; this artifact belongs to "
+                f"{self.metadata.model_id!r}: run `sere-ray calibrate` on the model you serve"
+            )
 
     def check_router(self, layer: int, gate_weight: Tensor, *, path: str) -> None:
         """Refuse another fine-tune: the gate's weights must be those of calibration.

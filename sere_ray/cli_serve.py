@@ -83,14 +83,14 @@ def policy_set(
     Example: sere-ray policy set select_top_k=1 threshold=0.3 mode=on
     """
     with user_errors():
-        from sere_ray.serve.client import parse_changes, read_policy, request
+        from sere_ray.serve.client import is_followed, parse_changes, read_policy, request
 
         if bool(changes) == (file is not None):
             raise SereError("give KEY=VALUE ... or --file FILE, one of the two")
         change = parse_changes(changes or []) if file is None else read_policy(file)
         status = request(url, "policy", change=change)
         print(json.dumps(status, indent=2))
-        if status["replicas_settled"] < max(status["replicas"], 1):
+        if not is_followed(status):
             console.print(
                 f"{status['replicas_settled']} of {status['replicas']} ranks run it yet; others "
                 "follow when they answer: see `sere-ray policy get`",

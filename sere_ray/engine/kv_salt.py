@@ -55,7 +55,8 @@ def _policy_salt(core: Any) -> str:
 def _follow_policy(core: Any, request: Any) -> None:
     """Hash a request's blocks anew if it carries an earlier policy's salt."""
     given, _, made_by = request.cache_salt.rpartition(_MARK)
-    if made_by not in (_EXACT, _policy_salt(core)):
-        request.cache_salt = f"{given}{_MARK}{_policy_salt(core)}"
+    salt = _policy_salt(core)
+    if made_by not in (_EXACT, salt):
+        request.cache_salt = f"{given}{_MARK}{salt}"
         request.block_hashes = []
         request.update_block_hashes()

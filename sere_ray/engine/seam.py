@@ -65,7 +65,7 @@ from sere_ray.engine.cpu_state import CpuState
 from sere_ray.engine.cuda_state import CudaState
 from sere_ray.engine.cuda_union import UnionCudaState
 from sere_ray.engine.state import EngineState, Routing, add_state, all_states, find_state
-from sere_ray.errors import ArtifactError, UnsupportedError
+from sere_ray.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")
 _MARK = "_sere_ray_original"
@@ -215,22 +215,14 @@ def _check_loaded(
     modules = set(model.modules())
     states = [s for s in all_states() if modules.intersection(s.attached.values())]
     for state in states:
-        _check_layers(state)
+        # That every layer has its matrix is checked as it is built.
+        state.artifact.check_layers(
+            state.attached, path=state.policy.similarity, but="those of the model have no experts"
+        )
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
     for state in states:
         state.loaded()
-
-
-def _check_layers(state: EngineState) -> None:
-    """Every matrix has its layer; that every layer has its matrix is checked as it is built."""
-    without = sorted(state.artifact.layers.keys() - state.attached.keys())
-    if without:
-        raise ArtifactError(
-            f"{state.policy.similarity}: has layers {without}, in which this model has no experts; "
-            f"the artifact belongs to {state.artifact.metadata.model_id!r}: run `sere-ray "
-            "calibrate` on the model you serve"
-        )
 
 
 def _check_router_weights(state: EngineState, model: Any) -> None:

@@ -4,7 +4,7 @@ arrive: the same on a CPU and a GPU, for streams and whole answers, behind every
 The TPOT of a request is its decode time over the tokens after its first one. Here it is taken of
 every request for each second of its life, and counted once for each token of that second: the
 numbers react at once, also where answers take minutes, and a single late token (a step with
-another request's prompt) weighs as little as it does in the TPOT of the whole request.
+another request's prompt) is one of a second's.
 
 It is the time of the engine; of the way to the client it knows nothing, and no policy changes that.
 Imports vLLM, so it is imported where an engine has started.
@@ -12,7 +12,6 @@ Imports vLLM, so it is imported where an engine has started.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -21,13 +20,22 @@ from vllm.v1.metrics.stats import RequestStateStats
 from sere_ray.token_times import BUCKETS, SLICE_SECONDS, bucket_of
 
 
-@dataclass
 class _Counted:
-    """A request, and how far it has been counted."""
+    """A request, and how far it has been counted: from the tokens on that it has now.
 
-    stats: RequestStateStats  # vLLM's own: it still has the last numbers when the request is gone
-    tokens: int
-    last_token: float
+    Args:
+        stats: vLLM's own; they still hold the last numbers when the request is gone.
+    """
+
+    def __init__(self, stats: RequestStateStats) -> None:
+        self._stats = stats
+        self._tokens, self._at = stats.num_generation_tokens, stats.last_token_ts
+
+    def advance(self) -> tuple[int, float]:
+        """Tokens since the last call, and the seconds that they took."""
+        tokens, at = self._tokens, self._at
+        self._tokens, self._at = self._stats.num_generation_tokens, self._stats.last_token_ts
+        return self._tokens - tokens, self._at - at
 
 
 class TokenTimes(AggregateStatLoggerBase):  # type: ignore[misc]
@@ -47,10 +55,9 @@ class TokenTimes(AggregateStatLoggerBase):  # type: ignore[misc]
         """A step's answers have arrived."""
         self._end_slice_if_due()
         if iteration_stats is not None and iteration_stats.time_to_first_tokens_iter:
-            for request_id, stats in ((i, state.stats) for i, state in self._states.items()):
-                if request_id not in self._requests and stats.num_generation_tokens:
-                    counted = _Counted(stats, stats.num_generation_tokens, stats.last_token_ts)
-                    self._requests[request_id] = counted
+            for request_id, state in self._states.items():
+                if request_id not in self._requests and state.stats.num_generation_tokens:
+                    self._requests[request_id] = _Counted(state.stats)
 
     def read(self) -> list[int]:
         """``[BUCKETS]`` tokens; the seconds that have not ended yet are not in."""
@@ -65,13 +72,9 @@ class TokenTimes(AggregateStatLoggerBase):  # type: ignore[misc]
             return
         self._slice_ends = now + SLICE_SECONDS
         for request_id, request in list(self._requests.items()):
-            all_tokens, last_token = (
-                request.stats.num_generation_tokens,
-                request.stats.last_token_ts,
-            )
-            if tokens := all_tokens - request.tokens:
-                self._counts[bucket_of((last_token - request.last_token) / tokens)] += tokens
-                request.tokens, request.last_token = all_tokens, last_token
+            tokens, seconds = request.advance()
+            if tokens:
+                self._counts[bucket_of(seconds / tokens)] += tokens
             if request_id not in self._states:
                 del self._requests[request_id]
 

@@ -13,11 +13,11 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.driver import Plan, new_salt
-from sere_ray.loadtest.endpoint import kept_policy, set_policy
+from sere_ray.loadtest.endpoint import kept_policy
 from sere_ray.loadtest.figures import PERCENTILES, Sample, figures, pool, rounded, sample
 from sere_ray.loadtest.pool import Generator, generator
 from sere_ray.loadtest.slo import Price, Slo
-from sere_ray.serve.client import Deployment
+from sere_ray.serve.client import Deployment, set_policy, settable
 from sere_ray.serve.stats import means
 
 _RESAMPLES = 1000
@@ -105,10 +105,7 @@ def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, 
         wholes = {n: whole_policy(before, change, n) for n, change in what.policies.items()}
         for whole in wholes.values():  # what is refused, is before any load
             set_policy(what.url, whole)
-        content["policies"] = {
-            name: {key: value for key, value in whole.items() if key != "similarity"}  # a path
-            for name, whole in wholes.items()
-        }
+        content["policies"] = {name: settable(whole) for name, whole in wholes.items()}
         runner = _Runner(what, before, sender, console, content["blocks"])
         for shape in what.shapes:
             observed = runner.first(shape)

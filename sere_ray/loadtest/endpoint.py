@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sere_ray.errors import SereError
 from sere_ray.loadtest.workload import ClientKey
-from sere_ray.serve.client import request
+from sere_ray.serve.client import request, set_policy, settable
 
 _TIMEOUT_SECONDS = 10.0
 _RESTORE_TRIES = 3
@@ -54,21 +54,6 @@ def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
     if model is not None and model not in served:
         raise SereError(f"--model {model}: the endpoint serves {', '.join(served)}")
     return model or served[0]
-
-
-def set_policy(url: str, policy: Mapping[str, Any]) -> None:
-    """Set all keys of a policy and wait until every replica follows.
-
-    Raises:
-        SereError: refused, or not all replicas follow within the server's time limit.
-    """
-    change = {key: value for key, value in policy.items() if key != "similarity"}
-    status = request(url, "policy", change)
-    if status["replicas_settled"] < status["replicas"] or not status["replicas"]:
-        raise SereError(
-            f"{url}: {status['replicas_settled']} of {status['replicas']} replicas follow the "
-            "policy; see `sere-ray policy get`"
-        )
 
 
 @contextmanager
@@ -115,9 +100,11 @@ def _restore(url: str, policy: dict[str, Any], console: Console) -> None:
             return set_policy(url, policy)
         except SereError as error:
             if attempt == _RESTORE_TRIES:
-                keys = {k: v for k, v in policy.items() if k != "similarity"}
-                values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in keys.items()}
-                command = " ".join(shlex.quote(f"{k}={v}") for k, v in values.items())
+                pairs = (
+                    f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                    for key, value in settable(policy).items()
+                )
+                command = " ".join(map(shlex.quote, pairs))
                 console.print(
                     f"the policy could not be put back ({error}); when the deployment is up: "
                     f"sere-ray policy set --url {url} {command}",

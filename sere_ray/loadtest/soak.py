@@ -25,10 +25,11 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import parse_policies, whole_policy
 from sere_ray.loadtest.client import Outcome, now
 from sere_ray.loadtest.driver import Load, Plan
-from sere_ray.loadtest.endpoint import kept_policy, set_policy
+from sere_ray.loadtest.endpoint import kept_policy
 from sere_ray.loadtest.figures import rounded
 from sere_ray.loadtest.pool import Pending, generator
 from sere_ray.loadtest.processes import first_engine, usage
+from sere_ray.serve.client import set_policy
 
 STREAMS = 4
 """Of each tier."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sere_ray.config import Policy
 from sere_ray.errors import PolicyError
 from sere_ray.serve.controller import Controller, Decision, Observation, Target
-from sere_ray.serve.stats import STEP_KINDS, since, totals
+from sere_ray.serve.stats import STEP_KINDS, by_replica, since, totals
 from sere_ray.token_times import quantile_ms
 
 AUTO = "auto"
@@ -129,9 +129,9 @@ class AutoPilot:
         Args:
             replicas: as for :func:`sere_ray.serve.stats.totals`.
         """
-        replicas = [r for r in replicas if r["counters"] is not None]
+        replicas = list(replicas)
         counted = since(replicas, self._counters)
-        self._counters = {r["replica"]: r["counters"] for r in replicas}
+        self._counters = by_replica(replicas)
         if not counted:
             return Decision(self._controller.level)
         self._seen = _observation(totals(counted))

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,32 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error) or type(error).__name__
         raise SereError(f"{address}: {reason}; is the deployment up, and --url right?") from None
+
+
+def settable(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that ``PUT /sere/policy`` takes: all but the artifact's."""
+    return {key: value for key, value in policy.items() if key != "similarity"}
+
+
+def is_followed(status: Mapping[str, Any]) -> bool:
+    """Whether there are replicas and all of them run the newest version."""
+    replicas: int = status["replicas"]
+    settled: int = status["replicas_settled"]
+    return 0 < replicas <= settled
+
+
+def set_policy(url: str, policy: Mapping[str, Any]) -> None:
+    """Set all keys of a policy on all replicas; its artifact is the one that runs.
+
+    Raises:
+        SereError: refused, or not all replicas follow within the server's time limit.
+    """
+    status = request(url, "policy", settable(policy))
+    if not is_followed(status):
+        raise SereError(
+            f"{url}: {status['replicas_settled']} of {status['replicas']} replicas follow the "
+            "policy; see `sere-ray policy get`"
+        )
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
@@ -91,14 +117,8 @@ class Deployment:
         self._last: dict[str, Any] | None = None
 
     def set_policy(self, policy: Policy) -> None:
-        """Set a policy on all replicas; its artifact is the one that runs.
-
-        Raises:
-            SereError: refused, or not all replicas follow within the server's time limit.
-        """
-        status = request(self._url, "policy", policy.model_dump(exclude={"similarity"}))
-        if status["replicas_settled"] < status["replicas"] or not status["replicas"]:
-            raise SereError(f"{self._url}: not all replicas follow: {status}")
+        """See :func:`set_policy`."""
+        set_policy(self._url, policy.model_dump())
 
     def read_counters(self) -> dict[str, Any]:
         """Totals since the last call, as :func:`sere_ray.serve.stats.totals`."""

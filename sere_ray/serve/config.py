@@ -98,7 +98,7 @@ class ServeConfig(BaseModel):
         return {**value, "sere": policy, "startup": startup, "starts_auto": starts_auto}
 
     @model_validator(mode="after")
-    def _auto_can_run(self) -> Self:
+    def _parts_go_together(self) -> Self:
         if self.starts_auto and self.auto is None:
             raise ValueError("sere.mode = 'auto': give target and levels under `auto`")
         if self.auto is not None and self.sere is None:

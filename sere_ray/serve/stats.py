@@ -111,28 +111,29 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def since(
     replicas: Iterable[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What each rank counted between two times, for :func:`totals`. Ranks that had not counted
-    before are left out: a restarted one comes under a new name.
+    """What each rank counted between two times, for :func:`totals`. Ranks that do not answer or
+    had not counted before are left out: a restarted one comes under a new name.
 
     Args:
-        replicas: with ``replica`` and ``counters`` of its engine.
-        before: earlier counters by replica.
+        replicas: with ``replica`` and ``counters`` of its engine (None: it did not answer).
+        before: earlier counters, of :func:`by_replica`.
     """
     return [
         {**r, "counters": _minus(r["counters"], before[r["replica"]])}
         for r in replicas
-        if r["replica"] in before
+        if r["counters"] is not None and r["replica"] in before
     ]
+
+
+def by_replica(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Counters of those that answered."""
+    return {r["replica"]: r["counters"] for r in replicas if r["counters"] is not None}
 
 
 def between(last: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Totals of what was counted between two answers of ``GET /sere/stats``, by the ranks that
     answered both times."""
-    then, later = (
-        {r["replica"]: r for r in stats["per_replica"] if r["counters"] is not None}
-        for stats in (last, now)
-    )
-    return totals(since(later.values(), {name: r["counters"] for name, r in then.items()}))
+    return totals(since(now["per_replica"], by_replica(last["per_replica"])))
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float | None]:

@@ -109,17 +109,24 @@ def test_artifact_of_another_model(moe, tmp_path, has_words, changes, words):
     has_words(str(error.value), str(path), "sere-ray calibrate", *words)
 
 
+def refused_by_the_engine(folder, path):
+    """What an engine says that starts with this artifact."""
+    with (
+        pytest.raises(ArtifactError) as error,
+        running_engine(folder, sere_key(folder, similarity=str(path))),
+    ):
+        pass
+    return str(error.value)
+
+
 @pytest.mark.engine
 def test_artifact_of_another_fine_tune_is_refused_before_readiness(moe, tmp_path, has_words):
     path = tmp_path / "fine-tune.safetensors"
     fingerprints = dict.fromkeys(range(4), "0" * 32)
     random_artifact(moe, router_fingerprint=fingerprints).save(path)
-    with (
-        pytest.raises(ArtifactError) as error,
-        running_engine(moe, sere_key(moe, similarity=str(path))),
-    ):
-        pass
-    has_words(str(error.value), str(path), "router fingerprint of layer 0", "0" * 32)
+    has_words(
+        refused_by_the_engine(moe, path), str(path), "router fingerprint of layer 0", "0" * 32
+    )
 
 
 def test_an_artifact_with_more_layers_than_the_model(moe, tmp_path, has_words):
@@ -138,12 +145,7 @@ def test_missing_layer_is_never_an_identity_matrix(moe, tmp_path, has_words):
     del artifact.layers[2]
     path = tmp_path / "short.safetensors"
     artifact.save(path)
-    with (
-        pytest.raises(ArtifactError) as error,
-        running_engine(moe, sere_key(moe, similarity=str(path))),
-    ):
-        pass
-    has_words(str(error.value), str(path), "no matrix for MoE layer 2", "0-1, 3")
+    has_words(refused_by_the_engine(moe, path), str(path), "no matrix for MoE layer 2", "0-1, 3")
 
 
 @pytest.mark.engine
@@ -154,12 +156,13 @@ def test_a_matrix_for_a_layer_without_experts(checkpoint, tmp_path, has_words):
     artifact.layers[0] = artifact.layers[1].clone()
     path = tmp_path / "dense.safetensors"
     artifact.save(path)
-    with (
-        pytest.raises(ArtifactError) as error,
-        running_engine(folder, sere_key(folder, similarity=str(path))),
-    ):
-        pass
-    has_words(str(error.value), str(path), "has layers [0]", "no experts", "sere-ray calibrate")
+    has_words(
+        refused_by_the_engine(folder, path),
+        str(path),
+        "has layers [0]",
+        "no experts",
+        "sere-ray calibrate",
+    )
 
 
 def test_dense_model(moe, tmp_path, has_words):

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,14 +17,14 @@ from sere_ray.errors import SereError
 from sere_ray.loadtest import ab
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.endpoint import find_model, kept_policy, set_policy
+from sere_ray.loadtest.endpoint import find_model, kept_policy
 from sere_ray.loadtest.options import parse_shapes, word_range
 from sere_ray.loadtest.plot import by_load
 from sere_ray.loadtest.report import write_reports
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
-from sere_ray.serve.client import parse_changes
+from sere_ray.serve.client import parse_changes, set_policy
 from tests.loadtest.servers import DONE, WHOLE, Control, serving, token, usage
 
 QUIET = Console(quiet=True)
@@ -73,6 +74,17 @@ def test_rows_hold_intervals_and_ratios(result):
     assert content["policies"]["S=1"] == {"threshold": 0.5, "mode": "on", **changed}
     assert len(content["blocks"]) == 6
     assert saved == [content]
+
+
+@pytest.mark.parametrize(("rounds", "share"), [(2, 0.50), (3, 0.76), (4, 0.80), (10, 0.90)])
+def test_how_often_an_interval_of_few_rounds_holds_the_true_value(rounds, share):
+    """As the page and docs/loadtest.md say it; rounds that vary as normal noise does."""
+    draw = np.random.default_rng(1)
+    noise = draw.normal(size=(4000, rounds))
+    chosen = draw.integers(rounds, size=(ab._RESAMPLES, rounds))
+    intervals = (ab._interval(rows[chosen].mean(axis=1)) for rows in noise)
+    held = sum(low <= 0 <= high for low, high in intervals)
+    assert held / len(noise) == pytest.approx(share, abs=0.025)
 
 
 def test_salts_are_such_that_vllm_takes_them():

@@ -154,7 +154,7 @@ def test_cost_of_an_open_loop_is_of_the_requests_that_were_due():
     assert closed[0] > closed[1]
     came = [replace(load, is_open=True) for load in loads]
     assert [sample(load, Slo()).good_tokens for load in came] == [11, 11]
-    assert sample(replace(came[0]), Slo(tpot=5)).good_tokens == 0
+    assert sample(came[0], Slo(tpot=5)).good_tokens == 0
 
 
 def test_a_failure_is_never_good():

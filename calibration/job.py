@@ -10,7 +10,7 @@ where it was.
 
 import sys
 
-from sere_ray.cli import app
+from sere_ray.cli.main import app
 
 if __name__ == "__main__":
     app(["calibrate", "--ray", "--ray-address", "auto", *sys.argv[1:]])

@@ -25,8 +25,8 @@ from random_layers import GPU
 from rich.console import Console
 
 from sere_ray.kernel.launcher import blocks_of_margin
-from sere_ray.progress import progress
-from sere_ray.results import write_result
+from sere_ray.util.progress import progress
+from sere_ray.util.results import write_result
 
 SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8)]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]

@@ -8,10 +8,10 @@ import torch
 from random_layers import GPU, RandomLayers
 from torch import Tensor
 
-from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel, blocks_of_margin
 from sere_ray.kernel.memory import DeviceLayer, Settings
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules.sere import apply_plan, count, make_plan
 
 LAYERS = 48

@@ -2,8 +2,8 @@
 
 import torch
 
-from sere_ray.bound_policy import BoundPolicy
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules.sere import REROUTABLE
 
 GPU = torch.device("cuda", 0)

@@ -1,7 +1,7 @@
-"""Tiles of the expert GEMMs with SiLU inside (sere_ray/engine/gate_up.py), against vLLM's launches.
+"""Tiles of the expert GEMMs with SiLU inside (engine/gpu/gate_up.py), against vLLM's launches.
 
     python kernels/tune_experts.py --out docs/results/experts-h200.json \\
-        --folder sere_ray/engine/tiles
+        --folder sere_ray/engine/gpu/tiles
 
 Stock chooses a tile from the number of rows alone; re-routed batches have few experts with more
 rows each. Times are of a layer's experts and the sum over slots, in a graph of eight layers: with
@@ -28,9 +28,9 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-from sere_ray.engine.gate_up import Slots, Tile, down, gate_up
+from sere_ray.engine.gpu.gate_up import Slots, Tile, down, gate_up
 from sere_ray.kernel.launcher import Aligned, RuleKernel
-from sere_ray.results import write_result
+from sere_ray.util.results import write_result
 
 SHAPES = {  # experts, top-k, hidden size, width of an expert
     "qwen3-30b-a3b": (128, 8, 2048, 768),

@@ -1,6 +1,6 @@
 """The generator against an independent client, `vllm bench serve`, on the same endpoint.
 
-    python loadtest/cross_check.py --tokenizer sere_ray/demo/model --out FILE
+    python loadtest/cross_check.py --tokenizer sere_ray/assets/model --out FILE
         # on the generator's stub: 50 tokens/s for each stream, whatever else the machine does
     python loadtest/cross_check.py --url http://127.0.0.1:8000 --tokenizer ... --out FILE
         # on a deployment; its API key is in OPENAI_API_KEY
@@ -25,7 +25,7 @@ from sere_ray.loadtest.pool import generator
 from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.stub import stub
 from sere_ray.loadtest.workload import text_workload
-from sere_ray.results import write_result
+from sere_ray.util.results import write_result
 
 BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main;"

@@ -19,7 +19,6 @@ from locust import User, events, task
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.client import Client, now
 from sere_ray.loadtest.collector import Collector
@@ -32,7 +31,8 @@ from sere_ray.loadtest.workload import (
     load_trace,
     load_workload,
 )
-from sere_ray.results import write_result
+from sere_ray.util.errors import SereError
+from sere_ray.util.results import write_result
 
 MESSAGE = "sere_figures"
 

@@ -13,7 +13,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd); gpus=$2
 cd "$(dirname "$0")/.."
 sere="python3 -m sere_ray"
 work=$(mktemp -d)
-port=$(python3 -c 'from sere_ray.ports import free_port; print(free_port())')
+port=$(python3 -c 'from sere_ray.util.ports import free_port; print(free_port())')
 url=http://127.0.0.1:$port
 SERE_API_KEY=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); export SERE_API_KEY OPENAI_API_KEY=$SERE_API_KEY
 SERE_ADMIN_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); export SERE_ADMIN_TOKEN

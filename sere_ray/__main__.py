@@ -1,5 +1,5 @@
 """``python -m sere_ray`` is the command ``sere-ray``."""
 
-from sere_ray.cli import app
+from sere_ray.cli.main import app
 
 app(prog_name="sere-ray")

@@ -25,21 +25,21 @@ def test_one_import_package(wheel):
 def test_demo_model_and_data_are_inside(wheel):
     names = set(wheel.namelist())
     for name in ("model/model.safetensors", "model/README.md", "data/heldout.jsonl"):
-        assert f"sere_ray/demo/{name}" in names
-    assert "sere_ray/demo/data/LICENSE-PSF.txt" in names
+        assert f"sere_ray/assets/{name}" in names
+    assert "sere_ray/assets/data/LICENSE-PSF.txt" in names
 
 
 def test_the_page_and_the_licence_of_its_library_are_inside(wheel):
     names = set(wheel.namelist())
     for name in ("index.html", "app.js", "uPlot.iife.min.js", "uPlot.LICENSE.txt"):
-        assert f"sere_ray/serve/ui/static/{name}" in names
+        assert f"sere_ray/serve/gateway/ui/static/{name}" in names
 
 
 def test_entry_points(wheel):
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
     assert "sere = sere_ray.engine.plugin:register" in text
-    assert "sere-ray = sere_ray.cli:app" in text
+    assert "sere-ray = sere_ray.cli.main:app" in text
 
 
 def test_no_other_folder_is_importable():

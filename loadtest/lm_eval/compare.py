@@ -19,13 +19,13 @@ from statistics import mean
 from rich.console import Console
 
 from sere_ray.calibration.loading import load_tokenizer
-from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import parse_policies, whole_policy
 from sere_ray.loadtest.endpoint import find_model, kept_policy
 from sere_ray.loadtest.options import read_keys
-from sere_ray.results import write_result
+from sere_ray.observe.stats import means
 from sere_ray.serve.client import Deployment, set_policy
-from sere_ray.serve.stats import means
+from sere_ray.util.errors import SereError
+from sere_ray.util.results import write_result
 
 TASKS = Path(__file__).parent
 COMMAND = ["python", "loadtest/lm_eval/compare.py", *sys.argv[1:]]
@@ -106,7 +106,7 @@ def parse():
     parser.add_argument("--task", default="demo_arithmetic", help="with gsm8k's two filters")
     parser.add_argument("--policies", default="off,S=2", help="as for sere-ray loadtest ab")
     parser.add_argument("--concurrency", type=int, default=16, help="requests under way")
-    parser.add_argument("--tokenizer", default="sere_ray/demo/model", help="folder of the model")
+    parser.add_argument("--tokenizer", default="sere_ray/assets/model", help="folder of the model")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 

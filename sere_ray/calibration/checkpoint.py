@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sere_ray.calibration.loading import is_local, quiet
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 
 class Checkpoint:

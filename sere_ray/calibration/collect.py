@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sere_ray.calibration.data import Batch
 from sere_ray.calibration.experts import expert_outputs, routed_output
 from sere_ray.calibration.similarity import Sums, working_bytes
-from sere_ray.errors import UnsupportedError
+from sere_ray.util.errors import UnsupportedError
 
 # fewest tokens of a piece: they keep each expert's product busy
 _BUSY_TOKENS = 64

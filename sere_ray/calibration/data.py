@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sere_ray.artifact import file_sha256
-from sere_ray.errors import DataError
+from sere_ray.util.errors import DataError
+from sere_ray.util.files import file_sha256
 
 _ALLOWED = (
     "allowed: a .parquet or .jsonl file with a text column, any other UTF-8 text file, or the "

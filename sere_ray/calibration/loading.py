@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 DTYPES = ("auto", "bfloat16", "float32")
 

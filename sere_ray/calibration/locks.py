@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from sere_ray.errors import ArtifactError
+from sere_ray.util.errors import ArtifactError
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.data import TextSource, make_windows, open_texts
@@ -22,8 +22,8 @@ from sere_ray.calibration.loading import (
     resolved_revision,
 )
 from sere_ray.calibration.similarity import Metric, Sums, check_exact_fits, make_sums
-from sere_ray.errors import ArtifactError, DataError
-from sere_ray.results import CALIBRATION_LIBRARIES, library_versions
+from sere_ray.util.errors import ArtifactError, DataError
+from sere_ray.util.results import CALIBRATION_LIBRARIES, library_versions
 
 
 @dataclass(frozen=True)

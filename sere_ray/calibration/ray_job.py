@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from sere_ray.artifact import SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.similarity import SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.loading import load_model, pick_device, pick_dtype
@@ -26,9 +26,9 @@ from sere_ray.calibration.locks import only_writer
 from sere_ray.calibration.plan import Plan, Settings, prepare, write_artifact
 from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
-from sere_ray.errors import SereError
-from sere_ray.progress import progress
-from sere_ray.ray_instance import start_ray
+from sere_ray.util.errors import SereError
+from sere_ray.util.progress import progress
+from sere_ray.util.ray_instance import start_ray
 
 SHARD_TOKENS = 4096
 """About so many: four of the chunks that ``cka`` counts by."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sere_ray.artifact import SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.similarity import SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches
@@ -13,7 +13,7 @@ from sere_ray.calibration.locks import only_writer
 from sere_ray.calibration.plan import Plan, Settings, prepare, write_artifact
 from sere_ray.calibration.similarity import Metric, Sums, make_sums
 from sere_ray.calibration.streamed import StreamedModel
-from sere_ray.progress import progress
+from sere_ray.util.progress import progress
 
 Collected = tuple[dict[int, Sums], dict[int, str]]
 """Sums and router fingerprints, by MoE layer."""

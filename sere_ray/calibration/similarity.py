@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 Metric = Literal["frobenius", "cosine", "cka", "cka-exact"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

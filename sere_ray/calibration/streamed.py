@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sere_ray.artifact import router_fingerprint
+from sere_ray.artifact.similarity import router_fingerprint
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import moe_layer, watched
 from sere_ray.calibration.data import Batch
 from sere_ray.calibration.loading import empty_model
 from sere_ray.calibration.similarity import Sums
-from sere_ray.errors import SereError, UnsupportedError
+from sere_ray.util.errors import SereError, UnsupportedError
 
 _PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 """Of a decoder that this module can take apart."""

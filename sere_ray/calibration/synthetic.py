@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from sere_ray.calibration.loading import empty_model, load_config, model_name
 

@@ -14,12 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sere_ray.artifact import atomic_path
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.loading import is_local
 from sere_ray.calibration.plan import Plan
 from sere_ray.calibration.similarity import Sums, make_sums
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
+from sere_ray.util.files import atomic_path
 
 _JOB = "job.json"
 _IGNORED = {"batch_size", "device"}

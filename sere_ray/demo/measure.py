@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sere_ray.config import Policy
-from sere_ray.demo import assets
+from sere_ray import assets
 from sere_ray.demo.settings import problems_at
 from sere_ray.demo.traffic import Served, send
 from sere_ray.engine.control import experts_read
 from sere_ray.evaluation.teacher_forced import Quality
+from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
 
 

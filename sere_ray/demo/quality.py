@@ -3,25 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from sere_ray.artifact import SimilarityArtifact
-from sere_ray.calibration.loading import load_model, load_tokenizer
-from sere_ray.config import Policy
-from sere_ray.demo import assets
-from sere_ray.demo.settings import bound
+from sere_ray import assets
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.bench.demo_model import PROMPT_TOKENS, bound, heldout_windows
+from sere_ray.calibration.loading import load_model
 from sere_ray.evaluation.teacher_forced import Quality, exact_logits, score
-
-SEQUENCES = 32
-LENGTH = 128
-PROMPT_TOKENS = 64
-
-
-def heldout_windows() -> Tensor:
-    """``[SEQUENCES, LENGTH]`` token ids, one window from the start of each held-out text."""
-    tokenizer = load_tokenizer(str(assets.MODEL))
-    windows = [tokenizer(text)["input_ids"][:LENGTH] for text in assets.heldout_texts()]
-    return torch.tensor([window for window in windows if len(window) == LENGTH][:SEQUENCES])
+from sere_ray.policy.policy import Policy
 
 
 def measure_quality(

@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sere_ray.artifact import atomic_path
 from sere_ray.demo.measure import Run
 from sere_ray.demo.settings import label
-from sere_ray.results import origin
+from sere_ray.util.files import atomic_path
+from sere_ray.util.results import origin
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("concurrency", "streams", "{}"),

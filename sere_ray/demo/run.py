@@ -8,18 +8,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sere_ray import assets
 from sere_ray.calibration import calibrate
-from sere_ray.demo import assets
 from sere_ray.demo.measure import Run, measure_runs
 from sere_ray.demo.quality import measure_quality
 from sere_ray.demo.report import print_table, write_html
 from sere_ray.demo.serving import HOST, MODEL_ID, RANKS, served
 from sere_ray.demo.settings import policies
-from sere_ray.errors import SereError
-from sere_ray.ports import check_free
-from sere_ray.progress import progress
-from sere_ray.results import write_result
 from sere_ray.serve.run import wait_for_signal
+from sere_ray.util.errors import SereError
+from sere_ray.util.ports import check_free
+from sere_ray.util.progress import progress
+from sere_ray.util.results import write_result
 
 
 def run_demo(

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from sere_ray.config import Policy
-from sere_ray.demo import assets
-from sere_ray.progress import waiting
-from sere_ray.ray_instance import start_ray
+from sere_ray import assets
+from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
+from sere_ray.util.progress import waiting
+from sere_ray.util.ray_instance import start_ray
 
 HOST = "127.0.0.1"
 MODEL_ID = "sere-demo"

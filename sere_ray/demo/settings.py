@@ -1,10 +1,8 @@
 """Which policies and loads the demo compares."""
 
-from sere_ray.bound_policy import BoundPolicy
-from sere_ray.config import Policy
+from sere_ray.bench.demo_model import TOP_K
+from sere_ray.policy.policy import Policy
 
-TOP_K = 4
-"""K of the demo model."""
 THRESHOLD = 0.3
 
 
@@ -22,11 +20,6 @@ def policies(similarity: str) -> list[Policy]:
     ]
     off = Policy.parse({"similarity": similarity, "select_top_k": TOP_K, "mode": "off"})
     return [off, *rerouted]
-
-
-def bound(policy: Policy) -> BoundPolicy:
-    """The policy's numbers for the demo model."""
-    return policy.for_model(top_k=TOP_K)
 
 
 def label(rule: str, select_top_k: int | None, threshold: float | None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from openai import AsyncOpenAI
 
-from sere_ray.demo.assets import final_answer
+from sere_ray.assets import final_answer
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 from packaging.version import Version
 
-from sere_ray.artifact import SimilarityArtifact
-from sere_ray.capabilities import check_policy
-from sere_ray.config import Policy, Startup, parse_key
-from sere_ray.errors import ArtifactError, UnsupportedError
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.kernel.compiler import check_compiler
+from sere_ray.policy.capabilities import check_policy
+from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.util.errors import ArtifactError, UnsupportedError
 
 KEY = "sere"
 """The key of ``additional_config`` that turns re-routing on."""

@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
-from sere_ray.config import Policy
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
+from sere_ray.policy.policy import Policy
 
 
 class Engine(Protocol):

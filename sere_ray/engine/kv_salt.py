@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sere_ray.engine.checks import sere_config
-from sere_ray.tiers import asks_exact
+from sere_ray.policy.tiers import asks_exact
 
 _MARK = "|sere-"
 _EXACT = "exact"

@@ -3,6 +3,6 @@
 
 def register() -> None:
     """Let vLLM understand ``--additional-config '{"sere": {...}}'``; off unless the key is set."""
-    from sere_ray.engine.seam import install_observers
+    from sere_ray.engine.patches import install_observers
 
     install_observers()

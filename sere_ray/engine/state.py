@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.artifact import SimilarityArtifact
-from sere_ray.config import Policy, Startup, parse_key
-from sere_ray.errors import PolicyError
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.rules import REROUTABLE, RuleCounts
+from sere_ray.util.errors import PolicyError
 
 DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import RequestStateStats
 
-from sere_ray.token_times import BUCKETS, SLICE_SECONDS, bucket_of
+from sere_ray.util.token_times import BUCKETS, SLICE_SECONDS, bucket_of
 
 
 class _Counted:

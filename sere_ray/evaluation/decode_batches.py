@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
-from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.collect import find_moe_layers
-from sere_ray.errors import UnsupportedError
 from sere_ray.evaluation.teacher_forced import forward_changed
+from sere_ray.kernel.cpu_sere import reroute_and_count
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
 from sere_ray.rules.interface import named_by
-from sere_ray.rules.sere_cpu import reroute_and_count
+from sere_ray.util.errors import UnsupportedError
 
 Floats = NDArray[np.float32]
 _NEAR = 1e-5

@@ -10,8 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sere_ray.artifact import SimilarityArtifact
-from sere_ray.bound_policy import BoundPolicy
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
 from sere_ray.calibration.loading import (
@@ -22,12 +21,13 @@ from sere_ray.calibration.loading import (
     pick_device,
     pick_dtype,
 )
-from sere_ray.errors import DataError, SereError
 from sere_ray.evaluation.comparison import Point, compare
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.settings import EXACT, as_policy, grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
-from sere_ray.progress import progress
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.util.errors import DataError, SereError
+from sere_ray.util.progress import progress
 
 _AT_ONCE = 64
 """Texts of a forward pass on a CPU."""

@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sere_ray.artifact import atomic_path
 from sere_ray.evaluation.comparison import OURS
 from sere_ray.evaluation.settings import label
+from sere_ray.util.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from sere_ray.config import Policy
-from sere_ray.errors import SereError
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import RULES
+from sere_ray.util.errors import SereError
 
 EXACT = "exact"
 """Name of the row that changes nothing."""

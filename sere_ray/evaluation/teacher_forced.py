@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Cache, PreTrainedModel
 
-from sere_ray.bound_policy import BoundPolicy
 from sere_ray.calibration.collect import find_moe_layers
+from sere_ray.kernel.cpu_sere import reroute_and_count
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, LocalRanks
-from sere_ray.rules.sere_cpu import reroute_and_count
 
 Choice = tuple[Tensor, Tensor]
 """``topk_ids`` and ``topk_weights``, ``[T, K]`` each."""

@@ -19,15 +19,15 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from sere_ray.artifact import atomic_path
 from sere_ray.calibration.collect import MoEShape
-from sere_ray.errors import SereError
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.frontier import Evaluator, Plan
 from sere_ray.evaluation.settings import grid
 from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
-from sere_ray.progress import waiting
-from sere_ray.row_ranges import MOST_RANGES
+from sere_ray.policy.row_ranges import MOST_RANGES
+from sere_ray.util.errors import SereError
+from sere_ray.util.files import atomic_path
+from sere_ray.util.progress import waiting
 
 _TAU_LOW, _TAU_HIGH, _TAU_STEPS = 1e-4, 0.5, 8
 _SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (

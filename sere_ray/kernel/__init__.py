@@ -1,1 +1,1 @@
-"""The rule on a GPU: ``kernels/reroute.cu``, compiled at run time, and its launcher."""
+"""The rule on a GPU: ``kernels/cuda/reroute.cu``, compiled at run time, and its launcher."""

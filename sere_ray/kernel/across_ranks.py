@@ -1,4 +1,4 @@
-"""Launch the rule over the rows of several expert-parallel ranks: ``kernels/across_ranks.cu``."""
+"""Launch ``kernels/cuda/across_ranks.cu``: the rule over rows of several ranks."""
 
 from typing import Any, NamedTuple
 

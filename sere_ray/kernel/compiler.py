@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from sere_ray.artifact import atomic_path
-from sere_ray.errors import ArtifactError, UnsupportedError
+from sere_ray.util.errors import ArtifactError, UnsupportedError
+from sere_ray.util.files import atomic_path
 
 logger = logging.getLogger("vllm.sere_ray")
 
@@ -24,13 +24,13 @@ HEADERS = ("rule.cuh", "cluster.cuh", "margin_row.cuh", "margin.cuh", "exchange.
 
 
 def source_path(name: str) -> Path:
-    """A file of ``kernels/``: inside a wheel it lies beside this module.
+    """A file of ``kernels/cuda/``: inside a wheel that folder lies beside this module.
 
     Raises:
         UnsupportedError: the installation lacks it.
     """
     here = Path(__file__).parent
-    for folder in (here, here.parents[1] / "kernels"):
+    for folder in (here / "cuda", here.parents[1] / "kernels" / "cuda"):
         if (folder / name).is_file():
             return folder / name
     raise UnsupportedError(f"{name} is missing from this installation of sere-ray: reinstall it")
@@ -40,7 +40,7 @@ def compile_cubin(name: str, defines: Mapping[str, int], architecture: str) -> b
     """Machine code of a kernel file, from the cache or from NVRTC.
 
     Args:
-        name: file of ``kernels/``.
+        name: file of ``kernels/cuda/``.
         defines: constants of the file, by name.
         architecture: for instance ``"sm_90"``.
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sere_ray.errors import UnsupportedError
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
+from sere_ray.util.errors import UnsupportedError
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -21,7 +21,7 @@ MAX_ALIGNED_ROWS = 512
 MAX_ROUTED_ROWS = 64
 """Most rows whose top-k the kernel computes, too; more rows need more than one block."""
 MAX_BLOCKS = 8
-"""Of a cluster, on every GPU that has clusters; as in ``kernels/cluster.cuh``."""
+"""Of a cluster, on every GPU that has clusters; as in ``kernels/cuda/cluster.cuh``."""
 ROWS_OF_BLOCK = 4
 """Rows that a block of a cluster has at least: a warp's each, and so many warps run at once."""
 FILES = {

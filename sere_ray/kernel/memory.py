@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sere_ray.bound_policy import BoundPolicy
-from sere_ray.capabilities import KERNEL_RULES
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.policy.capabilities import KERNEL_RULES
 from sere_ray.rules import REROUTABLE, Layer
 from sere_ray.rules.margin import demand_units
 

@@ -1,4 +1,4 @@
-"""Memory of other GPUs that a kernel of this rank writes to: ``kernels/exchange.cuh``."""
+"""Memory of other GPUs that a kernel of this rank writes to: ``kernels/cuda/exchange.cuh``."""
 
 from dataclasses import dataclass
 from datetime import timedelta

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.driver import Plan, new_salt
@@ -17,8 +16,9 @@ from sere_ray.loadtest.endpoint import kept_policy
 from sere_ray.loadtest.figures import PERCENTILES, Sample, figures, pool, rounded, sample
 from sere_ray.loadtest.pool import Generator, generator
 from sere_ray.loadtest.slo import Price, Slo
+from sere_ray.observe.stats import means
 from sere_ray.serve.client import Deployment, set_policy, settable
-from sere_ray.serve.stats import means
+from sere_ray.util.errors import SereError
 
 _RESAMPLES = 1000
 _FIRST_SECONDS = 2.0

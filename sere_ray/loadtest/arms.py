@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sere_ray.config import RULE_KEYS, Policy
-from sere_ray.errors import SereError
+from sere_ray.policy.policy import RULE_KEYS, Policy
 from sere_ray.serve.client import parse_changes, read_policy
+from sere_ray.util.errors import SereError
 
 _MODES = ("on", "off", "observe", "auto")
 

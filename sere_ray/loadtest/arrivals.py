@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.client import Outcome
 from sere_ray.loadtest.driver import Load, Plan, Target
 from sere_ray.loadtest.figures import rounded
 from sere_ray.loadtest.pool import Generator, generator
 from sere_ray.loadtest.stub import stub, written
 from sere_ray.loadtest.workload import Entry
+from sere_ray.util.errors import SereError
 
 LIMIT_MS = 1.0
 """Greatest error at p99 that still counts as measured."""

@@ -18,8 +18,8 @@ import gevent.socket
 import gevent.ssl
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.sse import Answer, BadAnswerError, check_complete, parse
+from sere_ray.util.errors import SereError
 
 now = time.perf_counter
 """The clock of all times here; on Linux one for all processes of a machine."""

@@ -13,9 +13,9 @@ from urllib.request import Request, urlopen
 
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.workload import ClientKey
 from sere_ray.serve.client import request, set_policy, settable
+from sere_ray.util.errors import SereError
 
 _TIMEOUT_SECONDS = 10.0
 _RESTORE_TRIES = 3

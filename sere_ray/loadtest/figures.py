@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sere_ray.demo.assets import final_answer
+from sere_ray.assets import final_answer
 from sere_ray.loadtest.client import Outcome
 from sere_ray.loadtest.driver import Load
 from sere_ray.loadtest.histogram import Histogram

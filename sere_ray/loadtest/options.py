@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.ab import Shape
 from sere_ray.loadtest.client import Limits
 from sere_ray.loadtest.driver import Api, Plan, Target
@@ -15,6 +14,7 @@ from sere_ray.loadtest.workload import (
     load_trace,
     load_workload,
 )
+from sere_ray.util.errors import SereError
 
 API_KEY = "OPENAI_API_KEY"
 """Variable of the key that is used without a file of keys, as OpenAI's own client reads it."""

@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import psutil
 
-from sere_ray.errors import SereError
-from sere_ray.processes import ENGINE, processes, processes_named
+from sere_ray.util.errors import SereError
+from sere_ray.util.processes import ENGINE, processes, processes_named
 
 
 def usage(pid: int) -> tuple[dict[str, float], int]:

@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from sere_ray.artifact import atomic_path
-from sere_ray.errors import SereError
 from sere_ray.loadtest.plot import Rows, by_load, draw, policies
+from sere_ray.util.errors import SereError
+from sere_ray.util.files import atomic_path
 
 _COLUMNS: tuple[tuple[str, str], ...] = (
     ("requests", "requests"),

@@ -4,11 +4,11 @@ from typing import Any
 
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.driver import Plan
 from sere_ray.loadtest.figures import figures, sample
 from sere_ray.loadtest.pool import generator
 from sere_ray.loadtest.slo import Price, Slo
+from sere_ray.util.errors import SereError
 
 
 def run_single(

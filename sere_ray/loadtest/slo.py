@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.client import Outcome
+from sere_ray.util.errors import SereError
 
 
 @dataclass(frozen=True)

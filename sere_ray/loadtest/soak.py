@@ -20,8 +20,7 @@ from urllib.request import Request, urlopen
 
 from rich.console import Console
 
-from sere_ray.demo.assets import final_answer
-from sere_ray.errors import SereError
+from sere_ray.assets import final_answer
 from sere_ray.loadtest.arms import parse_policies, whole_policy
 from sere_ray.loadtest.client import Outcome, now
 from sere_ray.loadtest.driver import Load, Plan
@@ -30,6 +29,7 @@ from sere_ray.loadtest.figures import rounded
 from sere_ray.loadtest.pool import Pending, generator
 from sere_ray.loadtest.processes import first_engine, usage
 from sere_ray.serve.client import set_policy
+from sere_ray.util.errors import SereError
 
 STREAMS = 4
 """Of each tier."""

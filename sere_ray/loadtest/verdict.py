@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 
 def broken_slo(content: dict[str, Any], least: float) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sere_ray.errors import SereError
-from sere_ray.tiers import HEADER
+from sere_ray.policy.tiers import HEADER
+from sere_ray.util.errors import SereError
 
 _T = TypeVar("_T", bound=BaseModel)
 _TEXT = """
@@ -121,7 +121,7 @@ def text_workload(
 
 def arithmetic_workload() -> list[Entry]:
     """The demo model's held-out problems, with their answers."""
-    from sere_ray.demo import assets
+    from sere_ray import assets
 
     return [Entry(prompt=p, max_tokens=96, answer=a) for p, a in assets.arithmetic()]
 

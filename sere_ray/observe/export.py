@@ -6,7 +6,7 @@ from typing import Any
 from sere_ray.observe import metrics
 from sere_ray.observe.metrics import Metric, layer_buckets
 from sere_ray.observe.sink import Sink
-from sere_ray.serve.stats import STEP_KINDS
+from sere_ray.observe.stats import STEP_KINDS
 
 HASH_DIGITS = 12
 

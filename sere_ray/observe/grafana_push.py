@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sere_ray.errors import SereError
 from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_alerts import FOLDER, GROUP, INTERVAL_SECONDS, rule_group
 from sere_ray.observe.render import DATA_SOURCE_UID
+from sere_ray.util.errors import SereError
 
 Report = Callable[[str], None]
 POLICY_TAGS = ["sere-ray", "policy"]

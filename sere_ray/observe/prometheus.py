@@ -14,8 +14,8 @@ from urllib.request import urlopen
 
 import yaml
 
-from sere_ray.errors import SereError
 from sere_ray.observe.rules import alert_groups, recording_groups
+from sere_ray.util.errors import SereError
 
 HOST = "127.0.0.1"
 START_SECONDS = 30.0

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sere_ray.capabilities import EngineKind, check_policy
-from sere_ray.serve.artifacts import read_artifact
-from sere_ray.serve.auto import level_policies
+from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
+from sere_ray.serve.policy_actor.artifacts import read_artifact
+from sere_ray.serve.policy_actor.auto import level_policies
 
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -35,7 +35,7 @@ def build_app(args: dict[str, Any]) -> Any:
     """
     config = ServeConfig.parse(args)
     check_artifact(config)
-    from sere_ray.serve.ingress import ingress_app  # pulls vLLM in: only when needed
+    from sere_ray.serve.gateway.ingress import ingress_app  # pulls vLLM in: only when needed
 
     return ingress_app(config, llm_config(config))
 
@@ -65,7 +65,7 @@ def llm_config(config: ServeConfig) -> Any:
     """Ray's description of the engines."""
     from ray.serve.llm import LLMConfig
 
-    from sere_ray.serve import server
+    from sere_ray.serve.replica import server
 
     gangs = config.data_parallel_size > 1
     # Two gangs of two ranks and the ingress fit into the two cores that Ray counts on a laptop.

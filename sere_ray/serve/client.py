@@ -12,11 +12,11 @@ from urllib.request import Request, urlopen
 
 import yaml
 
-from sere_ray.config import Policy
-from sere_ray.errors import SereError
-from sere_ray.serve.keys import ADMIN_TOKEN
-from sere_ray.serve.stats import STEP_KINDS, between, means
-from sere_ray.token_times import quantile_ms
+from sere_ray.observe.stats import STEP_KINDS, between, means
+from sere_ray.policy.policy import Policy
+from sere_ray.serve.gateway.keys import ADMIN_TOKEN
+from sere_ray.util.errors import SereError
+from sere_ray.util.token_times import quantile_ms
 
 TIMEOUT_SECONDS = 30.0
 
@@ -121,7 +121,7 @@ class Deployment:
         set_policy(self._url, policy.model_dump())
 
     def read_counters(self) -> dict[str, Any]:
-        """Totals since the last call, as :func:`sere_ray.serve.stats.totals`."""
+        """Totals since the last call, as :func:`sere_ray.observe.stats.totals`."""
         now = request(self._url, "stats")
         counted = now["total"] if self._last is None else between(self._last, now)
         self._last = now

@@ -13,10 +13,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from sere_ray.config import Policy, Startup, parse_key
-from sere_ray.errors import SereError
-from sere_ray.serve.access import AccessConfig
-from sere_ray.serve.auto import AUTO, AutoConfig
+from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.serve.gateway.access import AccessConfig
+from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig
+from sere_ray.util.errors import SereError
 
 BACK_DOORS = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
 """Switches of vLLM that a served engine must never have."""

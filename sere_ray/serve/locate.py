@@ -7,7 +7,7 @@ actor's name holds a code version. So the actor publishes its name.
 from contextlib import suppress
 from typing import Any
 
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 ACTOR = "sere_router"
 """Name of the actor within its deployment."""

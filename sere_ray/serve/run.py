@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from sere_ray.errors import SereError
-from sere_ray.ports import check_free, free_ports
-from sere_ray.progress import waiting
-from sere_ray.ray_instance import start_ray
-from sere_ray.serve.artifacts import read_artifact
 from sere_ray.serve.config import ServeConfig
+from sere_ray.serve.policy_actor.artifacts import read_artifact
+from sere_ray.util.errors import SereError
+from sere_ray.util.ports import check_free, free_ports
+from sere_ray.util.progress import waiting
+from sere_ray.util.ray_instance import start_ray
 
 IMPORT_PATH = "sere_ray.serve:build_app"
 APPLICATION_KEYS = ("name", "import_path", "args", "route_prefix")

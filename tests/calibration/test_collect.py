@@ -15,7 +15,7 @@ from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.experts import expert_outputs, routed_output
 from sere_ray.calibration.loading import load_model
 from sere_ray.calibration.similarity import METRICS, Sums, make_sums
-from sere_ray.errors import UnsupportedError
+from sere_ray.util.errors import UnsupportedError
 from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K
 
 Checkpoint = Callable[[str], Path]

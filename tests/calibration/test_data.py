@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sere_ray.calibration.data import make_batches, make_windows, open_texts
-from sere_ray.errors import DataError
+from sere_ray.util.errors import DataError
 
 
 class Characters:

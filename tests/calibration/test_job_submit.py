@@ -11,14 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sere_ray.util.files import file_sha256
 
-from sere_ray.artifact import SimilarityArtifact, file_sha256
+from sere_ray import assets
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.bench.servers import server
 from sere_ray.calibration.plan import Settings, prepare, write_artifact
 from sere_ray.calibration.ray_job import STORE_BYTES, ShardWorker, _partial, cut
 from sere_ray.calibration.work_folder import WorkFolder
-from sere_ray.demo import assets
-from sere_ray.evaluation.servers import server
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = ["-m", "ray.scripts.scripts"]

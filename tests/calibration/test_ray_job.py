@@ -18,7 +18,8 @@ import ray
 import torch
 from rich.console import Console
 
-from sere_ray.artifact import SimilarityArtifact
+from sere_ray import assets
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration import calibrate, ray_job
 from sere_ray.calibration.locks import only_writer
 from sere_ray.calibration.plan import Settings, prepare
@@ -30,9 +31,8 @@ from sere_ray.calibration.ray_job import (
 )
 from sere_ray.calibration.similarity import make_sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
-from sere_ray.demo import assets
-from sere_ray.errors import ArtifactError, DataError, SereError
-from sere_ray.ray_instance import start_ray
+from sere_ray.util.errors import ArtifactError, DataError, SereError
+from sere_ray.util.ray_instance import start_ray
 
 SETTINGS = Settings(str(assets.MODEL), str(assets.CALIBRATION), sequences=150, batch_size=16)
 SHARDS = 5

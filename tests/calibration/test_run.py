@@ -10,11 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from sere_ray.util.files import file_sha256
 
-from sere_ray.artifact import SimilarityArtifact, file_sha256
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration import calibrate, plan, run, synthetic_artifact
 from sere_ray.calibration.similarity import METRICS
-from sere_ray.errors import ArtifactError, DataError, SereError
+from sere_ray.util.errors import ArtifactError, DataError, SereError
 from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K
 
 Checkpoint = Callable[[str], Path]
@@ -75,7 +76,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(
     def broken(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    for target in ("sere_ray.calibration.run.collect", "sere_ray.artifact.save_file"):
+    for target in ("sere_ray.calibration.run.collect", "sere_ray.artifact.similarity.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)
             with pytest.raises(MemoryError):

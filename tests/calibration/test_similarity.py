@@ -16,7 +16,7 @@ from sere_ray.calibration.similarity import (
     in_blocks,
     make_sums,
 )
-from sere_ray.errors import SereError
+from sere_ray.util.errors import SereError
 
 
 def naive_frobenius(outputs: Tensor) -> Tensor:

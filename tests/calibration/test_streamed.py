@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from sere_ray.artifact import SimilarityArtifact
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration import calibrate
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import collect, find_moe_layers
@@ -19,7 +19,7 @@ from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.loading import load_config, load_model
 from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.calibration.streamed import StreamedModel
-from sere_ray.errors import SereError, UnsupportedError
+from sere_ray.util.errors import SereError, UnsupportedError
 from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS
 
 CPU = torch.device("cpu")

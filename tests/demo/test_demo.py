@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 
 pytestmark = pytest.mark.engine
 FIELDS = {

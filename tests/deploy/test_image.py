@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sere_ray import __version__
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 from tests.k8s.schemas import pod_templates
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import torch
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report
 from sere_ray.dispatch.all_to_all import merge_duplicates, pack, unpack
 from sere_ray.dispatch.counts import any_flag, flag_words
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 from tests.dispatch.rank_pool import RankPool
 
 HIDDEN, EXPERTS, TOP_K = 24, 37, 4

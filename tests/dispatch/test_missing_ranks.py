@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sere_ray.dispatch import AllToAll, MissingRankError
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 from tests.dispatch.rank_pool import TIMEOUT, RankPool
 from tests.dispatch.test_all_to_all import EXPERTS, HIDDEN, TOP_K
 

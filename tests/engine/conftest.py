@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from tests.models import build_checkpoint
 
@@ -67,7 +67,8 @@ def running_engine(folder, sere=None, **options):
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.triton_utils import dispatcher
 
-    from sere_ray.engine import cpu_seam, seam
+    from sere_ray.engine import patches as seam
+    from sere_ray.engine.cpu import patches as cpu_seam
 
     # A stock engine may follow one that loaded numba into this process: see the ledger.
     seam._wrap(dispatcher, "_rebind_kernels", cpu_seam.hide_llvmlite)

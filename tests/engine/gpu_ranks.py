@@ -43,7 +43,7 @@ def engine_of(folder, key, port, *, before=False, **options):
     """An engine of this rank, on ports of its own: a second one would meet an old store."""
     from vllm import envs
 
-    from sere_ray.engine.cuda_union_seam import before_dispatch
+    from sere_ray.engine.gpu.union_patches import before_dispatch
     from tests.engine.conftest import running_engine
 
     envs.disable_envs_cache()
@@ -58,8 +58,8 @@ def engine_of(folder, key, port, *, before=False, **options):
 @contextmanager
 def own_gemms():
     """Engines that are started inside use ``gate_up.py``, for which small models have no tiles."""
-    from sere_ray.engine import fused_experts
-    from sere_ray.engine.gate_up import Tile
+    from sere_ray.engine.gpu import fused_experts
+    from sere_ray.engine.gpu.gate_up import Tile
 
     tiles, measured = (
         fused_experts.Tiles(Tile(16, 16, 64), Tile(16, 16, 64)),
@@ -79,7 +79,7 @@ class Recorder:
         self.buffers, self.passes, self.running, self.full = {}, [], None, True
 
     def install(self):
-        from sere_ray.engine.cuda_union import UnionCudaState
+        from sere_ray.engine.gpu.union import UnionCudaState
         from sere_ray.kernel import across_ranks
 
         for name in ("reroute_gathered", "reroute_gathered_and_align"):
@@ -130,7 +130,7 @@ class Recorder:
 
     def take(self):
         """Everything since the last time, as numpy: policy, kinds, sizes, checksums, layers."""
-        from sere_ray.engine.rank_words import read_words
+        from sere_ray.engine.gpu.rank_words import read_words
 
         self.finish()
         found = []
@@ -144,8 +144,8 @@ class Recorder:
 
 def reports_of(exercise, checkpoint, *, engines, time_limit):
     """What ``exercise`` reports of both ranks; the second has fewer requests, and idles."""
-    from sere_ray.evaluation.expert_parallel import PORTS_OF_ENGINE
-    from sere_ray.ports import free_ports
+    from sere_ray.bench.expert_parallel import PORTS_OF_ENGINE
+    from sere_ray.util.ports import free_ports
     from tests.engine.conftest import prompts, sere_key
     from tests.engine.ranks import run_ranks
 

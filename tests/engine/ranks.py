@@ -193,7 +193,7 @@ def _choose_rank(rank, port):
 
 
 def _record():
-    from sere_ray.engine.cpu_union import UnionCpuState
+    from sere_ray.engine.cpu.union import UnionCpuState
 
     calls = []
     reroute = UnionCpuState.reroute

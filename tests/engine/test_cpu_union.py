@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
-from sere_ray.config import Policy, Startup
-from sere_ray.engine.cpu_expert_parallel import (
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
+from sere_ray.engine.cpu.expert_parallel import (
     _drop_foreign_slots,
     expert_owner,
     gather_rows,
     gather_together,
     reduce_rows,
 )
-from sere_ray.engine.cpu_state import CpuState
-from sere_ray.engine.cpu_union import UnionCpuState
-from sere_ray.errors import ArtifactError, PolicyError, SereError
-from sere_ray.ports import free_port
+from sere_ray.engine.cpu.state import CpuState
+from sere_ray.engine.cpu.union import UnionCpuState
+from sere_ray.policy.policy import Policy, Startup
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
+from sere_ray.util.errors import ArtifactError, PolicyError, SereError
+from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 2

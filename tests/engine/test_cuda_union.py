@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
-from sere_ray.config import Policy
-from sere_ray.engine import cuda_state
-from sere_ray.engine.cuda_union import NO_ROWS, UnionCudaState
-from sere_ray.engine.rank_words import read_words, write_words
-from sere_ray.errors import PolicyError, UnsupportedError
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
+from sere_ray.engine.gpu import state as cuda_state
+from sere_ray.engine.gpu.rank_words import read_words, write_words
+from sere_ray.engine.gpu.union import NO_ROWS, UnionCudaState
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
-from sere_ray.ports import free_port
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
+from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
-from tests.kernels.emulator import COMPILER, launch_packed
-from tests.kernels.kernel_cases import check_local_alignment, library
-from tests.kernels.margin_cases import by_reference, emulated_exp
+from tests.kernel.emulator import COMPILER, launch_packed
+from tests.kernel.kernel_cases import check_local_alignment, library
+from tests.kernel.margin_cases import by_reference, emulated_exp
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
 RULE = "PPPqPPPPPPqP"
@@ -63,7 +63,7 @@ def sync_pass(rank, port, tokens):
     from vllm.v1.worker.gpu import dp_utils
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-    from sere_ray.engine.cuda_union_seam import carried_along
+    from sere_ray.engine.gpu.union_patches import carried_along
 
     class Group:
         cpu_group = dist.group.WORLD
@@ -91,7 +91,7 @@ def test_words_travel_in_the_table_that_vllm_sums(tokens):
 
 
 def test_a_pass_without_that_sum_is_refused():
-    from sere_ray.engine.cuda_union_seam import carried_along
+    from sere_ray.engine.gpu.union_patches import carried_along
 
     with (
         carried_along(write_words(0, 0, NO_ROWS, 32), 0) as carried,

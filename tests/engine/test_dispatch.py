@@ -9,9 +9,9 @@ import pytest
 from sere_ray.dispatch import DISPATCH_COUNTS
 from sere_ray.engine import checks
 from sere_ray.engine.control import dispatch_report
-from sere_ray.errors import PolicyError, UnsupportedError
-from sere_ray.ports import free_port
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
+from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.util.ports import free_port
 from tests.engine.conftest import prompts, sere_key
 from tests.engine.ranks import RANKS, lose_rank, run_ranks
 from tests.engine.test_expert_parallel import parallel_rounds

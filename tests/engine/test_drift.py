@@ -1,4 +1,4 @@
-"""Fails when vLLM changes under a patch of `sere_ray/engine/seam.py`.
+"""Fails when vLLM changes under a patch of `sere_ray/engine/patches.py`.
 
 Not guarded: what the patched functions compute. The engine tests show that.
 """
@@ -23,7 +23,7 @@ from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from sere_ray.engine import seam
+from sere_ray.engine import patches as seam
 
 
 def original(function):

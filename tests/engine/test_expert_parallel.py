@@ -9,11 +9,11 @@ from itertools import chain
 import pytest
 import torch
 
-from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
 from sere_ray.engine.state import all_states, find_state
-from sere_ray.ports import free_port
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
+from sere_ray.util.ports import free_port
 from tests.engine.conftest import artifact_path, generate, prompts, running_engine, sere_key
 from tests.engine.ranks import RANKS, run_ranks, run_rounds
 from tests.models import MOE_LAYERS, NUM_EXPERTS, TOP_K
@@ -133,7 +133,7 @@ def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture, di
 @pytest.fixture(scope="module")
 def rounds(checkpoint):
     """Uneven rounds of one pair of engines: ``(similarity, policy and ranks' reports by name)``."""
-    from sere_ray.artifact import SimilarityArtifact
+    from sere_ray.artifact.similarity import SimilarityArtifact
 
     folder = checkpoint("qwen3_moe")
     key = sere_key(folder, select_top_k=1, threshold=0.7, min_primary_experts=3)

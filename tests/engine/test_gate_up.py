@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sere_ray.engine import fused_experts
-from sere_ray.engine.gate_up import Slots, Tile, down, gate_up
+from sere_ray.engine.gpu import fused_experts
+from sere_ray.engine.gpu.gate_up import Slots, Tile, down, gate_up
 from tests.engine.test_drift import function_of, tree_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,7 +270,7 @@ def fused(monkeypatch):
     """`apply_experts` with tiles for every batch, and torch in the place of the kernels."""
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
-    from sere_ray.engine import gate_up as kernels
+    from sere_ray.engine.gpu import gate_up as kernels
 
     tiles = fused_experts.Tiles(Tile(16, 16, 64), Tile(16, 16, 64))
     monkeypatch.setattr(fused_experts, "tiles_for", lambda experts, width, rows: tiles)

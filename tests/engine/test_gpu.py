@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from sere_ray.calibration.synthetic import synthetic_artifact
-from sere_ray.config import Policy
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.cuda_state import CudaState
+from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.state import all_states
-from sere_ray.errors import UnsupportedError
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import PADDING, REROUTABLE, sere
+from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
-from tests.kernels.margin_cases import by_reference, gpu_exp
+from tests.kernel.margin_cases import by_reference, gpu_exp
 from tests.models import TOP_K
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]

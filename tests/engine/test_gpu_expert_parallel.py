@@ -1,6 +1,6 @@
 """Data and expert parallelism on two GPUs, full CUDA graphs: one union, whatever the ranks do.
 
-What one GPU can show: ``tests/kernels/test_across_ranks_on_gpu.py``. What none can:
+What one GPU can show: ``tests/kernel/test_across_ranks_on_gpu.py``. What none can:
 ``test_cuda_union.py``. Tensor with expert parallelism: ``test_gpu.py``.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.artifact import SimilarityArtifact
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.rules import EXACT, REROUTABLE, sere
 from tests.engine.conftest import artifact_path
 from tests.engine.gpu_ranks import MARGIN_POLICIES, exercise, exercise_margin, reports_of

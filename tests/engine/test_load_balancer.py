@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
-from sere_ray.config import Policy
-from sere_ray.engine import cpu_seam, seam
-from sere_ray.engine.cpu_state import CpuState
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
+from sere_ray.engine import patches as seam
+from sere_ray.engine.cpu import patches as cpu_seam
+from sere_ray.engine.cpu.state import CpuState
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, reroute
 
 EXPERTS, REDUNDANT, TOP_K, ROWS = 16, 5, 4, 24

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
-from sere_ray.ports import free_port
+from sere_ray.policy.policy import Policy
+from sere_ray.util.ports import free_port
 from tests.engine import forced
 from tests.engine.conftest import prompts, running_engine, sere_key
 from tests.engine.ranks import run_forced, run_ranks

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sere_ray.config import Policy
 from sere_ray.engine.control import set_policy
+from sere_ray.policy.policy import Policy
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 
 pytestmark = pytest.mark.engine

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sere_ray.capabilities import check_policy
-from sere_ray.config import Policy
 from sere_ray.engine import checks
-from sere_ray.errors import ArtifactError, PolicyError, UnsupportedError
+from sere_ray.policy.capabilities import check_policy
+from sere_ray.policy.policy import Policy
+from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
 
 
@@ -276,7 +276,7 @@ def test_a_policy_that_the_cuda_kernel_does_not_compute(keys, words, has_words):
 def test_quantised_experts_across_ranks_of_a_cpu(kernel, has_words):
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    from sere_ray.engine.cpu_expert_parallel import prepare_layer
+    from sere_ray.engine.cpu.expert_parallel import prepare_layer
 
     with pytest.raises(UnsupportedError) as error:
         prepare_layer(SimpleNamespace(layer_name="layers.3"), getattr(cpu_moe, kernel))

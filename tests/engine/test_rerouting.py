@@ -2,9 +2,9 @@
 
 import pytest
 
-from sere_ray.config import Policy
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.cpu_state import CpuState
+from sere_ray.engine.cpu.state import CpuState
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 from tests.models import ARCHITECTURES, MOE_LAYERS, TOP_K
@@ -133,7 +133,7 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
 
 
 def _similarity(worker, layer):
-    from sere_ray.engine import seam
+    from sere_ray.engine import patches as seam
 
     return seam._get_state(worker.vllm_config).similarity[layer].tolist()
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from sere_ray.artifact import SimilarityArtifact
+from sere_ray import assets
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, heldout_windows
 from sere_ray.calibration import calibrate
 from sere_ray.calibration.loading import load_model
-from sere_ray.config import Policy
-from sere_ray.demo import assets
-from sere_ray.demo.quality import LENGTH, PROMPT_TOKENS, heldout_windows
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.cpu_state import CpuState
-from sere_ray.errors import PolicyError, UnsupportedError
+from sere_ray.engine.cpu.state import CpuState
 from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.statistics import draws, mean
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE, RULES
+from sere_ray.util.errors import PolicyError, UnsupportedError
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sere_ray.engine.cpu_state import CpuState
+from sere_ray.engine.cpu.state import CpuState
+from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT, REROUTABLE
-from sere_ray.tiers import asks_exact
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 
 pytestmark = pytest.mark.engine

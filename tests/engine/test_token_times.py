@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sere_ray.token_times import BUCKETS, bucket_of
+from sere_ray.util.token_times import BUCKETS, bucket_of
 
 AT = 100.0
 """Where the clocks begin."""

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from sere_ray import assets
+from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.loading import load_model
-from sere_ray.config import Policy
-from sere_ray.demo import assets
-from sere_ray.demo.quality import heldout_windows
-from sere_ray.errors import UnsupportedError
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured, check_chosen_by
 from sere_ray.evaluation.statistics import Estimate, draws, mean, summarise
 from sere_ray.evaluation.teacher_forced import exact_logits, score
+from sere_ray.policy.policy import Policy
+from sere_ray.util.errors import UnsupportedError
 
 PROMPT, LENGTH, TEXTS, TOP_K = 24, 40, 16, 4
 

@@ -7,17 +7,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from sere_ray import assets
 from sere_ray.calibration import calibrate
-from sere_ray.cli import app
-from sere_ray.config import Policy
-from sere_ray.demo import assets
+from sere_ray.cli.main import app
 from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
 from sere_ray.evaluation.settings import grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import draws
 from sere_ray.evaluation.tune import _plain, joined, ranges_between
-from sere_ray.results import load_result
+from sere_ray.policy.policy import Policy
 from sere_ray.rules import RULES
+from sere_ray.util.results import load_result
 
 DATA = str(assets.CALIBRATION)
 HELD_OUT = str(assets.CALIBRATION.with_name("heldout.jsonl"))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sere_ray.bound_policy import BoundPolicy
+from sere_ray import assets
+from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.loading import load_model
-from sere_ray.demo import assets
-from sere_ray.demo.quality import heldout_windows
 from sere_ray.evaluation.teacher_forced import Rerouter, exact_logits, score
+from sere_ray.policy.bound import BoundPolicy
 
 PROMPT = 24
 LENGTH = 40

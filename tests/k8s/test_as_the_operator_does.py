@@ -20,8 +20,8 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 
-from sere_ray.demo import assets
-from sere_ray.ports import free_port, free_ports
+from sere_ray import assets
+from sere_ray.util.ports import free_port, free_ports
 from tests.k8s.conftest import ROOT, only
 from tests.serve.deployment import ADMIN, API_KEY, save_artifacts, save_keys, wait_for
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 from tests.k8s.conftest import only
 
 PASSWORD = "a-password-of-this-test"

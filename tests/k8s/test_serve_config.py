@@ -28,7 +28,7 @@ def ray_instance():
     """Building asks Ray for the environment of the job; no engine is started."""
     import ray
 
-    from sere_ray.ray_instance import start_ray
+    from sere_ray.util.ray_instance import start_ray
 
     start_ray(num_cpus=1)
     yield
@@ -138,7 +138,7 @@ def test_the_entrypoint_is_a_command_of_this_version(calibration):
     """The submitter's shell reads it first, the job's shell what is between the quotes."""
     from typer.main import get_command
 
-    from sere_ray.cli import app
+    from sere_ray.cli.main import app
 
     words = shlex.split(only(calibration, "RayJob")["spec"]["entrypoint"])
     assert words[:2] == ["bash", "-c"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sere_ray.token_times import SLICE_SECONDS
+from sere_ray.util.token_times import SLICE_SECONDS
 from tests.serve.deployment import ADMIN, wait_for
 
 pytestmark = pytest.mark.engine

@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from sere_ray.evaluation.completions import complete
+from sere_ray.bench.completions import complete
 from tests.serve.deployment import API_KEY, MODEL_ID
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 
-from sere_ray.serve.keys import RELOAD_SECONDS, digest, new_key
+from sere_ray.serve.gateway.keys import RELOAD_SECONDS, digest, new_key
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from sere_ray.loadtest.client import now
-from sere_ray.serve.stats import totals
+from sere_ray.observe.stats import totals
 
 DONE = "[DONE]"
 

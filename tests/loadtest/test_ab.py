@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest import ab
 from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
 from sere_ray.loadtest.driver import Plan, Target
@@ -25,6 +24,7 @@ from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.verdict import broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
 from sere_ray.serve.client import parse_changes, set_policy
+from sere_ray.util.errors import SereError
 from tests.loadtest.servers import DONE, WHOLE, Control, serving, token, usage
 
 QUIET = Console(quiet=True)

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.arrivals import Arrivals, parse_steps
+from sere_ray.util.errors import SereError
 
 
 def first(arrivals, count, seed=3):

@@ -5,10 +5,10 @@ from urllib.request import Request, urlopen
 import pytest
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest import check
 from sere_ray.loadtest.check import run_check
 from sere_ray.loadtest.stub import stub
+from sere_ray.util.errors import SereError
 
 QUIET = Console(quiet=True)
 

@@ -8,8 +8,8 @@ import time
 import gevent
 import pytest
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.client import Client, Limits, now
+from sere_ray.util.errors import SereError
 from tests.loadtest.servers import DONE, WHOLE, serving, token, usage
 
 LIMITS = Limits(connect=5, stall=1.5, total=20)

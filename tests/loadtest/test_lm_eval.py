@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sere_ray import assets
+from sere_ray.assets import final_answer
 from sere_ray.calibration.loading import load_tokenizer
-from sere_ray.demo import assets
-from sere_ray.demo.assets import final_answer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "loadtest" / "lm_eval"

@@ -3,13 +3,13 @@ import os
 import pytest
 from rich.console import Console
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest import soak
 from sere_ray.loadtest.client import Outcome
 from sere_ray.loadtest.driver import Load, Plan, Target
 from sere_ray.loadtest.histogram import Histogram
 from sere_ray.loadtest.soak import run_soak
 from sere_ray.loadtest.workload import Entry
+from sere_ray.util.errors import SereError
 from tests.loadtest.servers import DONE, Control, serving, token, usage
 
 ENTRIES = (

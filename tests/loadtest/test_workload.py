@@ -3,7 +3,6 @@ import random
 
 import pytest
 
-from sere_ray.errors import SereError
 from sere_ray.loadtest.driver import Target
 from sere_ray.loadtest.workload import (
     Entry,
@@ -13,6 +12,7 @@ from sere_ray.loadtest.workload import (
     text_workload,
     to_lines,
 )
+from sere_ray.util.errors import SereError
 
 
 def test_a_seed_says_all(tmp_path):

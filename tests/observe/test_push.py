@@ -7,11 +7,11 @@ from threading import Thread
 import pytest
 from typer.testing import CliRunner
 
-from sere_ray.cli import app
+from sere_ray.cli.main import app
 from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_push import policy_marks
 from sere_ray.observe.rules import ALERTS
-from sere_ray.ports import free_port
+from sere_ray.util.ports import free_port
 from tests.observe.grafana_stub import TOKEN, grafana
 
 

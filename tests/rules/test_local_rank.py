@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sere_ray.kernel.cpu_sere import lowest_ranks, reroute_and_count, reroute_by_ranks
 from sere_ray.rules import EXACT, NO_RANK, PADDING, LocalRanks, count, local_rank, reroute_local
 from sere_ray.rules.local_rank import apply_plan_local
 from sere_ray.rules.sere import plan_from_ranks, rank_vector
-from sere_ray.rules.sere_cpu import lowest_ranks, reroute_and_count, reroute_by_ranks
 
 from . import oracle
 from .test_sere import RULES, Case, assert_same_ids, cases, make_case

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sere_ray.kernel.cpu_sere import lowest_ranks, reroute_and_count, reroute_by_ranks
 from sere_ray.rules.sere import (
     PADDING,
     UNNAMED,
@@ -14,7 +15,6 @@ from sere_ray.rules.sere import (
     plan_from_ranks,
     rank_vector,
 )
-from sere_ray.rules.sere_cpu import lowest_ranks, reroute_and_count, reroute_by_ranks
 
 from .test_sere import RULES, Case, assert_same_ids, cases, make_case
 

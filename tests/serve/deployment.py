@@ -14,11 +14,11 @@ from urllib.request import Request, urlopen
 import psutil
 import yaml
 
-from sere_ray.demo import assets
-from sere_ray.evaluation.servers import served
-from sere_ray.ports import free_ports
-from sere_ray.processes import processes_named
-from sere_ray.serve.keys import digest
+from sere_ray import assets
+from sere_ray.bench.servers import served
+from sere_ray.serve.gateway.keys import digest
+from sere_ray.util.ports import free_ports
+from sere_ray.util.processes import processes_named
 from tests.engine.conftest import random_artifact
 
 MODEL_ID = "sere-demo"

@@ -7,9 +7,9 @@ import os
 import pytest
 import yaml
 
-from sere_ray.errors import SereError
-from sere_ray.serve.access import PRINCIPAL, VISITORS, AccessConfig, AccessLayer
-from sere_ray.serve.keys import KeyFile, KeyRing, digest, from_environment, new_key
+from sere_ray.serve.gateway.access import PRINCIPAL, VISITORS, AccessConfig, AccessLayer
+from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment, new_key
+from sere_ray.util.errors import SereError
 
 KEYS = {
     "keys": [
@@ -322,7 +322,7 @@ def test_a_failing_application_gives_its_place_back():
 
 
 def test_the_key_file_is_read_again_when_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr("sere_ray.serve.keys.RELOAD_SECONDS", 0)
+    monkeypatch.setattr("sere_ray.serve.gateway.keys.RELOAD_SECONDS", 0)
     path = tmp_path / "keys.yaml"
     path.write_text(yaml.safe_dump(KEYS))
     ring = KeyRing(str(path), KeyFile())

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sere_ray.config import Policy
-from sere_ray.demo import assets
-from sere_ray.errors import PolicyError, SereError
+from sere_ray import assets
+from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import engine_arguments, llm_config
-from sere_ray.serve.auto import level_policies
+from sere_ray.serve.policy_actor.auto import level_policies
 from sere_ray.serve.run import load_file, run_file
+from sere_ray.util.errors import PolicyError, SereError
 
 VALID = {"model": "/m", "model_id": "m"}
 
@@ -168,7 +168,7 @@ def test_a_port_that_another_deployment_has_is_refused(tmp_path, has_words):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_one_file_shape_for_one_rank_and_gangs_on_cpu_and_gpu(device):
     """The engines of a file, without starting them."""
-    from sere_ray.serve import server
+    from sere_ray.serve.replica import server
 
     base = {"model": str(assets.MODEL), "model_id": "m", "device": device}
     one = llm_config(ServeConfig.parse(base))
@@ -185,7 +185,7 @@ def test_one_file_shape_for_one_rank_and_gangs_on_cpu_and_gpu(device):
 
 
 def test_a_file_without_policy_has_no_router_actor():
-    from sere_ray.serve import server
+    from sere_ray.serve.replica import server
 
     config = ServeConfig.parse({"model": str(assets.MODEL), "model_id": "m"})
     assert server.OPTIONS not in llm_config(config).experimental_configs

@@ -6,18 +6,18 @@ import random
 
 import pytest
 
-from sere_ray.config import Policy
-from sere_ray.errors import SereError
 from sere_ray.observe.metrics import DECISIONS
+from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig
-from sere_ray.serve import router as router_module
 from sere_ray.serve.app import build_app, llm_config
-from sere_ray.serve.auto import AutoConfig, level_policies
-from sere_ray.serve.control_api import Status
-from sere_ray.serve.router import SereRouter
-from sere_ray.serve.server import OPTIONS
-from sere_ray.serve.store import memory_store
-from sere_ray.token_times import bucket_of
+from sere_ray.serve.gateway.control_api import Status
+from sere_ray.serve.policy_actor import router as router_module
+from sere_ray.serve.policy_actor.auto import AutoConfig, level_policies
+from sere_ray.serve.policy_actor.router import SereRouter
+from sere_ray.serve.policy_actor.store import memory_store
+from sere_ray.serve.replica.server import OPTIONS
+from sere_ray.util.errors import SereError
+from sere_ray.util.token_times import bucket_of
 from tests.observe.recorded import Recorded
 from tests.serve.test_controller import step_ms
 from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, run, save_artifact

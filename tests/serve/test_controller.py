@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sere_ray.serve.controller import Controller, Observation, Target
+from sere_ray.serve.policy_actor.controller import Controller, Observation, Target
 
 LEVELS = 4
 SHARE = [0.0, 0.1, 0.2, 0.35]

@@ -3,10 +3,10 @@
 import asyncio
 
 from sere_ray.observe import metrics
-from sere_ray.serve.access import AccessConfig, AccessLayer
-from sere_ray.serve.keys import KeyFile
-from sere_ray.serve.router import SereRouter
-from sere_ray.serve.store import memory_store
+from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
+from sere_ray.serve.gateway.keys import KeyFile
+from sere_ray.serve.policy_actor.router import SereRouter
+from sere_ray.serve.policy_actor.store import memory_store
 from tests.observe.recorded import Recorded
 from tests.serve.test_access import KEYS, Inner, ask
 from tests.serve.test_router import LIMIT, Replica, save_artifact

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from starlette.requests import Request
 
-from sere_ray.serve import hang_ups
-from sere_ray.serve.hang_ups import HangUpLayer
+from sere_ray.serve.gateway import hang_ups
+from sere_ray.serve.gateway.hang_ups import HangUpLayer
 
 HTTP = {"type": "http", "method": "POST", "path": "/", "headers": []}
 DISCONNECT = {"type": "http.disconnect"}

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from sere_ray.serve import losses
-from sere_ray.serve.losses import EngineLostError, LossLayer, raise_at_loss
+from sere_ray.serve.gateway import losses
+from sere_ray.serve.gateway.losses import EngineLostError, LossLayer, raise_at_loss
 
 HTTP = {"type": "http"}
 FAILED = b'{"error": {"message": "EngineCore", "type": "InternalServerError", "code": 500}}'

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sere_ray.serve import openai_ingress
-from sere_ray.serve.access import Refusal
-from sere_ray.serve.losses import loss_event
-from sere_ray.serve.openai_ingress import first_response, has_no_replica, until_loss
+from sere_ray.serve.gateway import openai_ingress
+from sere_ray.serve.gateway.access import Refusal
+from sere_ray.serve.gateway.losses import loss_event
+from sere_ray.serve.gateway.openai_ingress import first_response, has_no_replica, until_loss
 
 
 def handle(replicas, pending=()):

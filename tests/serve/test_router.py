@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from sere_ray.artifact import ArtifactMetadata, SimilarityArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine.state import BYTES, COUNTERS, StepTotals
-from sere_ray.errors import ArtifactError, SereError
-from sere_ray.serve import router as router_module
-from sere_ray.serve.control_api import Stats
-from sere_ray.serve.messages import Member, Order
-from sere_ray.serve.router import HISTORY, SereRouter
-from sere_ray.serve.store import memory_store
-from sere_ray.token_times import BUCKETS
+from sere_ray.serve.gateway.control_api import Stats
+from sere_ray.serve.policy_actor import router as router_module
+from sere_ray.serve.policy_actor.messages import Member, Order
+from sere_ray.serve.policy_actor.router import HISTORY, SereRouter
+from sere_ray.serve.policy_actor.store import memory_store
+from sere_ray.util.errors import ArtifactError, SereError
+from sere_ray.util.token_times import BUCKETS
 
 EXPERTS, TOP_K = 8, 4
 LIMIT = 1 << 16

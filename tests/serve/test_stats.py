@@ -3,8 +3,7 @@
 import pytest
 
 from sere_ray.engine.state import BYTES
-from sere_ray.serve.client import _line
-from sere_ray.serve.stats import (
+from sere_ray.observe.stats import (
     STEP_KINDS,
     StepMeans,
     StepSums,
@@ -14,7 +13,8 @@ from sere_ray.serve.stats import (
     since,
     totals,
 )
-from sere_ray.token_times import BOUNDS, BUCKETS, bucket_of, quantile_ms
+from sere_ray.serve.client import _line
+from sere_ray.util.token_times import BOUNDS, BUCKETS, bucket_of, quantile_ms
 
 LAYERS = [3, 7]
 

@@ -5,7 +5,7 @@ import json
 import psutil
 import pytest
 
-from sere_ray.evaluation.chaos import Load, answers_of, disturb
+from sere_ray.bench.chaos import Load, answers_of, disturb
 from tests.serve.deployment import MODEL_ID, deployed
 from tests.serve.every_path import check_drains
 

@@ -7,7 +7,7 @@ import pytest
 import uvicorn
 from ray import serve
 
-from sere_ray.serve import control_api
+from sere_ray.serve.gateway import control_api
 from tests.browser import chromium, watched
 from tests.serve.deployment import ADMIN, wait_for
 from tests.serve.ui.actions import UNAUTHORIZED, connect, poll

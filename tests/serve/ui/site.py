@@ -7,15 +7,15 @@ from types import SimpleNamespace
 from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 
-from sere_ray.errors import SereError
-from sere_ray.ports import free_port
-from sere_ray.serve.access import AccessConfig
-from sere_ray.serve.ingress import protect
-from sere_ray.serve.keys import KeyFile
+from sere_ray.serve.gateway.access import AccessConfig
+from sere_ray.serve.gateway.ingress import protect
+from sere_ray.serve.gateway.keys import KeyFile
 from sere_ray.serve.locate import RouterUnavailableError
-from sere_ray.serve.router import SereRouter
-from sere_ray.serve.store import memory_store
-from sere_ray.token_times import BUCKETS
+from sere_ray.serve.policy_actor.router import SereRouter
+from sere_ray.serve.policy_actor.store import memory_store
+from sere_ray.util.errors import SereError
+from sere_ray.util.ports import free_port
+from sere_ray.util.token_times import BUCKETS
 from tests.serve.deployment import save_keys
 from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, save_artifact
 

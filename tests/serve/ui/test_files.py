@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from sere_ray.serve.ui import FILES, FOLDER, PAGE, PATHS
+from sere_ray.serve.gateway.ui import FILES, FOLDER, PAGE, PATHS
 from tests.serve.deployment import ADMIN
 
 

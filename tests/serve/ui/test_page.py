@@ -2,7 +2,7 @@
 
 import pytest
 
-from sere_ray.serve import keys
+from sere_ray.serve.gateway import keys
 from tests.browser import DESKTOP, PHONE, watched
 from tests.serve.deployment import ADMIN, API_KEY, wait_for
 from tests.serve.ui.actions import FORBIDDEN, REFUSED, UNAUTHORIZED, connect, poll, text

@@ -1,0 +1,1 @@
+"""The similarity artifact: saved, loaded, checked, shown."""

@@ -1,0 +1,290 @@
+"""The similarity artifact: one safetensors file with a matrix per MoE layer and its origin."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sere_ray.util.errors import ArtifactError
+from sere_ray.util.files import atomic_path
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "sere_ray"
+
+
+class ArtifactMetadata(BaseModel):
+    """Where a similarity artifact comes from and which model it fits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    model_id: str
+    revision: str | None = Field(None, description="resolved revision of the model, if it has one")
+    architecture: str = Field(description="first entry of `architectures` in the model's config")
+    num_experts: int = Field(description="E, logical experts of a layer")
+    top_k: int = Field(description="K, experts a token chooses")
+    router_fingerprint: dict[int, str] = Field(
+        default_factory=dict, description="per layer: SHA-256 of the gate weight as bf16, 32 hex"
+    )
+    metric: str
+    tokens: int = Field(0, description="calibration tokens every expert has seen")
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    dataset_sha256: str | None = None
+    libraries: dict[str, str] = Field(default_factory=dict)
+    date: str = Field(description="ISO 8601, UTC")
+    synthetic: bool = Field(False, description="random numbers, for benchmarks with dummy weights")
+
+
+@dataclass(frozen=True)
+class SimilarityArtifact:
+    """Similarity matrices by decoder layer index, ``float32 [E, E]`` each, and their origin."""
+
+    layers: Mapping[int, Tensor]
+    metadata: ArtifactMetadata
+
+    def save(self, path: Path | str) -> None:
+        """Write the file in one step: a reader sees the old file or the whole new one.
+
+        Raises:
+            ArtifactError: the content is not valid or the folder cannot be written.
+        """
+        path = Path(path)
+        _check_content(self, path)
+        tensors = {_tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
+        metadata = {_METADATA_KEY: self.metadata.model_dump_json()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "SimilarityArtifact":
+        """Read and check a file.
+
+        Raises:
+            ArtifactError: missing, damaged, not an artifact, or of a newer format.
+        """
+        path = Path(path)
+        metadata = read_metadata(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                layers = {_layer_of(name, path): file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ArtifactError(
+                f"{path}: damaged safetensors file ({error}); copy it again"
+            ) from None
+        artifact = cls(layers, metadata)
+        _check_content(artifact, path)
+        return artifact
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, name: str) -> "SimilarityArtifact":
+        """Read and check the content of a file that came over the network.
+
+        Args:
+            content: of the file.
+            name: of the file, for messages.
+
+        Raises:
+            ArtifactError: as :meth:`load`.
+        """
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(content)
+            file.flush()
+            try:
+                return cls.load(file.name)
+            except ArtifactError as error:
+                raise ArtifactError(str(error).replace(file.name, name)) from None
+
+    def check_replaces(self, running: "SimilarityArtifact", *, path: str) -> None:
+        """Refuse an artifact that was not calibrated on the weights which ``running`` fits.
+
+        The engine has compared the running artifact with the gates it loaded, so equal
+        fingerprints mean the same gates.
+
+        Raises:
+            ArtifactError: names the property, both values and what to do.
+        """
+        metadata = running.metadata
+        self.check_model(
+            architecture=metadata.architecture,
+            num_experts=metadata.num_experts,
+            top_k=metadata.top_k,
+            path=path,
+        )
+        pairs: list[tuple[str, object, object]] = [
+            ("synthetic", self.metadata.synthetic, metadata.synthetic),
+            ("layers", _ranges(sorted(self.layers)), _ranges(sorted(running.layers))),
+        ]
+        pairs += [
+            (
+                f"router fingerprint of layer {layer}",
+                self.metadata.router_fingerprint.get(layer),
+                metadata.router_fingerprint.get(layer),
+            )
+            for layer in sorted(running.layers)
+        ]
+        for what, new, old in pairs:
+            if new != old:
+                raise ArtifactError(
+                    f"{path}: {what} = {new!r}, but the running artifact has {old!r}; it belongs "
+                    f"to other weights ({self.metadata.model_id!r}): run `sere-ray calibrate` on "
+                    "the model you serve"
+                )
+
+    def check_model(self, *, architecture: str, num_experts: int, top_k: int, path: str) -> None:
+        """Refuse an artifact of another model, as far as the model's config tells.
+
+        Raises:
+            ArtifactError: names the property, both values and what to do.
+        """
+        metadata = self.metadata
+        pairs = [
+            ("architecture", metadata.architecture, architecture),
+            ("num_experts", metadata.num_experts, num_experts),
+            ("top_k", metadata.top_k, top_k),
+        ]
+        for name, of_artifact, of_model in pairs:
+            if of_artifact != of_model:
+                raise ArtifactError(
+                    f"{path}: {name} = {of_artifact!r}, but the model has {of_model!r}; this "
+                    f"artifact belongs to {metadata.model_id!r}: run `sere-ray calibrate` on the "
+                    "model you serve"
+                )
+
+    def check_layers(self, having: Container[int], *, path: str, but: str) -> None:
+        """Refuse matrices of layers that the model has not.
+
+        Args:
+            having: layers that may have one.
+            path: of the artifact, for the message.
+            but: how the model differs, likewise.
+
+        Raises:
+            ArtifactError: names the layers and what to do.
+        """
+        surplus = [layer for layer in sorted(self.layers) if layer not in having]
+        if surplus:
+            raise ArtifactError(
+                f"{path}: has layers {surplus}, but {but}; this artifact belongs to "
+                f"{self.metadata.model_id!r}: run `sere-ray calibrate` on the model you serve"
+            )
+
+    def check_router(self, layer: int, gate_weight: Tensor, *, path: str) -> None:
+        """Refuse another fine-tune: the gate's weights must be those of calibration.
+
+        Raises:
+            ArtifactError: the fingerprint differs or the artifact has none.
+        """
+        expected = self.metadata.router_fingerprint.get(layer)
+        found = router_fingerprint(gate_weight)
+        if expected != found:
+            raise ArtifactError(
+                f"{path}: router fingerprint of layer {layer} is {expected or 'missing'}, but the "
+                f"loaded model has {found}; the artifact was calibrated on other weights "
+                f"({self.metadata.model_id!r}): run `sere-ray calibrate` on the model you serve"
+            )
+
+    def matrix(self, layer: int, *, path: str) -> Tensor:
+        """The matrix of a decoder layer.
+
+        Raises:
+            ArtifactError: the artifact has none; it is never replaced by an identity matrix.
+        """
+        if layer not in self.layers:
+            raise ArtifactError(
+                f"{path}: no matrix for MoE layer {layer} (it has layers "
+                f"{_ranges(sorted(self.layers))}); run `sere-ray calibrate` on the model you serve"
+            )
+        return self.layers[layer]
+
+
+def read_metadata(path: Path | str) -> ArtifactMetadata:
+    """Read the origin of an artifact without its matrices.
+
+    Raises:
+        ArtifactError: missing, damaged, not an artifact, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file; `sere-ray calibrate` makes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get(_METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable safetensors file ({error}); pickle files are never loaded: "
+            "`sere-ray artifact import` converts the published formats"
+        ) from None
+    if raw is None:
+        raise ArtifactError(
+            f"{path}: a safetensors file, but not a similarity artifact (no {_METADATA_KEY!r} "
+            "metadata); `sere-ray calibrate` or `sere-ray artifact import` makes one"
+        )
+    try:
+        version = json.loads(raw).get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path}: format_version = {version}, this sere-ray reads up to {FORMAT_VERSION}; "
+                "update sere-ray"
+            )
+        return ArtifactMetadata.model_validate_json(raw)
+    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: damaged metadata ({reason}); calibrate again") from None
+
+
+def router_fingerprint(gate_weight: Tensor) -> str:
+    """Hash of a gate's weight ``[E, H]`` as bf16: the same for a quantised build of a model."""
+    values = gate_weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:32]
+
+
+def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
+    size = artifact.metadata.num_experts
+    if not artifact.layers:
+        raise ArtifactError(f"{path}: holds no layer; calibrate again")
+    for layer, matrix in sorted(artifact.layers.items()):
+        where = f"{path}: layer {layer}"
+        if matrix.dtype != torch.float32 or tuple(matrix.shape) != (size, size):
+            raise ArtifactError(
+                f"{where} is {matrix.dtype} {tuple(matrix.shape)}, must be torch.float32 "
+                f"{(size, size)} (num_experts = {size}); calibrate again"
+            )
+        if not bool(torch.isfinite(matrix).all()):
+            raise ArtifactError(f"{where} holds NaN or infinite values; calibrate again")
+        if bool((matrix.diagonal() < matrix.max(dim=1).values).any()):
+            raise ArtifactError(
+                f"{where}: an expert is less similar to itself (diagonal) than to another one; "
+                "calibrate again"
+            )
+
+
+def _tensor_name(layer: int) -> str:
+    return f"layers.{layer}.similarity"
+
+
+def _layer_of(name: str, path: Path) -> int:
+    parts = name.split(".")
+    if len(parts) != 3 or not parts[1].isdigit() or name != _tensor_name(int(parts[1])):
+        raise ArtifactError(f"{path}: unexpected tensor {name!r}; allowed: layers.<i>.similarity")
+    return int(parts[1])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

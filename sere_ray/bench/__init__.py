@@ -1,0 +1,1 @@
+"""Every ``sere-ray bench`` command."""

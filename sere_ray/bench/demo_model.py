@@ -1,0 +1,27 @@
+"""The demo model as benchmarks use it: held-out windows of text, its K."""
+
+import torch
+from torch import Tensor
+
+from sere_ray import assets
+from sere_ray.calibration.loading import load_tokenizer
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.policy.policy import Policy
+
+TOP_K = 4
+"""K of the demo model."""
+SEQUENCES = 32
+LENGTH = 128
+PROMPT_TOKENS = 64
+
+
+def heldout_windows() -> Tensor:
+    """``[SEQUENCES, LENGTH]`` token ids, one window from the start of each held-out text."""
+    tokenizer = load_tokenizer(str(assets.MODEL))
+    windows = [tokenizer(text)["input_ids"][:LENGTH] for text in assets.heldout_texts()]
+    return torch.tensor([window for window in windows if len(window) == LENGTH][:SEQUENCES])
+
+
+def bound(policy: Policy) -> BoundPolicy:
+    """The policy's numbers for the demo model."""
+    return policy.for_model(top_k=TOP_K)

@@ -1,0 +1,181 @@
+"""What the step-time benchmark serves: shapes of models, all with random weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sere_ray import assets
+
+_COMMON: dict[str, Any] = {
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_QWEN3: dict[str, Any] = {
+    **_COMMON,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+CONFIG: dict[str, Any] = {
+    **_QWEN3,
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+"""What the random models for CPUs share."""
+
+PUBLIC: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen1.5-moe-a2.7b": {
+        **_COMMON,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+    },
+    "deepseek-v2-lite": {
+        **_COMMON,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "max_position_embeddings": 163840,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "torch_dtype": "bfloat16",
+    },
+}
+"""Shapes of public checkpoints, in full."""
+_SIZES = {"qwen3-30b-a3b": "61 GB", "qwen1.5-moe-a2.7b": "29 GB", "deepseek-v2-lite": "31 GB"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration; its weights are drawn at random."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def top_k(self) -> int:
+        """K of the model."""
+        return int(self.config["num_experts_per_tok"])
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
+        return int(self.config.get("n_routed_experts") or self.config["num_experts"])
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What one token of context holds in the KV cache, over all layers."""
+        config = self.config
+        if "kv_lora_rank" in config:
+            width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        else:
+            head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            width = 2 * config["num_key_value_heads"] * head
+        return int(width * config["num_hidden_layers"] * self._bytes_per_value)
+
+    @property
+    def _bytes_per_value(self) -> int:
+        dtype = self.config.get("torch_dtype") or self.config["dtype"]
+        return {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def get_model(name: str) -> Model:
+    """One of ``PUBLIC``, ``demo``, ``random-e128`` or ``random-e64``.
+
+    The random ones are far beyond a CPU's cache: layers x experts x 3 x 1024 x width x bytes.
+    ``random-e128`` has the 128 experts, top-8, of Qwen3-30B-A3B and float32 weights, which CPUs
+    without bf16 arithmetic read as they are.
+    """
+    if name == "demo":
+        config = assets.model_config()
+        return Model("demo model: 4 layers x 48 experts, top-4, 5 MB, bf16", config)
+    if name in PUBLIC:
+        model = Model(name, PUBLIC[name])
+        return Model(f"{name}: {_shape(model)}, {_SIZES[name]}, random weights", model.config)
+    layers, experts, width, dtype, size = {
+        "random-e128": (4, 128, 640, "float32", "4.0 GB"),
+        "random-e64": (8, 64, 640, "bfloat16", "2.0 GB"),
+    }[name]
+    config = {
+        **CONFIG,
+        "num_hidden_layers": layers,
+        "num_experts": experts,
+        "moe_intermediate_size": width,
+        "torch_dtype": dtype,
+    }
+    return Model(f"random: {layers} layers x {experts} experts, top-8, {size}, {dtype}", config)
+
+
+def _shape(model: Model) -> str:
+    layers = model.config["num_hidden_layers"] - model.config.get("first_k_dense_replace", 0)
+    return f"{layers} layers x {model.num_experts} experts, top-{model.top_k}"

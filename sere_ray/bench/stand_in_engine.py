@@ -1,0 +1,73 @@
+"""The engine of :mod:`sere_ray.bench.stand_in`, as Ray's replicas want one."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
+from ray.llm._internal.serve.core.engine.protocol import LLMEngine
+
+from sere_ray.bench.stand_in import expected_words
+
+STEP_SECONDS = 0.02
+
+
+class StandInEngine(LLMEngine):  # type: ignore[misc]
+    """One rank: it lives and dies with its replica."""
+
+    def __init__(self, llm_config: Any) -> None:
+        self._model = llm_config.model_id
+        self._policy: dict[str, Any] | None = None
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    def routing_stats(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    async def check_health(self) -> None:
+        """Always healthy."""
+
+    async def completions(
+        self, request: Any, raw_request_info: Any = None
+    ) -> AsyncGenerator[Any, None]:
+        """A word each ``STEP_SECONDS``, in OpenAI's form."""
+        words = expected_words(request.prompt, request.max_tokens)
+        fields = {"id": request.request_id, "object": "text_completion", "model": self._model}
+        if request.stream:
+            for word in words:
+                await asyncio.sleep(STEP_SECONDS)
+                choice = {"index": 0, "text": word, "finish_reason": None}
+                yield f"data: {json.dumps({**fields, 'choices': [choice]})}\n\n"
+            yield "data: [DONE]\n\n"
+            return
+        await asyncio.sleep(STEP_SECONDS * len(words))
+        choice = {"index": 0, "text": "".join(words), "finish_reason": "length"}
+        usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": len(words)}
+        yield CompletionResponse.model_validate({**fields, "choices": [choice], "usage": usage})
+
+    async def collective_rpc(
+        self, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
+        """Policies are taken, and no more."""
+        if method not in ("sere_set_policy", "sere_settle"):
+            raise NotImplementedError(method)
+        if method == "sere_set_policy":
+            self._policy = args[0]
+        return [None]
+
+    async def resolve_lora(self, lora_model: Any) -> None:
+        """Not for tests of faults; likewise what follows."""
+        raise NotImplementedError
+
+    async def reset_prefix_cache(self) -> None:
+        """See above."""
+        raise NotImplementedError
+
+    def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        """See above."""
+        raise NotImplementedError
+
+    embeddings = transcriptions = chat

@@ -1,0 +1,299 @@
+"""Decode step time of stock vLLM and of this plugin, in one run, on random weights.
+
+One engine without the ``sere`` key (stock) and one with it take turns. Repeats are interleaved over
+all settings in random order, so that drift of the machine hits all alike.
+"""
+
+import bisect
+import itertools
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sere_ray.bench.engines import (
+    Engines,
+    decode_steps,
+    on_gpu,
+    prompt_tokens,
+    start_engines,
+    write_config,
+)
+from sere_ray.bench.floor import copy_bytes_per_s, count_weights, mean_context, step_bytes
+from sere_ray.bench.models import Model
+from sere_ray.bench.routing import Router, skew_gates
+from sere_ray.calibration.synthetic import synthetic_artifact
+from sere_ray.engine.control import experts_read, read_counters, set_policy
+from sere_ray.policy.policy import Policy
+from sere_ray.util.errors import SereError
+from sere_ray.util.progress import progress
+
+ROW_KEY = ("model", "router", "batch", "arm")
+"""What tells rows of a result file apart."""
+_WARM_UP_TOKENS = 10
+_TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
+"""Of the arm ``margin``: from the smallest demand that is told from 0, by factors of 1.4, to 1."""
+Save = Callable[[dict[str, Any]], None]
+"""Takes the measured content of the result file so far."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting that is measured."""
+
+    name: str
+    policy: Policy | None
+    """None: the engine without the key."""
+
+    @property
+    def select_top_k(self) -> int | None:
+        """S of the arm; None for stock."""
+        return self.policy.select_top_k if self.policy else None
+
+
+def arms(similarity: str, top_k: int) -> list[Arm]:
+    """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
+    common = {"similarity": similarity, "min_primary_experts": 0}
+
+    def policy(select_top_k: int, mode: str = "on") -> Policy:
+        return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
+
+    sizes = sorted({top_k, top_k // 2, 2, 1}, reverse=True)
+    return [
+        Arm("stock", None),
+        Arm("off", policy(1, "off")),
+        Arm("observe", policy(1, "observe")),
+        *(Arm(f"S={size}", policy(size)) for size in sizes),
+        Arm("margin", Policy.parse({**common, "rule": "margin", "tau": _TAUS[0]})),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        model: what to serve.
+        batches: decode batch sizes.
+        repeats: interleaved repeats of every point.
+        tokens: decode steps that are timed in a repeat.
+        routers: how tokens spread over the experts.
+        arms: names of the timed settings; None is all but ``margin``, whose tau is sought first,
+            and on a GPU without ``observe``.
+        compiled: run vLLM's compiled graphs; False = eager.
+    """
+
+    model: Model
+    batches: list[int]
+    repeats: int
+    tokens: int
+    routers: tuple[Router, ...] = ("uniform",)
+    arms: tuple[str, ...] | None = None
+    compiled: bool = True
+
+    def timed(self, settings: list[Arm]) -> list[Arm]:
+        """The settings that are timed; stock always is, as the ratios need it.
+
+        Raises:
+            SereError: an arm that the model does not have.
+        """
+        names = [arm.name for arm in settings]
+        left_out = {"margin", "observe"} if on_gpu() else {"margin"}
+        chosen = self.arms or tuple(n for n in names if n not in left_out)
+        for name in chosen:
+            if name not in names:
+                raise SereError(f"--arms: {name!r} is none of {', '.join(names)}")
+        return [arm for arm in settings if arm.name in (*chosen, "stock")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Running engines and what is known of them."""
+
+    plan: Plan
+    engines: Engines
+    settings: list[Arm]
+    floor: Callable[[int, float], float] | None
+    """Milliseconds from batch and experts read; None on a CPU, whose cache gets in the way."""
+
+    def engine(self, arm: Arm) -> Any:
+        """The engine of an arm, with its policy set."""
+        if not arm.policy:
+            return self.engines.stock
+        set_policy(self.engines.sere, arm.policy)
+        return self.engines.sere
+
+
+def measure(
+    plan: Plan, *, console: Console, save: Save, then: Callable[[Bench, Router], None] | None = None
+) -> None:
+    """Measure and save after every batch size.
+
+    Args:
+        plan: what is measured.
+        console: where progress goes.
+        save: called with ``{"rows": [...]}`` and, on a GPU, ``"copy_gb_per_s"``.
+        then: called with the engines after the last row, and the router they are left with.
+
+    Raises:
+        SereError: the plan does not fit the model or this machine.
+    """
+    if "skewed" in plan.routers and not on_gpu():
+        raise SereError("--router skewed: needs a GPU; on CPU vLLM packs the gates' weights away")
+    with tempfile.TemporaryDirectory(prefix="sere-step-time-") as name:
+        folder, similarity = write_config(plan.model, Path(name)), Path(name) / "sere.safetensors"
+        settings = arms(str(similarity), plan.model.top_k)
+        plan.timed(settings)
+        synthetic_artifact(folder).save(similarity)
+        bandwidth = copy_bytes_per_s() if on_gpu() else None  # before the engines fill the memory
+        console.print(f"starting two engines: {plan.model.name}")
+        bench = _start(plan, folder, settings, bandwidth)
+        header = {"copy_gb_per_s": [round(bandwidth / 1e9, 1)]} if bandwidth else {}
+        _measure(bench, console, lambda rows: save({**header, "rows": rows}))
+        if then:
+            then(bench, _in_order(plan.routers)[-1])
+
+
+def _start(plan: Plan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
+    first = next(arm.policy for arm in settings if arm.policy)
+    engines = start_engines(
+        folder,
+        plan.model,
+        first,
+        batches=plan.batches,
+        tokens=plan.tokens,
+        compiled=plan.compiled,
+    )
+    floor = _floor(plan, engines, bandwidth) if bandwidth else None
+    return Bench(plan, engines, settings, floor)
+
+
+def _in_order(routers: tuple[Router, ...]) -> list[Router]:
+    return sorted(set(routers), reverse=True)  # uniform first: gates are scaled in place
+
+
+def _floor(plan: Plan, engines: Engines, bandwidth: float) -> Callable[[int, float], float]:
+    weights = engines.each(count_weights)[0]
+    context = mean_context(prompt_tokens(), plan.tokens)
+    per_token = plan.model.kv_bytes_per_token
+
+    def milliseconds(batch: int, experts: float) -> float:
+        size = step_bytes(
+            weights, experts_read=experts, batch=batch, context=context, kv_per_token=per_token
+        )
+        return size / bandwidth * 1e3
+
+    return milliseconds
+
+
+def _measure(bench: Bench, console: Console, save: Callable[[list[dict[str, Any]]], None]) -> None:
+    plan = bench.plan
+    rows: list[dict[str, Any]] = []
+    points = len(plan.routers) * len(plan.batches) * (plan.repeats + 1)
+    order = random.Random(0)
+    with progress(console, points, task="measure", unit="repeats") as advance:
+        for router in _in_order(plan.routers):
+            if router == "skewed":
+                bench.engines.each(skew_gates)
+            for batch in plan.batches:
+                rows += _measure_batch(bench, router, batch, order, lambda: advance(1))
+                save(rows)
+
+
+def _measure_batch(
+    bench: Bench, router: Router, batch: int, order: random.Random, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    times: dict[str, list[list[float]]] = {}
+    experts: dict[str, float] = {}
+    timed = [
+        _reads_like_s2(bench, arm, batch) if arm.name == "margin" else arm
+        for arm in bench.plan.timed(bench.settings)
+    ]
+    observe = next(arm for arm in bench.settings if arm.name == "observe")
+    counted = timed if observe in timed else [*timed, observe]
+    for repeat in range(bench.plan.repeats + 1):
+        arms_now = timed if repeat else counted  # the first one warms up and counts
+        for arm in order.sample(arms_now, len(arms_now)):
+            engine = bench.engine(arm)
+            if arm.policy:
+                read_counters(engine, reset=True)
+            counts = repeat or arm.name == "observe"
+            tokens = bench.plan.tokens if counts else min(bench.plan.tokens, _WARM_UP_TOKENS)
+            intervals = _step_ms(bench, engine, batch, tokens, seed=repeat)
+            if repeat:
+                times.setdefault(arm.name, []).append(intervals)
+            if arm.policy and arm.policy.mode == "on":
+                experts[arm.name] = experts_read(read_counters(engine), "experts_after")
+            elif arm.name == "observe":
+                before = experts_read(read_counters(engine), "experts_before")
+                experts["stock"] = experts["off"] = experts[arm.name] = before
+        advance()
+    return [
+        _row(bench, router, batch, arm, times[arm.name], times["stock"], experts[arm.name])
+        for arm in timed
+    ]
+
+
+def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
+    """``margin`` with the largest tau at which it reads no fewer experts than S = 2."""
+
+    def experts_of(arm: Arm) -> float:
+        engine = bench.engine(arm)
+        read_counters(engine, reset=True)
+        _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
+        return experts_read(read_counters(engine), "experts_after")
+
+    def with_tau(tau: float) -> Arm:
+        policy = margin.policy and margin.policy.model_copy(update={"tau": tau})
+        return Arm(margin.name, policy)
+
+    wanted = experts_of(next(arm for arm in bench.settings if arm.name == "S=2"))
+    fewer = bisect.bisect_left(_TAUS, True, key=lambda tau: experts_of(with_tau(tau)) < wanted)
+    return with_tau(_TAUS[max(fewer - 1, 0)])
+
+
+def _row(
+    bench: Bench,
+    router: Router,
+    batch: int,
+    arm: Arm,
+    times: list[list[float]],
+    stock_times: list[list[float]],
+    experts: float,
+) -> dict[str, Any]:
+    step_ms, stock_ms = ([statistics.median(t) for t in of] for of in (times, stock_times))
+    mean_ms = [statistics.fmean(t) for t in times]
+    ratios = [stock / own for stock, own in zip(stock_ms, step_ms, strict=True)]
+    row = {
+        "model": bench.plan.model.name,
+        "router": router,
+        "batch": batch,
+        "arm": arm.name,
+        "select_top_k": arm.select_top_k,
+        "tau": arm.policy.tau if arm.policy else None,
+        "mode": arm.policy.mode if arm.policy else None,
+        "step_ms": round(statistics.median(step_ms), 3),
+        "step_ms_min": round(min(step_ms), 3),
+        "step_ms_max": round(max(step_ms), 3),
+        "step_ms_mean": round(statistics.median(mean_ms), 3),
+        "stock_step_ms": round(statistics.median(stock_ms), 3),
+        "speedup": round(statistics.median(ratios), 3),
+        "speedup_min": round(min(ratios), 3),
+        "speedup_max": round(max(ratios), 3),
+        "repeats": len(step_ms),
+        "experts_read": round(experts, 2),
+    }
+    if bench.floor:
+        row["floor_ms"] = round(bench.floor(batch, experts), 3)
+    return row
+
+
+def _step_ms(bench: Bench, engine: Any, batch: int, tokens: int, seed: int) -> list[float]:
+    """Milliseconds between the ends of steps in which every row decodes."""
+    ends = decode_steps(engine, bench.plan.model, batch, tokens, seed=seed)
+    return [(after - before) * 1e3 for before, after in itertools.pairwise(ends)]

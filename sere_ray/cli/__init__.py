@@ -1,0 +1,1 @@
+"""The ``sere-ray`` command, a module for each group of commands."""

@@ -1,0 +1,220 @@
+"""The group ``bench``; those of its commands that measure one subject live with that subject."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sere_ray.cli import calibrate as cli_calibrate
+from sere_ray.cli import observe as cli_observe
+from sere_ray.cli import serving_bench as cli_serving_bench
+from sere_ray.cli.common import Out, console, numbers, user_errors
+from sere_ray.util.errors import SereError
+
+app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
+app.command("metrics-overhead")(cli_observe.metrics_overhead)
+app.command("calibration")(cli_calibrate.bench_calibration)
+app.command("calibration-memory")(cli_calibrate.bench_memory)
+app.command("calibration-robustness")(cli_calibrate.bench_robustness)
+app.command()(cli_serving_bench.chaos)
+app.command("serving-overhead")(cli_serving_bench.serving_overhead)
+
+
+@app.command("step-time")
+def step_time(
+    out: Out,
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Decode batch sizes, comma-separated [1,4,16; on a GPU 1,2,4,..,128]."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of a point.")] = 5,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=4, max=500, help="Timed decode steps of a repeat [10; on a GPU 64]."),
+    ] = None,
+    model: Annotated[
+        Literal[
+            "random-e128",
+            "random-e64",
+            "demo",
+            "qwen3-30b-a3b",
+            "qwen1.5-moe-a2.7b",
+            "deepseek-v2-lite",
+        ],
+        typer.Option(help="Random experts for CPUs, 4 or 2 GB; the demo's shape; public shapes."),
+    ] = "random-e128",
+    router: Annotated[
+        str, typer.Option(help="uniform and, on a GPU, skewed: some experts are preferred.")
+    ] = "uniform",
+    arms: Annotated[
+        str | None, typer.Option(help="Settings to time, such as off,S=2,margin; stock always is.")
+    ] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the rows that the file has from this machine.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write the kernels of stock and S=1, too (GPU).")
+    ] = None,
+    profile_batch: Annotated[int, typer.Option(min=1, help="Its batch or rows per rank.")] = 16,
+    data_parallel_size: Annotated[
+        int, typer.Option(min=1, max=8, help="Ranks with data and expert parallelism, a GPU each.")
+    ] = 1,
+    rows_per_rank: Annotated[
+        str, typer.Option(help="With several ranks, in place of --batches.")
+    ] = "8,16,32,64",
+    union: Annotated[
+        str, typer.Option(help="With several ranks: of global, local, before-dispatch.")
+    ] = "global,local",
+) -> None:
+    """Decode step time: stock vLLM against this plugin, interleaved in one run.
+
+    The file is written after every batch size.
+
+    Example: sere-ray bench step-time --out step-time-cpu.json
+    """
+    with user_errors():
+        from sere_ray.bench.commands import run_step_time
+        from sere_ray.bench.engines import on_gpu
+
+        if data_parallel_size > 1:
+            from sere_ray.bench.expert_parallel import run_expert_parallel
+
+            if batches:
+                raise SereError("--batches: for one rank; use --rows-per-rank")
+            run_expert_parallel(
+                model,
+                out,
+                num_ranks=data_parallel_size,
+                ways=_names(union),
+                rows=numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
+                repeats=repeats,
+                tokens=tokens or (64 if on_gpu() else 10),
+                routers=_names(router),
+                chosen=_names(arms) if arms else None,
+                compiled=not eager,
+                append=append,
+                profile=profile,
+                profile_rows=profile_batch,
+                console=console,
+            )
+            print(out)
+            return
+        default = "1,2,4,8,16,32,64,128" if on_gpu() else "1,4,16"
+        run_step_time(
+            model,
+            out,
+            batches=numbers("--batches", batches or default, range(1, 257)),
+            repeats=repeats,
+            tokens=tokens or (64 if on_gpu() else 10),
+            routers=_names(router),
+            arms=_names(arms) if arms else None,
+            compiled=not eager,
+            append=append,
+            profile=profile,
+            profile_batch=profile_batch,
+            console=console,
+        )
+    print(out)
+
+
+@app.command("dispatch")
+def dispatch_bytes(
+    out: Out,
+    ranks: Annotated[
+        str, typer.Option(help="Sizes of the group, 2 to 8, comma-separated.")
+    ] = "2,4",
+    rows_per_rank: Annotated[
+        int, typer.Option(min=1, help="Decode rows of a rank; at most 32 over all ranks.")
+    ] = 8,
+    prefer_local_rank: Annotated[
+        str, typer.Option(help="Tolerances to measure beside null, comma-separated.")
+    ] = "0.02,0.05,0.1",
+    similarity: Annotated[
+        Path | None, typer.Option(help="Artifact of the demo model [calibrated first].")
+    ] = None,
+) -> None:
+    """Bytes between expert-parallel ranks: the demo model's routing through real gloo processes.
+
+    Example: sere-ray bench dispatch --ranks 2,4 --out dispatch-cpu.json
+    """
+    with user_errors():
+        from sere_ray.bench.commands import run_dispatch
+
+        run_dispatch(
+            out,
+            group_sizes=numbers("--ranks", ranks, range(2, 9)),
+            rows_per_rank=rows_per_rank,
+            tolerances=_decimals("--prefer-local-rank", prefer_local_rank),
+            similarity=similarity,
+            console=console,
+        )
+    print(out)
+
+
+@app.command()
+def failover(out: Out) -> None:
+    """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
+
+    Takes a few minutes on two cores. The file is written after every number of ranks.
+
+    Example: sere-ray bench failover --out failover.json
+    """
+    with user_errors():
+        from sere_ray.bench.failover import run_failover
+        from sere_ray.util.results import write_result
+
+        run_failover(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@app.command()
+def scale(out: Out) -> None:
+    """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
+
+    Example: sere-ray bench scale --out scale-simulated.json
+    """
+    with user_errors():
+        from sere_ray.bench.scale import run_scale
+        from sere_ray.util.results import write_result
+
+        run_scale(lambda content: write_result(out, content), console=console)
+    print(out)
+
+
+@app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],
+    picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Only what was measured on this one [all].")
+    ] = None,
+) -> None:
+    """Draw a result file of `bench step-time`, `failover` or `scale`.
+
+    Example: sere-ray bench plot step-time.json step-time.png
+    """
+    with user_errors():
+        from sere_ray.bench.plot import draw, of_model
+        from sere_ray.util.results import load_result
+
+        document = load_result(result)
+        draw(of_model(document, model) if model else document, picture)
+    print(picture)
+
+
+def _decimals(option: str, text: str) -> list[float]:
+    """The numbers from 0 to 1 of a comma-separated option."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= value <= 1 for value in values):
+        raise SereError(f"{option} = {text!r}: must be numbers from 0 to 1, comma-separated")
+    return values
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated option."""
+    return tuple(part.strip() for part in text.split(","))

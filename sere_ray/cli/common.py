@@ -1,0 +1,34 @@
+"""What every command of the command line shares."""
+
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sere_ray.util.errors import SereError
+
+console = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what the user has to fix as one line, exit code 2, no traceback."""
+    try:
+        yield
+    except SereError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
+    """The numbers of a comma-separated option."""
+    values = [int(part) if part.strip().isdecimal() else None for part in text.split(",")]
+    found = [value for value in values if value is not None and value in allowed]
+    if len(found) != len(values):
+        raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
+    return found

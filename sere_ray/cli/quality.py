@@ -1,0 +1,155 @@
+"""The commands about quality: evaluate, tune."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sere_ray.cli.common import console, numbers, user_errors
+
+if TYPE_CHECKING:
+    from sere_ray.evaluation.frontier import Plan
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
+Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
+Sequences = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
+Length = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]
+Prompt = Annotated[int, typer.Option(min=1, help="Of these, exact and not scored.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+
+
+def evaluate(
+    model: Model,
+    similarity: Similarity,
+    data: Annotated[str, typer.Option(help="Held-out text: parquet, jsonl or text file.")],
+    out: Annotated[Path, typer.Option(help="JSON to write; replaced in one step.")],
+    html: Annotated[Path | None, typer.Option(help="Page with plots and tables to write.")] = None,
+    rules: Annotated[
+        str, typer.Option(help="Which rules, comma-separated.")
+    ] = "sere,topk,oea,xshare,lynx,margin",
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML list of settings in place of the grids of --rules.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes.")] = "1,2,4,8,16,32,64",
+    ranks: Annotated[str, typer.Option(help="Numbers of expert-parallel ranks, 1..8.")] = "1,8",
+    sequences: Sequences = 256,
+    length: Length = 128,
+    prompt: Prompt = 64,
+    text_column: TextColumn = "text",
+    device: Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Of the weights; auto: the checkpoint's, on a CPU float32."),
+    ] = "auto",
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep what the file has of other batch sizes.")
+    ] = False,
+) -> None:
+    """Compare every rule on held-out text: experts read against distance from the exact model.
+
+    Example: sere-ray evaluate MODEL --similarity MODEL.sere.safetensors --data heldout.jsonl
+    --out frontier.json --html frontier.html
+    """
+    with user_errors():
+        from sere_ray.evaluation.frontier import check_same_text
+        from sere_ray.evaluation.frontier import evaluate as run
+        from sere_ray.evaluation.frontier_page import write_page
+        from sere_ray.evaluation.settings import check_rules, read_settings
+        from sere_ray.util.results import check_continues, load_result, write_result
+
+        onto = load_result(out) if append and out.exists() else None
+        if onto:
+            check_continues(onto)
+        names = tuple(part.strip() for part in rules.split(","))
+        check_rules(names)
+        text = (data, text_column, sequences, length, prompt)
+        plan = _plan(model, similarity, text, batches, ranks, device, dtype)
+        chosen = read_settings(settings) if settings else None
+        found = run(plan, rules=names, settings=chosen, console=console)
+        if onto:
+            check_same_text(onto, found, plan.batches)
+        write_result(out, found, onto=onto)
+        if html:
+            write_page(load_result(out), html)
+    print(out)
+
+
+def tune(
+    model: Model,
+    similarity: Similarity,
+    data: Annotated[str, typer.Option(help="Text to choose on.")],
+    check: Annotated[str, typer.Option(help="Second text, which has no part in the choice.")],
+    out: Annotated[Path, typer.Option(help="Policy to write, YAML: `sere:` of a deployment.")],
+    max_kl: Annotated[float | None, typer.Option(help="Budget: mean KL, nats.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Budget: top-1 agreement, 0..1.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes that must keep it.")] = "8,16,32",
+    by_rows: Annotated[
+        bool,
+        typer.Option(
+            "--by-rows/--one-setting", help="A setting for each range of batch sizes, or for all."
+        ),
+    ] = True,
+    rules: Annotated[
+        str, typer.Option(help="Rules to choose among; GPUs serve sere and margin.")
+    ] = "sere,oea,xshare,lynx,margin",
+    report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
+    sequences: Sequences = 128,
+    length: Length = 128,
+    prompt: Prompt = 64,
+    text_column: TextColumn = "text",
+    device: Device = "auto",
+) -> None:
+    """Find the policy that reads the fewest experts within a budget of quality, and check it.
+
+    Example: sere-ray tune MODEL --similarity MODEL.sere.safetensors --data a.jsonl
+    --check b.jsonl --max-kl 0.01 --batches 8,16,32 --out policy.yaml
+    """
+    with user_errors():
+        from sere_ray.evaluation.settings import check_rules
+        from sere_ray.evaluation.tune import Budget, write_policy
+        from sere_ray.evaluation.tune import tune as run
+        from sere_ray.evaluation.tune_report import print_report
+        from sere_ray.util.results import write_result
+
+        names = tuple(part.strip() for part in rules.split(","))
+        check_rules(names)
+        text = (data, text_column, sequences, length, prompt)
+        plan = _plan(model, similarity, text, batches, "1", device)
+        budget = Budget(max_kl, min_agreement)
+        found = run(plan, check, budget, names, console, by_rows=by_rows)
+        write_policy(found["policy"], out)
+        if report:
+            write_result(report, found)
+        print_report(found, console)
+    print(out)
+
+
+def _plan(
+    model: str,
+    similarity: Path,
+    text: tuple[str, str, int, int, int],
+    batches: str,
+    ranks: str,
+    device: str,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+) -> "Plan":
+    """What the options say; ``text``: data, column, sequences, length, prompt."""
+    from sere_ray.evaluation.frontier import Plan
+
+    data, text_column, sequences, length, prompt = text
+    return Plan(
+        model=model,
+        similarity=similarity,
+        data=data,
+        text_column=text_column,
+        sequences=sequences,
+        length=length,
+        prompt_tokens=prompt,
+        batches=tuple(numbers("--batches", batches, range(1, 257))),
+        ranks=tuple(numbers("--ranks", ranks, range(1, 9))),
+        device=device,
+        dtype=dtype,
+    )

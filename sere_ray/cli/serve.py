@@ -1,0 +1,114 @@
+"""The commands around a deployment: serve, policy, stats, key."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sere_ray.cli.common import console, user_errors
+from sere_ray.util.errors import SereError
+
+Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_ADMIN_TOKEN.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy of a deployment.")
+
+
+def serve(
+    config: Annotated[Path, typer.Option(help="A file such as deploy/demo-cpu.yaml.")],
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port for Prometheus; Ray opens it on all interfaces."),
+    ] = None,
+    direct_streaming: Annotated[
+        bool,
+        typer.Option(help="HAProxy before the engines' own servers: much faster. Needs keys."),
+    ] = False,
+) -> None:
+    """Run a deployment on this machine until Ctrl-C or SIGTERM; then requests under way finish.
+
+    On a Ray cluster use `serve deploy FILE` instead: the file is the same.
+
+    Example: sere-ray serve --config deploy/demo-cpu.yaml
+    """
+    with user_errors():
+        from sere_ray.serve.run import run_file
+
+        run_file(config, console, metrics_port, direct=direct_streaming)
+
+
+def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
+    """Draw an API key or admin token: prints it, and the line for `access.keys_file`.
+
+    Example: sere-ray key team-a
+    """
+    from sere_ray.serve.gateway.keys import NAME_PATTERN, digest, new_key
+
+    with user_errors():
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            raise SereError(f"NAME = {name!r}: must be 1 to 64 letters, digits, '.', '_' or '-'")
+    value = new_key()
+    console.print("Give this to its holder; it is not stored anywhere:", highlight=False)
+    print(value)
+    console.print("Add this to the key file, below `keys:` or `admin:`:", highlight=False)
+    print(f'  - {{name: "{name}", sha256: "{digest(value)}"}}')
+
+
+@policy_app.command("get")
+def policy_get(url: Url = DEFAULT_URL) -> None:
+    """Print the policy, its version, and how many replicas run it, as JSON.
+
+    Example: sere-ray policy get
+    """
+    with user_errors():
+        from sere_ray.serve.client import request
+
+        print(json.dumps(request(url, "policy"), indent=2))
+
+
+@policy_app.command("set")
+def policy_set(
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE ..., of the policy's keys.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A whole policy, YAML, as tune writes; its artifact stays as it is."),
+    ] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Change keys of the policy without a restart, on all replicas.
+
+    Example: sere-ray policy set select_top_k=1 threshold=0.3 mode=on
+    """
+    with user_errors():
+        from sere_ray.serve.client import is_followed, parse_changes, read_policy, request
+
+        if bool(changes) == (file is not None):
+            raise SereError("give KEY=VALUE ... or --file FILE, one of the two")
+        change = parse_changes(changes or []) if file is None else read_policy(file)
+        status = request(url, "policy", change=change)
+        print(json.dumps(status, indent=2))
+        if not is_followed(status):
+            console.print(
+                f"{status['replicas_settled']} of {status['replicas']} ranks run it yet; others "
+                "follow when they answer: see `sere-ray policy get`",
+                highlight=False,
+            )
+
+
+def stats(
+    url: Url = DEFAULT_URL,
+    watch: Annotated[
+        float | None, typer.Option(min=0.5, help="Seconds: print what happened in each interval.")
+    ] = None,
+) -> None:
+    """Print what re-routing does: experts read, slots re-routed, step time.
+
+    Example: sere-ray stats --watch 2
+    """
+    with user_errors():
+        from sere_ray.serve.client import print_stats
+
+        print_stats(url, watch)

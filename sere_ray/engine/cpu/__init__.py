@@ -1,0 +1,1 @@
+"""Back end of engines on a CPU (model runner V1)."""

@@ -1,0 +1,130 @@
+"""``dispatch: all_to_all`` in an engine: put in place after loading, fed and counted per layer.
+
+=====================================  ==========================================================
+target                                 what, why, remove when
+=====================================  ==========================================================
+quant_method.moe_kernel of each layer  Built again of the same experts and the back end of
+                                       ``dispatch_backend.py``, once weights are loaded. Why:
+                                       vLLM makes back ends from a closed list of names
+                                       (``maybe_make_prepare_finalize``). Remove: it can be given
+                                       one.
+=====================================  ==========================================================
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, Greeting
+from sere_ray.util.errors import UnsupportedError
+
+
+class Routed(NamedTuple):
+    """Rows of one layer of the running step, between the rule and their dispatch."""
+
+    gate_ids: Tensor
+    """``[T, K]``, before the rule."""
+    is_padding: Tensor
+    """``[T]`` bool: rows nobody asked for, which stay where they are."""
+    counter: tuple[int, int] | None
+    """Step kind and layer position that the call is counted under; None = it is not counted."""
+
+
+@dataclass
+class DispatchMeter:
+    """Hands rows' origin from the rule to the dispatch of the same layer, and adds up counts.
+
+    Attributes:
+        num_layers: MoE layers of the model.
+        device: where counts are kept.
+    """
+
+    num_layers: int
+    device: torch.device
+    ranks: int = field(default=0, init=False)
+    row_bytes: dict[str, int] = field(default_factory=dict, init=False)
+    routed: Routed | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Start at zero."""
+        shape = (2, self.num_layers, len(DISPATCH_COUNTS))
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.calls = np.zeros((2, self.num_layers), dtype=np.int64)
+
+    def take_routed(self) -> Routed | None:
+        """What the rule of this layer left, once; None outside a step (warm-up, drafts)."""
+        routed, self.routed = self.routed, None
+        return routed
+
+    def add(self, routed: Routed | None, counts: Tensor) -> None:
+        """Count a call; ``counts`` as :data:`DISPATCH_COUNTS`, on the device."""
+        if routed is not None and routed.counter is not None:
+            self.counts[routed.counter] += counts
+            self.calls[routed.counter] += 1
+
+    def read(self, *, reset: bool) -> list[dict[str, Any]]:
+        """Sums per step kind: ``calls`` and every field of ``DISPATCH_COUNTS``, a list by layer."""
+        sums = self.counts.cpu().numpy()
+        report = [
+            {"calls": self.calls[kind].tolist()}
+            | dict(zip(DISPATCH_COUNTS, sums[kind].T.tolist(), strict=True))
+            for kind in range(2)
+        ]
+        if reset:
+            self.counts.zero_()
+            self.calls[:] = 0
+        return report
+
+
+def replace_dispatch(
+    layers: Mapping[int, Any],
+    owners: Mapping[int, Tensor],
+    meter: DispatchMeter,
+    group: dist.ProcessGroup,
+    greeting: Greeting | None,
+) -> None:
+    """Take vLLM's all-gather out of each layer's kernel and put the all-to-all in.
+
+    Args:
+        layers: decoder layer index -> vLLM's ``MoERunner``, weights loaded.
+        owners: decoder layer index -> ``[E]`` int64, expert-parallel rank of every expert.
+        meter: of the engine.
+        group: of the expert-parallel ranks.
+        greeting: see :class:`AllToAll`.
+
+    Raises:
+        UnsupportedError: a layer does not dispatch by vLLM's all-gather.
+    """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
+        MoEPrepareAndFinalizeNaiveDPEPModular,
+    )
+
+    from sere_ray.engine.cpu.dispatch_backend import AllToAllPrepareAndFinalize
+
+    for layer, runner in layers.items():
+        method, moe = runner.routed_experts.quant_method, runner.moe_config
+        stock = getattr(method.moe_kernel, "prepare_finalize", None)
+        if type(stock) is not MoEPrepareAndFinalizeNaiveDPEPModular:
+            raise UnsupportedError(
+                f"sere.dispatch = 'all_to_all': layer {runner.layer_name!r} dispatches by "
+                f"{type(stock).__name__}, which it cannot take the place of; leave it out"
+            )
+        exchange = AllToAll(owners[layer].to(meter.device), group, greeting)
+        meter.ranks = exchange.ranks
+        meter.row_bytes = exchange.row_bytes(moe.hidden_dim, moe.experts_per_token, moe.in_dtype)
+        backend = AllToAllPrepareAndFinalize(exchange, meter)
+        method.moe_kernel = FusedMoEKernel(backend, method.moe_kernel.fused_experts)
+
+
+def group_timeout(vllm_config: Any) -> timedelta:
+    """Of the engine's exchanges: vLLM's ``distributed_timeout_seconds``, else torch's default."""
+    seconds = vllm_config.parallel_config.distributed_timeout_seconds
+    default: timedelta = dist.default_pg_timeout
+    return default if seconds is None else timedelta(seconds=seconds)

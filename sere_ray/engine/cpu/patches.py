@@ -1,0 +1,111 @@
+"""What an engine on a CPU (V1 model runner) changes beside ``seam.py``, and the ledger of it.
+
+=====================================  ==========================================================
+GPUModelRunner._model_forward          Row kinds and step totals around the forward pass (warm-up
+                                       calls the model directly and so stays exact). Remove: vLLM
+                                       exposes row kinds in the forward context.
+dispatcher._rebind_kernels             A second engine in one process: vLLM looks through every
+                                       loaded module for kernels and stumbles over llvmlite's
+                                       library object, which the compiled rule brings in (numba).
+                                       Remove: vLLM reads ``__dict__`` with a type check.
+=====================================  ==========================================================
+
+With ``enable_expert_parallel`` also those of ``cpu_expert_parallel.py`` and ``cpu_union_seam.py``.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere_ray.engine.cpu import expert_parallel as cpu_expert_parallel
+from sere_ray.engine.cpu import union_patches as cpu_union_seam
+from sere_ray.engine.cpu.state import CpuState, active_state
+from sere_ray.engine.row_kinds import request_kinds, row_kinds
+from sere_ray.engine.state import Routing, Wrap, find_state
+from sere_ray.policy.tiers import asks_exact
+from sere_ray.rules import EXACT, Choice
+
+
+def install(wrap: Wrap, vllm_config: Any) -> None:
+    """Put the patches in place; calling it again does nothing."""
+    from vllm.triton_utils import dispatcher
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "_model_forward", _run_step)
+    wrap(dispatcher, "_rebind_kernels", hide_llvmlite)
+    if vllm_config.parallel_config.enable_expert_parallel:
+        cpu_expert_parallel.install(wrap)
+        cpu_union_seam.install(wrap)
+
+
+def route(
+    router: Any,
+    original: Callable[..., Routing],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Routing:
+    """The gate's choice, re-routed."""
+    topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
+    new_ids, new_weights = torch.ops.sere_ray.choose(
+        topk_ids, topk_weights, router_logits, router.sere_layer
+    )
+    return new_weights, new_ids
+
+
+@functools.cache
+def define_op() -> None:
+    """One opaque op, so that Dynamo does not trace the rule; the state is looked up at run time."""
+
+    def choose(topk_ids: Tensor, topk_weights: Tensor, logits: Tensor, layer: int) -> Choice:
+        state = active_state()
+        if state is None:
+            return topk_ids.clone(), topk_weights.clone()
+        return state.choose(layer, topk_ids, topk_weights, logits)
+
+    op = torch.library.custom_op(
+        "sere_ray::choose",
+        choose,
+        mutates_args=(),
+        schema="(Tensor topk_ids, Tensor topk_weights, Tensor logits, int layer) "
+        "-> (Tensor, Tensor)",
+    )
+    op.register_fake(
+        lambda topk_ids, topk_weights, logits, layer: (
+            torch.empty_like(topk_ids),
+            torch.empty_like(topk_weights),
+        )
+    )
+
+
+def hide_llvmlite(original: Callable[..., Any], *args: Any) -> Any:
+    """Call vLLM's search with llvmlite out of its sight."""
+    hidden = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite")}
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        return original(*args)
+    finally:
+        sys.modules.update(hidden)
+
+
+def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    state = find_state(runner.vllm_config)
+    if not isinstance(state, CpuState):
+        return original(runner, *args, **kwargs)
+    batch, count = runner.input_batch, runner.input_batch.num_reqs
+    kinds = request_kinds(
+        batch.num_computed_tokens_cpu[:count],
+        batch.num_prompt_tokens[:count],
+        batch.num_tokens_no_spec[:count],
+    )
+    for i, request in enumerate(batch.req_ids[:count]):
+        if asks_exact(runner.requests[request].sampling_params):
+            kinds[i] = EXACT
+    with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
+        return original(runner, *args, **kwargs)

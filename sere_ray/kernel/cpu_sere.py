@@ -1,0 +1,178 @@
+"""The same rule for decode steps on a CPU: scalar loops, compiled by numba.
+
+At 16 rows the reference is 35 small torch calls. Between expert layers that stream gigabytes
+through the caches, each of them starts cold. These loops are one call and touch little code.
+They are two where expert-parallel ranks take the minimum of what the first returns.
+`tests/rules` holds both to the same integers.
+"""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sere_ray.rules.local_rank import LocalRanks
+from sere_ray.rules.sere import UNNAMED, check_slots
+
+
+class StepCounts(NamedTuple):
+    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and two more."""
+
+    experts_before: int
+    experts_after: int
+    slots_rerouted: int
+    critical_kept: int
+    experts_max_rank_before: int
+    """Experts before the rule of the rank that holds most of them."""
+    experts_max_rank_after: int
+    """The same after it."""
+
+
+def reroute_and_count(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    similarity: Tensor,
+    row_kind: Tensor,
+    *,
+    select_top_k: int,
+    threshold: float | None,
+    min_primary_experts: int,
+    local: LocalRanks | None = None,
+    owner: Tensor | None = None,
+) -> tuple[Tensor, StepCounts]:
+    """Apply the rule and count; arguments as for :func:`sere_ray.reroute`, all on the CPU.
+
+    With ``local`` it is the variant :func:`sere_ray.rules.reroute_local`. ``owner``, the rank that
+    holds each expert, ``[E]`` int64, is only counted with; None = one rank holds them all.
+
+    Returns:
+        ``[T, K]`` new tensor of the dtype of ``topk_ids``, and what changed.
+    """
+    if local is not None:
+        return reroute_by_ranks(
+            topk_ids,
+            lowest_ranks(topk_ids, topk_weights, row_kind, similarity.shape[0]),
+            similarity,
+            row_kind,
+            select_top_k=select_top_k,
+            threshold=threshold,
+            min_primary_experts=min_primary_experts,
+            local=local,
+            owner=owner,
+        )
+    check_slots(topk_ids.shape[1])
+    new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
+    counts = _loops().reroute(
+        new_ids.numpy(),
+        _as_numpy(topk_weights),
+        similarity.contiguous().numpy(),
+        row_kind.contiguous().numpy(),
+        *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
+        _owners(owner, similarity),
+    )
+    return new_ids, StepCounts(*counts)
+
+
+def lowest_ranks(
+    topk_ids: Tensor, topk_weights: Tensor, row_kind: Tensor, num_experts: int
+) -> Tensor:
+    """Steps 1 and 2 for these rows; equals :func:`sere_ray.rules.sere.rank_vector`.
+
+    Returns:
+        ``[E]`` uint8.
+    """
+    check_slots(topk_ids.shape[1])
+    ranks = np.full(num_experts, UNNAMED, dtype=np.uint8)
+    _loops().fill_ranks(
+        topk_ids.contiguous().numpy(),
+        _as_numpy(topk_weights),
+        row_kind.contiguous().numpy(),
+        ranks,
+    )
+    return torch.from_numpy(ranks)
+
+
+def reroute_by_ranks(
+    topk_ids: Tensor,
+    ranks: Tensor,
+    similarity: Tensor,
+    row_kind: Tensor,
+    *,
+    select_top_k: int,
+    threshold: float | None,
+    min_primary_experts: int,
+    local: LocalRanks | None = None,
+    owner: Tensor | None = None,
+) -> tuple[Tensor, StepCounts]:
+    """Steps 3 to 5 for these rows; equals ``plan_from_ranks`` and ``apply_plan``.
+
+    With ``local`` it is ``apply_plan_local`` instead.
+
+    Args:
+        topk_ids: ``[T, K]``.
+        ranks: ``[E]`` uint8 over the rows of all ranks.
+        similarity: as for :func:`sere_ray.reroute`, and so are the others.
+        row_kind: ``[T]`` int8.
+        select_top_k: S.
+        threshold: rho.
+        min_primary_experts: m.
+        local: placement of the experts and home ranks of these rows.
+        owner: as for :func:`reroute_and_count`.
+
+    Returns:
+        New ids, and what changed: experts are those of all ranks, slots those of these rows.
+    """
+    new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
+    arguments = (
+        new_ids.numpy(),
+        ranks.numpy(),
+        similarity.contiguous().numpy(),
+        row_kind.contiguous().numpy(),
+        *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
+    )
+    if local is None:
+        return new_ids, StepCounts(*_loops().apply_ranks(*arguments, _owners(owner, similarity)))
+    placed, home = local.owner.numpy(), local.home.numpy()
+    counts = _loops().apply_ranks_local(*arguments, placed, home, np.float32(local.tolerance))
+    return new_ids, StepCounts(*counts)
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    from sere_ray.kernel import cpu_loops
+
+    return cpu_loops
+
+
+def _as_numpy(weights: Tensor) -> NDArray[np.floating]:
+    if weights.dtype not in (torch.float32, torch.float64):
+        weights = weights.float()  # exact: numpy has no bf16
+    array: NDArray[np.floating] = weights.contiguous().numpy()
+    return array
+
+
+def _owners(owner: Tensor | None, similarity: Tensor) -> NDArray[np.int64]:
+    if owner is None:
+        return np.zeros(similarity.shape[0], np.int64)
+    owners: NDArray[np.int64] = owner.numpy()
+    return owners
+
+
+def _numbers(
+    topk_ids: Tensor,
+    similarity: Tensor,
+    select_top_k: int,
+    threshold: float | None,
+    min_primary_experts: int,
+) -> tuple[int, np.float32, int]:
+    """S, rho and m as the loops take them."""
+    num_slots, num_experts = topk_ids.shape[1], similarity.shape[0]
+    return (
+        select_top_k if 0 < select_top_k < num_slots else num_slots,
+        np.float32(-np.inf if threshold is None else threshold),
+        min(max(min_primary_experts, 0), num_experts),
+    )

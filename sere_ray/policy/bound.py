@@ -1,0 +1,71 @@
+"""The numbers of a policy for one model: what engines hold and the rule is called with.
+
+:meth:`sere_ray.policy.policy.Policy.for_model` makes them from what a user wrote.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from sere_ray.rules import Layer
+
+RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
+Mode = Literal["off", "observe", "on"]
+Union = Literal["global", "local"]
+OWN_FIELDS = ("select_top_k", "threshold", "min_primary_experts")
+"""Knobs of rules that have fields of their own in :class:`BoundPolicy`."""
+
+
+class BoundPolicy(BaseModel):
+    """See the module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode
+    rule: RuleName = "sere"
+    select_top_k: int
+    threshold: float | None
+    min_primary_experts: int
+    union: Union = "global"
+    prefer_local_rank: float | None = None
+    knobs: tuple[tuple[str, Any], ...] = ()
+    """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
+    by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()
+    """Most re-routable rows of a step, and its numbers; from small steps to large ones."""
+
+    def for_rows(self, rows: int) -> "BoundPolicy":
+        """The numbers of a step.
+
+        Args:
+            rows: re-routable rows that the kept experts are chosen over.
+        """
+        return next((bound for up_to, bound in self.by_rows if rows <= up_to), self)
+
+    def of_layer(
+        self,
+        position: int,
+        num_experts: int,
+        similarity: Tensor | None,
+        owner: Tensor | None = None,
+    ) -> Layer:
+        """What the rule is given in one layer.
+
+        Args:
+            position: of the layer among the MoE layers, from 0.
+            num_experts: E.
+            similarity: ``[E, E]`` float32, where the rule reads it.
+            owner: ``[E]`` int64, the expert-parallel rank of each expert; None = one rank.
+        """
+        knobs = {
+            key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
+        }
+        return Layer(
+            num_experts,
+            similarity=similarity,
+            owner=owner,
+            select_top_k=self.select_top_k,
+            threshold=self.threshold,
+            min_primary_experts=self.min_primary_experts,
+            **knobs,
+        )

@@ -1,0 +1,285 @@
+"""The re-routing policy: one validated description, the same everywhere it is written.
+
+It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
+a result file. Key names and defaults are those of the specification (docs/rule.md). Beside the
+policy, vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, RuleName, Union
+from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
+from sere_ray.rules import RULES
+from sere_ray.util.errors import PolicyError
+
+
+def _as_tau(value: object) -> float | tuple[float, ...] | None:
+    """A number from 0 to 1, or one for each layer."""
+    several = isinstance(value, list | tuple)
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+    if value is None:
+        return None
+    if not numbers or not plain or not all(0 <= n <= 1 for n in numbers):
+        raise PydanticCustomError("tau", "must be a number from 0 to 1, or a list of them")
+    return tuple(map(float, numbers)) if several else float(numbers[0])
+
+
+Tau = Annotated[
+    float | tuple[float, ...] | None,
+    PlainValidator(_as_tau, json_schema_input_type=float | list[float] | None),
+]
+Dispatch = Literal["allgather", "all_to_all"]
+
+
+class Policy(BaseModel):
+    """How a deployment re-routes.
+
+    Example:
+        >>> Policy.parse({"similarity": "demo.safetensors", "select_top_k": 2}).mode
+        'on'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    similarity: str = Field(min_length=1, description="path of the similarity artifact")
+    rule: RuleName = Field("sere", description="which rule re-routes")
+    select_top_k: int | None = Field(
+        None, ge=1, description="S: slots of a row that are never re-routed; <= K"
+    )
+    threshold: float | None = Field(
+        None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in, 0..1; null = any"
+    )
+    min_primary_experts: int | None = Field(
+        None, ge=0, description="m: least size of the primary set; null = K of the model"
+    )
+    union: Union = Field(
+        "global",
+        description="rows the primary set is taken over: of all ranks, or of each rank its own",
+    )
+    mode: Mode = Field(
+        "on", description="off = exact; observe = exact, but count what `on` would read"
+    )
+    prefer_local_rank: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="how much less similar a stand-in may be if it is on a rank that the row "
+        "visits anyway, 0..1; null = the most similar, wherever it is",
+    )
+    experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
+    max_per_rank: int | None = Field(
+        None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
+    )
+    alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
+    base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
+    depth: int | None = Field(None, ge=1, description="the last bin")
+    tau: Tau = Field(
+        None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
+    )
+    beta: float | None = Field(
+        None, ge=0.0, le=1.0, description="1 = weights renormalised, 0 = the gate's scale"
+    )
+    fill: float | None = Field(
+        None, ge=0.0, le=1.0, description="factor of the weight of a stand-in"
+    )
+    runners_up: int | None = Field(
+        None, ge=1, description="how many unchosen experts a chosen one is compared with"
+    )
+
+    balance_ranks: bool | None = Field(
+        None, description="whether tau counts what the busiest expert-parallel rank reads"
+    )
+    by_rows: RowRanges = Field(
+        None,
+        description="other values of the rule's keys for steps of few re-routable rows: a list "
+        "such as [{up_to: 8, tau: 0.01}]",
+    )
+
+    @model_validator(mode="after")
+    def _check_rule_keys(self) -> Self:
+        """Each rule has its own keys; null stands for a key that is not given."""
+        takes, text = RULES[self.rule], None
+        for key in RULE_KEYS:
+            value = getattr(self, key)
+            if value is None and key in takes.required:
+                about = type(self).model_fields[key].description
+                text = f"{key} is missing: give it ({about})"
+            elif value is not None and key not in takes.keys:
+                text = (
+                    f"{key} = {value!r}: rule {self.rule!r} has no such key, only "
+                    f"{', '.join(takes.keys)}; leave it out"
+                )
+            if text:
+                raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        for number, entry in enumerate(self.by_rows or ()):
+            self._check_range(number, entry)
+        return self
+
+    def _check_range(self, number: int, entry: RowRange) -> None:
+        allowed = [key for key in RULES[self.rule].keys if key not in _ALL_STEPS]
+        for key, value in entry.keys:
+            if key not in allowed:
+                message = f"an entry takes up_to and, of rule {self.rule!r}, {', '.join(allowed)}"
+                raise refuse(f".{number}.{key}", value, message)
+        try:
+            self._of_range(entry, where=f"by_rows.{number}")
+        except PolicyError as error:
+            raise PydanticCustomError("rule_key", "{text}", {"text": str(error)}) from None
+
+    def _of_range(self, entry: RowRange, where: str = "sere") -> Self:
+        """The policy of the steps of an entry."""
+        return self.parse({**self.model_dump(exclude={"by_rows"}), **dict(entry.keys)}, where=where)
+
+    @classmethod
+    def parse(cls, value: object, *, where: str = "sere") -> Self:
+        """Validate a mapping.
+
+        Args:
+            value: what the user wrote.
+            where: name of the mapping in error messages.
+
+        Raises:
+            PolicyError: for each mistake the key, the value, what is allowed, what to do.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise PolicyError(
+                f"{where} = {value!r}: must be a mapping of policy keys, "
+                f'for example {{"similarity": "FILE", "select_top_k": 2}}'
+            )
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
+
+    def for_model(self, *, top_k: int, where: str = "sere") -> BoundPolicy:
+        """Check the policy against a model's K and fill the default floor.
+
+        Raises:
+            PolicyError: ``select_top_k`` is larger than K.
+        """
+        ranges = [
+            (e.up_to, self._of_range(e).for_model(top_k=top_k, where=f"{where}.by_rows.{number}"))
+            for number, e in enumerate(self.by_rows or ())
+        ]
+        if self.select_top_k is not None and self.select_top_k > top_k:
+            raise PolicyError(
+                f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
+                f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
+            )
+        floor = top_k if self.min_primary_experts is None else self.min_primary_experts
+        others = (
+            (key, getattr(self, key)) for key in RULES[self.rule].keys if key not in OWN_FIELDS
+        )
+        return BoundPolicy(
+            mode=self.mode,
+            rule=self.rule,
+            select_top_k=self.select_top_k or top_k,
+            threshold=self.threshold,
+            min_primary_experts=floor,
+            union=self.union,
+            prefer_local_rank=self.prefer_local_rank,
+            knobs=tuple((key, value) for key, value in others if value is not None),
+            by_rows=tuple(ranges),
+        )
+
+    def check_layers(self, count: int, where: str = "sere") -> None:
+        """Refuse a list of another length than the model has MoE layers.
+
+        Raises:
+            PolicyError: names both numbers.
+        """
+        if isinstance(self.tau, tuple) and len(self.tau) != count:
+            raise PolicyError(
+                f"{where}.tau = {list(self.tau)}: has {len(self.tau)} numbers, this model has "
+                f"{count} MoE layers; give one number, or one for each layer"
+            )
+        for number, entry in enumerate(self.by_rows or ()):
+            self._of_range(entry).check_layers(count, f"{where}.by_rows.{number}")
+
+    @property
+    def similarity_path(self) -> Path:
+        """The artifact's path with ``~`` expanded."""
+        return Path(self.similarity).expanduser()
+
+
+class Startup(BaseModel):
+    """What the ``sere`` key of an engine may hold beside the policy; no policy can change it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dispatch: Dispatch = Field(
+        default="allgather",
+        description="how rows reach other ranks under data and expert parallelism: every row to "
+        "all of them, or each only to those that hold its experts",
+    )
+    check_ranks: bool = Field(
+        default=False,
+        description="for debugging, slow: in every layer the ranks compare where each expert's "
+        "slots go, and all raise if two of them differ",
+    )
+
+
+def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
+    """Validate the value of vLLM's ``sere`` key: a policy, and what an engine takes at its start.
+
+    Raises:
+        PolicyError: as for :meth:`Policy.parse`.
+    """
+    if not isinstance(value, Mapping):
+        return Policy.parse(value, where=where), Startup()
+    given = {key: value[key] for key in Startup.model_fields if key in value}
+    policy = {key: value[key] for key in value if key not in given}
+    try:
+        startup = Startup.model_validate(given)
+    except ValidationError as error:
+        raise PolicyError("; ".join(_explain(e, where, Startup) for e in error.errors())) from None
+    return Policy.parse(policy, where=where), startup
+
+
+_ALL_STEPS = ("prefer_local_rank",)
+"""Keys of a rule that hold for steps of every size."""
+RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
+"""Keys that not every rule has."""
+
+
+def _explain(error: Any, where: str, model: type[BaseModel]) -> str:
+    path = ".".join([where, *(str(part) for part in error["loc"])])
+    key = str(error["loc"][0]) if error["loc"] else ""
+    keys = list(model.model_fields)
+    if error["type"] == "rule_key":
+        return f"{where}.{error['msg']}"
+    if key not in keys and key in Startup.model_fields:
+        return (
+            f"{path} = {error['input']!r}: is taken when an engine starts and is no part of a "
+            "policy; leave it out here"
+        )
+    if key not in keys:
+        near = difflib.get_close_matches(key, [*keys, *Startup.model_fields], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return (
+            f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}; "
+            f"at the start of an engine also {', '.join(Startup.model_fields)}"
+        )
+    about = model.model_fields[key].description
+    if error["type"] == "missing":
+        return f"{path} is missing: give it ({about})"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if key == "mode" and isinstance(error["input"], bool):
+        message += ", in quotes: YAML reads a bare on or off as a boolean"
+    return f"{path} = {error['input']!r}: {message} ({about})"

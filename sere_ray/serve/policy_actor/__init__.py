@@ -1,0 +1,1 @@
+"""The actor that owns the policy and tells every rank of it."""

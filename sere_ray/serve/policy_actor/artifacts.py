@@ -1,0 +1,80 @@
+"""Artifact files as the router actor reads them and replicas keep them."""
+
+import hashlib
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.util.errors import ArtifactError
+from sere_ray.util.files import atomic_path
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """The content of an artifact's file."""
+
+    name: str
+    """As the policy's ``similarity`` gives it."""
+    sha256: str
+    content: bytes
+
+    def parse(self) -> SimilarityArtifact:
+        """Read and check.
+
+        Raises:
+            ArtifactError: as :meth:`SimilarityArtifact.load`.
+        """
+        return SimilarityArtifact.from_bytes(self.content, name=self.name)
+
+
+def path_in(folder: Path | None, name: str) -> Path:
+    """Where an artifact of the configured folder lies.
+
+    Raises:
+        ArtifactError: there is no folder, or the name is not that of a file in it.
+    """
+    if folder is None:
+        raise ArtifactError(
+            f"artifact = {name!r}: this deployment names no folder; set `artifacts` in its file"
+        )
+    path = folder / name
+    is_plain = name and Path(name).name == name and not name.startswith(".") and "\0" not in name
+    if not is_plain or path.is_symlink():
+        raise ArtifactError(
+            f"artifact = {name!r}: must be the name of a file in the configured folder"
+        )
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"artifact = {name!r}: must end in .safetensors")
+    return path
+
+
+def read_artifact(path: Path, max_bytes: int) -> ArtifactFile:
+    """Read a regular file of at most ``max_bytes``.
+
+    Raises:
+        ArtifactError: missing, unreadable, no regular file or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ArtifactError(f"{path}: not a regular file")
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: {error.strerror}, on the node of the router actor; `sere-ray calibrate` "
+            "makes an artifact"
+        ) from None
+    if len(content) > max_bytes:
+        raise ArtifactError(
+            f"{path}: larger than max_artifact_bytes = {max_bytes}; raise it in the deployment file"
+        )
+    return ArtifactFile(str(path), hashlib.sha256(content).hexdigest(), content)
+
+
+def keep_artifact(folder: Path, sha256: str, content: bytes) -> Path:
+    """Write content under its hash, where an engine that starts reads it."""
+    path = folder / f"{sha256}.safetensors"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path

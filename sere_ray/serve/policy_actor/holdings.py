@@ -1,0 +1,218 @@
+"""What the router actor owns: policy by version, artifact, mode ``auto``, audit log.
+
+It changes and is saved here, by plain calls; ``router.py`` tells replicas of it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
+from sere_ray.policy.policy import Policy
+from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
+from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig, AutoPilot
+from sere_ray.serve.policy_actor.store import Store
+from sere_ray.serve.policy_actor.versions import Audit, Versions, first_version
+from sere_ray.util.errors import SereError
+
+
+class Holdings:
+    """Loaded from the store, or begun with a deployment file. A change is saved before any replica
+    can hear of it.
+
+    Args:
+        policy: of the deployment file; ``similarity`` is a path on this node.
+        folder: of artifacts that may be swapped in; None allows none.
+        max_artifact_bytes: size limit of an artifact.
+        engines: that run the policy.
+        auto: target and levels; None allows no mode ``auto``.
+        starts_auto: begin in it.
+        store: where all this survives the actor.
+        put: makes an object reference of bytes.
+
+    Raises:
+        SereError: the artifact cannot be read, or the policy does not fit its model.
+    """
+
+    def __init__(
+        self,
+        policy: Mapping[str, Any],
+        *,
+        folder: Path | None,
+        max_artifact_bytes: int,
+        engines: EngineKind,
+        auto: AutoConfig | None,
+        starts_auto: bool,
+        store: Store,
+        put: Callable[[bytes], Any],
+    ) -> None:
+        self._folder, self._max_bytes = folder, max_artifact_bytes
+        self._engines, self._auto, self._store = engines, auto, store
+        self._saved = True
+        self.pilot: AutoPilot | None = None  # there is one in mode auto
+        state = store.load()
+        if state is None:
+            self._file = read_artifact(Path(policy["similarity"]).expanduser(), max_artifact_bytes)
+            kept = [first_version(Policy.parse(dict(policy)), self._file.sha256)]
+        else:
+            kept = state["versions"]
+            sha256 = kept[-1]["sha256"]
+            self._file = ArtifactFile(state["name"], sha256, store.load_blob(sha256))
+        self.audit = Audit([] if state is None else state["audit"])
+        self.versions = Versions(kept, load=self._content, put=put)
+        who, what = ("deployment file", "start") if state is None else ("router", "restart")
+        self.audit.record(what, who, self.newest)
+        self._artifact: SimilarityArtifact = self._file.parse()
+        base = Policy.parse(self.newest["policy"])
+        base.for_model(top_k=self._top_k)
+        if state is None:
+            pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
+            self.pilot = pilot if starts_auto else None
+            self._save(self._file)
+        elif state.get("auto") is not None:
+            self._resume(Policy.parse({**state["auto"], "similarity": self._file.name}))
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The newest version."""
+        return self.versions.newest
+
+    @property
+    def mode(self) -> str:
+        """Of the newest policy, or ``auto``."""
+        return AUTO if self.pilot is not None else str(self.newest["policy"]["mode"])
+
+    def artifact(self) -> dict[str, Any]:
+        """Name, hash and origin of the running artifact."""
+        return {
+            "name": self._file.name,
+            "sha256": self._file.sha256,
+            "bytes": len(self._file.content),
+            "layers": sorted(self._artifact.layers),
+            "metadata": self._artifact.metadata.model_dump(),
+        }
+
+    def change_policy(self, changes: Mapping[str, Any], who: str) -> dict[str, Any]:
+        """A new version with some keys changed.
+
+        Raises:
+            SereError: the policy is not valid; nothing has changed.
+        """
+        newest = self.newest
+        try:
+            policy = self._changed(changes)
+        except SereError as error:
+            self.audit.refuse("policy", who, str(error))
+            raise
+        version = self.versions.add(policy, newest["sha256"])
+        self.audit.record("policy", who, version, before=newest["policy"], mode=self.mode)
+        self._save()
+        return version
+
+    def change_artifact(self, name: str, who: str) -> dict[str, Any]:
+        """A new version with another file of the configured folder.
+
+        Raises:
+            SereError: no such file, too large, damaged, or of other weights, or these engines keep
+                the artifact they were started with; nothing changed.
+        """
+        newest = self.newest
+        try:
+            new = read_artifact(path_in(self._folder, name), self._max_bytes)
+            artifact = new.parse()
+            artifact.check_replaces(self._artifact, path=name)
+            check_swap(name, self._file.name, **self._engines)
+        except SereError as error:
+            self.audit.refuse("artifact", who, str(error))
+            raise
+        policy = Policy.parse({**newest["policy"], "similarity": new.name})
+        self._file, self._artifact = new, artifact
+        if self.pilot is not None:
+            self.pilot.rebase(self.pilot.base.model_copy(update={"similarity": new.name}))
+        version = self.versions.add(policy, new.sha256)
+        self.audit.record("artifact", who, version, before={"sha256": newest["sha256"]})
+        self._save(new)
+        return version
+
+    def follow_pilot(self, **why: Any) -> dict[str, Any]:
+        """A new version with the policy of the level that mode ``auto`` has chosen."""
+        assert self.pilot is not None
+        version = self.versions.add(self.pilot.policy, self.newest["sha256"])
+        self.audit.record("policy", AUTO, version, mode=AUTO, **why)
+        self._save()
+        return version
+
+    def forget(self) -> None:
+        """The deployment ends: the same file, deployed again, starts with its own policy."""
+        self._store.forget()
+        self._saved = False
+
+    def save_again(self) -> None:
+        """There is a replica after all."""
+        if not self._saved:
+            self._save()
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _changed(self, changes: Mapping[str, Any]) -> Policy:
+        """The policy after a change of keys, and the mode ``auto`` begun, kept or ended.
+
+        Raises:
+            SereError: it is not valid; nothing has changed.
+        """
+        if "similarity" in changes and changes["similarity"] != self._file.name:
+            raise SereError(
+                f"policy.similarity = {changes['similarity']!r}: the artifact is changed "
+                "with PUT /sere/artifact; leave the key out"
+            )
+        mode = changes.get("mode", self.mode)
+        newest, pilot = self.newest["policy"], self.pilot
+        base = newest if pilot is None else pilot.base.model_dump()
+        keys = {**base, **changes, "similarity": self._file.name}
+        policy = Policy.parse({**keys, "mode": "off"} if mode == AUTO else keys, where="policy")
+        policy.for_model(top_k=self._top_k, where="policy")
+        policy.check_layers(len(self._artifact.layers), where="policy")
+        check_change(policy, Policy.parse(newest), **self._engines, where="policy")
+        if mode != AUTO:
+            self.pilot = None
+            return policy
+        if pilot is None:
+            pilot = self._new_pilot(policy)
+        pilot.rebase(policy)
+        self.pilot = pilot
+        return pilot.policy
+
+    def _new_pilot(self, base: Policy) -> AutoPilot:
+        if self._auto is None:
+            raise SereError(
+                "policy.mode = 'auto': this deployment has no levels; give `auto` in its file"
+            )
+        return AutoPilot(base, self._auto, self._top_k)
+
+    def _resume(self, base: Policy) -> None:
+        """Go on in mode ``auto`` after a restart, from exact routing."""
+        self.pilot = self._new_pilot(base)
+        self.follow_pilot(level=0, reason="the router restarted")
+
+    @property
+    def _top_k(self) -> int:
+        return self._artifact.metadata.top_k
+
+    def _content(self, sha256: str) -> bytes:
+        same = sha256 == self._file.sha256
+        return self._file.content if same else self._store.load_blob(sha256)
+
+    def _save(self, new: ArtifactFile | None = None) -> None:
+        if new is not None:
+            self._store.save_blob(new.sha256, new.content)
+        self._saved = True
+        self._store.save(
+            {
+                "versions": self.versions.kept,
+                "audit": self.audit.entries(),
+                "name": self._file.name,
+                "auto": None if self.pilot is None else self.pilot.base.model_dump(),
+            },
+            blobs=self.versions.hashes,
+        )

@@ -1,0 +1,302 @@
+"""The router actor: it owns policy and artifact of a deployment, and every replica follows it.
+
+It is a controller-managed deployment actor of Ray Serve: shared by all replicas, restarted by the
+controller, not by Ray. Replicas ask, in a long poll, as Serve's own replicas do for their
+configuration; so a late or restarted replica is no special case, and the actor needs no list of
+replicas. Two phases for each version: *staged* (the rank was told; ranks of a gang switch together
+at the next step before which all were told) and *settled* (all ranks of its gang were told, so that
+no later step runs an older one).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sere_ray.observe import metrics
+from sere_ray.observe.sink import Sink
+from sere_ray.observe.stats import means, totals
+from sere_ray.policy.capabilities import EngineKind
+from sere_ray.serve.policy_actor.auto import AutoConfig
+from sere_ray.serve.policy_actor.holdings import Holdings
+from sere_ray.serve.policy_actor.members import Members
+from sere_ray.serve.policy_actor.messages import Member, Order, Update
+from sere_ray.serve.policy_actor.store import Store
+from sere_ray.serve.policy_actor.versions import AUDIT_ENTRIES, HISTORY
+from sere_ray.util.token_times import quantile_ms
+
+__all__ = ["AUDIT_ENTRIES", "HISTORY", "SereRouter"]
+logger = logging.getLogger("ray.serve")
+POLL_SECONDS = 5.0
+"""How long a poll waits for news."""
+DRAIN_SECONDS = 55.0
+"""How long a rank without requests waits for its siblings; less than Serve waits for it."""
+ATTACHED_SECONDS = 3 * POLL_SECONDS
+"""A member that has not polled for so long is gone."""
+
+
+class SereRouter:
+    """The actor. All methods are coroutines of one event loop; a change is persisted before any
+    replica hears of it.
+
+    Args:
+        policy: of the deployment file; ``similarity`` is a path on this node.
+        folder: of artifacts that may be swapped in; None allows none.
+        max_artifact_bytes: size limit of an artifact.
+        gangs: that the deployment has; those beyond are counted as restarts.
+        on_gpu: whether ranks compute on GPUs.
+        several_ranks: whether a gang has more than one.
+        store: where state survives this actor.
+        on_followed: called when the first replica polls: its engine has started.
+        sink: of metrics; None exports none.
+        auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
+        starts_auto: begin in it.
+        put: makes an object reference of bytes; None = ``ray.put``.
+    """
+
+    def __init__(
+        self,
+        policy: Mapping[str, Any],
+        *,
+        folder: str | None,
+        max_artifact_bytes: int,
+        gangs: int = 1,
+        on_gpu: bool = False,
+        several_ranks: bool = False,
+        store: Store,
+        on_followed: Callable[[], None] = lambda: None,
+        sink: Sink | None = None,
+        auto: Mapping[str, Any] | None = None,
+        starts_auto: bool = False,
+        put: Any = None,
+    ) -> None:
+        if put is None:
+            import ray
+
+            put = ray.put
+        self._auto_config = None if auto is None else AutoConfig.model_validate(auto)
+        self._auto_task: asyncio.Task[None] | None = None
+        self._holdings = Holdings(
+            policy,
+            folder=None if folder is None else Path(folder),
+            max_artifact_bytes=max_artifact_bytes,
+            engines=EngineKind(on_gpu=on_gpu, several_ranks=several_ranks),
+            auto=self._auto_config,
+            starts_auto=starts_auto,
+            store=store,
+            put=put,
+        )
+        self._versions = self._holdings.versions
+        self._members = Members(ATTACHED_SECONDS)
+        self._sink, self._gangs = sink, gangs
+        self._on_followed: Callable[[], None] | None = on_followed
+        self._gangs_met: set[str] = set()
+        self._gang_start: dict[str, Update] = {}
+        self._left: dict[str, set[str]] = {}
+        self._news = asyncio.Condition()
+        self._change = asyncio.Lock()
+        self._reports_wanted: set[str] = set()
+        self._counters: dict[str, dict[str, Any]] = {}
+        self._measure(metrics.GANG_RESTARTS, 0)
+        for direction in ("up", "down"):
+            self._measure(metrics.DECISIONS, 0, direction=direction)
+
+    # --- replicas ------------------------------------------------------------------------------
+
+    async def join(self, gang: str) -> Update:
+        """What a replica of this gang starts with: the same for all its ranks.
+
+        A gang restarts as a whole and under a new id.
+        """
+        self._holdings.save_again()
+        self._meet(gang)
+        if gang not in self._gang_start:
+            self._forget_gangs()
+            self._gang_start[gang] = self._versions.whole()
+        return self._gang_start[gang]
+
+    async def poll(self, member: Member, wait: bool = True) -> Order:
+        """Take note of a replica and wait until there is something for it, at most
+        ``POLL_SECONDS``."""
+        self._meet(member.gang)
+        if self._on_followed is not None:
+            self._on_followed()
+            self._on_followed = None
+        is_news = self._members.see(member) or member.counters is not None
+        self._holdings.save_again()
+        if self._auto_config is not None and self._auto_task is None:
+            self._auto_task = asyncio.get_running_loop().create_task(self._watch())
+        if member.counters is not None:
+            self._counters[member.replica] = member.counters
+            self._reports_wanted.discard(member.replica)
+        async with self._news:
+            if is_news:
+                self._news.notify_all()
+            if wait and self._order(member) == Order():
+                await self._until(lambda: self._order(member) != Order(), POLL_SECONDS)
+        self._members.still_here(member.replica)
+        return self._order(member)
+
+    async def leave(self, replica: str, gang: str, gang_size: int) -> None:
+        """A replica stops and has no requests left: wait until its gang has none, at most
+        ``DRAIN_SECONDS``.
+
+        When the last one leaves, the deployment ends: the same file, deployed again, starts with
+        its own policy. (A dead replica does not take its leave.)
+        """
+        self._members.drop(replica)
+        left = self._left.setdefault(gang, set())
+        left.add(replica)
+        async with self._news:
+            self._news.notify_all()
+            await self._until(lambda: len(left) == gang_size, DRAIN_SECONDS)
+        if not self._members.attached():
+            self._holdings.forget()
+
+    # --- control -------------------------------------------------------------------------------
+
+    async def policy(self) -> dict[str, Any]:
+        """The newest version, and how many replicas run it."""
+        return self._status()
+
+    async def set_policy(
+        self, changes: Mapping[str, Any], who: str, timeout_s: float = 10.0
+    ) -> dict[str, Any]:
+        """Change keys of the policy, and wait until all replicas follow.
+
+        Args:
+            changes: keys of a policy, without ``similarity``; its mode may be ``auto``. Without a
+                mode, in mode ``auto`` keys change under the levels.
+            who: for the audit log.
+            timeout_s: how long to wait; the change stands in any case.
+
+        Raises:
+            SereError: the policy is not valid; nothing has changed.
+        """
+        async with self._change:
+            version = self._holdings.change_policy(changes, who)
+        await self._announce(version["version"], timeout_s)
+        return self._status()
+
+    async def artifact(self) -> dict[str, Any]:
+        """Name, hash and origin of the running artifact."""
+        return self._holdings.artifact()
+
+    async def set_artifact(self, name: str, who: str, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Swap the artifact for another file of the configured folder.
+
+        Raises:
+            SereError: no such file, too large, damaged, or of other weights, or these engines keep
+                the artifact they were started with; nothing changed.
+        """
+        async with self._change:
+            version = self._holdings.change_artifact(name, who)
+        await self._announce(version["version"], timeout_s)
+        return {**self._status(), **self._holdings.artifact()}
+
+    async def audit(self) -> list[dict[str, Any]]:
+        """Who changed what, oldest first; bounded."""
+        return self._holdings.audit.entries()
+
+    async def stats(self, timeout_s: float = 3.0) -> dict[str, Any]:
+        """Counters of every replica's engine since its start, and their totals."""
+        replicas = await self._counted(timeout_s)
+        total = totals(replicas)
+        return {
+            **self._status(),
+            "total": total,
+            "decode_only_means": means(total["decode_only"]),
+            "mixed_means": means(total["mixed"]),
+            "tpot_p90_ms": quantile_ms(total["token_times"], 0.9),
+            "per_replica": replicas,
+        }
+
+    async def auto_step(self) -> None:
+        """One interval of mode ``auto``: look, and change the level if the controller says so."""
+        pilot = self._holdings.pilot
+        if pilot is None:
+            return
+        level = pilot.status()["level"]
+        decision = pilot.observe(await self._counted())
+        async with self._change:
+            if not decision.reason or pilot is not self._holdings.pilot:
+                return
+            before = self._versions.newest["policy"]
+            version = self._holdings.follow_pilot(before=before, **vars(decision))
+        self._measure(metrics.DECISIONS, 1, direction="up" if decision.level > level else "down")
+        await self._announce(version["version"], 0.0)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        assert self._auto_config is not None
+        while True:
+            await asyncio.sleep(self._auto_config.interval_s)
+            try:
+                await self.auto_step()
+            except Exception:  # the next interval is another try; until then the level holds
+                logger.exception("sere-ray: mode auto")
+
+    async def _counted(self, timeout_s: float = 3.0) -> list[dict[str, Any]]:
+        """Counters of every replica's engine; None for one that does not answer in time."""
+        wanted = set(self._members.attached())
+        self._counters = {k: v for k, v in self._counters.items() if k not in wanted}
+        async with self._news:
+            self._reports_wanted |= wanted
+            self._news.notify_all()
+            await self._until(lambda: not self._reports_wanted & wanted, timeout_s)
+            self._reports_wanted -= wanted
+        return self._members.with_counters(self._counters)
+
+    def _order(self, member: Member) -> Order:
+        if not self._versions.can_follow(member.staged):
+            return Order(restart=True)
+        return Order(
+            updates=self._versions.after(member.staged),
+            settle=member.staged if self._members.all_told(member) else 0,
+            report=member.replica in self._reports_wanted,
+        )
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Wait, holding the lock of ``_news``, until a condition holds or time is up."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait_for(condition), timeout_s)
+
+    def _forget_gangs(self) -> None:
+        """Drop start versions of gangs that are no more, but for a few that may be starting."""
+        alive = self._members.gangs()
+        for gang in [g for g in self._gang_start if g not in alive][:-8]:
+            del self._gang_start[gang]
+            self._left.pop(gang, None)
+
+    def _meet(self, gang: str) -> None:
+        """A rank of this gang joins or polls. A gang that is restarted comes under a new id."""
+        if gang not in self._gangs_met:
+            self._gangs_met.add(gang)
+            self._measure(metrics.GANG_RESTARTS, len(self._gangs_met) > self._gangs)
+        self._measure(metrics.ROUTER_VERSION, self._versions.newest["version"])
+
+    def _measure(self, metric: metrics.Metric, value: float, **labels: str) -> None:
+        if self._sink is not None:
+            self._sink.record(metric, value, **labels)
+
+    async def _announce(self, version: int, timeout_s: float) -> None:
+        everybody = self._members
+        async with self._news:
+            self._news.notify_all()
+            await self._until(
+                lambda: everybody.settled(version) == len(everybody.attached()), timeout_s
+            )
+
+    def _status(self) -> dict[str, Any]:
+        newest, pilot = self._versions.newest, self._holdings.pilot
+        return {
+            "version": newest["version"],
+            "mode": self._holdings.mode,
+            "policy": newest["policy"],
+            "auto": None if pilot is None else pilot.status(),
+            "replicas": len(self._members.attached()),
+            "replicas_settled": self._members.settled(newest["version"]),
+        }

@@ -1,0 +1,116 @@
+"""Versions of the policy, oldest first, and the audit log of how they came about. Both bounded."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sere_ray.policy.policy import Policy
+from sere_ray.serve.policy_actor.messages import Update
+
+HISTORY = 64
+"""Versions kept for replicas that follow; one that is further behind starts anew."""
+AUDIT_ENTRIES = 200
+
+
+def first_version(policy: Policy, sha256: str) -> dict[str, Any]:
+    """Of a deployment file."""
+    return _version(0, policy, sha256)
+
+
+def _version(number: int, policy: Policy, sha256: str) -> dict[str, Any]:
+    return {"version": number, "policy": policy.model_dump(), "sha256": sha256}
+
+
+class Versions:
+    """The newest ``HISTORY`` versions: number, policy and the artifact's hash.
+
+    Args:
+        kept: at least one, oldest first.
+        load: content of the artifact with a hash.
+        put: makes an object reference of it.
+    """
+
+    def __init__(
+        self,
+        kept: list[dict[str, Any]],
+        *,
+        load: Callable[[str], bytes],
+        put: Callable[[bytes], Any],
+    ) -> None:
+        self.kept = kept
+        self._load, self._put = load, put
+        self._refs: dict[str, Any] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.kept[index]
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """What all replicas are to run."""
+        return self.kept[-1]
+
+    @property
+    def hashes(self) -> set[str]:
+        """Of the artifacts that kept versions name."""
+        return {version["sha256"] for version in self.kept}
+
+    def add(self, policy: Policy, sha256: str) -> dict[str, Any]:
+        """A new version; the oldest is dropped where there are too many."""
+        version = _version(self.newest["version"] + 1, policy, sha256)
+        self.kept = [*self.kept, version][-HISTORY:]
+        self._refs = {sha: ref for sha, ref in self._refs.items() if sha in self.hashes}
+        return version
+
+    def can_follow(self, staged: int) -> bool:
+        """Whether a replica at this version finds all later ones here."""
+        return bool(self.kept[0]["version"] - 1 <= staged <= self.newest["version"])
+
+    def after(self, staged: int) -> list[Update]:
+        """Later versions, each with its artifact only where that differs from the one before."""
+        updates = []
+        sha256 = next((v["sha256"] for v in self.kept if v["version"] == staged), None)
+        for version in self.kept:
+            if version["version"] > staged:
+                changed = version["sha256"] != sha256
+                updates.append(self._update(version, with_content=changed))
+                sha256 = version["sha256"]
+        return updates
+
+    def whole(self) -> Update:
+        """The newest version with its artifact, for a replica that starts."""
+        return self._update(self.newest, with_content=True)
+
+    def _update(self, version: Mapping[str, Any], *, with_content: bool) -> Update:
+        sha256 = version["sha256"]
+        if with_content and sha256 not in self._refs:
+            self._refs[sha256] = self._put(self._load(sha256))
+        content = self._refs[sha256] if with_content else None
+        return Update(version["version"], version["policy"], sha256, content)
+
+
+class Audit:
+    """Who changed what, and what was refused.
+
+    Args:
+        entries: of an earlier actor, oldest first.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
+        self._entries: deque[dict[str, Any]] = deque(entries, maxlen=AUDIT_ENTRIES)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Oldest first."""
+        return list(self._entries)
+
+    def record(self, what: str, who: str, version: Mapping[str, Any], **more: Any) -> None:
+        """A version came about."""
+        self._entries.append({"time": _now(), "who": who, "what": what, "after": version, **more})
+
+    def refuse(self, what: str, who: str, reason: str) -> None:
+        """A change was refused."""
+        self._entries.append({"time": _now(), "who": who, "what": what, "refused": reason[:500]})
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

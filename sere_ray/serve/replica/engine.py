@@ -1,0 +1,41 @@
+"""The engine of a replica: Ray's wrapper of vLLM, with one process less."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+from sere_ray.serve.gateway.losses import raise_at_loss
+
+
+class SereEngine(VLLMEngine):  # type: ignore[misc]
+    """A rank of one worker computes in vLLM's engine process, as in vLLM's own server.
+
+    Ray asks for a worker process of its own. On a CPU it and the engine process then wait for each
+    other in busy loops (vLLM's ``SpinCondition``), which on a small machine take the cores from the
+    ranks that compute. On a GPU it would be a Ray actor: each step goes through one more process,
+    and vLLM schedules no step ahead of the running one.
+    """
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether vLLM's engine has died; not before it was started."""
+        return self._engine_client is not None and bool(self._engine_client.errored)
+
+    def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """See the base class; raises where its stream would tell of a lost engine."""
+        return raise_at_loss(super().chat(*args, **kwargs), lambda: self.is_lost)
+
+    def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """See :meth:`chat`."""
+        return raise_at_loss(super().completions(*args, **kwargs), lambda: self.is_lost)
+
+    def _start_async_llm_engine(
+        self, engine_args: Any, engine_config: Any, placement_group: Any
+    ) -> Any:
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+        parallel = engine_config.parallel_config
+        if parallel.world_size == 1:
+            parallel.distributed_executor_backend = UniProcExecutor
+        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

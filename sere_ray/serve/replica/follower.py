@@ -1,0 +1,183 @@
+"""Keeps the engine of a replica at the router actor's newest version, and exports its counters."""
+
+import asyncio
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from sere_ray.observe.export import EngineExporter
+from sere_ray.observe.sink import RaySink
+from sere_ray.serve.locate import ACTOR
+from sere_ray.serve.policy_actor.artifacts import keep_artifact
+from sere_ray.serve.policy_actor.messages import Member, Update
+
+logger = logging.getLogger("ray.serve")
+RETRY_SECONDS = 1.0
+RPC_SECONDS = 60.0
+START_SECONDS = 300.0
+
+
+class Follower:
+    """Keeps one engine at the router's newest version.
+
+    Args:
+        gang: id of this replica's gang.
+        gang_size: ranks of it.
+        rank: of this replica.
+        model_id: name of the served model.
+    """
+
+    def __init__(self, gang: str, gang_size: int, rank: int, model_id: str) -> None:
+        self.gang, self.gang_size, self.rank, self.model_id = gang, gang_size, rank, model_id
+        self.replica = serve.get_replica_context().replica_id.unique_id
+        self.failure: str | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="sere-")
+        self._staged = self._settled = -1
+        self._newest: Update | None = None  # what the engine was told last
+        self._similarity = ""
+        self._counters: dict[str, Any] | None = None
+        self._token_times: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def join(self) -> dict[str, Any]:
+        """The policy to start the engine with; its artifact lies on this node."""
+        update: Update = await _router().join.remote(self.gang)
+        self._staged = self._settled = update.version
+        self._newest = update
+        content = await update.content
+        path = keep_artifact(Path(self._folder.name), update.sha256, content)
+        self._similarity = str(path)
+        return {**update.policy, "similarity": self._similarity}
+
+    async def catch_up(self, engine: Any, metrics_interval_s: float | None) -> None:
+        """Return when the whole gang runs the newest version; then go on in the background.
+
+        Args:
+            engine: of this replica.
+            metrics_interval_s: seconds between two exports of metrics; None exports none.
+        """
+        from sere_ray.engine.token_times import watch_token_times
+
+        self._token_times = watch_token_times(getattr(engine, "_engine_client", None))
+        async with asyncio.timeout(START_SECONDS):
+            while await self._step(engine, wait=False) or self._settled < self._staged:
+                if self.failure is not None:
+                    raise RuntimeError(f"sere-ray: {self.failure}")
+                await asyncio.sleep(0.05)
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._follow(engine)))
+        if metrics_interval_s is not None:
+            self._tasks.append(loop.create_task(self._export(engine, metrics_interval_s)))
+
+    async def close(self, *, wait: bool) -> None:
+        """Stop following; with ``wait``, return when no rank of the gang has a request left."""
+        for task in self._tasks:
+            task.cancel()
+        try:
+            left = _router().leave.remote(self.replica, self.gang, self.gang_size)
+            if wait:
+                await left
+        except Exception as error:
+            logger.info("sere-ray: no router to take leave of (%s)", type(error).__name__)
+        self._folder.cleanup()
+
+    async def _follow(self, engine: Any) -> None:
+        while self.failure is None:
+            try:
+                await self._step(engine, wait=True)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # the actor is gone: keep the policy until there is one
+                logger.warning("sere-ray: router not reached (%s); retrying", type(error).__name__)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _export(self, engine: Any, interval_s: float) -> None:
+        """Export metrics, now and after each interval. An engine that fails is not our business."""
+        labels = {
+            "app": serve.get_replica_context().app_name,
+            "model_name": self.model_id,
+            "gang": self.gang,
+            "rank": str(self.rank),
+            "ReplicaId": self.replica,
+        }
+        exporter = EngineExporter(RaySink(labels))
+        while self.failure is None:
+            try:
+                start = time.perf_counter()
+                counters = (await _call(engine, "sere_counters", False))[0]
+                exporter.export_counters(counters, time.perf_counter() - start)
+                assert self._newest is not None
+                exporter.export_policy(
+                    self._newest.policy,
+                    self._newest.sha256,
+                    staged=self._staged,
+                    settled=self._settled,
+                    ranks=self.gang_size,
+                )
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                logger.warning("sere-ray: no metrics now (%s)", type(error).__name__)
+            await asyncio.sleep(interval_s)
+
+    async def _step(self, engine: Any, *, wait: bool) -> bool:
+        """Poll once and do what the answer says; returns whether it said anything."""
+        member = Member(
+            self.replica,
+            self.gang,
+            self.gang_size,
+            self.rank,
+            self._staged,
+            self._settled,
+            self._counters,
+        )
+        self._counters = None
+        order = await _router().poll.remote(member, wait)
+        if order.restart:
+            self.failure = f"version {self._staged} is too old to follow the router: restart"
+            return False
+        try:
+            for update in order.updates:
+                await self._stage(engine, update)
+            if order.settle:
+                await _call(engine, "sere_settle")
+                self._settled = order.settle
+            if order.report:
+                (counters, *_) = await _call(engine, "sere_counters", False)
+                self._counters = {**counters, "token_times": self._token_times.read()}
+        except Exception as error:
+            # The router has validated it, so the engine and the router disagree: start anew.
+            self.failure = f"version {order.updates[-1:]}: {error}"
+            logger.exception("sere-ray: the engine cannot follow the router")
+        return bool(order.updates or order.settle or order.report)
+
+    async def _stage(self, engine: Any, update: Update) -> None:
+        content = None if update.content is None else await update.content
+        if content is not None:
+            self._similarity = f"{update.sha256}.safetensors"
+        policy = {**update.policy, "similarity": self._similarity}
+        await _call(engine, "sere_set_policy", policy, content)
+        self._staged = update.version
+        self._newest = update
+
+
+def _router() -> Any:
+    return serve.get_deployment_actor(ACTOR)
+
+
+async def _call(engine: Any, method: str, *args: Any) -> list[Any]:
+    results: list[Any] = await engine.collective_rpc(method=method, timeout=RPC_SECONDS, args=args)
+    return results
+
+
+def own_follower(model_id: str) -> Follower:
+    """Of the replica that calls."""
+    context = serve.get_replica_context()
+    gang = context.gang_context
+    if gang is None:
+        return Follower(context.replica_id.unique_id, 1, 0, model_id)
+    return Follower(gang.gang_id, gang.world_size, gang.rank, model_id)

@@ -1,0 +1,143 @@
+"""The replicas: Ray Serve's LLM servers, which follow the router actor of their deployment.
+
+One replica is one data-parallel rank. It joins the router before its engine starts, starts with
+what the router holds, and is ready only when its gang runs the router's newest version.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.serve.config import DeploymentActorConfig
+from ray.serve.llm.deployment import DPServer, LLMServer
+
+from sere_ray.policy.policy import Startup
+from sere_ray.serve.gateway.losses import EngineLostError
+from sere_ray.serve.locate import ACTOR
+from sere_ray.serve.policy_actor.router_actor import RouterActor
+from sere_ray.serve.replica.engine import SereEngine
+from sere_ray.serve.replica.follower import Follower, own_follower
+
+logger = logging.getLogger("ray.serve")
+OPTIONS = "sere"
+"""Key of ``LLMConfig.experimental_configs`` that holds the arguments of the router actor."""
+METRICS = "sere_metrics_interval_s"
+"""Likewise: seconds between two readings of the engine's counters for metrics; None = never."""
+WATCH_SECONDS = 0.2
+FAREWELL_SECONDS = 0.5
+"""How long a replica lives on after its engine: requests under way get their answers."""
+
+
+class _Following:
+    """What both servers below share."""
+
+    _default_engine_cls = SereEngine
+    follower: Follower | None = None
+    engine: Any
+    _watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the engine, then watch it."""
+        await self._start_engine_and_follow()
+        self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
+
+    async def _start_engine_and_follow(self) -> None:
+        """Start with what the router holds; without a policy, as Ray does."""
+        config: Any = self._llm_config  # type: ignore[attr-defined]
+        additional = dict(config.engine_kwargs.get("additional_config") or {})
+        if "sere" not in additional:
+            return await super().start()  # type: ignore[misc,no-any-return]
+        self.follower = own_follower(config.model_id)
+        startup = {k: v for k, v in additional["sere"].items() if k in Startup.model_fields}
+        additional["sere"] = {**await self.follower.join(), **startup}
+        config.update_engine_kwargs(additional_config=additional)
+        await super().start()  # type: ignore[misc]
+        await self.follower.catch_up(self.engine, config.experimental_configs[METRICS])
+
+    async def check_health(self) -> None:
+        """Unhealthy when the engine is, or when it cannot follow the router."""
+        if self.follower is not None and self.follower.failure is not None:
+            raise RuntimeError(f"sere-ray: {self.follower.failure}")
+        try:
+            await super().check_health()  # type: ignore[misc]
+        except Exception as error:
+            raise EngineLostError(f"{type(error).__name__}: {error}") from None
+
+    async def _end_with_the_engine(self) -> None:
+        """End this process soon after its engine is lost, or cannot follow the router.
+
+        Serve acts on the third failed health check. Until then a dead replica would get most of
+        the requests, since none refuses them faster. A process that is gone gets no request more
+        from any handle that tried once, and its gang restarts at Serve's next look.
+        """
+        while await self._is_healthy():
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.error("sere-ray: the engine is lost; this replica ends")
+        await asyncio.sleep(FAREWELL_SECONDS)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
+
+    async def __del__(self) -> None:
+        # Serve calls this when the replica's own requests are done. Its engine still takes part
+        # in the steps of its siblings.
+        if self._watch is not None:
+            self._watch.cancel()
+        if self.follower is not None:
+            await self.follower.close(wait=await self._is_healthy())
+        await super().__del__()  # type: ignore[misc]
+
+    async def _is_healthy(self) -> bool:
+        try:
+            await self.check_health()
+        except Exception:
+            return False
+        return True
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """The engine's own routes, for direct streaming: behind the access layer, too."""
+        from sere_ray.serve.gateway.ingress import ACCESS, protect
+
+        app = await super().__serve_build_asgi_app__()  # type: ignore[misc]
+        access, keys, control = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
+        protect(app, access, keys, control=control, is_lost=lambda: self.engine.is_lost)
+        return app
+
+    @classmethod
+    def get_deployment_options(cls, llm_config: Any) -> dict[str, Any]:
+        """Ray's options and the router actor."""
+        options: dict[str, Any] = super().get_deployment_options(llm_config)  # type: ignore[misc]
+        arguments: Mapping[str, Any] | None = llm_config.experimental_configs.get(OPTIONS)
+        if arguments is not None:
+            options["deployment_actors"] = [
+                DeploymentActorConfig(
+                    name=ACTOR, actor_class=RouterActor, init_kwargs=dict(arguments)
+                )
+            ]
+        return options
+
+
+class SereServer(_Following, LLMServer):  # type: ignore[misc]
+    """A gang of one: a replica that holds all experts."""
+
+
+class SereGangServer(_Following, DPServer):  # type: ignore[misc]
+    """One rank of a data-parallel gang, with its shard of the experts."""
+
+
+class SkipDownload(CallbackBase):  # type: ignore[misc]
+    """Where the model is a folder of this node, there is nothing to download.
+
+    Ray would start a worker process on each node to find that out: 20 s and 0.6 GB were seen
+    (no result file).
+    """
+
+    async def on_before_node_init(self) -> None:
+        """See the base class."""
+        source = self.llm_config.model_loading_config.model_source
+        self.ctx.run_init_node = not (isinstance(source, str) and Path(source).is_dir())

@@ -1,0 +1,66 @@
+"""A Ray instance of our own on this machine."""
+
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from sere_ray.util.errors import SereError
+
+_NOT_STARTED = "timed out during startup"
+"""Of Ray's exception, which has no type of its own, when a process of the instance has ended."""
+_ATTEMPTS = 2
+
+
+def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
+    """Start one: it is never somebody else's that runs on this machine.
+
+    Its metrics agent listens on all interfaces, as Ray's other ports do. When one of its processes
+    does not start, as on a machine that is busy for 15 s, Ray gives up after 30 s: it is then
+    started once more.
+
+    Args:
+        metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
+        options: further ones of ``ray.init``.
+
+    Raises:
+        SereError: it did not start twice.
+    """
+    import ray
+
+    for _ in range(_ATTEMPTS):
+        before = psutil.Process().children()
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _metrics_export_port=metrics_port,
+                **options,
+            )
+        except Exception as error:
+            if _NOT_STARTED not in str(error):
+                raise
+            logs = _end_children(before)
+        else:
+            return
+    port = "" if metrics_port is None else f", or something listens on port {metrics_port}"
+    raise SereError(
+        f"Ray did not start, {_ATTEMPTS} times: the machine is too busy{port}; the reason is in "
+        f"{logs}: see dashboard_agent.log and raylet.out"
+    )
+
+
+def _end_children(before: list[psutil.Process]) -> str:
+    """End what a start has left, as Ray does only when this process ends; where its logs are."""
+    left = [process for process in psutil.Process().children() if process not in before]
+    arguments = []
+    for process in left:
+        with suppress(psutil.Error):  # one that has ended has no arguments
+            arguments += process.cmdline()
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+    option = "--log_dir="
+    folders = [each.removeprefix(option) for each in arguments if each.startswith(option)]
+    return folders[0] if folders else "the folder logs of Ray's newest session"

@@ -1,0 +1,209 @@
+"""Save, load, and every refusal of the artifact."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sere_ray.util.files import file_sha256
+from torch import Tensor
+
+from sere_ray.artifact.similarity import (
+    FORMAT_VERSION,
+    ArtifactMetadata,
+    SimilarityArtifact,
+    read_metadata,
+    router_fingerprint,
+)
+from sere_ray.util.errors import ArtifactError
+
+SIZE = 6
+
+
+def matrix(seed: int) -> Tensor:
+    upper = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).triu(1)
+    return (upper + upper.T).fill_diagonal_(1.0)
+
+
+GATE = torch.randn(SIZE, 8, generator=torch.Generator().manual_seed(9))
+
+
+def metadata() -> ArtifactMetadata:
+    return ArtifactMetadata(
+        model_id="org/model",
+        revision="abc",
+        architecture="OlmoeForCausalLM",
+        num_experts=SIZE,
+        top_k=2,
+        router_fingerprint={1: router_fingerprint(GATE)},
+        metric="frobenius",
+        tokens=10,
+        date="2026-01-01T00:00:00+00:00",
+        synthetic=False,
+    )
+
+
+def artifact(**layers: Tensor) -> SimilarityArtifact:
+    found = {int(k[1:]): v for k, v in layers.items()} or {1: matrix(1), 10: matrix(2)}
+    return SimilarityArtifact(found, metadata())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "a.safetensors"
+    artifact().save(path)
+    return path
+
+
+def rewrite(
+    path: Path,
+    tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda t: t,
+    **changes: object,
+) -> None:
+    raw = json.loads(read_metadata(path).model_dump_json()) | changes
+    content = tensors(load_file(path))
+    save_file(content, path, metadata={"sere_ray": json.dumps(raw)})
+
+
+def test_load_gives_back_what_was_saved(saved: Path) -> None:
+    found = SimilarityArtifact.load(saved)
+    assert found.metadata == metadata()
+    assert sorted(found.layers) == [1, 10]
+    assert torch.equal(found.matrix(10, path="x"), matrix(2))
+    assert saved.stat().st_mode & 0o777 == 0o644
+    assert len(file_sha256(saved)) == 64
+
+
+def test_truncated(saved: Path) -> None:
+    content = saved.read_bytes()
+    for size in (0, 4, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:size])
+        with pytest.raises(ArtifactError, match=r"not a readable safetensors file|damaged"):
+            SimilarityArtifact.load(saved)
+
+
+def test_a_renamed_pickle_is_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (ran,)
+
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ArtifactError, match="pickle files are never loaded"):
+        SimilarityArtifact.load(path)
+    torch.save({1: matrix(1)}, path)
+    with pytest.raises(ArtifactError, match=r"sere-ray artifact import"):
+        SimilarityArtifact.load(path)
+    assert not ran.exists()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such file; `sere-ray calibrate` makes one"):
+        SimilarityArtifact.load(tmp_path / "none")
+
+
+def test_newer_format_is_refused_whatever_else_it_holds(saved: Path) -> None:
+    rewrite(saved, format_version=FORMAT_VERSION + 1, unheard_of=1)
+    with pytest.raises(ArtifactError, match=r"format_version = 2, .* up to 1; update sere-ray"):
+        SimilarityArtifact.load(saved)
+
+
+def test_without_metadata(saved: Path) -> None:
+    save_file(load_file(saved), saved)
+    with pytest.raises(ArtifactError, match="but not a similarity artifact"):
+        SimilarityArtifact.load(saved)
+
+
+@pytest.mark.parametrize("raw", ["{", "[]", "null", '{"format_version": 1}'])
+def test_damaged_metadata(saved: Path, raw: str) -> None:
+    save_file(load_file(saved), saved, metadata={"sere_ray": raw})
+    with pytest.raises(ArtifactError, match="damaged metadata"):
+        SimilarityArtifact.load(saved)
+
+
+@pytest.mark.parametrize("name", ["layers.1.weight", "layers.x.similarity", "layers.01.similarity"])
+def test_unexpected_tensor_name(saved: Path, name: str) -> None:
+    rewrite(saved, lambda tensors: tensors | {name: matrix(3)})
+    with pytest.raises(ArtifactError, match=rf"unexpected tensor '{name}'; allowed: layers"):
+        SimilarityArtifact.load(saved)
+
+
+def bad_matrices() -> dict[str, tuple[Tensor, str]]:
+    nan, infinite, diagonal = matrix(1), matrix(1), matrix(1)
+    nan[2, 3] = torch.nan
+    infinite[0, 1] = torch.inf
+    diagonal[4, 4] = 0.0
+    return {
+        "nan": (nan, "layer 1 holds NaN or infinite values"),
+        "infinite": (infinite, "layer 1 holds NaN or infinite values"),
+        "diagonal": (diagonal, r"less similar to itself \(diagonal\)"),
+        "size": (matrix(1)[:5, :5], r"\(5, 5\), must be torch\.float32 \(6, 6\)"),
+        "shape": (matrix(1)[:5], r"\(5, 6\), must be"),
+        "dtype": (matrix(1).bfloat16(), "is torch.bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_matrices())
+def test_bad_matrices_are_refused_both_ways(saved: Path, kind: str) -> None:
+    bad, message = bad_matrices()[kind]
+    before = saved.read_bytes()
+    with pytest.raises(ArtifactError, match=message):
+        artifact(l1=bad).save(saved)
+    assert saved.read_bytes() == before
+    rewrite(saved, lambda tensors: tensors | {"layers.1.similarity": bad.contiguous()})
+    with pytest.raises(ArtifactError, match=message):
+        SimilarityArtifact.load(saved)
+
+
+def test_no_layers(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no layer"):
+        SimilarityArtifact({}, metadata()).save(tmp_path / "a")
+
+
+def test_missing_layer_is_an_error() -> None:
+    with pytest.raises(ArtifactError, match=r"no matrix for MoE layer 2 \(it has layers 1, 10\)"):
+        artifact().matrix(2, path="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "MixtralForCausalLM"}, "architecture = 'OlmoeForCausalLM', but"),
+        ({"num_experts": 8}, "num_experts = 6, but the model has 8"),
+        ({"top_k": 3}, "top_k = 2, but the model has 3"),
+    ],
+)
+def test_another_model(changes: dict[str, object], message: str) -> None:
+    fitting = {"architecture": "OlmoeForCausalLM", "num_experts": SIZE, "top_k": 2}
+    artifact().check_model(**fitting, path="x")
+    with pytest.raises(ArtifactError, match=f"{message}.*'org/model'.*sere-ray calibrate"):
+        artifact().check_model(**(fitting | changes), path="x")
+
+
+def test_another_fine_tune() -> None:
+    found = artifact()
+    found.check_router(1, GATE, path="x")
+    found.check_router(1, GATE.bfloat16(), path="x")  # a quantised build keeps the gate
+    with pytest.raises(ArtifactError, match="router fingerprint of layer 1"):
+        found.check_router(1, GATE * 1.1, path="x")
+    with pytest.raises(ArtifactError, match="layer 10 is missing"):
+        found.check_router(10, GATE, path="x")
+
+
+def test_saving_fails_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        artifact().save(tmp_path / "none" / "a")
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sere_ray.artifact.similarity.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        artifact().save(tmp_path / "a")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,270 @@
+"""What every way of running ``margin.cuh`` must return: the integers of ``rules/margin.py``.
+
+Both are given the same scores: exp(logit - best logit) as the device's own ``expf`` computes it.
+"""
+
+import ctypes
+import ctypes.util
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
+from sere_ray.rules.interface import named_by
+from sere_ray.rules.margin import ask, margin
+from tests.rules.test_sere import assert_same_ids
+
+# (E, K): of known models, the smallest, the largest, odd ones, one without runners-up.
+SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (512, 10), (9, 3), (33, 16), (300, 5), (4, 4)]
+KNOBS = {
+    "tau": [0.0, 0.0005, 0.004, 0.02, 0.1, 1.0],
+    "beta": [0.0, 0.3, 0.5, 1.0],
+    "fill": [0.0, 0.5, 1.0],
+    "runners_up": [1, 3, 8, 1000],
+}
+Exp = Callable[[Tensor], Tensor]
+"""The exponential of the device that runs the kernel, of float32 on a CPU."""
+_ROWS = ("logits", "ids", "weights", "kinds")
+Found = tuple[Tensor, Tensor, tuple[int, ...]]
+"""Ids, weights, counters."""
+
+
+class MarginCase(NamedTuple):
+    """A batch of one layer."""
+
+    logits: Tensor
+    ids: Tensor
+    weights: Tensor
+    kinds: Tensor
+    floor: int
+    knobs: dict[str, float]
+
+    def policy(self, mode: str = "on") -> BoundPolicy:
+        return BoundPolicy(
+            mode=mode,
+            rule="margin",
+            select_top_k=self.ids.shape[1],
+            threshold=None,
+            min_primary_experts=self.floor,
+            knobs=tuple(self.knobs.items()),
+        )
+
+    def expected(self, exp: Exp) -> Found:
+        layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
+        return by_reference(self.ids, self.weights, self.logits, self.kinds, layer, exp)
+
+    def asked(self, exp: Exp) -> Tensor:
+        """What a rank with these rows tells the others."""
+        layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
+        scores = scores_of(self.logits, exp)
+        return ask(self.ids, self.weights, scores, self.kinds, layer)
+
+    def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
+        """Its rows as those of two ranks."""
+        first = round(share * len(self.ids))
+        active = int((self.kinds == REROUTABLE).sum())
+        return [
+            Rank.of(
+                self._replace(**{name: getattr(self, name)[rows] for name in _ROWS}),
+                device or torch.device("cpu"),
+                active,
+            )
+            for rows in (slice(first), slice(first, None))
+        ]
+
+
+class Rank(NamedTuple):
+    """A rank's part of a case, where launches read and write it."""
+
+    case: MarginCase
+    ids: Tensor
+    weights: Tensor
+    layer: DeviceLayer
+
+    @classmethod
+    def of(cls, case: MarginCase, device: torch.device, reroutable: int) -> "Rank":
+        """``reroutable``: how many rows of all ranks are."""
+        layer = device_layer(case, device)
+        step = StepInput(max(len(case.ids), 1), device)
+        step.write(case.kinds.numpy(), counter_row=1, reroutable=reroutable)
+        ids, weights = (tensor.to(device, copy=True) for tensor in (case.ids, case.weights))
+        return cls(case, ids, weights, layer._replace(step=step))
+
+
+def check_ranks(ranks: list[Rank], wanted: Found, case: MarginCase) -> None:
+    """Experts are counted by every rank, slots by the one whose they are."""
+    counts = torch.stack([rank.layer.counters[1].cpu() for rank in ranks])
+    assert (counts[:, :2] == torch.tensor(wanted[2][:2])).all()
+    ids = torch.cat([rank.ids.cpu() for rank in ranks])
+    weights = torch.cat([rank.weights.cpu() for rank in ranks])
+    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0)
+    check_margin((ids, weights, found), wanted, case)
+
+
+def scores_of(logits: Tensor, exp: Exp) -> Tensor:
+    """As the kernels have them."""
+    logits = logits.float()
+    return exp(logits - logits.amax(dim=1, keepdim=True))
+
+
+def by_reference(
+    ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, exp: Exp
+) -> Found:
+    """On CPU tensors. What a row drops is given a name, as an engine does."""
+    new_ids, new_weights = margin(ids, weights, scores_of(logits, exp), kinds, layer)
+    rows = kinds != PADDING
+    stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
+    changed = (new_ids != ids).any(dim=1) & rows
+    counts = [
+        int(named_by(ids, rows, layer.num_experts).sum()),
+        int(named_by(new_ids, rows, layer.num_experts).sum()),
+        int((~stayed & changed[:, None]).sum()),
+        0,
+    ]
+    if REROUTABLE not in kinds:
+        counts = [0] * 4  # steps without a decode row are not counted
+    return name_dropped(new_ids, ids), new_weights, tuple(counts)
+
+
+@functools.cache
+def _expf() -> Callable[[float], float]:
+    function = ctypes.CDLL(ctypes.util.find_library("m")).expf
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
+    return function
+
+
+def emulated_exp(values: Tensor) -> Tensor:
+    """The exponential that kernels call in the emulator."""
+    flat = [_expf()(value) for value in values.flatten().tolist()]
+    return torch.tensor(flat, dtype=torch.float32).view(values.shape)
+
+
+EXPONENTIALS = """
+extern "C" __global__ void exponentials(const float* from, float* to, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = expf(from[i]);
+}
+"""
+
+
+@functools.cache
+def _exponentials() -> Any:
+    from cuda.core import Device, Program, ProgramOptions
+
+    Device(0).set_current()
+    major, minor = torch.cuda.get_device_capability(0)
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
+    return Program(EXPONENTIALS, "c++", options).compile("cubin").get_kernel("exponentials")
+
+
+def gpu_exp(values: Tensor) -> Tensor:
+    """The exponential that kernels on the GPU call; of a CPU tensor."""
+    from cuda.core import LaunchConfig, Stream, launch
+
+    given = values.to("cuda:0").contiguous()
+    found, count = torch.empty_like(given), given.numel()
+    if count:
+        stream = Stream.from_handle(torch.cuda.current_stream(0).cuda_stream)
+        config = LaunchConfig(grid=-(-count // 256), block=256)
+        arguments = (given.data_ptr(), found.data_ptr(), np.int32(count))
+        launch(stream, config, _exponentials(), *arguments)
+    return found.cpu()
+
+
+def device_layer(case: MarginCase, device: torch.device, mode: str = "on") -> DeviceLayer:
+    """Everything of a case but its ids, weights and logits; the second of two layers."""
+    experts = case.logits.shape[1]
+    settings = Settings(device, layers=2)
+    settings.write(case.policy(mode), top_k=case.ids.shape[1], num_experts=experts)
+    step = StepInput(max(case.ids.shape[0], 1), device)
+    step.write(case.kinds.numpy(), counter_row=1)
+    counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
+    tables = LayerTables.build(torch.eye(experts), device)
+    return DeviceLayer(tables, settings.buffer[1], step, counters)
+
+
+def make_margin_case(
+    *,
+    seed: int,
+    rows: int,
+    experts: int,
+    slots: int,
+    dtype: torch.dtype = torch.bfloat16,
+    id_dtype: torch.dtype = torch.int32,
+    kinds: str = "mixed",
+    tied: bool = False,
+    shuffled: bool = True,
+    floor: int = 0,
+    **knobs: float,
+) -> MarginCase:
+    """A gate's choice of random logits.
+
+    Args:
+        seed: of everything random.
+        rows: T.
+        experts: E.
+        slots: K.
+        dtype: of the logits.
+        id_dtype: of the ids.
+        kinds: ``decode``, ``exact``, ``padding`` (ids of -1) or ``mixed`` of all, with some rows
+            that lack an expert.
+        tied: logits of few values.
+        shuffled: slots in any order, as gates on CPUs return them; else best first.
+        floor: m.
+        **knobs: of the rule; ``tau`` is needed.
+    """
+    g = torch.Generator().manual_seed(seed)
+    if tied:
+        logits = torch.randint(-3, 4, (rows, experts), generator=g).to(dtype)
+    else:
+        logits = (1.5 * torch.randn((rows, experts), generator=g)).to(dtype)
+    p = logits.float().softmax(dim=1)
+    ids = p.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    if shuffled:
+        order = torch.rand((rows, slots), generator=g).argsort(dim=1)
+        ids = ids.gather(1, order)
+    weights = p.gather(1, ids) * (0.2 + torch.rand((rows, 1), generator=g))
+    of_kind = {"decode": REROUTABLE, "exact": EXACT, "padding": PADDING}
+    if kinds == "mixed":
+        row_kind = torch.tensor([PADDING, REROUTABLE, REROUTABLE, REROUTABLE, EXACT])
+        row_kind = row_kind[torch.randint(0, 5, (rows,), generator=g)]
+        ids[torch.rand((rows, slots), generator=g) < 0.01] = -1
+    else:
+        row_kind = torch.full((rows,), of_kind[kinds])
+    ids[(row_kind == PADDING) & (torch.rand(rows, generator=g) < 0.8)] = -1
+    ids = ids.to(id_dtype).contiguous()
+    return MarginCase(logits, ids, weights, row_kind.to(torch.int8), floor, knobs)
+
+
+@st.composite
+def margin_cases(draw, rows=None, **fixed):
+    """Random ones of a shape."""
+    knobs = {name: draw(st.sampled_from(values)) for name, values in KNOBS.items()}
+    choices = {
+        "seed": st.integers(0, 10**6),
+        "rows": st.integers(0, 40) if rows is None else rows,
+        "dtype": st.sampled_from([torch.bfloat16, torch.float32]),
+        "id_dtype": st.sampled_from([torch.int32, torch.int64]),
+        "kinds": st.sampled_from(["mixed", "mixed", "decode", "exact", "padding"]),
+        "tied": st.booleans(),
+        "floor": st.sampled_from([0, fixed["slots"], 40, 1000]),
+    }
+    drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
+    return make_margin_case(**drawn, **fixed, **knobs)
+
+
+def check_margin(found: Found, wanted: Found, case: MarginCase, what: str = "margin") -> None:
+    """Ids and counters ``==``; weights too, but for rows that changed."""
+    ids, weights, counts = found
+    assert_same_ids(ids, wanted[0], what)
+    assert counts == wanted[2]
+    same = (wanted[0] == case.ids).all(dim=1)
+    assert torch.equal(weights[same], case.weights[same])
+    torch.testing.assert_close(weights, wanted[1], rtol=1e-5, atol=1e-9)

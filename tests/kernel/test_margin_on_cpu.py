@@ -1,0 +1,243 @@
+"""``margin.cuh`` in its three kernels, run on the CPU: the integers of the reference."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.rules import REROUTABLE
+from tests.rules.test_sere import RULES, assert_same_ids
+
+from .emulator import COMPILER, launch
+from .kernel_cases import check_aligned, empty_alignment, library, rule_arguments
+from .margin_cases import (
+    SHAPES,
+    Found,
+    MarginCase,
+    Rank,
+    check_margin,
+    check_ranks,
+    device_layer,
+    emulated_exp,
+    make_margin_case,
+    margin_cases,
+)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
+
+CPU = torch.device("cpu")
+
+
+def run(
+    case: MarginCase,
+    *,
+    cache: Path,
+    threads: int = 64,
+    seed: int = 0,
+    block: int | None = None,
+    inplace: bool = True,
+    mode: str = "on",
+    cluster: int = 1,
+) -> Found:
+    """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
+    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
+    layer = device_layer(case, CPU, mode)
+    ids, weights = case.ids.clone(), case.weights.clone()
+    new_ids = ids if inplace else torch.full_like(ids, -7)
+    name = "reroute_and_align" if block else "reroute"
+    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
+    launch(
+        library(kernel, name, threads, cache),
+        name,
+        *rule_arguments(ids, new_ids, weights, layer),
+        case.logits,
+        case.logits.dtype.itemsize,
+        *sorted_arguments,
+        threads=threads,
+        cluster=cluster,
+        seed=seed,
+    )
+    if aligned:
+        check_aligned(new_ids, aligned, block, case.logits.shape[1])
+    assert layer.counters[0].tolist() == [0] * 4
+    return new_ids, weights, tuple(layer.counters[1].tolist())
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
+    @settings(RULES, max_examples=25)
+    @given(
+        case=margin_cases(experts=experts, slots=slots),
+        seed=st.integers(0, 3),
+        inplace=st.booleans(),
+        block=st.sampled_from([None, 16, 64]),
+        cluster=st.sampled_from([1, 2, 5, 8]),
+    )
+    def every(case: MarginCase, seed: int, inplace: bool, block: int | None, cluster: int) -> None:
+        found = run(case, cache=cache, seed=seed, inplace=inplace, block=block, cluster=cluster)
+        check_margin(found, case.expected(emulated_exp), case)
+
+    every()
+
+
+@pytest.mark.parametrize("threads", [512, 1024])
+def test_block_sizes_as_launched(threads: int, cache: Path) -> None:
+    for rows, tau in ((1, 0.1), (16, 0.004), (70, 0.02), (512, 0.05)):
+        case = make_margin_case(seed=rows, rows=rows, experts=128, slots=8, floor=8, tau=tau)
+        for cluster in (1, 8):
+            found = run(case, cache=cache, threads=threads, seed=1, block=16, cluster=cluster)
+            check_margin(found, case.expected(emulated_exp), case)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33, 128, 200])
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4)])
+def test_a_cluster_of_blocks(experts: int, slots: int, rows: int, cache: Path) -> None:
+    """Blocks without a row, with one for some warps, and with several for each."""
+    for seed, tau in enumerate((0.0, 0.004, 1.0)):
+        case = make_margin_case(seed=seed, rows=rows, experts=experts, slots=slots, tau=tau)
+        found = run(case, cache=cache, threads=64, seed=seed, block=16, cluster=8)
+        check_margin(found, case.expected(emulated_exp), case)
+
+
+def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
+    """Every row wants expert 1 as much as its first choice, 0: a quarter each, beyond 31 bits."""
+    case = make_margin_case(seed=0, rows=9000, experts=4, slots=2, kinds="decode", tau=1.0)
+    case.logits.copy_(torch.tensor([60.0, 60.0, -60.0, -60.0]))
+    case.ids.copy_(torch.tensor([0, 1]))
+    case.weights.fill_(0.5)
+    for cluster in (1, 8):
+        ids, weights, counts = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
+        check_margin((ids, weights, counts), case.expected(emulated_exp), case)
+        assert counts == (2, 2, 0, 0)
+
+
+def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
+    case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
+    wanted = case.expected(emulated_exp)
+    assert not torch.equal(wanted[0], case.ids)
+    for block, cluster in ((None, 1), (16, 1), (None, 8), (16, 8)):
+        how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
+        ids, weights, counts = run(case, mode="observe", **how)
+        assert_same_ids(ids, case.ids, "observe")
+        assert torch.equal(weights, case.weights)
+        assert counts == wanted[2]
+        ids, weights, counts = run(case, mode="off", **how)
+        assert_same_ids(ids, case.ids, "off")
+        assert torch.equal(weights, case.weights)
+        assert counts == (0, 0, 0, 0)
+
+
+def test_a_batch_of_one_is_exact(cache: Path) -> None:
+    for seed in range(5):
+        case = make_margin_case(
+            seed=seed, rows=1, experts=128, slots=8, kinds="decode", floor=8, tau=1.0
+        )
+        ids, weights, counts = run(case, cache=cache)
+        assert torch.equal(ids, case.ids)
+        assert torch.equal(weights, case.weights)
+        assert counts == (8, 8, 0, 0)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5), (4, 1)])
+def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
+    """Rows of two ranks, in two halves around a sum, against the rule on all of them."""
+
+    @settings(RULES, max_examples=20)
+    @given(
+        case=margin_cases(experts=experts, slots=slots, id_dtype=torch.int32),
+        split=st.floats(0, 1),
+        seed=st.integers(0, 3),
+    )
+    def every(case: MarginCase, split: float, seed: int) -> None:
+        kernel = RuleKernel(experts, slots, torch.int32)
+        ranks, wanted = case.split(split), case.expected(emulated_exp)
+        active = REROUTABLE in case.kinds
+
+        def half(name: str, of_rank: Rank, asked: Tensor) -> None:
+            launch(
+                library(kernel, name, 64, cache),
+                name,
+                *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
+                of_rank.case.logits,
+                case.logits.dtype.itemsize,
+                asked,
+                threads=64,
+                seed=seed,
+            )
+
+        asked = torch.full((len(ranks), experts), -7)
+        for of_rank, own in zip(ranks, asked, strict=True):
+            half("ask_of_ranks", of_rank, own)
+            if active:
+                assert torch.equal(own, of_rank.case.asked(emulated_exp))
+        for of_rank in ranks:
+            half("reroute_by_asked", of_rank, asked.sum(dim=0))
+        check_ranks(ranks, wanted, case)
+
+    every()
+
+
+# --- with the gate's top-k in the launch ----------------------------------------------------------
+
+
+def route(case: MarginCase, *, cache: Path, seed: int, block: int, cluster: int) -> Found:
+    """One launch of ``route_and_align``; padding rows are those whose ids are -1."""
+    dtype = case.logits.dtype
+    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], torch.int32, logit_dtype=dtype)
+    layer = device_layer(case, CPU)
+    new_ids, weights = torch.full_like(case.ids, -7), torch.full_like(case.weights, -7)
+    aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
+    launch(
+        library(kernel, "route_and_align", 512, cache),
+        "route_and_align",
+        case.logits,
+        case.ids[:, 0] < 0,
+        0,
+        weights,
+        None,
+        *rule_arguments(new_ids, new_ids, weights, layer)[1:],
+        *sorted_arguments,
+        threads=512,
+        cluster=cluster,
+        seed=seed,
+    )
+    check_aligned(new_ids, aligned, block, case.logits.shape[1])
+    return new_ids, weights, tuple(layer.counters[1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "dtype"),
+    [(128, 8, torch.bfloat16), (64, 6, torch.float32), (256, 8, torch.bfloat16)],
+)
+def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
+    @settings(RULES, max_examples=12)
+    @given(
+        case=margin_cases(
+            experts=experts,
+            slots=slots,
+            dtype=dtype,
+            id_dtype=torch.int32,
+            shuffled=False,
+            rows=st.integers(0, 20) | st.sampled_from([63, 64]),
+        ),
+        seed=st.integers(0, 3),
+        block=st.sampled_from([16, 64]),
+        cluster=st.sampled_from([1, 2, 8]),
+    )
+    def every(case: MarginCase, seed: int, block: int, cluster: int) -> None:
+        ids, weights = case.ids, case.logits.float().softmax(dim=1)
+        gone = (ids < 0).any(dim=1)
+        ids[gone] = -1  # a row is padding as a whole
+        order = case.logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        case = case._replace(weights=weights.gather(1, order.indices[:, :slots]))
+        found = route(case, cache=cache, seed=seed, block=block, cluster=cluster)
+        wanted = case.expected(emulated_exp)
+        assert_same_ids(found[0], wanted[0], "route")
+        assert found[2] == wanted[2]
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)
+
+    every()

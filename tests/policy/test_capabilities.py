@@ -1,0 +1,48 @@
+"""What engines of a kind refuse, and in which words."""
+
+import pytest
+
+from sere_ray.policy.capabilities import check_change, check_policy
+from sere_ray.policy.policy import Policy
+from sere_ray.util.errors import PolicyError, UnsupportedError
+
+SERE = {"select_top_k": 1}
+MARGIN = {"rule": "margin", "tau": 0.01}
+OEA = {"rule": "oea", "select_top_k": 1}
+
+
+def policy(keys):
+    return Policy.parse({"similarity": "a.safetensors", **keys})
+
+
+@pytest.mark.parametrize("keys", [SERE, MARGIN])
+def test_what_a_gpu_computes_can_change_while_it_runs(keys):
+    check_policy(policy(keys), on_gpu=True, several_ranks=False)
+    for running in (SERE, MARGIN):
+        check_change(policy(keys), policy(running), on_gpu=True, several_ranks=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_gpu", "several_ranks", "words"),
+    [
+        (OEA, True, False, ["sere.rule = 'oea'", "sere and margin", "a CPU engine every rule"]),
+        (OEA, False, True, ["sere.union = 'global'", "rule = 'oea'", "union = 'local'"]),
+        ({**SERE, "prefer_local_rank": 0.1}, True, False, ["sere.prefer_local_rank = 0.1"]),
+    ],
+)
+def test_refusals(keys, on_gpu, several_ranks, words, has_words):
+    with pytest.raises(UnsupportedError) as caught:
+        check_policy(policy(keys), on_gpu=on_gpu, several_ranks=several_ranks)
+    has_words(str(caught.value), *words)
+
+
+def test_captured_graphs_hold_what_ranks_exchange(has_words):
+    ranks_of_gpus = {"on_gpu": True, "several_ranks": True}
+    for keys in (MARGIN, SERE):
+        check_policy(policy(keys), **ranks_of_gpus)
+        check_change(policy(keys), policy(keys), **ranks_of_gpus)
+    with pytest.raises(PolicyError) as caught:
+        check_change(policy(MARGIN), policy(SERE), **ranks_of_gpus)
+    has_words(str(caught.value), "sere.rule = 'margin'", "hold", "'sere'", "restart")
+    local = [policy({**keys, "union": "local"}) for keys in (MARGIN, SERE)]
+    check_change(*local, **ranks_of_gpus)

@@ -154,22 +154,6 @@ def dispatch_bytes(
 
 
 @app.command()
-def failover(out: Out) -> None:
-    """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
-
-    Takes a few minutes on two cores. The file is written after every number of ranks.
-
-    Example: sere-ray bench failover --out failover.json
-    """
-    with user_errors():
-        from sere_ray.bench.failover import run_failover
-        from sere_ray.util.results import write_result
-
-        run_failover(lambda content: write_result(out, content), console=console)
-    print(out)
-
-
-@app.command()
 def scale(out: Out) -> None:
     """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
 
@@ -191,7 +175,7 @@ def plot(
         str | None, typer.Option(help="Only what was measured on this one [all].")
     ] = None,
 ) -> None:
-    """Draw a result file of `bench step-time`, `failover` or `scale`.
+    """Draw a result file of `bench step-time` or `scale`.
 
     Example: sere-ray bench plot step-time.json step-time.png
     """

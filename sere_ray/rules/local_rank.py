@@ -83,7 +83,7 @@ def apply_plan_local(
     row_kind: Tensor | None,
     threshold: float | None,
 ) -> Tensor:
-    """The variant of :func:`sere_ray.rules.sere.apply_plan`; for a plan without ``unavailable``.
+    """The variant of :func:`sere_ray.rules.sere.apply_plan`.
 
     Args:
         plan: of all rows, wherever they are.

@@ -64,17 +64,14 @@ def reroute(
     select_top_k: int,
     threshold: float | None = None,
     min_primary_experts: int = 0,
-    unavailable: list[bool] | None = None,
 ) -> Outcome:
-    """Steps 1 to 7. ``num_slots`` is K: lists of no rows do not know it.
+    """Steps 1 to 6. ``num_slots`` is K: lists of no rows do not know it.
 
-    Where the specification is silent: with S <= 0 or S >= K, P is P_K (of the available
-    experts); where no expert at all is available every slot stays; a re-routed slot is one whose
-    id changed, in any row.
+    Where the specification is silent: with S <= 0 or S >= K, P is P_K; a re-routed slot is one
+    whose id changed, in any row.
     """
     num_experts = len(similarity)
     kinds = [REROUTABLE] * len(ids) if row_kind is None else row_kind
-    gone = {e for e in range(num_experts) if unavailable is not None and unavailable[e]}
     is_identity = select_top_k <= 0 or select_top_k >= num_slots
 
     # Steps 1 and 2: P_s for every s.
@@ -87,7 +84,6 @@ def reroute(
             ranked = ranked_slots(row, row_weights, num_experts)
             for s in range(num_slots + 1):
                 union[s].update(row[slot] for slot in ranked[:s] if 0 <= row[slot] < num_experts)
-    union = [p - gone for p in union]
 
     # Step 3: the floor.
     effective = num_slots
@@ -97,15 +93,12 @@ def reroute(
             effective += 1
     primary = union[effective]
 
-    # Steps 4 to 7, slot by slot.
+    # Steps 4 to 6, slot by slot.
     rho = None if threshold is None else float32(threshold)
-    p, available = sorted(primary), [e for e in range(num_experts) if e not in gone]
+    p = sorted(primary)
     memory: dict[tuple[bool, int], int] = {}
 
     def new_id(u: int, kind: int) -> int:
-        if u in gone:
-            candidates = p or available
-            return most_similar(similarity[u], candidates) if candidates else u
         if is_identity or kind != REROUTABLE or u in primary or not p:
             return u
         v = most_similar(similarity[u], p)

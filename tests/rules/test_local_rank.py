@@ -43,7 +43,7 @@ def make_local(case: Case, seed: int, ranks: int, placement: str, tolerance: str
 
 @st.composite
 def local_cases(draw: st.DrawFn, **fixed: Any) -> tuple[Case, LocalRanks]:
-    case = draw(cases(unavailable="none", rows=st.integers(0, 40), **fixed))
+    case = draw(cases(rows=st.integers(0, 40), **fixed))
     local = make_local(
         case,
         draw(st.integers(0, 2**32 - 1)),

@@ -109,8 +109,6 @@ def _record(
         setting.policy,
         similarity,
         PROMPT_TOKENS,
-        owner=linear_owner(next(iter(similarity.values())).shape[0], setting.ranks),
-        home=torch.arange(batch) * setting.ranks // batch,
         on_layer=lambda layer, rows: found[layer].append(rows),
     )
     starts = range(0, len(windows) - batch + 1, batch)
@@ -245,7 +243,6 @@ def _row(
     sent = _sent_per_step(counts)
     return {
         "select_top_k": setting.policy.select_top_k,
-        "prefer_local_rank": setting.policy.prefer_local_rank,
         "ranks": ranks,
         "rows_per_rank": rows_per_rank,
         "bytes_dispatched": round(report["bytes_dispatched_after"] / calls, 1),

@@ -9,12 +9,16 @@ Rows = list[dict[str, Any]]
 
 
 def draw_scale(document: dict[str, Any]) -> "Figure":
-    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates."""
+    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates.
+
+    Files up to commit f52e2f4 have arms of the key ``prefer_local_rank``, which are left out.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int], Rows] = {}
     for row in document["rows"]:
-        shown = row["prefer_local_rank"] != 1 and (row["threshold"] is None or _is_one(row))
+        has_key = row.get("prefer_local_rank") is not None
+        shown = not has_key and (row["threshold"] is None or _is_one(row))
         if shown and row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
             panels.setdefault((row["shape"], row["ranks"]), []).append(row)
     fields = (
@@ -56,8 +60,6 @@ def _name(row: dict[str, Any]) -> str:
     parts = [f"S={row['select_top_k']}"]
     if row["threshold"] is not None:
         parts.append(f"rho={row['threshold']}")
-    if row["prefer_local_rank"] is not None:
-        parts.append(f"prefer_local_rank={row['prefer_local_rank']}")
     if row["union"] == "local":
         parts.append("local union")
     return ", ".join(parts)

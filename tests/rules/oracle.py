@@ -5,7 +5,7 @@ twice to go unseen. Numbers come in as Python lists (a float32 is exact as a Pyt
 """
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PADDING, REROUTABLE, EXACT = 0, 1, 2
 
@@ -134,50 +134,6 @@ def reroute(
         ),
         critical_kept=len(read(new) - primary),
     )
-
-
-def reroute_local(
-    ids: list[list[int]],
-    weights: list[list[float]],
-    similarity: list[list[float]],
-    *,
-    owner: list[int],
-    home: list[int],
-    tolerance: float,
-    row_kind: list[int] | None = None,
-    **arguments: object,
-) -> Outcome:
-    """`prefer_local_rank`: a re-routed slot may go elsewhere in P, if its row goes there anyway.
-
-    A home outside the ranks of ``owner`` is none. Everything but the ids is the plain rule's.
-    """
-    plain = reroute(ids, weights, similarity, row_kind=row_kind, **arguments)
-    threshold = arguments.get("threshold")
-    rho = float("-inf") if threshold is None else float32(threshold)
-    new = []
-    for row, plain_row, own in zip(ids, plain.ids, home, strict=True):
-        changed = [slot for slot, u in enumerate(row) if plain_row[slot] != u]
-        visited = {own} | {
-            owner[u]
-            for slot, u in enumerate(row)
-            if slot not in changed and 0 <= u < len(similarity)
-        }
-        new_row = list(row)
-        for slot in changed:
-            likeness = similarity[row[slot]]
-            best = plain_row[slot]
-            bar = float32(likeness[best] - float32(tolerance))
-            near = [
-                v
-                for v in plain.primary
-                if (v == best or likeness[v] > bar) and likeness[v] >= rho and owner[v] in visited
-            ]
-            new_row[slot] = most_similar(likeness, near) if near else best
-        new.append(new_row)
-    kinds = [REROUTABLE] * len(ids) if row_kind is None else row_kind
-    rows = [row for row, kind in zip(new, kinds, strict=True) if kind != PADDING]
-    read = {e for row in rows for e in row if 0 <= e < len(similarity)}
-    return replace(plain, ids=new, experts_after=len(read), critical_kept=len(read - plain.primary))
 
 
 def published(

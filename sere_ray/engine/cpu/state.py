@@ -1,5 +1,6 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.cpu.rules import check_gate, choose_and_count
+from sere_ray.engine.cpu.rules import check_gate, margin_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import REROUTABLE, Choice, Layer
+from sere_ray.rules import REROUTABLE, Choice, Layer, margin
 
 
 @dataclass
@@ -92,23 +93,21 @@ class CpuState(EngineState):
         old = topk_ids.clone(), topk_weights.clone()
         if self.bound.mode == "off" or not self.has_decode_row():
             return old
-        new, counts = self.apply_other_rule(layer, topk_ids, topk_weights, router_logits)
+        new, counts = self.apply_margin(layer, topk_ids, topk_weights, router_logits)
         self.counters[self.current_kind, self.position[layer]] += counts
         return new if self.bound.mode == "on" else old
 
-    def apply_other_rule(
+    def apply_margin(
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> tuple[Choice, StepCounts]:
-        """What a rule other than ``sere`` chooses for a layer, and what changed."""
-        return choose_and_count(
-            self.bound.rule,
-            topk_ids,
-            topk_weights,
-            router_logits,
-            self.row_kind[: topk_ids.shape[0]],
-            self.knobs(layer),
-            self.owner.get(layer),
-        )
+        """What the rule ``margin`` chooses for a layer, and what changed."""
+        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
+        keep = functools.partial(self.keep, layer, knobs)
+        return margin_and_count(topk_ids, topk_weights, router_logits, kinds, knobs, keep)
+
+    def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
+        """The experts that are kept, ``[E]`` bool, of what the rows ask for, ``[E]`` int64."""
+        return margin.keep(asked, knobs)
 
     def knobs(self, layer: int) -> Layer:
         """What a rule is given beside the rows of a layer."""

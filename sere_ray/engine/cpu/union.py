@@ -26,14 +26,12 @@ from torch import Tensor
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu.dispatch import DispatchMeter, Routed, replace_dispatch
-from sere_ray.engine.cpu.rules import count_choice, scores_of
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
 from sere_ray.kernel.cpu_sere import StepCounts, lowest_ranks, reroute_by_ranks
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, Choice, RuleCounts, margin, name_dropped
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, RuleCounts
 from sere_ray.util.errors import PolicyError, SereError
 
 _NO_ROWS = 2**31
@@ -116,11 +114,6 @@ class UnionCpuState(CpuState):
         self.has_exact_row = bool((kinds == EXACT).any())
         self.agreed = False
 
-    def check_supported(self, policy: Policy) -> None:
-        """See the base class."""
-        super().check_supported(policy)
-        check_policy(policy, on_gpu=False, several_ranks=True)
-
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """See the base class; a collective call in the first layer of a pass."""
         if not self.agreed:
@@ -154,25 +147,15 @@ class UnionCpuState(CpuState):
             self._compare(layer, ranks, **arguments)
         return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
 
-    def apply_other_rule(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
-    ) -> tuple[Choice, StepCounts]:
-        """See the base class; ``margin`` is collective where the union is over all ranks."""
-        if self.bound.union == "local" or self.bound.rule != "margin":
-            return super().apply_other_rule(layer, topk_ids, topk_weights, router_logits)
-        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
-        scores = scores_of(router_logits)
-        asked = margin.ask(topk_ids, topk_weights, scores, kinds, knobs)
+    def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
+        """See the base class; collective where the union is over all ranks, of what all ask for."""
+        if self.bound.union == "local":
+            return super().keep(layer, knobs, asked)
         self._reduce(asked, dist.ReduceOp.SUM)
-        kept = margin.keep(asked, knobs)
+        kept = super().keep(layer, knobs, asked)
         if self.startup.check_ranks:
             self._raise_if_different(layer, kept)
-        new_ids, new_weights = margin.refill_rows(
-            kept, topk_ids, topk_weights, scores, kinds, knobs
-        )
-        named = margin.is_named(asked)
-        counts = count_choice(topk_ids, new_ids, kinds, named, kept, self.owner.get(layer))
-        return (name_dropped(new_ids, topk_ids), new_weights), counts
+        return kept
 
     def _compare(self, layer: int, ranks: Tensor, **arguments: Any) -> None:
         """Raise on every rank alike if one of them sends a slot of some expert elsewhere."""

@@ -4,7 +4,7 @@ Under data and expert parallelism every rank routes its own rows. Two all-reduce
 derive the same set of kept experts:
 
 - once per pass, in its first MoE layer: :class:`Header`, a few numbers, and each rank's rows (MIN);
-- in every MoE layer, before rows are dispatched: one byte per expert, the lowest rank of a slot
+- in every MoE layer, before rows are dispatched: one byte per expert, the lowest order of a slot
   in which a row names it (MIN); under the rule ``margin`` one integer per expert, what the rank's
   rows ask for (SUM).
 
@@ -28,7 +28,7 @@ from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu.dispatch import DispatchMeter, Routed, replace_dispatch
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
-from sere_ray.kernel.cpu_sere import StepCounts, lowest_ranks, reroute_by_ranks
+from sere_ray.kernel.cpu_sere import StepCounts, lowest_slot_orders, reroute_by_slot_orders
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, RuleCounts
@@ -140,12 +140,12 @@ class UnionCpuState(CpuState):
         if self.bound.union == "local":
             return super().apply_rule(layer, topk_ids, topk_weights, kinds)
         similarity = self.similarity[layer]
-        ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
-        self._reduce(ranks, dist.ReduceOp.MIN)
+        orders = lowest_slot_orders(topk_ids, topk_weights, kinds, similarity.shape[0])
+        self._reduce(orders, dist.ReduceOp.MIN)
         arguments = self.rule_arguments(layer)
         if self.startup.check_ranks:
-            self._compare(layer, ranks, **arguments)
-        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
+            self._compare(layer, orders, **arguments)
+        return reroute_by_slot_orders(topk_ids, orders, similarity, kinds, **arguments)
 
     def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
         """See the base class; collective where the union is over all ranks, of what all ask for."""
@@ -157,13 +157,15 @@ class UnionCpuState(CpuState):
             self._raise_if_different(layer, kept)
         return kept
 
-    def _compare(self, layer: int, ranks: Tensor, **arguments: Any) -> None:
+    def _compare(self, layer: int, orders: Tensor, **arguments: Any) -> None:
         """Raise on every rank alike if one of them sends a slot of some expert elsewhere."""
-        slots = -(-len(ranks) // self.top_k) * self.top_k
+        slots = -(-len(orders) // self.top_k) * self.top_k
         experts = torch.arange(slots, dtype=torch.int32, device="cpu").view(-1, self.top_k)
-        experts[experts >= len(ranks)] = -1
+        experts[experts >= len(orders)] = -1
         kinds = torch.full((len(experts),), REROUTABLE, dtype=torch.int8, device="cpu")
-        targets, _ = reroute_by_ranks(experts, ranks, self.similarity[layer], kinds, **arguments)
+        targets, _ = reroute_by_slot_orders(
+            experts, orders, self.similarity[layer], kinds, **arguments
+        )
         self._raise_if_different(layer, targets)
 
     def _raise_if_different(self, layer: int, derived: Tensor) -> None:

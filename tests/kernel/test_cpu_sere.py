@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel.cpu_sere import reroute_and_count
 from sere_ray.rules.sere import count
-
-from .test_sere import RULES, Case, assert_same_ids, cases, make_case
+from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 
 def check(case: Case) -> None:

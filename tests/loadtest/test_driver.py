@@ -23,6 +23,7 @@ def plan(server, **changes):
     return Plan(target, ENTRIES, **{"seconds": 0.6, **changes})
 
 
+@pytest.mark.alone
 def test_closed_loop_keeps_so_many_under_way():
     with serving(gap=0.02) as server:
         load = run_part(plan(server, streams=4, warmup=0.3), now())
@@ -36,6 +37,7 @@ def test_closed_loop_keeps_so_many_under_way():
     assert len(load.outcomes) > one.requests  # warm-up is not measured
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("part", "places"), [((0, 1), [0, 0.25, 0.5, 0.75]), ((1, 2), [0.25, 0.75])]
 )
@@ -59,6 +61,7 @@ def test_open_loop_does_not_wait_and_counts_from_the_schedule():
     assert all(o.latency >= 0.3 for o in load.measured)
 
 
+@pytest.mark.alone
 def test_open_loop_latency_grows_with_a_queue():
     """A server that answers one at a time: later requests wait, and that is in their latency."""
     lock = threading.Lock()

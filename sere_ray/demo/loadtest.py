@@ -12,9 +12,9 @@ from sere_ray import assets
 from sere_ray.calibration import calibrate
 from sere_ray.demo.run import check_machine
 from sere_ray.demo.serving import HOST, MODEL_ID, served
-from sere_ray.loadtest.ab import Comparison, Save, Shape, run_comparison
-from sere_ray.loadtest.arms import parse_policies
-from sere_ray.loadtest.driver import Plan, Target
+from sere_ray.loadtest.ab import Amount, Comparison, Save, run_comparison
+from sere_ray.loadtest.driver import LoadPlan, Target
+from sere_ray.loadtest.policies import parse_policies
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.workload import arithmetic_workload
 from sere_ray.policy.policy import Policy
@@ -46,7 +46,7 @@ def run_demo_comparison(
 
     Args:
         save: called with the content of the result file.
-        policies: see :func:`~sere_ray.loadtest.arms.parse_policies`.
+        policies: see :func:`~sere_ray.loadtest.policies.parse_policies`.
         price: of this machine; an assumption, since nobody rents it.
         port: to serve on.
         rates: requests per second of a sweep; none = eight streams, closed loop.
@@ -66,11 +66,11 @@ def run_demo_comparison(
         calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console)
         policy = Policy.parse({"similarity": str(similarity), "select_top_k": 2})
         url = f"http://{HOST}:{port}"
-        plan = Plan(Target(f"{url}/v1", MODEL_ID), tuple(arithmetic_workload()), SECONDS)
+        plan = LoadPlan(Target(f"{url}/v1", MODEL_ID), tuple(arithmetic_workload()), SECONDS)
         comparison = Comparison(
             url,
             replace(plan, warmup=WARMUP, cache="cold"),
-            [Shape(rate=rate) for rate in rates] or [Shape(STREAMS)],
+            [Amount(rate=rate) for rate in rates] or [Amount(STREAMS)],
             arms,
             rounds,
             SLO,

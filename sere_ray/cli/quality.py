@@ -8,7 +8,7 @@ import typer
 from sere_ray.cli.common import console, numbers, user_errors
 
 if TYPE_CHECKING:
-    from sere_ray.evaluation.frontier import Plan
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
@@ -135,12 +135,12 @@ def _plan(
     ranks: str,
     device: str,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-) -> "Plan":
+) -> "EvaluationPlan":
     """What the options say; ``text``: data, column, sequences, length, prompt."""
-    from sere_ray.evaluation.frontier import Plan
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
     data, text_column, sequences, length, prompt = text
-    return Plan(
+    return EvaluationPlan(
         model=model,
         similarity=similarity,
         data=data,

@@ -15,7 +15,7 @@ _OF_GANG = (
     "experts_max_rank_after",
     "critical_kept",
 )
-"""Counted by layer. Under a global union all ranks of a gang count the same; so they do of steps."""
+"""Counted by layer. Under a global union all ranks of a gang count the same, steps included."""
 _OF_RANK = ("slots_rerouted", "bytes_dispatched_before", "bytes_dispatched_after")
 """Counted by layer. Each rank counts its own, so a gang has their sum."""
 _ROWS = ("rows", "decode_rows")

@@ -10,8 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sere_ray.demo.measure import Run
-from sere_ray.demo.settings import label
+from sere_ray.demo.measure import Run, label
 from sere_ray.util.files import atomic_path
 from sere_ray.util.results import origin
 
@@ -24,13 +23,13 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("top1_agreement", "top-1", "{:.1%}"),
     ("kl_mean", "KL", "{:.4f}"),
 )
-"""Field of :class:`Run`, heading, format."""
+"""Columns after the policy's name: field of :class:`Run`, heading, format."""
 HEADINGS = ("policy", *(heading for _, heading, _ in COLUMNS))
 NOTES = {
     "experts": "read per layer and decode step, of 48, counted in the engine",
-    "step ms": "forward pass of a decode step. Reading fewer experts saves this model no time (we "
-    "take it that it stays in a CPU's cache), so that the rule itself shows; `sere-ray bench "
-    "step-time` measures a larger one",
+    "step ms": "forward pass of a decode step. Reading fewer experts saves this model no time: it "
+    "is so small that it probably stays in a CPU's cache (not measured), so the time of the rule "
+    "itself shows; `sere-ray bench step-time` measures a larger one",
     "answers": "arithmetic answered right, through the endpoint",
     "top-1, KL": "agreement with and distance (nats) from the exact model on held-out text, "
     "teacher-forced, with batches of `streams` rows",

@@ -136,7 +136,20 @@ def _plan(
     device: str,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
 ) -> "EvaluationPlan":
-    """What the options say; ``text``: data, column, sequences, length, prompt."""
+    """The plan that the options describe.
+
+    Args:
+        model: checkpoint folder or hub name.
+        similarity: its artifact.
+        text: data, text column, number of windows, tokens of a window, and tokens of its prompt.
+        batches: ``--batches``.
+        ranks: ``--ranks``.
+        device: ``--device``.
+        dtype: ``--dtype``.
+
+    Raises:
+        SereError: ``batches`` or ``ranks`` are not such numbers.
+    """
     from sere_ray.evaluation.frontier import EvaluationPlan
 
     data, text_column, sequences, length, prompt = text

@@ -54,7 +54,7 @@ def evaluate(
     with user_errors():
         from sere_ray.evaluation.frontier import check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
-        from sere_ray.evaluation.frontier_page import write_page
+        from sere_ray.evaluation.frontier_page import write_frontier_page
         from sere_ray.evaluation.settings import check_rules, read_settings
         from sere_ray.util.results import check_continues, load_result, write_result
 
@@ -71,7 +71,7 @@ def evaluate(
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto)
         if html:
-            write_page(load_result(out), html)
+            write_frontier_page(load_result(out), html)
     print(out)
 
 

@@ -8,7 +8,7 @@ _HERE = Path(__file__).parent
 MODEL = _HERE / "model"
 """The demo model (see its README.md for how it was trained)."""
 CALIBRATION = _HERE / "data" / "calibration.jsonl"
-"""Text of the training part, for similarity."""
+"""Text to calibrate the demo model on: from the part that it was trained on."""
 
 
 def model_config() -> dict[str, Any]:

@@ -95,10 +95,6 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
 
 
-def owners(worker):
-    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
-
-
 def test_round_robin_placement_gives_the_tokens_of_one(checkpoint, of_one_rank, monkeypatch):
     """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
     folder = checkpoint("deepseek_v2")

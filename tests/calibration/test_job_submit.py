@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sere_ray.util.files import file_sha256
 
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
@@ -19,6 +18,7 @@ from sere_ray.bench.servers import server
 from sere_ray.calibration.plan import Settings, prepare, write_artifact
 from sere_ray.calibration.ray_job import STORE_BYTES, ShardWorker, _partial, cut
 from sere_ray.calibration.work_folder import WorkFolder
+from sere_ray.util.files import file_sha256
 from sere_ray.util.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]

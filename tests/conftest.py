@@ -68,10 +68,20 @@ def has_words():
 
 
 @pytest.fixture(scope="session")
+def sdist_path(tmp_path_factory):
+    """The source archive of this repository, built once."""
+    return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="session")
 def wheel_path(tmp_path_factory):
     """The wheel of this repository, built once."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run([*command, str(Path(__file__).parents[1])], check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
+    return build("wheel", Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"))
+
+
+def build(kind, source, folder):
+    """A distribution of a source tree; ``kind``: sdist or wheel."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", folder]
+    subprocess.run([*command, source], check=True, capture_output=True)
+    (path,) = folder.iterdir()
     return path

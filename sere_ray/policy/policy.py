@@ -60,7 +60,8 @@ class Policy(BaseModel):
 
     similarity: str = Field(min_length=1, description="path of the similarity artifact")
     rule: RuleName = Field(
-        "sere", description="which rule re-routes; `sere-ray evaluate` alone has others"
+        "sere",
+        description="which rule re-routes; others are compared by `sere-ray evaluate` only",
     )
     select_top_k: int | None = Field(
         None, ge=1, description="S: slots of a row that are never re-routed; <= K"

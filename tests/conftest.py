@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.workers import made_once
+
 pytest_plugins = ["tests.workers"]
 
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.
@@ -68,15 +70,27 @@ def has_words():
 
 
 @pytest.fixture(scope="session")
+def common(tmp_path_factory):
+    """A folder that all workers of a run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
 def sdist_path(tmp_path_factory):
     """The source archive of this repository, built once."""
     return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="session")
-def wheel_path(tmp_path_factory):
+def wheel_path(common):
     """The wheel of this repository, built once."""
-    return build("wheel", Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"))
+    folder = common / "wheel"
+    with made_once(folder) as is_first:
+        if is_first:
+            build("wheel", Path(__file__).parents[1], folder)
+    (path,) = folder.iterdir()
+    return path
 
 
 def build(kind, source, folder):

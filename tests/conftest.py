@@ -1,12 +1,12 @@
+import fcntl
 import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from tests.workers import made_once
 
 pytest_plugins = ["tests.workers"]
 
@@ -74,6 +74,14 @@ def common(tmp_path_factory):
     """A folder that all workers of a run have in common."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def made_once(folder):
+    """Yields whether the block is the first that fills ``folder``; others wait for its end."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not folder.exists()
 
 
 @pytest.fixture(scope="session")

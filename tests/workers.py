@@ -73,14 +73,6 @@ def pytest_runtest_protocol(item):
 
 
 @contextmanager
-def made_once(folder):
-    """Yields whether the block is the first that fills ``folder``; others wait for its end."""
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield not folder.exists()
-
-
-@contextmanager
 def _in_turn(alone):
     """Two locks on files that every worker has: the room is shared, or one test's alone. Who wants
     it alone holds the door meanwhile, as others would come in for ever."""

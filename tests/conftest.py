@@ -13,8 +13,10 @@ pytest_plugins = ["tests.workers"]
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Models are tiny, and beside a test there is another one: threads would only wait for each other.
+# Models are tiny, and beside a test there is another one: threads would only wait for each other,
+# and an engine that has several all the same must not spin while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,9 @@
+import fcntl
 import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ pytest_plugins = ["tests.workers"]
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Models are tiny, and beside a test there is another one: threads would only wait for each other.
+# Models are tiny, and beside a test there is another one: threads would only wait for each other,
+# and an engine that has several all the same must not spin while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser):
@@ -68,15 +72,35 @@ def has_words():
 
 
 @pytest.fixture(scope="session")
+def common(tmp_path_factory):
+    """A folder that all workers of a run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def made_once(folder):
+    """Yields whether the block is the first that fills ``folder``; others wait for its end."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not folder.exists()
+
+
+@pytest.fixture(scope="session")
 def sdist_path(tmp_path_factory):
     """The source archive of this repository, built once."""
     return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="session")
-def wheel_path(tmp_path_factory):
+def wheel_path(common):
     """The wheel of this repository, built once."""
-    return build("wheel", Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"))
+    folder = common / "wheel"
+    with made_once(folder) as is_first:
+        if is_first:
+            build("wheel", Path(__file__).parents[1], folder)
+    (path,) = folder.iterdir()
+    return path
 
 
 def build(kind, source, folder):

@@ -133,7 +133,7 @@ def measure_runs(
     send(base_url, model_id, assets.arithmetic()[:16], 16)  # warm-up
     runs = []
     for concurrency in concurrencies:
-        problems = assets.arithmetic()[: _problems_at(concurrency)]
+        problems = assets.arithmetic()[: problems_at(concurrency)]
 
         def traffic(
             policy: Policy,
@@ -155,7 +155,7 @@ def measure_runs(
     return runs
 
 
-def _problems_at(concurrency: int) -> int:
+def problems_at(concurrency: int) -> int:
     """How many arithmetic problems are sent: few at low concurrency, where they take long."""
     return min(128, 12 * concurrency)
 

@@ -2,6 +2,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
+def cache(common):
     """Folder of kernels compiled for the CPU."""
-    return tmp_path_factory.mktemp("kernels")
+    return common / "kernels"

@@ -7,7 +7,8 @@ from tests.serve.deployment import deployed
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory):
-    """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it.
+    """A :class:`tests.serve.deployment.Served`; a test leaves it as it found it, those of
+    ``test_zz_faults.py`` apart.
 
     Mode ``auto`` is not on; its target is out of reach.
     """

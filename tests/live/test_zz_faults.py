@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+from tests.serve.deployment import wait_for
+from tests.serve.every_path import check_drains
 from tests.serve.faults import check_killed_engine, check_killed_router
 
 pytestmark = pytest.mark.engine
@@ -14,7 +16,7 @@ def test_a_killed_router(live):
 
 
 def test_a_killed_engine_ends_the_requests_of_its_gang(live):
-    """Later requests, too. (That a gang comes back is tests/serve/test_two_gangs.py.)"""
+    """Later requests, too."""
     check_killed_engine(live)
     for _ in range(10):  # the gang needs longer to come back
         start = time.monotonic()
@@ -24,3 +26,8 @@ def test_a_killed_engine_ends_the_requests_of_its_gang(live):
         assert "again" in answer["error"]["message"]
         assert "retry-after" in {name.lower() for name in headers}
         time.sleep(0.3)
+
+
+def test_the_gang_comes_back_and_drains_at_sigterm(live):
+    wait_for(lambda: live.complete(max_tokens=4)[0] == 200, 180, "the gang comes back")
+    check_drains(live)

@@ -151,6 +151,7 @@ def test_an_error_or_a_signal_ends_the_loads(monkeypatch):
         (2**22 + 1, ["--pid 4194305", "no such process", "sere-ray serve"]),
         (os.getpid(), [f"--pid {os.getpid()}", "no engine", "--no-kill-rank"]),
     ],
+    ids=["none", "mine"],
 )
 def test_a_wrong_process_is_refused_before_any_load(pid, words, has_words):
     control = Control()

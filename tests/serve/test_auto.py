@@ -19,8 +19,8 @@ from sere_ray.serve.replica.server import OPTIONS
 from sere_ray.util.errors import SereError
 from sere_ray.util.token_times import bucket_of
 from tests.observe.recorded import Recorded
-from tests.serve.test_controller import step_ms
-from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, run, save_artifact
+from tests.serve.test_actor import LIMIT, TOP_K, Replica, counted, run, save_artifact
+from tests.serve.test_auto_controller import step_ms
 
 LEVELS = [{"select_top_k": 3}, {"select_top_k": 2}, {"select_top_k": 1}]
 AUTO = {"tpot_ms": 16, "levels": LEVELS}

@@ -9,7 +9,7 @@ from sere_ray.serve.policy_actor.actor import SereRouter
 from sere_ray.serve.policy_actor.store import memory_store
 from tests.observe.recorded import Recorded
 from tests.serve.test_access import KEYS, Inner, ask
-from tests.serve.test_router import LIMIT, Replica, save_artifact
+from tests.serve.test_actor import LIMIT, Replica, save_artifact
 
 
 def test_gangs_beyond_those_of_the_deployment_are_restarts(tmp_path):

@@ -9,7 +9,7 @@ from sere_ray.bench.chaos import Clients, answers_of, disturb
 from tests.serve.deployment import MODEL_ID, deployed
 from tests.serve.every_path import check_drains
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 PROMPTS = [f"Work out {i + 3} + {2 * i + 5}." for i in range(12)]
 
 

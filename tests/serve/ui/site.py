@@ -17,7 +17,7 @@ from sere_ray.util.errors import SereError
 from sere_ray.util.ports import free_port
 from sere_ray.util.token_times import BUCKETS
 from tests.serve.deployment import save_keys
-from tests.serve.test_router import LIMIT, TOP_K, Replica, counted, save_artifact
+from tests.serve.test_actor import LIMIT, TOP_K, Replica, counted, save_artifact
 
 STEPS, ROWS, BEFORE, AFTER, REROUTED, BYTES = 100, 4, (6, 4), (3, 2), (8, 4), (500, 250)
 """What an engine counts from one report to the next: steps, and in a step rows, and by layer

@@ -10,7 +10,7 @@ MODEL = _HERE / "model"
 DATA = _HERE / "data"
 """Texts, with the licence of where they come from."""
 CALIBRATION = DATA / "calibration.jsonl"
-"""Text of the training part, for similarity."""
+"""Text to calibrate the demo model on: from the part that it was trained on."""
 
 
 def model_config() -> dict[str, Any]:

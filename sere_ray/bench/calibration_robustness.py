@@ -22,8 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sere_ray import assets
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, bound
-from sere_ray.bench.dispatch import interval
-from sere_ray.bench.failover import score
+from sere_ray.bench.dispatch_traffic import divergence, interval
 from sere_ray.calibration.collect import MoELayer, collect, find_moe_layers
 from sere_ray.calibration.data import make_batches, make_windows
 from sere_ray.calibration.loading import load_model, load_tokenizer
@@ -51,7 +50,7 @@ KEPT_SETS = 1000
 
 
 @dataclass(frozen=True)
-class Point:
+class RobustnessPoint:
     """One setting and the similarity it gives."""
 
     data: str
@@ -75,8 +74,8 @@ def run_robustness(save: Callable[[dict[str, Any]], None], *, work: Path, consol
     tokenizer = load_tokenizer(str(assets.MODEL))
     layers = find_moe_layers(model)
     points = [
-        Point("none", 0, "random", random_similarity(layers)),
-        Point("none", 0, "weights", weight_similarity(layers)),
+        RobustnessPoint("none", 0, "random", random_similarity(layers)),
+        RobustnessPoint("none", 0, "weights", weight_similarity(layers)),
     ]
     for name, texts in _data_sets().items():
         kept = work / f"{name}.safetensors"
@@ -122,7 +121,7 @@ def run_robustness(save: Callable[[dict[str, Any]], None], *, work: Path, consol
 
 def calibrate_nested(
     model: PreTrainedModel, name: str, windows: list[list[int]], console: Console
-) -> list[Point]:
+) -> list[RobustnessPoint]:
     """Similarity from the first tokens of a data set, for each number of them it has.
 
     Args:
@@ -148,7 +147,7 @@ def calibrate_nested(
                     continue
                 collect(model, layers, batches, of_layers, advance)
                 found = {index: layer.similarity() for index, layer in of_layers.items()}
-                points.append(Point(name, mark, metric, found))
+                points.append(RobustnessPoint(name, mark, metric, found))
             done = mark
     return points
 
@@ -184,7 +183,7 @@ def same_stand_in(one: Similarity, other: Similarity) -> float:
     return same / total
 
 
-def _keep(points: list[Point], path: Path) -> None:
+def _keep(points: list[RobustnessPoint], path: Path) -> None:
     tensors = {
         f"{point.tokens} {point.metric} {index}": matrix
         for point in points
@@ -194,12 +193,12 @@ def _keep(points: list[Point], path: Path) -> None:
         save_file(tensors, temporary)
 
 
-def _kept(path: Path, data: str) -> list[Point]:
+def _kept(path: Path, data: str) -> list[RobustnessPoint]:
     found: dict[tuple[int, str], dict[int, Tensor]] = {}
     for name, matrix in load_file(path).items():
         tokens, metric, index = name.split()
         found.setdefault((int(tokens), metric), {})[int(index)] = matrix
-    return [Point(data, *setting, found[setting]) for setting in sorted(found)]
+    return [RobustnessPoint(data, *setting, found[setting]) for setting in sorted(found)]
 
 
 class Judge:
@@ -208,20 +207,20 @@ class Judge:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
         self._texts = torch.tensor(make_windows(assets.heldout_texts(), tokenizer, TEXTS, LENGTH))
-        self._exact = exact_logits(model, self._texts, PROMPT_TOKENS)
+        logits = exact_logits(model, self._texts, PROMPT_TOKENS)
+        self._exact = logits.double().log_softmax(dim=-1)
 
     def divergence(self, similarity: Similarity, select_top_k: int) -> NDArray[np.float64]:
         """``[TEXTS]``: mean KL(exact || re-routed) of each text's positions, nats."""
         policy = bound(Policy.parse({"similarity": "-", "select_top_k": select_top_k}))
-        kl, _, _ = score(
-            self._model,
-            self._texts,
-            self._exact,
-            Rerouter(policy, similarity, PROMPT_TOKENS).forward,
-            batch=BATCH,
-            prompt_tokens=PROMPT_TOKENS,
-        )
-        return kl / (LENGTH - PROMPT_TOKENS)
+        rerouter = Rerouter(policy, similarity, PROMPT_TOKENS)
+        of_positions = []
+        for start in range(0, len(self._texts), BATCH):
+            rows = slice(start, start + BATCH)
+            logits = rerouter.forward(self._model, self._texts[rows])[:, PROMPT_TOKENS:]
+            of_positions.append(divergence(self._exact[rows], logits))
+        found: NDArray[np.float64] = torch.cat(of_positions).mean(dim=1).numpy()
+        return found
 
 
 def _data_sets() -> dict[str, list[str]]:

@@ -9,14 +9,13 @@ from rich.console import Console
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.bench.demo_model import SEQUENCES, TOP_K, bound
-from sere_ray.bench.dispatch import Setting, measure_dispatch
+from sere_ray.bench.dispatch_traffic import Setting, measure_dispatch
 from sere_ray.bench.engines import on_gpu
-from sere_ray.bench.kernels import profile_arms
+from sere_ray.bench.kernel_profile import profile_arms
 from sere_ray.bench.models import get_model
 from sere_ray.bench.routing import ROUTERS, Router
-from sere_ray.bench.step_time import ROW_KEY, Bench, Plan, measure
+from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
 from sere_ray.calibration import calibrate
-from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
@@ -67,7 +66,7 @@ def run_step_time(
     onto = load_result(out) if append and out.exists() else None
     if onto:
         check_continues(onto)
-    plan = Plan(
+    plan = StepTimePlan(
         model=get_model(model),
         batches=batches,
         repeats=repeats,
@@ -92,7 +91,6 @@ def run_dispatch(
     *,
     group_sizes: list[int],
     rows_per_rank: int,
-    tolerances: list[float],
     similarity: Path | None,
     console: Console,
 ) -> None:
@@ -102,7 +100,6 @@ def run_dispatch(
         out: the result file; replaced in one step.
         group_sizes: numbers of ranks, each a process.
         rows_per_rank: decode rows of every rank.
-        tolerances: values of ``prefer_local_rank`` beside null.
         similarity: artifact of the demo model; None calibrates one first.
         console: where progress goes.
 
@@ -116,22 +113,16 @@ def run_dispatch(
                 f"held-out texts and there are {SEQUENCES}; give fewer rows or ranks"
             )
     artifact = _demo_artifact(similarity, console)
-    variants = [(TOP_K, None), *((size, t) for size in (2, 1) for t in (None, *tolerances))]
     settings = [
-        Setting(size, _demo_policy(select_top_k, tolerance))
+        Setting(size, bound(Policy.parse({"similarity": "-", "select_top_k": select_top_k})))
         for size in group_sizes
-        for select_top_k, tolerance in variants
+        for select_top_k in (TOP_K, 2, 1)
     ]
     with progress(console, len(settings), task="dispatch", unit="settings") as advance:
         rows = measure_dispatch(settings, artifact.layers, rows_per_rank, lambda: advance(1))
     write_result(
         out, {"model": "demo", "per": "MoE layer and decode step, all ranks", "rows": rows}
     )
-
-
-def _demo_policy(select_top_k: int, prefer_local_rank: float | None) -> BoundPolicy:
-    keys = {"select_top_k": select_top_k, "prefer_local_rank": prefer_local_rank}
-    return bound(Policy.parse({"similarity": "-", **keys}))
 
 
 def _demo_artifact(path: Path | None, console: Console) -> SimilarityArtifact:

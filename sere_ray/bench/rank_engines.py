@@ -21,7 +21,7 @@ from sere_ray.bench.engines import (
     decode_steps,
     on_gpu,
 )
-from sere_ray.bench.kernels import profile_steps
+from sere_ray.bench.kernel_profile import profile_steps
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
 from sere_ray.engine.control import read_counters, set_policy

@@ -8,7 +8,7 @@ import typer
 from sere_ray.cli.common import console, numbers, user_errors
 
 if TYPE_CHECKING:
-    from sere_ray.evaluation.frontier import Plan
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
@@ -54,7 +54,7 @@ def evaluate(
     with user_errors():
         from sere_ray.evaluation.frontier import check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
-        from sere_ray.evaluation.frontier_page import write_page
+        from sere_ray.evaluation.frontier_page import write_frontier_page
         from sere_ray.evaluation.settings import check_rules, read_settings
         from sere_ray.util.results import check_continues, load_result, write_result
 
@@ -71,7 +71,7 @@ def evaluate(
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto)
         if html:
-            write_page(load_result(out), html)
+            write_frontier_page(load_result(out), html)
     print(out)
 
 
@@ -92,9 +92,7 @@ def tune(
             "--by-rows/--one-setting", help="A setting for each range of batch sizes, or for all."
         ),
     ] = True,
-    rules: Annotated[
-        str, typer.Option(help="Rules to choose among; GPUs serve sere and margin.")
-    ] = "sere,oea,xshare,lynx,margin",
+    rules: Annotated[str, typer.Option(help="Rules to choose among.")] = "sere,margin",
     report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
     sequences: Sequences = 128,
     length: Length = 128,
@@ -115,7 +113,7 @@ def tune(
         from sere_ray.util.results import write_result
 
         names = tuple(part.strip() for part in rules.split(","))
-        check_rules(names)
+        check_rules(names, served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)
         budget = Budget(max_kl, min_agreement)
@@ -135,12 +133,25 @@ def _plan(
     ranks: str,
     device: str,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-) -> "Plan":
-    """What the options say; ``text``: data, column, sequences, length, prompt."""
-    from sere_ray.evaluation.frontier import Plan
+) -> "EvaluationPlan":
+    """The plan that the options describe.
+
+    Args:
+        model: checkpoint folder or hub name.
+        similarity: its artifact.
+        text: data, text column, number of windows, tokens of a window, and tokens of its prompt.
+        batches: ``--batches``.
+        ranks: ``--ranks``.
+        device: ``--device``.
+        dtype: ``--dtype``.
+
+    Raises:
+        SereError: ``batches`` or ``ranks`` are not such numbers.
+    """
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
     data, text_column, sequences, length, prompt = text
-    return Plan(
+    return EvaluationPlan(
         model=model,
         similarity=similarity,
         data=data,

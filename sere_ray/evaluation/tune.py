@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sere_ray.calibration.collect import MoEShape
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.frontier import Evaluator, Plan
+from sere_ray.evaluation.frontier import EvaluationPlan, Evaluator
 from sere_ray.evaluation.settings import grid
 from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
 from sere_ray.policy.row_ranges import MOST_RANGES
@@ -147,7 +147,7 @@ class Text:
 
 
 def tune(
-    plan: Plan,
+    plan: EvaluationPlan,
     check_data: str,
     budget: Budget,
     rules: tuple[str, ...],
@@ -254,10 +254,12 @@ def _best_of_range(
     if rule == "margin":
         return _best_margin(attempt, len(shape.layers))
     sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
-    settings = [keys for batch in batches for keys in grid(rule, batch=batch, **sizes)]
+    settings = [
+        {**keys, "min_primary_experts": None}  # a server has its default floor
+        for batch in batches
+        for keys in grid(rule, batch=batch, **sizes)
+    ]
     settings = [keys for i, keys in enumerate(settings) if keys not in settings[:i]]
-    if rule == "sere":  # a server has its default floor
-        settings = [{**keys, "min_primary_experts": None} for keys in settings]
     fitting = [c for c in map(attempt, settings) if c.fits]
     return min(fitting, key=lambda candidate: candidate.reads, default=None)
 

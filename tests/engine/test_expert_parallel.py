@@ -4,13 +4,13 @@ All in float32: ranks add up the experts of a row in another order than one rank
 bf16 that alone flips near-ties of a random model's greedy answers.
 """
 
+import functools
 from itertools import chain
 
 import pytest
-import torch
 
 from sere_ray.engine.control import set_policy
-from sere_ray.engine.state import all_states, find_state
+from sere_ray.engine.state import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from sere_ray.util.ports import free_port
@@ -29,34 +29,65 @@ def parallel_rounds(folder, key, rounds, **options):
     return run_ranks(run_rounds, free_port(), folder, options, rounds)
 
 
-def single_rank_answers(folder, key, policies, batches, **options):
-    """Answers of one engine without parallelism: per policy and batch of requests."""
-    with running_engine(folder, key, dtype="float32", **options) as engine:
-        answers = []
-        for policy in policies:
-            set_policy(engine, Policy.parse(policy))
-            answers.append([generate(engine, batch)[0] if batch else [] for batch in batches])
+def split(architecture):
+    """``prompts()`` for two ranks.
+
+    Of DeepSeek all are on one: vLLM's CPU kernels of latent attention answer otherwise in another
+    batch, stock and without parallelism, too.
+    """
+    requests = prompts()
+    return [requests, []] if architecture == "deepseek_v2" else [requests[:5], requests[5:]]
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(checkpoint):
+    """Answers of an engine without parallelism, to :func:`split` and to all requests in one batch:
+    ``[[of the first, of the second, of all] at S = K, the same at S = 1]``."""
+
+    @functools.cache
+    def answers(architecture):
+        folder = checkpoint(architecture)
+        policies = policies_of(folder)
+        found = []
+        with running_engine(folder, policies[0], dtype="float32") as engine:
+            for policy in policies:
+                set_policy(engine, Policy.parse(policy))
+                batches = [*split(architecture), prompts()]
+                found.append([generate(engine, batch)[0] if batch else [] for batch in batches])
+        return found
+
     return answers
+
+
+def policies_of(folder):
+    """S = K, then S = 1."""
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    return [key, {**key, "select_top_k": 1}]
 
 
 # --- tensor parallel: every rank sees every row ------------------------------------------------
 
 
+def owners(worker):
+    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen2_moe"])
 def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
-    checkpoint, architecture, monkeypatch
+    checkpoint, architecture, of_one_rank, monkeypatch
 ):
     folder = checkpoint(architecture)
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
-    expected = single_rank_answers(folder, key, policies, [prompts()])
+    policies = policies_of(folder)
+    expected = of_one_rank(architecture)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    with running_engine(folder, key, **options) as engine:
-        for policy, (answers,) in zip(policies, expected, strict=True):
+    with running_engine(folder, policies[0], **options) as engine:
+        for policy, (*_, answers) in zip(policies, expected, strict=True):
             set_policy(engine, Policy.parse(policy))
             assert generate(engine, prompts())[0] == answers
+        placed = engine.collective_rpc(owners)
         counters = engine.collective_rpc("sere_counters", args=(True,))
+    assert placed == [{layer: [0] * 8 + [1] * 8 for layer in MOE_LAYERS[architecture]}] * RANKS
     for of_rank in counters:
         for kind in ("decode_only", "mixed"):
             of_rank[kind].pop("forward_seconds")
@@ -64,48 +95,21 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
 
 
-def test_tensor_parallel_ranks_agree_on_near_stand_ins(checkpoint, monkeypatch):
-    """Tokens of an engine of one rank that is told where the two keep their experts."""
-    folder = checkpoint("qwen3_moe")
-    key = sere_key(folder, min_primary_experts=0, prefer_local_rank=0.5)
-    owner = torch.arange(NUM_EXPERTS) * 2 // NUM_EXPERTS
-    with running_engine(folder, key, dtype="float32") as engine:
-        plain, _ = generate(engine, prompts())
-        state = all_states()[-1]
-        assert state.owner == {}, "one rank holds all"
-        state.owner.update(dict.fromkeys(state.layers, owner))
-        expected, _ = generate(engine, prompts())
-    assert expected != plain
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    with running_engine(folder, key, **options) as engine:
-        assert generate(engine, prompts())[0] == expected
-
-
-def owners(worker):
-    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
-
-
-def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatch):
+def test_round_robin_placement_gives_the_tokens_of_one(checkpoint, of_one_rank, monkeypatch):
     """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
     folder = checkpoint("deepseek_v2")
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
+    policies, answers = policies_of(folder), []
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    answers, placed = {}, {}
-    for placement in ("linear", "round_robin"):
-        with running_engine(folder, key, **options, expert_placement_strategy=placement) as engine:
-            placed[placement] = engine.collective_rpc(owners)
-            answers[placement] = []
-            for policy in policies:
-                set_policy(engine, Policy.parse(policy))
-                answers[placement].append(generate(engine, prompts())[0])
-    layers = MOE_LAYERS["deepseek_v2"]
-    assert placed["linear"] == [{i: [0] * 8 + [1] * 8 for i in layers}] * 2
-    assert placed["round_robin"] == [{i: [0, 1] * 8 for i in layers}] * 2
-    assert answers["round_robin"] == answers["linear"]
-    assert answers["linear"][0] != answers["linear"][1]
+    options["expert_placement_strategy"] = "round_robin"
+    with running_engine(folder, policies[0], **options) as engine:
+        placed = engine.collective_rpc(owners)
+        for policy in policies:
+            set_policy(engine, Policy.parse(policy))
+            answers.append(generate(engine, prompts())[0])
+    assert placed == [{layer: [0, 1] * 8 for layer in MOE_LAYERS["deepseek_v2"]}] * RANKS
+    assert answers == [together for *_, together in of_one_rank("deepseek_v2")]
+    assert answers[0] != answers[1]
 
 
 # --- data parallel: every rank has rows of its own ---------------------------------------------
@@ -113,18 +117,14 @@ def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatc
 
 @pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v2"])
-def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture, dispatch):
-    """Of DeepSeek all requests are on one rank: vLLM's CPU kernels of latent attention answer
-    otherwise in another batch, stock and without parallelism, too."""
+def test_data_parallel_ranks_give_the_tokens_of_one(
+    checkpoint, architecture, dispatch, of_one_rank
+):
     folder = checkpoint(architecture)
-    requests = prompts()
-    split = {"qwen2_moe": [requests[:5], requests[5:]], "deepseek_v2": [requests, []]}[architecture]
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
-    rounds = [{"policy": p, "requests": split, "tokens": [12, 12]} for p in policies]
-    ranks = parallel_rounds(folder, {**key, "dispatch": dispatch}, rounds)
-    exact, _ = single_rank_answers(folder, key, policies, split)
-    _, (together,) = single_rank_answers(folder, key, policies, [requests])
+    policies, requests = policies_of(folder), split(architecture)
+    rounds = [{"policy": p, "requests": requests, "tokens": [12, 12]} for p in policies]
+    ranks = parallel_rounds(folder, {**policies[0], "dispatch": dispatch}, rounds)
+    (*exact, _), (*_, together) = of_one_rank(architecture)
     assert [ranks[rank][0]["answers"] for rank in range(RANKS)] == exact
     # Prompts of 8 requests fit into one step, so both engines form the same batches.
     assert ranks[0][1]["answers"] + ranks[1][1]["answers"] == together
@@ -143,12 +143,6 @@ def rounds(checkpoint):
         "one is idle": (key, [short, []], [9, 9]),
         "the other is idle": (key, [[], short], [9, 9]),
         "local": ({**key, "union": "local"}, [long, short], [6, 12]),
-        "near": ({**key, "prefer_local_rank": 0.3}, [long, short], [9, 12]),
-        "near, local": (
-            {**key, "prefer_local_rank": 0.3, "union": "local"},
-            [short, long],
-            [6, 6],
-        ),
         "observe": ({**key, "mode": "observe"}, [short, long], [5, 5]),
         "off": ({**key, "mode": "off"}, [short, long], [5, 5]),
     }
@@ -240,45 +234,6 @@ def test_local_union_is_that_of_the_own_rows(rounds):
     for layer, ids, weights, kinds, new_ids in merged_calls(ranks):
         differs += new_ids != expected_of(policy, similarity, layer, ids, weights, kinds).ids
     assert differs > 0
-
-
-def near_of(policy, similarity, layer, ids, weights, kinds, home):
-    return oracle.reroute_local(
-        ids,
-        weights,
-        similarity[layer],
-        owner=[expert * RANKS // NUM_EXPERTS for expert in range(NUM_EXPERTS)],
-        home=home,
-        tolerance=policy["prefer_local_rank"],
-        num_slots=TOP_K,
-        row_kind=kinds,
-        select_top_k=policy["select_top_k"],
-        threshold=policy["threshold"],
-        min_primary_experts=policy["min_primary_experts"],
-    )
-
-
-def test_near_stand_ins_of_all_rows(rounds):
-    """Every rank is at home where its rows are; the union is that of all."""
-    similarity, reports = rounds
-    policy, ranks = reports["near"]
-    differs = 0
-    for number, (layer, *call, new_ids) in enumerate(merged_calls(ranks)):
-        home = [r for r in range(RANKS) for _ in ranks[r]["calls"][number][1]]
-        if REROUTABLE in call[2]:
-            assert new_ids == near_of(policy, similarity, layer, *call, home).ids
-            differs += new_ids != expected_of(policy, similarity, layer, *call).ids
-    assert differs > 0
-
-
-def test_near_stand_ins_of_the_own_rows(rounds):
-    similarity, reports = rounds
-    policy, ranks = reports["near, local"]
-    for rank, report in enumerate(ranks):
-        for layer, *call, new_ids in report["calls"]:
-            if REROUTABLE in call[2]:
-                home = [rank] * len(new_ids)
-                assert new_ids == near_of(policy, similarity, layer, *call, home).ids
 
 
 @pytest.mark.parametrize("mode", ["observe", "off"])

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from rich.console import Console
 from sere_ray.bench.completions import complete
 from sere_ray.bench.engines import gpu_engine, on_gpu, prompt_tokens, write_config
 from sere_ray.bench.models import Model, get_model, write_tokenizer
-from sere_ray.bench.servers import APP, served, server
+from sere_ray.bench.processor_time import cores_used, processor_seconds
+from sere_ray.bench.servers import served, server
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.gateway.keys import API_KEY
 from sere_ray.util.ports import free_port
-from sere_ray.util.processes import processes
 from sere_ray.util.progress import progress
 
 BARE = "bare"
@@ -41,15 +41,6 @@ PROXIES = ("default", "direct")
 MODEL_ID = "bench"
 MODEL_LENGTH = 1024
 REQUEST_SECONDS = 300.0
-PROCESSES = {
-    "VLLM::": "engine",
-    f"ray::ServeReplica:{APP}:SereIngress": "ingress",
-    f"ray::ServeReplica:{APP}": "front end",
-    "ray::ProxyActor": "proxy",
-    "haproxy": "proxy",
-    "ray::": "ray",
-}
-"""Whose processor time is told apart: how the name of a process starts. The first one counts."""
 
 
 @dataclass(frozen=True)
@@ -241,43 +232,15 @@ async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil
 
         requests = max(3 * concurrency, 24)
         await send(requests)  # as many: an engine may stall at each batch size that is new to it
-        before, start = _processor_seconds(root), asyncio.get_running_loop().time()
+        before, start = processor_seconds(root), asyncio.get_running_loop().time()
         firsts = await send(requests)
         seconds = asyncio.get_running_loop().time() - start
-        after = _processor_seconds(root)
+        after = processor_seconds(root)
     return Block(
         ttft_ms=statistics.median(firsts) * 1e3,
         tokens_per_s=requests * plan.tokens / seconds,
-        cores=_cores(before, after, seconds),
+        cores=cores_used(before, after, seconds),
     )
-
-
-def _processor_seconds(root: psutil.Process) -> dict[tuple[int, str], float]:
-    """Of the client and of the server's processes, by process and kind."""
-    seconds = {}
-    client = ("client", psutil.Process())
-    server = ((_kind(title, process, root), process) for title, process in processes(root))
-    for kind, process in (client, *server):
-        with suppress(psutil.Error):
-            times = process.cpu_times()
-            seconds[process.pid, kind] = times.user + times.system
-    return seconds
-
-
-def _kind(title: str, process: psutil.Process, root: psutil.Process) -> str:
-    for start, kind in PROCESSES.items():
-        if title.startswith(start) or Path(title).name.startswith(start):
-            return kind
-    return "front end" if process == root else "ray"
-
-
-def _cores(
-    before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float], seconds: float
-) -> dict[str, float]:
-    sums: dict[str, float] = defaultdict(float)
-    for (pid, kind), used in after.items():
-        sums[kind] += (used - before.get((pid, kind), used)) / seconds
-    return {kind: round(cores, 3) for kind, cores in sorted(sums.items())}
 
 
 def rows(

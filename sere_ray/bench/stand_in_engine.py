@@ -5,10 +5,8 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
-from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-
 from sere_ray.bench.stand_in import expected_words
+from sere_ray.serve.replica.engine import CompletionResponse, LLMEngine
 
 STEP_SECONDS = 0.02
 

@@ -134,7 +134,7 @@ def test_mistakes_in_a_deployment_file(tmp_path, has_words, text, words):
     has_words(str(caught.value), *words)
     with pytest.raises(SereError) as caught:
         load_file(tmp_path / "missing.yaml")
-    has_words(str(caught.value), "missing.yaml", "No such file")
+    has_words(str(caught.value), "missing.yaml", "No such file", "sere-ray examples")
 
 
 def test_an_artifact_that_is_not_here_is_said_before_anything_starts(tmp_path, has_words):

@@ -29,7 +29,7 @@ holds its own."""
 
 @dataclass(frozen=True)
 class Partial:
-    """What one shard of the text gave."""
+    """The sums of one shard of the text."""
 
     sums: Mapping[int, Sums]
     """By MoE layer."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sere_ray.cli.common import Out, console, user_errors
+from sere_ray.cli.common import Out, console, saver, user_errors
 from sere_ray.cli.loadtest_common import (
     Api,
     Cache,
@@ -31,7 +31,6 @@ from sere_ray.cli.loadtest_common import (
     Workload,
     finish,
     price,
-    saver,
 )
 from sere_ray.util.errors import SereError
 

@@ -1,4 +1,4 @@
-"""Which rank is gone: said by the others, within a bounded time.
+"""Find out which rank is gone: the others say so, within a bounded time.
 
 When a process dies, gloo fails at its peers with an address at most, and where a process hangs,
 after the timeout of the group, with nothing. So the ranks that are left greet each other over a

@@ -10,9 +10,9 @@ from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import PolicyError, UnsupportedError
 
 KERNEL_RULES = ("sere", "margin")
-"""What a GPU engine computes."""
+"""The rules that a GPU engine computes."""
 SHARED_RULES = ("sere", "topk", "margin")
-"""What several ranks compute over the rows of all of them."""
+"""The rules that several ranks can compute over the rows of all of them."""
 
 
 class EngineKind(TypedDict):
@@ -46,7 +46,14 @@ def check_policy(policy: Policy, *, on_gpu: bool, several_ranks: bool, where: st
 def check_change(
     policy: Policy, running: Policy, *, on_gpu: bool, several_ranks: bool, where: str = "sere"
 ) -> None:
-    """Refuse a policy that running engines cannot change to; as :func:`check_policy`, and more.
+    """Refuse a policy that engines of this kind cannot run, or cannot change to while they run.
+
+    Args:
+        policy: the new one; valid for the model.
+        running: the one that they run.
+        on_gpu: whether a rank computes on a GPU.
+        several_ranks: whether there is more than one data-parallel rank.
+        where: name of the policy in error messages.
 
     Raises:
         UnsupportedError: engines of this kind cannot run it.

@@ -24,8 +24,8 @@ from sere_ray import assets
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, TOP_K, heldout_windows
 from sere_ray.calibration import calibrate
 from sere_ray.calibration.loading import load_model
-from sere_ray.evaluation.teacher_forced import Choice, changed_choices, exact_logits
-from sere_ray.rules import REROUTABLE, reroute
+from sere_ray.evaluation.teacher_forced import changed_choices, exact_logits
+from sere_ray.rules import REROUTABLE, Choice, reroute
 from sere_ray.util.progress import progress
 
 RANKS = (8, 4, 2)

@@ -27,7 +27,8 @@ class Greeting(NamedTuple):
     group: dist.ProcessGroup
     """A gloo group of the same ranks as the exchanges', used for nothing else at the time."""
     timeout: timedelta
-    """Of the exchanges: some ranks may notice only as their own exchange times out."""
+    """How long to wait for an answer: as long as an exchange, since some ranks notice only when
+    their own exchange times out."""
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def refuse(path: str, value: object, message: str) -> PydanticCustomError:
 
 
 def _as_ranges(value: object) -> tuple[RowRange, ...] | None:
-    """From a list of mappings; which keys the rule has is checked by the policy."""
+    """Check and convert a list of mappings. Which keys the rule has, the policy checks."""
     if value is None:
         return None
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_RANGES:

@@ -8,7 +8,7 @@ SHORTEST_SECONDS, RATIO, BUCKETS = 1e-4, 1.1, 140
 """Bucket i holds times up to ``SHORTEST_SECONDS * RATIO**i``; the last one holds all above 51 s."""
 BOUNDS = [SHORTEST_SECONDS * RATIO**i for i in range(BUCKETS - 1)]
 SLICE_SECONDS = 1.0
-"""A request's time per output token is taken over so many seconds."""
+"""Length of the interval over which a request's time per output token is taken."""
 
 
 def bucket_of(seconds: float) -> int:

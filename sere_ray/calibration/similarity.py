@@ -211,7 +211,7 @@ class CkaExact(Sums):
         self.tokens += outputs.shape[1]
 
     def merge(self, other: Self) -> Self:
-        """All outputs of both."""
+        """Sums that hold the outputs of both, in this order."""
         merged = super().merge(other)
         merged.outputs = self.outputs + other.outputs
         return merged

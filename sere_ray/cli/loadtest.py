@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from sere_ray.cli import loadtest_demo as cli_loadtest_demo
-from sere_ray.cli.common import Out, console, user_errors
+from sere_ray.cli.common import Out, console, saver, user_errors
 from sere_ray.cli.loadtest_common import (
     Api,
     Cache,
@@ -32,7 +32,6 @@ from sere_ray.cli.loadtest_common import (
     Workload,
     finish,
     price,
-    saver,
 )
 from sere_ray.util.errors import SereError
 

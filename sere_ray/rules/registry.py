@@ -2,12 +2,10 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
-
-from sere_ray.rules.interface import Choice, Layer, Rule
+from sere_ray.rules.interface import Rule
 from sere_ray.rules.margin import margin
 from sere_ray.rules.peers import lynx, oea, topk, xshare
-from sere_ray.rules.sere_steps import reroute_steps
+from sere_ray.rules.sere import sere
 
 
 class RuleInfo(NamedTuple):
@@ -21,29 +19,10 @@ class RuleInfo(NamedTuple):
     needs_scores: bool
 
 
-def sere(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
-) -> Choice:
-    """:func:`sere_ray.reroute` of every step."""
-    del scores
-    if layer.similarity is None:
-        raise ValueError("the rule 'sere' needs the similarity of the layer, got None")
-    new_ids = reroute_steps(
-        topk_ids,
-        topk_weights,
-        layer.similarity,
-        row_kind,
-        select_top_k=layer.select_top_k,
-        threshold=layer.threshold,
-        min_primary_experts=layer.min_primary_experts,
-    )
-    return new_ids, topk_weights.clone()
-
-
 RULES: dict[str, RuleInfo] = {
     "sere": RuleInfo(
         sere,
-        ("select_top_k", "threshold", "min_primary_experts", "prefer_local_rank"),
+        ("select_top_k", "threshold", "min_primary_experts"),
         ("select_top_k",),
         False,
     ),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP, Settings, StepInput
-from sere_ray.rules.sere import EXACT, REROUTABLE
+from sere_ray.rules import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .kernel_cases import (
@@ -31,7 +31,7 @@ GPU = torch.device("cuda", 0)
 
 
 def kernel_of(case: Case) -> RuleKernel:
-    return RuleKernel(case.experts, case.slots, case.ids.dtype, case.unavailable is not None)
+    return RuleKernel(case.experts, case.slots, case.ids.dtype)
 
 
 def run(case: Case, *, inplace: bool, mode: str = "on"):
@@ -43,7 +43,6 @@ def run(case: Case, *, inplace: bool, mode: str = "on"):
         new_ids,
         case.weights.to(GPU),
         device_layer(case, GPU, mode, counters[:, 1]),
-        unavailable=None if case.unavailable is None else case.unavailable.to(GPU),
     )
     counters = counters.cpu()
     assert not counters[0].any()
@@ -103,7 +102,6 @@ def test_aligned(experts: int, slots: int) -> None:
             experts=experts,
             slots=slots,
             gate=False,
-            unavailable="none",
             rows=st.integers(0, 40) | st.integers(0, 512),
         ),
         block=st.sampled_from([16, 32, 64, 128]),

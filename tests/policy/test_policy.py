@@ -25,12 +25,6 @@ KEYS = [
     "min_primary_experts",
     "union",
     "mode",
-    "prefer_local_rank",
-    "experts",
-    "max_per_rank",
-    "alpha",
-    "base",
-    "depth",
     "tau",
     "beta",
     "fill",
@@ -70,8 +64,7 @@ def test_defaults_are_those_of_the_specification() -> None:
         "min_primary_experts": None,
         "union": "global",
         "mode": "on",
-        "prefer_local_rank": None,
-        **dict.fromkeys(KEYS[KEYS.index("experts") :]),
+        **dict.fromkeys(KEYS[KEYS.index("tau") :]),
     }
     assert sorted(Policy.model_fields) == sorted(KEYS)
 
@@ -96,10 +89,6 @@ def test_defaults_are_those_of_the_specification() -> None:
         ("rule", "sere"),
         ("union", "global"),
         ("union", "local"),
-        ("prefer_local_rank", None),
-        ("prefer_local_rank", 0),
-        ("prefer_local_rank", 0.25),
-        ("prefer_local_rank", 1.0),
         ("similarity", "~/a b.safetensors"),
     ],
 )
@@ -142,7 +131,6 @@ policies = st.fixed_dictionaries(
         "min_primary_experts": st.none() | st.integers(0, 4096),
         "union": st.sampled_from(get_args(Union)),
         "mode": st.sampled_from(get_args(Mode)),
-        "prefer_local_rank": st.none() | st.floats(0, 1),
     },
 )
 
@@ -203,13 +191,10 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
         ("rule", "SERE", "'sere'", "which rule re-routes"),
         ("rule", None, "'sere'", "which rule re-routes"),
+        ("rule", "topk", "'sere' or 'margin'", "`sere-ray evaluate` alone has others"),
+        ("rule", "oea", "'sere' or 'margin'", "`sere-ray evaluate` alone has others"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
-        ("prefer_local_rank", -0.1, "greater than or equal to 0", "visits anyway, 0..1"),
-        ("prefer_local_rank", 1.5, "less than or equal to 1", "visits anyway, 0..1"),
-        ("prefer_local_rank", NAN, "", "visits anyway, 0..1"),
-        ("prefer_local_rank", False, "number", "visits anyway, 0..1"),
-        ("prefer_local_rank", "0.1", "number", "visits anyway, 0..1"),
     ],
 )
 def test_refusal_names_key_value_what_is_allowed_and_what_it_is(
@@ -239,7 +224,6 @@ def test_threshold_refusal_names_the_whole_range(value: object) -> None:
         ("similarities", "similarity"),
         ("similarity_path", "similarity"),
         ("unions", "union"),
-        ("prefer_local_ranks", "prefer_local_rank"),
         ("rules", "rule"),
     ],
 )
@@ -249,7 +233,7 @@ def test_misspelt_key(written: str, meant: str) -> None:
     assert all(key in message.split("allowed keys: ")[1] for key in KEYS)
 
 
-@pytest.mark.parametrize("key", ["", "k", "xyz", "where", "a.b", "ключ"])
+@pytest.mark.parametrize("key", ["", "k", "xyz", "where", "a.b", "ключ", "prefer_local_rank"])
 def test_key_like_no_other(key: str) -> None:
     message = refusal({**SMALLEST, key: 1})
     assert message.startswith(f"sere.{key} = 1: unknown key; allowed keys: ")
@@ -346,12 +330,6 @@ def test_union_is_kept(union: Literal["global", "local"]) -> None:
     assert Policy.parse({**SMALLEST, "union": union}).for_model(top_k=2).union == union
 
 
-@pytest.mark.parametrize("tolerance", [None, 0.0, 0.25])
-def test_tolerance_is_kept(tolerance: float | None) -> None:
-    policy = Policy.parse({**SMALLEST, "prefer_local_rank": tolerance})
-    assert policy.for_model(top_k=2).prefer_local_rank == tolerance
-
-
 def test_s_up_to_k() -> None:
     policy = Policy.parse({**SMALLEST, "select_top_k": 8})
     assert policy.for_model(top_k=8).select_top_k == 8
@@ -386,11 +364,6 @@ def other(rule: str, **keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "value",
     [
-        other("topk", select_top_k=2),
-        other("oea", select_top_k=1),
-        other("xshare", experts=24),
-        other("xshare", experts=24, max_per_rank=3),
-        other("lynx", experts=24, alpha=4.0, base=2.0, depth=8),
         other("margin", tau=0.01),
         other("margin", tau=[0.01, 0.0, 1.0], beta=0.0, fill=0.5, runners_up=4),
         other("margin", tau=0.01, balance_ranks=True),
@@ -404,9 +377,7 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
     layer = bound.of_layer(1, 48, None)
     expected = {key: value[key] for key in value if key not in ("similarity", "rule", "tau")}
     assert expected.items() <= vars(layer).items()
-    assert layer.tau == {"margin": 0.0 if isinstance(value.get("tau"), list) else 0.01}.get(
-        value["rule"], 0.0
-    )
+    assert layer.tau == (0.0 if isinstance(value["tau"], list) else 0.01)
     assert layer.min_primary_experts == 4
     assert hash(bound) == hash(policy.for_model(top_k=4))
 
@@ -414,21 +385,17 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (other("oea", select_top_k=1, tau=0.1), ["sere.tau = 0.1", "'oea'", "select_top_k"]),
         (other("margin", tau=0.1, threshold=0.3), ["sere.threshold = 0.3", "'margin'", "tau"]),
-        (other("xshare", experts=4, select_top_k=2), ["sere.select_top_k = 2", "only experts"]),
-        (other("lynx"), ["sere.experts is missing", "how many experts are kept"]),
+        (other("margin", tau=0.1, select_top_k=2), ["sere.select_top_k = 2", "only tau"]),
         (other("margin"), ["sere.tau is missing"]),
-        (other("sere", select_top_k=2, experts=3), ["sere.experts = 3", "'sere'"]),
-        (other("topk", select_top_k=1, prefer_local_rank=0.1), ["sere.prefer_local_rank = 0.1"]),
+        (other("sere", select_top_k=2, tau=0.1), ["sere.tau = 0.1", "'sere'"]),
+        (other("sere", select_top_k=2, experts=3), ["sere.experts = 3: unknown key"]),
+        (other("lynx", experts=3), ["sere.rule = 'lynx'", "sere.experts = 3: unknown key"]),
         (other("margin", tau=1.5), ["sere.tau = 1.5: must be a number from 0 to 1"]),
         (other("margin", tau=[0.1, 2]), ["sere.tau = [0.1, 2]: must be a number", "or a list"]),
         (other("margin", tau=True), ["sere.tau = True: must be a number"]),
         (other("margin", tau=0.1, fill=-1.0), ["sere.fill = -1.0", "greater than or equal to 0"]),
-        (other("xshare", experts=3, max_per_rank=0), ["sere.max_per_rank = 0", "greater than"]),
-        (other("lynx", experts=3, max_per_rank=1), ["sere.max_per_rank = 1", "'lynx'"]),
         (other("margin", tau=0.1, balance_ranks=1), ["sere.balance_ranks = 1", "boolean"]),
-        (other("lynx", experts=3, base=1.0), ["sere.base = 1.0", "greater than 1"]),
     ],
 )
 def test_keys_of_another_rule_are_refused_by_name(

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.rules import sere
-from sere_ray.rules.sere import EXACT, PADDING, REROUTABLE, RuleCounts, apply_plan, count, make_plan
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RuleCounts, count, sere
+from sere_ray.rules.sere import apply_rerouting, find_rerouting
 
 from . import oracle
 
@@ -42,14 +42,13 @@ class Case:
     weights: Tensor = field(repr=False)
     similarity: Tensor = field(repr=False)
     row_kind: Tensor | None = field(repr=False)
-    unavailable: Tensor | None = field(repr=False)
     select_top_k: int
     threshold: float | None
     floor: int
 
     @property
     def slots(self) -> int:
-        return self.ids.shape[1]
+        return self.ids.shape[-1]
 
     @property
     def experts(self) -> int:
@@ -71,7 +70,7 @@ class Case:
 
     @property
     def tensors(self) -> list[Tensor]:
-        some = [self.ids, self.weights, self.similarity, self.row_kind, self.unavailable]
+        some = [self.ids, self.weights, self.similarity, self.row_kind]
         return [t for t in some if t is not None]
 
     def rule_arguments(self) -> dict[str, Any]:
@@ -80,14 +79,13 @@ class Case:
             "select_top_k": self.select_top_k,
             "threshold": self.threshold,
             "min_primary_experts": self.floor,
-            "unavailable": self.unavailable,
         }
 
     def reroute(self) -> Tensor:
         return sere.reroute(self.ids, self.weights, self.similarity, **self.rule_arguments())
 
-    def plan(self) -> sere.Plan:
-        return make_plan(self.ids, self.weights, self.similarity, **self.rule_arguments())
+    def rerouting(self) -> sere.Rerouting:
+        return find_rerouting(self.ids, self.weights, self.similarity, **self.rule_arguments())
 
     def oracle(self) -> oracle.Outcome:
         return oracle.reroute(
@@ -99,7 +97,6 @@ class Case:
             select_top_k=self.select_top_k,
             threshold=self.threshold,
             min_primary_experts=self.floor,
-            unavailable=None if self.unavailable is None else self.unavailable.tolist(),
         )
 
 
@@ -113,7 +110,6 @@ def make_case(
     floor: int = 0,
     threshold: str = "none",
     kinds: str = "mixed",
-    unavailable: str = "none",
     gate: bool = False,
     tied: bool = True,
     id_dtype: torch.dtype = torch.int64,
@@ -163,8 +159,6 @@ def make_case(
         "mixed": randint(0, 3, rows),
         "few exact": torch.where(rand(rows) < 0.05, EXACT, randint(0, 2, rows)),
     }[kinds]
-    share = {"none": None, "nobody": 0.0, "some": 0.2, "most": 0.9, "all": 1.0}[unavailable]
-    gone = None if share is None else rand(experts) < share
 
     entry = float(similarity[int(randint(0, experts, 1)), int(randint(0, experts, 1))])
     rho = {
@@ -198,7 +192,6 @@ def make_case(
         lay_out(weights.to(weight_dtype)),
         lay_out(similarity),
         lay_out(None if row_kind is None else row_kind.to(torch.int8)),
-        lay_out(gone),
         select_top_k,
         rho,
         floor,
@@ -239,9 +232,6 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         floor=pick("floor", st.sampled_from([0, slots]) | st.integers(0, experts + 1)),
         threshold=pick("threshold", st.sampled_from(THRESHOLDS)),
         kinds=pick("kinds", st.sampled_from(KINDS)),
-        unavailable=pick(
-            "unavailable", st.sampled_from(["none"] * 6 + ["nobody", "some", "some", "most", "all"])
-        ),
         gate=gate,
         tied=pick("tied", st.booleans()),
         id_dtype=pick("id_dtype", st.sampled_from([torch.int32, torch.int64])),
@@ -294,7 +284,7 @@ CHAIN = [  # row u: how well v stands in for u
         ),
         # Unsorted weights: the primaries are 1 and 2.
         pytest.param(
-            [[0, 1], [3, 2]], [[1, 2], [1, 2]], {"select_top_k": 1}, [[1, 1], [2, 2]], id="rank"
+            [[0, 1], [3, 2]], [[1, 2], [1, 2]], {"select_top_k": 1}, [[1, 1], [2, 2]], id="order"
         ),
         # Equal weights: slot order.
         pytest.param([[3, 2]], [[1, 1]], {"select_top_k": 1}, [[3, 3]], id="equal weights"),
@@ -340,34 +330,6 @@ CHAIN = [  # row u: how well v stands in for u
             [[1, 2], [0, 2], [3, 0]],
             id="row kinds",
         ),
-        # 0 is gone: everywhere, for S >= K, whatever the threshold; P = {2}.
-        pytest.param(
-            [[0, 2], [2, 0], [0, 3]],
-            [[2, 1], [2, 1], [2, 1]],
-            {
-                "select_top_k": 2,
-                "threshold": 1.0,
-                "row_kind": [EXACT, REROUTABLE, PADDING],
-                "unavailable": [True, False, False, False],
-            },
-            [[2, 2], [2, 2], [2, 3]],
-            id="unavailable",
-        ),
-        # Nothing else is named, so P is empty: to the most similar available expert.
-        pytest.param(
-            [[0, 0]],
-            [[2, 1]],
-            {"select_top_k": 1, "unavailable": [True, False, False, False]},
-            [[1, 1]],
-            id="unavailable, P empty",
-        ),
-        pytest.param(
-            [[0, 2]],
-            [[2, 1]],
-            {"select_top_k": 1, "unavailable": [True] * 4},
-            [[0, 2]],
-            id="all unavailable",
-        ),
         # A threshold of 0 refuses what is less similar than 0; no threshold does not.
         pytest.param(
             [[0, 3]], [[2, 1]], {"select_top_k": 1, "threshold": 0.0}, [[0, 3]], id="threshold 0"
@@ -385,15 +347,12 @@ def test_worked_by_hand(
 ) -> None:
     outcome = oracle.reroute(ids, weights, CHAIN_32, num_slots=len(ids[0]), **arguments)
     assert outcome.ids == expected
-    tensors = {
-        "row_kind": torch.tensor(arguments.get("row_kind", [REROUTABLE] * len(ids))).char(),
-        "unavailable": torch.tensor(arguments.get("unavailable", [False] * 4)),
-    }
+    kinds = torch.tensor(arguments.get("row_kind", [REROUTABLE] * len(ids))).char()
     new = sere.reroute(
         torch.tensor(ids),
         torch.tensor(weights, dtype=torch.float32),
         torch.tensor(CHAIN),
-        **{**arguments, **tensors},
+        **{**arguments, "row_kind": kinds},
     )
     assert_same_ids(new, expected, "reroute")
 
@@ -411,10 +370,11 @@ def test_equals_oracle(case: Case) -> None:
     new = case.reroute()
     assert new.dtype == case.ids.dtype
     assert_same_ids(new, expected.ids, "reroute")
-    plan = case.plan()
-    assert members(plan.primary) == expected.primary
-    assert_same_ids(apply_plan(plan, case.ids, case.row_kind), expected.ids, "apply_plan")
-    assert numbers(count(plan, case.ids, new, case.row_kind)) == {
+    rerouting = case.rerouting()
+    assert members(rerouting.primary) == expected.primary
+    applied = apply_rerouting(rerouting, case.ids, case.row_kind)
+    assert_same_ids(applied, expected.ids, "apply_rerouting")
+    assert numbers(count(rerouting, case.ids, new, case.row_kind)) == {
         "experts_before": expected.experts_before,
         "experts_after": expected.experts_after,
         "slots_rerouted": expected.slots_rerouted,
@@ -430,7 +390,6 @@ def test_equals_oracle(case: Case) -> None:
         slots=st.integers(2, 8),
         floor=0,
         kinds=st.sampled_from(["none", "re-routable"]),
-        unavailable="none",
         threshold=st.sampled_from(["none", "zero", "decimal", "entry", "above entry"]),
     ),
 )
@@ -499,14 +458,14 @@ def test_many_rows(
     while len(primary_of(effective)) < min(floor, len(primary_of(slots))):
         effective += 1
     primary = primary_of(effective)
-    assert members(case.plan().primary) == set(primary.tolist())
+    assert members(case.rerouting().primary) == set(primary.tolist())
 
     assert np.array_equal(new[~decode], old[~decode]), "exact and padding rows are unchanged"
     assert np.array_equal(new[~valid], old[~valid]), "sentinels are unchanged"
     in_primary = np.isin(old, primary) & valid
     assert np.array_equal(new[in_primary], old[in_primary]), "members of P are unchanged"
     first = np.take_along_axis(old, order[:, :1], axis=1)
-    assert np.array_equal(np.take_along_axis(new, order[:, :1], axis=1), first), "rank 0 stays"
+    assert np.array_equal(np.take_along_axis(new, order[:, :1], axis=1), first), "best slots stay"
     changed = new != old
     assert np.isin(new[changed], primary).all(), "every stand-in is in P"
     if len(primary):
@@ -533,9 +492,9 @@ def test_inputs_are_never_modified(case: Case) -> None:
 
     before = [memory(t) for t in case.tensors]
     new = case.reroute()
-    plan = case.plan()
-    applied = apply_plan(plan, case.ids, case.row_kind)
-    count(plan, case.ids, applied, case.row_kind)
+    rerouting = case.rerouting()
+    applied = apply_rerouting(rerouting, case.ids, case.row_kind)
+    count(rerouting, case.ids, applied, case.row_kind)
     for result in (new, applied):
         result.fill_(-1)  # a result never shares memory with an input
     assert all(torch.equal(a, memory(t)) for a, t in zip(before, case.tensors, strict=True))
@@ -544,25 +503,29 @@ def test_inputs_are_never_modified(case: Case) -> None:
 @settings(RULES)
 @given(case=cases())
 def test_shape_and_dtype_are_kept(case: Case) -> None:
-    plan = case.plan()
-    for new in (case.reroute(), apply_plan(plan, case.ids, case.row_kind)):
+    rerouting = case.rerouting()
+    for new in (case.reroute(), apply_rerouting(rerouting, case.ids, case.row_kind)):
         assert new.shape == case.ids.shape
         assert new.dtype == case.ids.dtype
-    assert plan.named.shape == plan.primary.shape == plan.target.shape == (case.experts,)
-    assert plan.named.dtype == plan.primary.dtype == torch.bool
-    assert plan.target.dtype == torch.int64
-    assert (plan.padding_target is None) == (case.unavailable is None)
-    counts = count(plan, case.ids, case.reroute(), case.row_kind)
+    assert (
+        rerouting.named.shape
+        == rerouting.primary.shape
+        == rerouting.target.shape
+        == (case.experts,)
+    )
+    assert rerouting.named.dtype == rerouting.primary.dtype == torch.bool
+    assert rerouting.target.dtype == torch.int64
+    counts = count(rerouting, case.ids, case.reroute(), case.row_kind)
     assert all(c.dim() == 0 and c.dtype == torch.int64 for c in counts)
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none"), beyond=st.integers(0, 3), low=st.booleans())
+@given(case=cases(), beyond=st.integers(0, 3), low=st.booleans())
 def test_no_secondary_or_no_primary_slot_is_the_identity(
     case: Case, beyond: int, low: bool
 ) -> None:
     case = replace(case, select_top_k=-beyond if low else case.slots + beyond)
-    for new in (case.reroute(), apply_plan(case.plan(), case.ids, case.row_kind)):
+    for new in (case.reroute(), apply_rerouting(case.rerouting(), case.ids, case.row_kind)):
         assert torch.equal(new, case.ids)
 
 
@@ -590,18 +553,18 @@ def test_padding_never_matters(case: Case, seed: int) -> None:
         ids=torch.where(padding[:, None], source.ids, case.ids),
         weights=torch.where(padding[:, None], source.weights, case.weights),
     )
-    plan, changed_plan = case.plan(), changed.plan()
-    for a, b in zip(plan, changed_plan, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    rerouting, changed_rerouting = case.rerouting(), changed.rerouting()
+    for a, b in zip(rerouting, changed_rerouting, strict=True):
+        assert torch.equal(a, b)
     new, changed_new = case.reroute(), changed.reroute()
     assert_same_ids(changed_new[~padding], new[~padding], "rows that are not padding")
-    counts = numbers(count(plan, case.ids, new, case.row_kind))
-    changed_counts = numbers(count(changed_plan, changed.ids, changed_new, changed.row_kind))
+    counts = numbers(count(rerouting, case.ids, new, case.row_kind))
+    changed_counts = numbers(count(changed_rerouting, changed.ids, changed_new, changed.row_kind))
     assert counts == changed_counts
 
 
 @settings(RULES)
-@given(case=cases(rows=1, kinds=st.sampled_from(["none", "re-routable"]), unavailable="none"))
+@given(case=cases(rows=1, kinds=st.sampled_from(["none", "re-routable"])))
 def test_floor_of_k_leaves_batch_1_unchanged(case: Case) -> None:
     case = replace(case, floor=case.slots)
     assert torch.equal(case.reroute(), case.ids)
@@ -610,10 +573,10 @@ def test_floor_of_k_leaves_batch_1_unchanged(case: Case) -> None:
 @settings(RULES)
 @given(case=cases(), more=st.integers(0, 20))
 def test_raising_the_floor_never_shrinks_p(case: Case, more: int) -> None:
-    small = members(case.plan().primary)
-    assert small <= members(replace(case, floor=case.floor + more).plan().primary)
+    small = members(case.rerouting().primary)
+    assert small <= members(replace(case, floor=case.floor + more).rerouting().primary)
     if not case.is_identity:
-        wanted = min(case.floor, len(members(replace(case, select_top_k=0).plan().primary)))
+        wanted = min(case.floor, len(members(replace(case, select_top_k=0).rerouting().primary)))
         assert len(small) >= wanted
 
 
@@ -622,16 +585,16 @@ def test_raising_the_floor_never_shrinks_p(case: Case, more: int) -> None:
 def test_raising_s_never_shrinks_p(case: Case) -> None:
     assume(case.select_top_k >= 1)
     more = replace(case, select_top_k=case.select_top_k + 1)
-    assert members(case.plan().primary) <= members(more.plan().primary)
+    assert members(case.rerouting().primary) <= members(more.rerouting().primary)
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none"))
+@given(case=cases())
 def test_what_stays(case: Case) -> None:
-    """Exact rows (whose experts are all in P), padding, sentinels, and the top S slots by rank."""
-    plan, new = case.plan(), case.reroute()
+    """Exact rows (whose experts are all in P), padding, sentinels, and the top S slots by order."""
+    rerouting, new = case.rerouting(), case.reroute()
     exact = (case.kinds == EXACT)[:, None] & case.valid
-    assert set(case.ids[exact].tolist()) <= members(plan.primary)
+    assert set(case.ids[exact].tolist()) <= members(rerouting.primary)
     stays = ~case.valid | (case.kinds != REROUTABLE)[:, None]
     weights, ids = case.weights.tolist(), case.ids.tolist()
     for row, (row_ids, row_weights) in enumerate(zip(ids, weights, strict=True)):
@@ -639,35 +602,14 @@ def test_what_stays(case: Case) -> None:
         stays[row, ranked[: max(case.select_top_k, 0)]] = True
     assert_same_ids(new[stays], case.ids[stays], "slots that stay")
     changed = new != case.ids
-    assert set(new[changed].tolist()) <= members(plan.primary)
+    assert set(new[changed].tolist()) <= members(rerouting.primary)
 
 
 @settings(RULES)
 @given(case=cases())
 def test_a_second_time_changes_nothing(case: Case) -> None:
-    """With lost experts only for m = 0 and P not empty: they may bring an expert's rank forward."""
-    if case.unavailable is not None:
-        case = replace(case, floor=0)
-        assume(case.plan().primary.any())
     new = case.reroute()
     assert_same_ids(replace(case, ids=new).reroute(), new, "a second time")
-
-
-@settings(RULES)
-@given(case=cases(unavailable=st.sampled_from(["some", "most", "all"])))
-def test_lost_experts_are_read_only_if_all_are_lost(case: Case) -> None:
-    new, plan = case.reroute(), case.plan()
-    assert case.unavailable is not None
-    assert not (plan.primary & case.unavailable).any()
-    if not case.unavailable.all():
-        read = new[(new >= 0) & (new < case.experts)].long()
-        assert not case.unavailable[read].any()
-
-
-@settings(RULES)
-@given(case=cases(unavailable="nobody"))
-def test_mask_of_nobody_is_no_mask(case: Case) -> None:
-    assert torch.equal(case.reroute(), replace(case, unavailable=None).reroute())
 
 
 @settings(RULES)
@@ -678,12 +620,49 @@ def test_only_the_order_of_weights_matters(case: Case, scale: float) -> None:
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none", floor=0, threshold="none"))
+@given(case=cases(floor=0, threshold="none"))
 def test_without_floor_and_threshold_exactly_p_is_read(case: Case) -> None:
-    plan = case.plan()
-    counts = numbers(count(plan, case.ids, case.reroute(), case.row_kind))
+    rerouting = case.rerouting()
+    counts = numbers(count(rerouting, case.ids, case.reroute(), case.row_kind))
     assert counts["critical_kept"] == 0
-    assert counts["experts_after"] == len(members(plan.primary)) <= counts["experts_before"]
+    assert counts["experts_after"] == len(members(rerouting.primary)) <= counts["experts_before"]
+
+
+@settings(RULES, max_examples=80)
+@given(case=cases(rows=st.integers(0, 12)), steps=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_leading_dimensions_are_steps_of_their_own(case: Case, steps: int, seed: int) -> None:
+    """Each with other rows: what it gets alone is what it gets among others."""
+    of_steps = [case]
+    for step in range(1, steps):
+        other = make_case(**{**case.recipe, "seed": (seed + step) % 2**32})
+        of_steps.append(replace(other, similarity=case.similarity, threshold=case.threshold))
+    stacked = {
+        name: torch.stack([getattr(step, name) for step in of_steps])[None]
+        for name in ("ids", "weights", "kinds")
+    }
+    together = replace(
+        case, ids=stacked["ids"], weights=stacked["weights"], row_kind=stacked["kinds"]
+    )
+    found, rerouting = together.reroute(), together.rerouting()
+    assert found.dtype == case.ids.dtype
+    for number, step in enumerate(of_steps):
+        assert_same_ids(found[0, number], step.reroute(), f"step {number} of {steps}")
+        for of_all, alone in zip(rerouting, step.rerouting(), strict=True):
+            assert torch.equal(of_all[0, number], alone)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_ids() -> None:
+    case = make_case(seed=5, rows=64, experts=64, slots=8, select_top_k=2, gate=True)
+    case = replace(case, threshold=0.3, floor=8)
+    on_gpu = replace(
+        case,
+        ids=case.ids.cuda(),
+        weights=case.weights.cuda(),
+        similarity=case.similarity.cuda(),
+        row_kind=case.kinds.cuda(),
+    )
+    assert torch.equal(on_gpu.reroute().cpu(), case.reroute())
 
 
 # --- odd inputs --------------------------------------------------------------------------------
@@ -741,15 +720,10 @@ def test_huge_floor(floor: int) -> None:
 
 def test_no_slots() -> None:
     ids = torch.zeros(2, 0, dtype=torch.int64)
-    new = sere.reroute(
-        ids,
-        torch.zeros(2, 0),
-        torch.eye(3),
-        select_top_k=1,
-        min_primary_experts=1,
-        unavailable=torch.zeros(3, dtype=torch.bool),
-    )
-    assert new.shape == (2, 0)
+    arguments = {"row_kind": None, "select_top_k": 1, "min_primary_experts": 1}
+    rerouting = find_rerouting(ids, torch.zeros(2, 0), torch.eye(3), **arguments)
+    assert apply_rerouting(rerouting, ids, None).shape == (2, 0)
+    assert sere.reroute(ids, torch.zeros(2, 0), torch.eye(3), **arguments).shape == (2, 0)
 
 
 def test_ids_without_a_dimension() -> None:
@@ -760,13 +734,12 @@ def test_ids_without_a_dimension() -> None:
 ROWS, SLOTS, EXPERTS = 3, 2, 5
 
 
-@pytest.mark.parametrize("function", ["reroute", "make_plan"])
+@pytest.mark.parametrize("function", ["reroute", "find_rerouting"])
 @pytest.mark.parametrize("select_top_k", [0, 1])
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
         ("topk_ids", torch.zeros(ROWS, dtype=torch.int64)),
-        ("topk_ids", torch.zeros(1, ROWS, SLOTS, dtype=torch.int64)),
         ("topk_ids", torch.zeros(ROWS, SLOTS)),
         ("topk_ids", torch.zeros(ROWS, SLOTS, dtype=torch.int16)),
         ("topk_ids", torch.zeros(ROWS, SLOTS, dtype=torch.uint8)),
@@ -774,6 +747,7 @@ ROWS, SLOTS, EXPERTS = 3, 2, 5
         ("topk_weights", torch.zeros(ROWS, SLOTS + 1)),
         ("topk_weights", torch.zeros(ROWS + 1, SLOTS)),
         ("topk_weights", torch.zeros(ROWS)),
+        ("topk_weights", torch.zeros(1, ROWS, SLOTS)),
         ("topk_weights", torch.zeros(ROWS, 1)),
         ("topk_weights", torch.zeros(ROWS, SLOTS, dtype=torch.int64)),
         ("topk_weights", torch.zeros(ROWS, SLOTS, dtype=torch.complex64)),
@@ -789,10 +763,6 @@ ROWS, SLOTS, EXPERTS = 3, 2, 5
         ("row_kind", torch.zeros((), dtype=torch.int8)),
         ("row_kind", torch.zeros(ROWS, dtype=torch.int64)),
         ("row_kind", torch.zeros(ROWS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(EXPERTS + 1, dtype=torch.bool)),
-        ("unavailable", torch.zeros(ROWS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(1, EXPERTS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(EXPERTS, dtype=torch.int8)),
     ],
     ids=lambda v: f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else str(v),
 )
@@ -804,7 +774,6 @@ def test_wrong_argument_is_named(
         "topk_weights": torch.zeros(ROWS, SLOTS),
         "similarity": torch.zeros(EXPERTS, EXPERTS),
         "row_kind": torch.ones(ROWS, dtype=torch.int8),
-        "unavailable": None,
         "select_top_k": select_top_k,
     }
     getattr(sere, function)(**arguments)
@@ -822,9 +791,8 @@ def one_layer(
     weights: Tensor,
     similarity: Tensor,
     row_kind: Tensor,
-    unavailable: Tensor,
 ) -> tuple[Tensor, Tensor, RuleCounts]:
-    plan = make_plan(
+    rerouting = find_rerouting(
         ids,
         weights,
         similarity,
@@ -832,10 +800,9 @@ def one_layer(
         select_top_k=2,
         threshold=0.3,
         min_primary_experts=8,
-        unavailable=unavailable,
     )
-    new = apply_plan(plan, ids, row_kind)
-    return plan.primary, new, count(plan, ids, new, row_kind)
+    new = apply_rerouting(rerouting, ids, row_kind)
+    return rerouting.primary, new, count(rerouting, ids, new, row_kind)
 
 
 def check_compiled(compiled: Any, *, rows: int, dynamic: bool = False) -> None:
@@ -845,9 +812,8 @@ def check_compiled(compiled: Any, *, rows: int, dynamic: bool = False) -> None:
         experts=64,
         slots=8,
         select_top_k=2,
-        unavailable="some",
     )
-    arguments = (case.ids, case.weights, case.similarity, case.row_kind, case.unavailable)
+    arguments = (case.ids, case.weights, case.similarity, case.row_kind)
     primary, new, counts = one_layer(*arguments)
     if dynamic:
         for tensor in (case.ids, case.weights, case.row_kind):

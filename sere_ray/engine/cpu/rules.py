@@ -1,5 +1,6 @@
-"""Rules other than ``sere`` in a CPU engine: the torch rule itself, on what the gate computed."""
+"""The rule ``margin`` in a CPU engine: the torch rule itself, on what the gate computed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,73 +8,46 @@ from torch import Tensor
 
 from sere_ray.kernel.cpu_sere import StepCounts
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import PADDING, RULES, Choice, Layer, name_dropped
-from sere_ray.rules.interface import named_by
+from sere_ray.rules import PADDING, RULES, Choice, Layer, margin, name_dropped
 from sere_ray.util.errors import UnsupportedError
 
 
-def scores_of(router_logits: Tensor) -> Tensor:
-    """``[T, E]`` float32: what a gate of :func:`check_gate` ranks experts by."""
-    return router_logits.float().softmax(dim=-1)
-
-
-def choose_and_count(
-    rule: str,
+def margin_and_count(
     topk_ids: Tensor,
     topk_weights: Tensor,
     router_logits: Tensor,
     row_kind: Tensor,
     layer: Layer,
-    owner: Tensor | None,
+    keep: Callable[[Tensor], Tensor],
 ) -> tuple[Choice, StepCounts]:
-    """Apply a rule to one layer of a step.
+    """Apply the rule to one layer of a step.
 
     vLLM's CPU experts take no id of -1: a dropped slot names the row's best expert, with weight 0.
 
     Args:
-        rule: name.
         topk_ids: ``[T, K]``, the gate's.
         topk_weights: ``[T, K]``.
         router_logits: ``[T, E]``; a softmax makes them the scores.
         row_kind: ``[T]`` int8.
-        layer: what the rule knows of it.
-        owner: ``[E]`` int64, rank of every expert; None = one rank.
+        layer: what the rule knows of it; ``owner`` is counted with, too.
+        keep: from what these rows ask of each expert, ``[E]`` int64, which becomes what all ranks
+            ask, to the experts that are kept, ``[E]`` bool.
     """
-    scores = scores_of(router_logits)
-    new_ids, new_weights = RULES[rule].apply(topk_ids, topk_weights, scores, row_kind, layer)
-    rows = row_kind != PADDING
-    before, after = (named_by(ids, rows, layer.num_experts) for ids in (topk_ids, new_ids))
-    counts = count_choice(topk_ids, new_ids, row_kind, before, after, owner)
-    return (name_dropped(new_ids, topk_ids), new_weights), counts
-
-
-def count_choice(
-    topk_ids: Tensor,
-    new_ids: Tensor,
-    row_kind: Tensor,
-    before: Tensor,
-    after: Tensor,
-    owner: Tensor | None,
-) -> StepCounts:
-    """Counters of a layer.
-
-    Args:
-        topk_ids: ``[T, K]``, the gate's.
-        new_ids: ``[T, K]``, the rule's; -1 = dropped.
-        row_kind: ``[T]`` int8.
-        before: ``[E]`` bool, experts that somebody names.
-        after: ``[E]`` bool, likewise after the rule.
-        owner: as for :func:`choose_and_count`.
-    """
+    scores = router_logits.float().softmax(dim=-1)
+    asked = margin.ask(topk_ids, topk_weights, scores, row_kind, layer)
+    kept = keep(asked)
+    new_ids, new_weights = margin.refill_rows(kept, topk_ids, topk_weights, scores, row_kind, layer)
+    named = margin.is_named(asked)
     changed = (new_ids != topk_ids).any(dim=1) & (row_kind != PADDING)
-    return StepCounts(
-        experts_before=int(before.sum()),
-        experts_after=int(after.sum()),
+    counts = StepCounts(
+        experts_before=int(named.sum()),
+        experts_after=int(kept.sum()),
         slots_rerouted=_slots_changed(topk_ids[changed], new_ids[changed]),
         critical_kept=0,
-        experts_max_rank_before=_busiest(before, owner),
-        experts_max_rank_after=_busiest(after, owner),
+        experts_max_rank_before=_busiest(named, layer.owner),
+        experts_max_rank_after=_busiest(kept, layer.owner),
     )
+    return (name_dropped(new_ids, topk_ids), new_weights), counts
 
 
 def _slots_changed(before: Tensor, after: Tensor) -> int:
@@ -109,5 +83,5 @@ def check_gate(policy: Policy, router: Any) -> None:
     if odd and RULES[policy.rule].needs_scores:
         raise UnsupportedError(
             f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax; this "
-            f"model's has {', '.join(odd)}; use rule = 'sere' or 'topk'"
+            f"model's has {', '.join(odd)}; use rule = 'sere'"
         )

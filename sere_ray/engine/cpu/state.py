@@ -1,5 +1,6 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.cpu.rules import check_gate, choose_and_count
+from sere_ray.engine.cpu.rules import check_gate, margin_and_count
 from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import NO_RANK, REROUTABLE, Choice, Layer, LocalRanks
+from sere_ray.rules import REROUTABLE, Choice, Layer, margin
 
 
 @dataclass
@@ -42,20 +43,7 @@ class CpuState(EngineState):
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.decode_rows = self.union_rows = 0
-        _compile_rule(self.top_k, local=False)
-        self.apply_policy()
-
-    def apply_policy(self) -> None:
-        """Compile what the policy needs now, so that no step waits for it."""
-        if self.bound.prefer_local_rank is not None:
-            _compile_rule(self.top_k, local=True)
-
-    def home_rank(self) -> int:
-        """The rank of every row here: none, since tensor-parallel ranks hold the same rows.
-
-        All of them must give the same ids, so none may prefer itself.
-        """
-        return NO_RANK
+        _compile_rule(self.top_k)
 
     def apply_artifact(self) -> None:
         """See the base class."""
@@ -105,23 +93,21 @@ class CpuState(EngineState):
         old = topk_ids.clone(), topk_weights.clone()
         if self.bound.mode == "off" or not self.has_decode_row():
             return old
-        new, counts = self.apply_other_rule(layer, topk_ids, topk_weights, router_logits)
+        new, counts = self.apply_margin(layer, topk_ids, topk_weights, router_logits)
         self.counters[self.current_kind, self.position[layer]] += counts
         return new if self.bound.mode == "on" else old
 
-    def apply_other_rule(
+    def apply_margin(
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> tuple[Choice, StepCounts]:
-        """What a rule other than ``sere`` chooses for a layer, and what changed."""
-        return choose_and_count(
-            self.bound.rule,
-            topk_ids,
-            topk_weights,
-            router_logits,
-            self.row_kind[: topk_ids.shape[0]],
-            self.knobs(layer),
-            self.owner.get(layer),
-        )
+        """What the rule ``margin`` chooses for a layer, and what changed."""
+        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
+        keep = functools.partial(self.keep, layer, knobs)
+        return margin_and_count(topk_ids, topk_weights, router_logits, kinds, knobs, keep)
+
+    def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
+        """The experts that are kept, ``[E]`` bool, of what the rows ask for, ``[E]`` int64."""
+        return margin.keep(asked, knobs)
 
     def knobs(self, layer: int) -> Layer:
         """What a rule is given beside the rows of a layer."""
@@ -152,23 +138,17 @@ class CpuState(EngineState):
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """New ids of a layer, and what changed."""
-        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        arguments = self.rule_arguments(layer)
         return reroute_and_count(topk_ids, topk_weights, self.similarity[layer], kinds, **arguments)
 
-    def rule_arguments(self, layer: int, num_rows: int) -> dict[str, Any]:
-        """The policy as the rule takes it, for that many rows of this layer."""
-        running, owner = self.running, self.owner.get(layer)
-        tolerance = running.prefer_local_rank
-        local = None
-        if tolerance is not None and owner is not None:
-            home = torch.full((num_rows,), self.home_rank(), dtype=torch.int64, device="cpu")
-            local = LocalRanks(owner, home, tolerance)
+    def rule_arguments(self, layer: int) -> dict[str, Any]:
+        """The policy as the rule takes it for this layer."""
+        running = self.running
         return {
             "select_top_k": running.select_top_k,
             "threshold": running.threshold,
             "min_primary_experts": running.min_primary_experts,
-            "local": local,
-            "owner": owner,
+            "owner": self.owner.get(layer),
         }
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
@@ -187,10 +167,9 @@ def active_state() -> CpuState | None:
     return _active.get()
 
 
-def _compile_rule(top_k: int, *, local: bool) -> None:
+def _compile_rule(top_k: int) -> None:
     """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
     ids = torch.zeros((1, top_k), dtype=torch.int32)
-    zero = torch.zeros(1, dtype=torch.int64)
     reroute_and_count(
         ids,
         ids.float(),
@@ -199,5 +178,4 @@ def _compile_rule(top_k: int, *, local: bool) -> None:
         select_top_k=1,
         threshold=None,
         min_primary_experts=0,
-        local=LocalRanks(zero, zero, 0.0) if local else None,
     )

@@ -4,7 +4,7 @@ Under data and expert parallelism every rank routes its own rows. Two all-reduce
 derive the same set of kept experts:
 
 - once per pass, in its first MoE layer: :class:`Header`, a few numbers, and each rank's rows (MIN);
-- in every MoE layer, before rows are dispatched: one byte per expert, the lowest rank of a slot
+- in every MoE layer, before rows are dispatched: one byte per expert, the lowest order of a slot
   in which a row names it (MIN); under the rule ``margin`` one integer per expert, what the rank's
   rows ask for (SUM).
 
@@ -26,14 +26,12 @@ from torch import Tensor
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.dispatch import Greeting, naming_missing_ranks
 from sere_ray.engine.cpu.dispatch import DispatchMeter, Routed, replace_dispatch
-from sere_ray.engine.cpu.rules import count_choice, scores_of
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
-from sere_ray.kernel.cpu_sere import StepCounts, lowest_ranks, reroute_by_ranks
+from sere_ray.kernel.cpu_sere import StepCounts, lowest_slot_orders, reroute_by_slot_orders
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, Choice, RuleCounts, margin, name_dropped
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, RuleCounts
 from sere_ray.util.errors import PolicyError, SereError
 
 _NO_ROWS = 2**31
@@ -110,20 +108,11 @@ class UnionCpuState(CpuState):
             self.bound, self.similarity = bound, similarity
         return policy
 
-    def home_rank(self) -> int:
-        """See the base class; every rank has rows of its own."""
-        return dist.get_rank(self.group)
-
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """See the base class; ranks talk later, in the first layer, where all are in step."""
         super().begin(kinds)
         self.has_exact_row = bool((kinds == EXACT).any())
         self.agreed = False
-
-    def check_supported(self, policy: Policy) -> None:
-        """See the base class."""
-        super().check_supported(policy)
-        check_policy(policy, on_gpu=False, several_ranks=True)
 
     def before_layer(self, layer: int, topk_ids: Tensor) -> None:
         """See the base class; a collective call in the first layer of a pass."""
@@ -151,40 +140,32 @@ class UnionCpuState(CpuState):
         if self.bound.union == "local":
             return super().apply_rule(layer, topk_ids, topk_weights, kinds)
         similarity = self.similarity[layer]
-        ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
-        self._reduce(ranks, dist.ReduceOp.MIN)
-        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        orders = lowest_slot_orders(topk_ids, topk_weights, kinds, similarity.shape[0])
+        self._reduce(orders, dist.ReduceOp.MIN)
+        arguments = self.rule_arguments(layer)
         if self.startup.check_ranks:
-            self._compare(layer, ranks, **{**arguments, "local": None})
-        return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
+            self._compare(layer, orders, **arguments)
+        return reroute_by_slot_orders(topk_ids, orders, similarity, kinds, **arguments)
 
-    def apply_other_rule(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
-    ) -> tuple[Choice, StepCounts]:
-        """See the base class; ``margin`` is collective where the union is over all ranks."""
-        if self.bound.union == "local" or self.bound.rule != "margin":
-            return super().apply_other_rule(layer, topk_ids, topk_weights, router_logits)
-        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
-        scores = scores_of(router_logits)
-        asked = margin.ask(topk_ids, topk_weights, scores, kinds, knobs)
+    def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
+        """See the base class; collective where the union is over all ranks, of what all ask for."""
+        if self.bound.union == "local":
+            return super().keep(layer, knobs, asked)
         self._reduce(asked, dist.ReduceOp.SUM)
-        kept = margin.keep(asked, knobs)
+        kept = super().keep(layer, knobs, asked)
         if self.startup.check_ranks:
             self._raise_if_different(layer, kept)
-        new_ids, new_weights = margin.refill_rows(
-            kept, topk_ids, topk_weights, scores, kinds, knobs
-        )
-        named = margin.is_named(asked)
-        counts = count_choice(topk_ids, new_ids, kinds, named, kept, self.owner.get(layer))
-        return (name_dropped(new_ids, topk_ids), new_weights), counts
+        return kept
 
-    def _compare(self, layer: int, ranks: Tensor, **arguments: Any) -> None:
+    def _compare(self, layer: int, orders: Tensor, **arguments: Any) -> None:
         """Raise on every rank alike if one of them sends a slot of some expert elsewhere."""
-        slots = -(-len(ranks) // self.top_k) * self.top_k
+        slots = -(-len(orders) // self.top_k) * self.top_k
         experts = torch.arange(slots, dtype=torch.int32, device="cpu").view(-1, self.top_k)
-        experts[experts >= len(ranks)] = -1
+        experts[experts >= len(orders)] = -1
         kinds = torch.full((len(experts),), REROUTABLE, dtype=torch.int8, device="cpu")
-        targets, _ = reroute_by_ranks(experts, ranks, self.similarity[layer], kinds, **arguments)
+        targets, _ = reroute_by_slot_orders(
+            experts, orders, self.similarity[layer], kinds, **arguments
+        )
         self._raise_if_different(layer, targets)
 
     def _raise_if_different(self, layer: int, derived: Tensor) -> None:

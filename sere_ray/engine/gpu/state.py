@@ -88,7 +88,7 @@ class CudaState(EngineState):
 
     def check_supported(self, policy: Policy) -> None:
         """See the base class."""
-        check_policy(policy, on_gpu=True, several_ranks=False)
+        check_policy(policy, on_gpu=True)
         self.check_scores(policy)
 
     def check_scores(self, policy: Policy) -> None:

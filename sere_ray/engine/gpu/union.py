@@ -79,7 +79,7 @@ class UnionCudaState(CudaState):
         self.gathered_counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.gathered_step = StepInput(self.max_rows * self.num_ranks, self.device)
         self.identity = Settings(self.device)  # of every layer
-        self.ranks = torch.zeros(self.num_experts, dtype=torch.uint8, device=self.device)
+        self.slot_orders = torch.zeros(self.num_experts, dtype=torch.uint8, device=self.device)
         self.asked = torch.zeros(self.num_experts, dtype=torch.int64, device=self.device)
         self.version = 0
         super().__post_init__()
@@ -236,9 +236,9 @@ class UnionCudaState(CudaState):
         if self.peers:
             across_ranks.reroute_with_peers(*of_layer, self.peers)
         else:
-            across_ranks.lowest_ranks(*of_layer, self.ranks)
-            self.exchange(self.ranks)
-            across_ranks.reroute_by_ranks(*of_layer, self.ranks)
+            across_ranks.lowest_slot_orders(*of_layer, self.slot_orders)
+            self.exchange(self.slot_orders)
+            across_ranks.reroute_by_slot_orders(*of_layer, self.slot_orders)
 
     @cached_property
     def peers(self) -> Peers | None:

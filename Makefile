@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIN := constraints/cpu.txt
+# Tests that run at once: each takes a core and up to 3 GB.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # Where torch +cpu comes from: auto = PyTorch's own index unless pip already finds it elsewhere.
 TORCH_INDEX ?= auto
 
-.PHONY: help demo monitor-demo loadtest test lint format install benchmark clean
+.PHONY: help demo monitor-demo loadtest test nightly lint format install benchmark clean
 help:
 	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare (10 min first time)"
 	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
 	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP (3 min)"
 	@echo "make test       lint, types and all tests that run on this machine"
+	@echo "make nightly    the slow tests that make test leaves out"
 	@echo "make lint       ruff and mypy"
 	@echo "make benchmark  decode step time on CPU, stock against this plugin (writes docs/results)"
 	@echo "make clean      remove $(VENV) and caches"
@@ -27,7 +31,10 @@ loadtest: $(STAMP)
 	$(BIN)/sere-ray loadtest demo --out loadtest-report.json --html loadtest-report.html $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+nightly: $(STAMP)
+	$(PYTEST) -m nightly $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -56,7 +56,7 @@ package() {
   "$1/bin/pip" install -q --no-cache-dir --no-deps "$2"
   ln -sfn "$(cd / && "$1/bin/python" - <<'END'
 from importlib.util import find_spec
-print(find_spec("sere_ray").submodule_search_locations[0] + "/demo")
+print(find_spec("sere_ray").submodule_search_locations[0] + "/assets")
 END
   )" "$3"
 }

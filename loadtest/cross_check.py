@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.endpoint import find_model
+from sere_ray.loadtest.driver import LoadPlan, Target
 from sere_ray.loadtest.figures import figures, sample
-from sere_ray.loadtest.options import read_keys
-from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.generator import generator
+from sere_ray.loadtest.options import find_model, read_keys
 from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.stub import stub
 from sere_ray.loadtest.workload import text_workload
@@ -63,7 +62,9 @@ def check(options, target):
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
         for number in range(options.rounds):
             theirs = vllm_bench(options, target, data, Path(folder) / f"{number}.json")
-            plan = Plan(target, tuple(entries), options.seconds, 2.0, options.streams, seed=number)
+            plan = LoadPlan(
+                target, tuple(entries), options.seconds, 2.0, options.streams, seed=number
+            )
             ours = figures(sample(sender.run(plan), Slo()), None)
             rounds.append(compared(ours, theirs))
             print(json.dumps(rounds[-1]), flush=True)

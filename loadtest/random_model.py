@@ -16,8 +16,7 @@ from pathlib import Path
 import yaml
 
 from sere_ray.bench.engines import gpu_engine, write_config
-from sere_ray.bench.models import PUBLIC, get_model
-from sere_ray.bench.tokenizer import write_tokenizer
+from sere_ray.bench.models import PUBLIC, get_model, write_tokenizer
 from sere_ray.calibration.synthetic import synthetic_artifact
 
 MODEL_LENGTH = 512

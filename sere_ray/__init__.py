@@ -5,5 +5,5 @@ from sere_ray.policy.policy import Policy
 from sere_ray.rules import reroute
 from sere_ray.util.errors import SereError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Policy", "SereError", "SimilarityArtifact", "__version__", "reroute"]

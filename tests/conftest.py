@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.workers"]
+
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Models are tiny, and beside a test there is another one: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
@@ -24,7 +28,12 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in nightly]
+        config.hook.pytest_deselected(items=nightly)
+
     import torch
 
     if not torch.cuda.is_available():
@@ -59,10 +68,20 @@ def has_words():
 
 
 @pytest.fixture(scope="session")
+def sdist_path(tmp_path_factory):
+    """The source archive of this repository, built once."""
+    return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="session")
 def wheel_path(tmp_path_factory):
     """The wheel of this repository, built once."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run([*command, str(Path(__file__).parents[1])], check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
+    return build("wheel", Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"))
+
+
+def build(kind, source, folder):
+    """A distribution of a source tree; ``kind``: sdist or wheel."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", folder]
+    subprocess.run([*command, source], check=True, capture_output=True)
+    (path,) = folder.iterdir()
     return path

@@ -1,11 +1,16 @@
 """What is shipped: one import package with its data, and the plugin entry point."""
 
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from sere_ray import __version__
+from tests.conftest import build
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,6 +40,62 @@ def test_the_page_and_the_licence_of_its_library_are_inside(wheel):
         assert f"sere_ray/serve/gateway/ui/static/{name}" in names
 
 
+def test_kernels_constraints_and_examples_are_inside(wheel):
+    """Each as it lies here; nothing else is put below their folders."""
+    places = {
+        "sere_ray/kernel/cuda/": sorted((ROOT / "kernels" / "cuda").iterdir()),
+        "sere_ray/examples/constraints/": sorted((ROOT / "constraints").iterdir()),
+        "sere_ray/examples/deploy/": sorted((ROOT / "deploy").glob("*.yaml")),
+    }
+    for folder, files in places.items():
+        assert files
+        packed = sorted(name for name in wheel.namelist() if name.startswith(folder))
+        assert packed == [folder + file.name for file in files]
+        for name, file in zip(packed, files, strict=True):
+            assert wheel.read(name) == file.read_bytes(), name
+
+
+def test_the_wheel_of_the_source_archive_is_the_same(wheel, sdist_path, tmp_path):
+    with tarfile.open(sdist_path) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    assert source.name == f"sere_ray-{__version__}"
+    with zipfile.ZipFile(build("wheel", source, tmp_path / "wheel")) as rebuilt:
+        assert sorted(rebuilt.namelist()) == sorted(wheel.namelist())
+        for name in wheel.namelist():
+            assert rebuilt.read(name) == wheel.read(name), name
+
+
+def test_the_source_archive_holds_all_that_is_tracked(sdist_path):
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
+    with tarfile.open(sdist_path) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    missing = {name for name in tracked - files if not name.startswith(".ci/")}
+    assert not missing
+    assert files - tracked <= {"PKG-INFO"} | untracked()
+
+
+def untracked():
+    """What a developer's tree has besides: new files that git would take."""
+    command = ["git", "ls-files", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+def test_the_version_is_said_in_one_place_and_repeated_right():
+    """Files that cannot ask the package: citation, images and what the docs build and run."""
+    files = ["CITATION.cff", "deploy/Dockerfile", *ROOT.glob("k8s/components/*/*.yaml")]
+    patterns = (r"^version: (\S+)", r"sere-ray:(\d[\d.]*\d)", r"newTag: (\d[\d.]*\d)")
+    found = {}
+    for path in (ROOT / file for file in (*files, *DOCS.glob("*.md"))):
+        for pattern in patterns:
+            for version in re.findall(pattern, path.read_text(), re.MULTILINE):
+                found.setdefault(version, set()).add(path.name)
+    assert set(found) == {__version__}, found
+    assert {"CITATION.cff", "Dockerfile", "kustomization.yaml"} <= found[__version__]
+
+
 def test_entry_points(wheel):
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
@@ -57,8 +118,6 @@ def test_importing_the_package_touches_neither_vllm_nor_ray():
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
 def test_links_lead_to_files_and_headings(page):
-    import re
-
     for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
         if target.startswith("https://"):
             continue
@@ -70,8 +129,6 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_commands_in_the_readme_exist():
-    import re
-
     text = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+) ", text):

@@ -19,9 +19,8 @@ from statistics import mean
 from rich.console import Console
 
 from sere_ray.calibration.loading import load_tokenizer
-from sere_ray.loadtest.arms import parse_policies, whole_policy
-from sere_ray.loadtest.endpoint import find_model, kept_policy
-from sere_ray.loadtest.options import read_keys
+from sere_ray.loadtest.options import find_model, read_keys
+from sere_ray.loadtest.policies import kept_policy, parse_policies, whole_policy
 from sere_ray.observe.stats import means
 from sere_ray.serve.client import Deployment, set_policy
 from sere_ray.util.errors import SereError

@@ -7,8 +7,10 @@ from typing import Any
 _HERE = Path(__file__).parent
 MODEL = _HERE / "model"
 """The demo model (see its README.md for how it was trained)."""
-CALIBRATION = _HERE / "data" / "calibration.jsonl"
-"""Text of the training part, for similarity."""
+DATA = _HERE / "data"
+"""Texts, with the licence of where they come from."""
+CALIBRATION = DATA / "calibration.jsonl"
+"""Text to calibrate the demo model on: from the part that it was trained on."""
 
 
 def model_config() -> dict[str, Any]:
@@ -34,5 +36,5 @@ def final_answer(reply: str) -> str | None:
 
 
 def _records(name: str) -> list[dict[str, Any]]:
-    lines = (_HERE / "data" / name).read_text(encoding="utf-8").splitlines()
+    lines = (DATA / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

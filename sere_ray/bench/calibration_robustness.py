@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sere_ray import assets
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, bound
-from sere_ray.bench.dispatch import divergence, interval
+from sere_ray.bench.dispatch_traffic import divergence, interval
 from sere_ray.calibration.collect import MoELayer, collect, find_moe_layers
 from sere_ray.calibration.data import make_batches, make_windows
 from sere_ray.calibration.loading import load_model, load_tokenizer
@@ -50,7 +50,7 @@ KEPT_SETS = 1000
 
 
 @dataclass(frozen=True)
-class Point:
+class RobustnessPoint:
     """One setting and the similarity it gives."""
 
     data: str
@@ -74,8 +74,8 @@ def run_robustness(save: Callable[[dict[str, Any]], None], *, work: Path, consol
     tokenizer = load_tokenizer(str(assets.MODEL))
     layers = find_moe_layers(model)
     points = [
-        Point("none", 0, "random", random_similarity(layers)),
-        Point("none", 0, "weights", weight_similarity(layers)),
+        RobustnessPoint("none", 0, "random", random_similarity(layers)),
+        RobustnessPoint("none", 0, "weights", weight_similarity(layers)),
     ]
     for name, texts in _data_sets().items():
         kept = work / f"{name}.safetensors"
@@ -121,7 +121,7 @@ def run_robustness(save: Callable[[dict[str, Any]], None], *, work: Path, consol
 
 def calibrate_nested(
     model: PreTrainedModel, name: str, windows: list[list[int]], console: Console
-) -> list[Point]:
+) -> list[RobustnessPoint]:
     """Similarity from the first tokens of a data set, for each number of them it has.
 
     Args:
@@ -147,7 +147,7 @@ def calibrate_nested(
                     continue
                 collect(model, layers, batches, of_layers, advance)
                 found = {index: layer.similarity() for index, layer in of_layers.items()}
-                points.append(Point(name, mark, metric, found))
+                points.append(RobustnessPoint(name, mark, metric, found))
             done = mark
     return points
 
@@ -183,7 +183,7 @@ def same_stand_in(one: Similarity, other: Similarity) -> float:
     return same / total
 
 
-def _keep(points: list[Point], path: Path) -> None:
+def _keep(points: list[RobustnessPoint], path: Path) -> None:
     tensors = {
         f"{point.tokens} {point.metric} {index}": matrix
         for point in points
@@ -193,12 +193,12 @@ def _keep(points: list[Point], path: Path) -> None:
         save_file(tensors, temporary)
 
 
-def _kept(path: Path, data: str) -> list[Point]:
+def _kept(path: Path, data: str) -> list[RobustnessPoint]:
     found: dict[tuple[int, str], dict[int, Tensor]] = {}
     for name, matrix in load_file(path).items():
         tokens, metric, index = name.split()
         found.setdefault((int(tokens), metric), {})[int(index)] = matrix
-    return [Point(data, *setting, found[setting]) for setting in sorted(found)]
+    return [RobustnessPoint(data, *setting, found[setting]) for setting in sorted(found)]
 
 
 class Judge:

@@ -21,7 +21,7 @@ from sere_ray.bench.models import get_model
 from sere_ray.calibration.collect import MoELayer, collect, find_moe_layers
 from sere_ray.calibration.data import Batch, make_batches
 from sere_ray.calibration.loading import load_model
-from sere_ray.calibration.plan import Settings, prepare
+from sere_ray.calibration.plan import CalibrationSettings, prepare
 from sere_ray.calibration.ray_job import cut, ray_for, run_shards
 from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.calibration.work_folder import WorkFolder
@@ -70,9 +70,9 @@ def run_calibration_bench(
 
     Args:
         save: writes the result file.
-        model: as for :func:`rates`.
-        tokens: likewise.
-        repeats: likewise.
+        model: ``demo`` or a public shape of :func:`~sere_ray.bench.models.get_model`.
+        tokens: of a pass, a multiple of 2,048.
+        repeats: passes of every arm.
         console: where progress goes.
 
     Raises:
@@ -128,7 +128,7 @@ def worker_rates(repeats: int, console: Console) -> Rows:
     The time from the moment on at which every worker has finished a shard: a job's start is
     not counted.
     """
-    settings = Settings(
+    settings = CalibrationSettings(
         str(assets.MODEL), str(assets.CALIBRATION), device="cpu", batch_size=BATCH_SIZE
     )
     plan = prepare(dataclasses.replace(settings, sequences=WORKER_SHARDS * 32), Path("unused"))

@@ -42,7 +42,7 @@ REQUEST_SECONDS = 60.0
 """A client that waits longer hangs."""
 RECOVERY_SECONDS = 240.0
 PAUSE_SECONDS = 2.0
-"""Of undisturbed load between a recovery and the next kill."""
+"""How long load runs undisturbed between a recovery and the next kill."""
 ENDS = ("answers", "clean_errors", "wrong_answers", "hung_clients", "unclean_errors")
 """Clean: 503 with ``Retry-After`` in OpenAI's form, or a stream whose last event says the same.
 Unclean: anything else that is no whole answer, such as 500 or a broken connection."""
@@ -51,11 +51,12 @@ VICTIMS = {
     "engine": ENGINE,
     "router actor": "ray::RouterActor",
 }
-"""What can be killed: how its process is called. An engine is a process of a real rank."""
+"""What can be killed, as result files call it, and the title of its process. The router actor is
+the policy actor. Only a real rank has an engine as a process of its own."""
 
 
 @dataclass
-class Load:
+class Clients:
     """Clients that send until told to stop.
 
     Args:
@@ -69,7 +70,7 @@ class Load:
     expected: Mapping[str, str] | None = None
     ends: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Of errors, by what the client saw."""
+    """How many errors there were, by what the client saw."""
     error_times: list[float] = field(default_factory=list)
     stop: bool = False
 
@@ -168,13 +169,13 @@ def run_chaos(
             "env": {"HF_HUB_OFFLINE": "1", **ENVIRONMENT},
         }
         with served(folder, port, arguments) as process:
-            load = Load(f"http://127.0.0.1:{port}", "stand-in")
+            load = Clients(f"http://127.0.0.1:{port}", "stand-in")
             root = psutil.Process(process.pid)
             save(disturb(load, victims, root=root, streams=streams, console=console, save=save))
 
 
 def disturb(
-    load: Load,
+    load: Clients,
     victims: list[str],
     *,
     root: psutil.Process,
@@ -202,7 +203,7 @@ def disturb(
 
 
 async def _disturb(
-    load: Load,
+    load: Clients,
     victims: list[str],
     root: psutil.Process,
     streams: int,
@@ -224,7 +225,7 @@ async def _disturb(
     return _summary(load, kills)
 
 
-async def _kill(load: Load, victim: str, root: psutil.Process, number: int) -> dict[str, Any]:
+async def _kill(load: Clients, victim: str, root: psutil.Process, number: int) -> dict[str, Any]:
     """Kill one process, change the policy, and wait until all ranks run it."""
     name = VICTIMS[victim]
     found = processes_named(root, name)
@@ -274,7 +275,7 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0))
 
 
-def _summary(load: Load, kills: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(load: Clients, kills: list[dict[str, Any]]) -> dict[str, Any]:
     recoveries = [kill["recovery_s"] for kill in kills]
     return {
         "kills": len(kills),

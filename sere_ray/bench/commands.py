@@ -9,12 +9,12 @@ from rich.console import Console
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.bench.demo_model import SEQUENCES, TOP_K, bound
-from sere_ray.bench.dispatch import Setting, measure_dispatch
+from sere_ray.bench.dispatch_traffic import Setting, measure_dispatch
 from sere_ray.bench.engines import on_gpu
-from sere_ray.bench.kernels import profile_arms
+from sere_ray.bench.kernel_profile import profile_arms
 from sere_ray.bench.models import get_model
 from sere_ray.bench.routing import ROUTERS, Router
-from sere_ray.bench.step_time import ROW_KEY, Bench, Plan, measure
+from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
 from sere_ray.calibration import calibrate
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import SereError
@@ -66,7 +66,7 @@ def run_step_time(
     onto = load_result(out) if append and out.exists() else None
     if onto:
         check_continues(onto)
-    plan = Plan(
+    plan = StepTimePlan(
         model=get_model(model),
         batches=batches,
         repeats=repeats,

@@ -15,15 +15,17 @@ class Reply:
 
     status: int
     text: str
-    """Of the answer, or of whatever came in its place."""
+    """The answer, or whatever came in its place."""
     error: str | None
     """Code of an error in OpenAI's form, in the body or as the last event of a stream."""
     complete: bool
-    """The answer ended as it should: nothing is missing."""
+    """Whether the answer ended as it should: nothing is missing."""
     retry_after: bool
+    """Whether the answer has the header ``Retry-After``."""
     first_token_s: float | None
-    """Streams only."""
+    """Seconds to the first event of a stream; None for other answers."""
     seconds: float
+    """From the sending of the request to the last byte."""
 
 
 async def complete(
@@ -66,7 +68,8 @@ def _read(text: str) -> tuple[str, str | None, bool]:
 async def _read_stream(
     response: aiohttp.ClientResponse, start: float
 ) -> tuple[str, str | None, bool, float | None]:
-    """As :func:`_read`, and the seconds from ``start`` to the first event."""
+    """Text, error code, whether it is a whole answer, and seconds from ``start`` to the first
+    event."""
     pieces: list[str] = []
     first, error, finished = None, None, False
     async for line in response.content:

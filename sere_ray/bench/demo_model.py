@@ -23,5 +23,5 @@ def heldout_windows() -> Tensor:
 
 
 def bound(policy: Policy) -> BoundPolicy:
-    """The policy's numbers for the demo model."""
+    """The policy with the numbers that it has for the demo model."""
     return policy.for_model(top_k=TOP_K)

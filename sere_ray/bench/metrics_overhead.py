@@ -15,8 +15,7 @@ from rich.console import Console
 
 from sere_ray import assets
 from sere_ray.calibration import calibrate
-from sere_ray.observe.export import EngineExporter
-from sere_ray.observe.sink import RaySink
+from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.config import ServeConfig
 from sere_ray.util.progress import progress, waiting
 from sere_ray.util.ray_instance import start_ray

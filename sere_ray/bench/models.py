@@ -1,6 +1,9 @@
-"""What the step-time benchmark serves: shapes of models, all with random weights."""
+"""Models that benchmarks serve: shapes with random weights, and a tokenizer for them."""
 
+import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sere_ray import assets
@@ -112,6 +115,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
     },
 }
 """Shapes of public checkpoints, in full."""
+_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
 _SIZES = {"qwen3-30b-a3b": "61 GB", "qwen1.5-moe-a2.7b": "29 GB", "deepseek-v2-lite": "31 GB"}
 
 
@@ -174,6 +178,24 @@ def get_model(name: str) -> Model:
         "torch_dtype": dtype,
     }
     return Model(f"random: {layers} layers x {experts} experts, top-8, {size}, {dtype}", config)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer for a model that is only a shape: the demo's, with more words.
+
+    It encodes text as the demo's does, and decodes every id of the vocabulary.
+
+    Args:
+        folder: of the model.
+        vocabulary: tokens that the model may put out; at least the demo's.
+    """
+    content = json.loads((assets.MODEL / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens: dict[str, int] = content["model"]["vocab"]
+    # No merge leads to them, so no text is encoded with them. Ġ is the space of byte-level BPE.
+    tokens.update({f"Ġw{number}": number for number in range(len(tokens), vocabulary)})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    for name in _TOKENIZER_FILES:
+        shutil.copy(assets.MODEL / name, folder / name)
 
 
 def _shape(model: Model) -> str:

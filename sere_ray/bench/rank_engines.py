@@ -18,15 +18,15 @@ from sere_ray.bench.engines import (
     _CPU_OPTIONS,
     _gpu_options,
     _start,
-    _workspace_manager,
     decode_steps,
     on_gpu,
 )
-from sere_ray.bench.kernels import profile_steps
+from sere_ray.bench.kernel_profile import profile_steps
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
 from sere_ray.engine.control import read_counters, set_policy
 from sere_ray.engine.gpu.union_patches import before_dispatch
+from sere_ray.engine.vllm_internals import forget_environment, workspace_manager
 from sere_ray.policy.policy import Policy
 
 WAYS = ("global", "local", "before-dispatch")
@@ -144,21 +144,14 @@ def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:
     order = [None, *plan.ways] if on_gpu() else [*plan.ways, None]
     engines: dict[str | None, Any] = {}
     for way, port in zip(order, plan.ports, strict=True):
-        _set_port(port)
+        forget_environment()
+        os.environ["VLLM_DP_MASTER_PORT"] = str(port)  # each engine needs ports of its own
         policy = plan.policy(way, {}) if way else None
         with before_dispatch() if way == "before-dispatch" else nullcontext():
             engine = _start(plan.folder, policy, max(plan.rows), plan.compiled, options)
-        engine.sere_kept = _workspace_manager()  # see start_engines
+        engine.sere_kept = workspace_manager()  # see start_engines
         engines[way] = engine
     return engines
-
-
-def _set_port(port: int) -> None:
-    """vLLM keeps what it read of the environment, and each engine needs ports of its own."""
-    from vllm import envs
-
-    envs.disable_envs_cache()
-    os.environ["VLLM_DP_MASTER_PORT"] = str(port)
 
 
 def _measure_rows(

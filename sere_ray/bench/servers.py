@@ -19,7 +19,8 @@ from sere_ray.util.errors import SereError
 APP = "app"
 """Name of the Serve application."""
 START_SECONDS = 900.0
-"""A large model on a GPU that compiles for the first time takes minutes."""
+"""How long a server may take to start. A large model that is compiled for the first time on a GPU
+takes minutes."""
 DRAIN_SECONDS = 90.0
 
 
@@ -42,7 +43,19 @@ def served(
     *,
     direct: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`sere-ray serve` on a deployment file in ``folder``; see :func:`server`."""
+    """Run `sere-ray serve` in a process of its own until the block ends; yields once it serves.
+
+    Args:
+        folder: gets the deployment file and the log.
+        port: of its HTTP side.
+        arguments: ``args`` of the application, fields of ``ServeConfig``.
+        environment: variables beside those of this process.
+        metrics_port: where it exports metrics; None = a port that Ray chooses.
+        direct: with HAProxy before the engines' own servers.
+
+    Raises:
+        SereError: it ends, or is not up in time; with the end of the log.
+    """
     file = write_deployment(folder, port, arguments)
     command = ["-m", "sere_ray", "serve", "--config", str(file)]
     if direct:

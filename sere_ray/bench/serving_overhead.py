@@ -26,9 +26,8 @@ from rich.console import Console
 
 from sere_ray.bench.completions import complete
 from sere_ray.bench.engines import gpu_engine, on_gpu, prompt_tokens, write_config
-from sere_ray.bench.models import Model, get_model
+from sere_ray.bench.models import Model, get_model, write_tokenizer
 from sere_ray.bench.servers import APP, served, server
-from sere_ray.bench.tokenizer import write_tokenizer
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.gateway.keys import API_KEY

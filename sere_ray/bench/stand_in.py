@@ -1,8 +1,9 @@
-"""A stand-in for vLLM where faults are tested and the engine is not the point.
+"""How a deployment gets stand-in engines, and what they answer.
 
-It speaks the interface of a replica's engine, computes nothing, and its answer holds words that
-only its prompt has: an answer that was crossed with another one, or torn, is seen. Ray takes it
-from the environment of a replica; no deployment file of a user names it.
+Where faults are tested the engine is not the point. A stand-in has the interface of a replica's
+engine and computes nothing. The words of its answer are a hash of its prompt, so an answer that was
+mixed up with another one, or cut off, is found out. The engine is in ``stand_in_engine.py``: Ray
+imports it by name, in replicas only, so this module does not need Ray.
 """
 
 import hashlib
@@ -11,5 +12,5 @@ ENVIRONMENT = {"RAYLLM_VLLM_ENGINE_CLS": "sere_ray.bench.stand_in_engine.StandIn
 
 
 def expected_words(prompt: str, tokens: int) -> list[str]:
-    """The answer to a prompt, a word for each token."""
+    """The answer of a stand-in to a prompt: ``tokens`` words, one for each token."""
     return [f" {hashlib.sha256(f'{i} {prompt}'.encode()).hexdigest()[:8]}" for i in range(tokens)]

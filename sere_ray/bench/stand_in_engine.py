@@ -1,14 +1,12 @@
-"""The engine of :mod:`sere_ray.bench.stand_in`, as Ray's replicas want one."""
+"""An engine that computes nothing, with the interface of Ray's replicas; see ``stand_in.py``."""
 
 import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
-from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-
 from sere_ray.bench.stand_in import expected_words
+from sere_ray.serve.replica.engine import CompletionResponse, LLMEngine
 
 STEP_SECONDS = 0.02
 
@@ -24,7 +22,7 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
         """Nothing to load."""
 
     def routing_stats(self) -> dict[str, Any]:
-        """None."""
+        """Nothing to report."""
         return {}
 
     async def check_health(self) -> None:
@@ -51,7 +49,11 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> list[Any]:
-        """Policies are taken, and no more."""
+        """Take a policy; everything else is refused.
+
+        Raises:
+            NotImplementedError: another method.
+        """
         if method not in ("sere_set_policy", "sere_settle"):
             raise NotImplementedError(method)
         if method == "sere_set_policy":
@@ -59,15 +61,15 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
         return [None]
 
     async def resolve_lora(self, lora_model: Any) -> None:
-        """Not for tests of faults; likewise what follows."""
+        """Not needed by tests of faults."""
         raise NotImplementedError
 
     async def reset_prefix_cache(self) -> None:
-        """See above."""
+        """Not needed by tests of faults."""
         raise NotImplementedError
 
     def chat(self, request: Any, raw_request_info: Any = None) -> Any:
-        """See above."""
+        """Not needed by tests of faults."""
         raise NotImplementedError
 
     embeddings = transcriptions = chat

@@ -37,7 +37,7 @@ ROW_KEY = ("model", "router", "batch", "arm")
 """What tells rows of a result file apart."""
 _WARM_UP_TOKENS = 10
 _TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
-"""Of the arm ``margin``: from the smallest demand that is told from 0, by factors of 1.4, to 1."""
+"""Values that are tried for tau of the arm ``margin``: 0, and 2**-20 to 1 by factors of 1.4."""
 Save = Callable[[dict[str, Any]], None]
 """Takes the measured content of the result file so far."""
 
@@ -74,7 +74,7 @@ def arms(similarity: str, top_k: int) -> list[Arm]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepTimePlan:
     """What is measured.
 
     Attributes:
@@ -113,9 +113,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Bench:
-    """Running engines and what is known of them."""
+    """What a running measurement has: the engines, the settings, and the floor of their times."""
 
-    plan: Plan
+    plan: StepTimePlan
     engines: Engines
     settings: list[Arm]
     floor: Callable[[int, float], float] | None
@@ -130,7 +130,11 @@ class Bench:
 
 
 def measure(
-    plan: Plan, *, console: Console, save: Save, then: Callable[[Bench, Router], None] | None = None
+    plan: StepTimePlan,
+    *,
+    console: Console,
+    save: Save,
+    then: Callable[[Bench, Router], None] | None = None,
 ) -> None:
     """Measure and save after every batch size.
 
@@ -159,16 +163,10 @@ def measure(
             then(bench, _in_order(plan.routers)[-1])
 
 
-def _start(plan: Plan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
+def _start(plan: StepTimePlan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
     first = next(arm.policy for arm in settings if arm.policy)
-    engines = start_engines(
-        folder,
-        plan.model,
-        first,
-        batches=plan.batches,
-        tokens=plan.tokens,
-        compiled=plan.compiled,
-    )
+    sizes: dict[str, Any] = {"batches": plan.batches, "tokens": plan.tokens}
+    engines = start_engines(folder, plan.model, first, **sizes, compiled=plan.compiled)
     floor = _floor(plan, engines, bandwidth) if bandwidth else None
     return Bench(plan, engines, settings, floor)
 
@@ -177,7 +175,7 @@ def _in_order(routers: tuple[Router, ...]) -> list[Router]:
     return sorted(set(routers), reverse=True)  # uniform first: gates are scaled in place
 
 
-def _floor(plan: Plan, engines: Engines, bandwidth: float) -> Callable[[int, float], float]:
+def _floor(plan: StepTimePlan, engines: Engines, bandwidth: float) -> Callable[[int, float], float]:
     weights = engines.each(count_weights)[0]
     context = mean_context(prompt_tokens(), plan.tokens)
     per_token = plan.model.kv_bytes_per_token

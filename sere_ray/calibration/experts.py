@@ -1,4 +1,4 @@
-"""All experts of a layer on all tokens, and the layer's own output from them.
+"""Run all experts of a layer on all tokens, and make the layer's own output from that.
 
 transformers 5 keeps the experts of a layer in one module that is called as
 ``experts(hidden_states [N, H], top_k_index [N, k], top_k_weights [N, k])`` and returns ``[N, H]``.
@@ -56,8 +56,11 @@ def _has_stacked_products(experts: nn.Module) -> bool:
 
 
 def _stacked_products(experts: nn.Module, tokens: Tensor) -> Tensor:
-    """Two batched products; 2 to 4 times as fast on a CPU as the module's own walk over experts
-    was seen (no result file)."""
+    """All experts at once, by two batched products.
+
+    On a CPU this took a half to a quarter of the time of the module's own loop over experts
+    (measured once, in no result file).
+    """
     gate_up = torch.matmul(tokens, experts.gate_up_proj.mT)  # type: ignore[arg-type]
     hidden: Tensor = experts._apply_gate(gate_up)  # type: ignore[operator]
     return torch.bmm(hidden, experts.down_proj.mT)  # type: ignore[arg-type]

@@ -136,7 +136,8 @@ def check_dtype(dtype: str) -> None:
 
 
 def pick_dtype(dtype: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    """``auto`` is the checkpoint's on a GPU, and float32, which is faster there, on a CPU."""
+    """The dtype of the weights: ``auto`` is the checkpoint's on a GPU and float32 on a CPU, which
+    is faster there."""
     if dtype != "auto":
         picked: torch.dtype = getattr(torch, dtype)
         return picked
@@ -145,7 +146,7 @@ def pick_dtype(dtype: str, device: torch.device, config: PretrainedConfig) -> to
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers."""
+    """Turn off the progress bars and warnings of transformers while the block runs."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,10 +1,19 @@
-"""What every way of calibrating does first and last: check all, cut the text; write the file."""
+"""What every way of calibrating does first and last.
 
+First it checks everything that can be refused and cuts the text. While it runs it is the only
+writer of its file. Last it turns sums into similarity and writes the file.
+"""
+
+import fcntl
+import os
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,7 +36,7 @@ from sere_ray.util.results import CALIBRATION_LIBRARIES, library_versions
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """What is calibrated on what; the defaults are the recipe of the paper.
 
     Attributes:
@@ -57,10 +66,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Settings that can be run."""
+class CalibrationPlan:
+    """Settings that have been checked, and all that a calibration needs besides the weights."""
 
-    settings: Settings
+    settings: CalibrationSettings
     config: PretrainedConfig
     revision: str | None
     """Commit of a hub model."""
@@ -72,11 +81,11 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of all windows."""
+        """How many tokens all windows hold."""
         return sum(map(len, self.windows))
 
 
-def prepare(settings: Settings, out: Path) -> Plan:
+def prepare(settings: CalibrationSettings, out: Path) -> CalibrationPlan:
     """Refuse everything that can be refused before the weights are loaded, and cut the text.
 
     Raises:
@@ -96,15 +105,43 @@ def prepare(settings: Settings, out: Path) -> Plan:
     source = open_texts(settings.data, settings.text_column)
     tokenizer = load_tokenizer(settings.model, revision)
     windows = make_windows(source.texts, tokenizer, settings.sequences, settings.length)
-    plan = Plan(settings, config, revision, shape, source, windows, _pad_id(tokenizer))
+    plan = CalibrationPlan(settings, config, revision, shape, source, windows, _pad_id(tokenizer))
     if settings.metric == "cka-exact":
         hidden_size = config.get_text_config().hidden_size
         check_exact_fits(len(shape.layers), shape.num_experts, plan.tokens, hidden_size)
     return plan
 
 
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Refuse to write a file that another calibration is writing.
+
+    While the block runs it holds a lock on ``.NAME.lock`` beside ``out``. The system frees the lock
+    of a process that dies.
+
+    Raises:
+        ArtifactError: another process holds the lock.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    with open(path, "a+", encoding="utf-8") as file:
+        if not _take(file, path):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ArtifactError(
+                f"out = {str(out)!r}: {holder} is writing this file; wait for it or give another "
+                "file name"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def write_artifact(
-    plan: Plan, out: Path, sums: Mapping[int, Sums], fingerprints: Mapping[int, str]
+    plan: CalibrationPlan, out: Path, sums: Mapping[int, Sums], fingerprints: Mapping[int, str]
 ) -> SimilarityArtifact:
     """Turn sums into similarity and write the file in one step.
 
@@ -140,6 +177,15 @@ def write_artifact(
     return artifact
 
 
+def _take(file: IO[str], path: Path) -> bool:
+    """Lock the open file, unless another one holds it or has just finished and removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
 def _check_output(out: Path) -> None:
     """Refuse a path that could not be written in the end."""
     if out.is_dir():
@@ -165,6 +211,6 @@ def _check_model(config: PretrainedConfig, length: int) -> MoEShape:
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id will do: padding is masked."""
+    """The id to pad with. Any valid id will do, since padding is masked."""
     pad: int | None = tokenizer.pad_token_id
     return 0 if pad is None else pad

@@ -22,8 +22,13 @@ from sere_ray.artifact.similarity import SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.loading import load_model, pick_device, pick_dtype
-from sere_ray.calibration.locks import only_writer
-from sere_ray.calibration.plan import Plan, Settings, prepare, write_artifact
+from sere_ray.calibration.plan import (
+    CalibrationPlan,
+    CalibrationSettings,
+    only_writer,
+    prepare,
+    write_artifact,
+)
 from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.util.errors import SereError
@@ -31,15 +36,15 @@ from sere_ray.util.progress import progress
 from sere_ray.util.ray_instance import start_ray
 
 SHARD_TOKENS = 4096
-"""About so many: four of the chunks that ``cka`` counts by."""
+"""About how many tokens a shard has: four of the chunks that ``cka`` counts by."""
 STORE_BYTES = 256 * 2**20
 """Object store of a Ray instance of our own: it holds token ids and sums of a few shards."""
 RETRIES = 2
-"""So often a worker is started again after it died, and a shard repeated."""
+"""How often a worker that died is started again, and its shard repeated."""
 
 
 def calibrate_on_ray(
-    settings: Settings,
+    settings: CalibrationSettings,
     *,
     out: Path,
     workers: int | None = None,
@@ -63,8 +68,9 @@ def calibrate_on_ray(
         What has been written to ``out``.
 
     Raises:
-        SereError: as :func:`~sere_ray.calibration.calibrate`; a different job's work folder; no
-            such cluster; or a worker died more often than it is restarted.
+        SereError: the model, the text, the metric or the output path cannot be used; the work
+            folder is another job's; there is no such cluster; or a worker died more often than it
+            is restarted.
     """
     if settings.metric == "cka-exact":
         raise SereError("metric = 'cka-exact': is for one process; use 'cka' with --ray")
@@ -85,7 +91,7 @@ def calibrate_on_ray(
     return artifact
 
 
-def cut(plan: Plan) -> list[list[list[int]]]:
+def cut(plan: CalibrationPlan) -> list[list[list[int]]]:
     """The windows in shards of about ``SHARD_TOKENS`` tokens, in order."""
     size = -(-SHARD_TOKENS // plan.settings.length)
     return [plan.windows[start : start + size] for start in range(0, len(plan.windows), size)]
@@ -96,7 +102,7 @@ class ShardWorker:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: CalibrationSettings,
         config: PretrainedConfig,
         revision: str | None,
         pad_id: int,
@@ -140,7 +146,7 @@ class ShardWorker:
 
 
 def run_shards(
-    plan: Plan,
+    plan: CalibrationPlan,
     shards: dict[int, list[list[int]]],
     folder: WorkFolder,
     workers: int | None,
@@ -182,7 +188,7 @@ def run_shards(
         raise SereError(_reason(error, folder)) from None
 
 
-def _partial(plan: Plan, row: dict[str, Any]) -> Partial:
+def _partial(plan: CalibrationPlan, row: dict[str, Any]) -> Partial:
     """What a worker returned, as sums again."""
     sums: dict[int, Sums] = {}
     for position, index in enumerate(plan.shape.layers):
@@ -243,11 +249,12 @@ def _on_gpu(device: str, resources: dict[str, float]) -> bool:
 
 @contextmanager
 def ray_for(address: str | None, workers: int | None) -> Iterator[None]:
-    """Ray while the block runs: the one that this process has, a cluster's, or one of our own.
+    """Connect to Ray while the block runs, unless this process already is.
 
     Args:
-        address: as for :func:`calibrate_on_ray`.
-        workers: likewise; an instance of our own has a CPU for each.
+        address: of a running cluster, ``auto`` for the one of this machine; None starts an instance
+            of our own.
+        workers: that will run; an instance of our own has a CPU for each.
 
     Raises:
         SereError: there is no such cluster.

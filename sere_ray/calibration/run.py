@@ -9,8 +9,13 @@ from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.loading import load_model, pick_device, pick_dtype
-from sere_ray.calibration.locks import only_writer
-from sere_ray.calibration.plan import Plan, Settings, prepare, write_artifact
+from sere_ray.calibration.plan import (
+    CalibrationPlan,
+    CalibrationSettings,
+    only_writer,
+    prepare,
+    write_artifact,
+)
 from sere_ray.calibration.similarity import Metric, Sums, make_sums
 from sere_ray.calibration.streamed import StreamedModel
 from sere_ray.util.progress import progress
@@ -41,7 +46,8 @@ def calibrate(
     whole or not at all.
 
     Args:
-        model: and all up to ``text_column``: see :class:`~sere_ray.calibration.plan.Settings`.
+        model: this and all up to ``text_column`` are the fields of
+            :class:`~sere_ray.calibration.plan.CalibrationSettings`.
         out: the artifact's path; an existing file is replaced.
         layer_streamed: hold one decoder layer at a time on the device, not the whole model.
         console: where progress goes; None = nowhere.
@@ -52,7 +58,7 @@ def calibrate(
     Raises:
         SereError: the model, the text, the metric or the output path cannot be used.
     """
-    settings = Settings(
+    settings = CalibrationSettings(
         model, data, revision, metric, sequences, length, batch_size, device, dtype, text_column
     )
     pick_device(device)  # refuses what this machine lacks
@@ -62,8 +68,8 @@ def calibrate(
         return write_artifact(plan, out, *run(plan, console))
 
 
-def _whole(plan: Plan, console: Console | None) -> Collected:
-    """With all of the model on the device."""
+def _whole(plan: CalibrationPlan, console: Console | None) -> Collected:
+    """Calibrate with the whole model on the device."""
     settings = plan.settings
     target = pick_device(settings.device)
     loaded = load_model(
@@ -81,8 +87,8 @@ def _whole(plan: Plan, console: Console | None) -> Collected:
     return sums, gates
 
 
-def _streamed(plan: Plan, console: Console | None) -> Collected:
-    """With one decoder layer at a time."""
+def _streamed(plan: CalibrationPlan, console: Console | None) -> Collected:
+    """Calibrate with one decoder layer on the device at a time."""
     settings = plan.settings
     target = pick_device(settings.device)
     source = StreamedModel(

@@ -21,7 +21,7 @@ from sere_ray.calibration.similarity import Sums
 from sere_ray.util.errors import SereError, UnsupportedError
 
 _PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
-"""Of a decoder that this module can take apart."""
+"""The parts of a decoder that this module can take apart."""
 
 
 class StreamedModel:
@@ -94,7 +94,7 @@ class StreamedModel:
         sums: dict[int, Sums],
         fingerprints: dict[int, str],
     ) -> None:
-        """Fill a layer and take all hidden states through it; nothing holds it afterwards."""
+        """Fill a layer with weights, take all hidden states through it, and drop it."""
         layer, self._layers[index] = self._layers[index], _HandOn()
         self._decoder.layers[index] = layer
         self._fill(f"layers.{index}.", layer)
@@ -155,10 +155,10 @@ class StreamedModel:
 
 
 class _HandOn(nn.Module):
-    """In the place of a decoder layer that is not there."""
+    """Stands in the place of a decoder layer that is not in memory."""
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """The input."""
+        """Returns its input."""
         return hidden_states
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.loading import is_local
-from sere_ray.calibration.plan import Plan
+from sere_ray.calibration.plan import CalibrationPlan
 from sere_ray.calibration.similarity import Sums, make_sums
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
@@ -51,7 +51,7 @@ class WorkFolder:
         SereError: the folder holds another job's sums, or something else.
     """
 
-    def __init__(self, path: Path, plan: Plan, shards: list[list[list[int]]]) -> None:
+    def __init__(self, path: Path, plan: CalibrationPlan, shards: list[list[list[int]]]) -> None:
         self.path = path
         self._metric = plan.settings.metric
         self._shape = plan.shape
@@ -148,7 +148,7 @@ class WorkFolder:
         return self.path / f"shard-{shard:05}.safetensors"
 
 
-def _job(plan: Plan, shards: list[list[list[int]]]) -> dict[str, object]:
+def _job(plan: CalibrationPlan, shards: list[list[list[int]]]) -> dict[str, object]:
     """What the sums depend on: arguments, model, data."""
     settings = dataclasses.asdict(plan.settings)
     kept = {name: value for name, value in settings.items() if name not in _IGNORED}

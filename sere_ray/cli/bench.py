@@ -1,4 +1,4 @@
-"""The group ``bench``; those of its commands that measure one subject live with that subject."""
+"""The group ``bench``; a command that measures one subject is defined with the others of it."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +7,7 @@ import typer
 
 from sere_ray.cli import calibrate as cli_calibrate
 from sere_ray.cli import observe as cli_observe
-from sere_ray.cli import serving_bench as cli_serving_bench
+from sere_ray.cli import serve as cli_serve
 from sere_ray.cli.common import Out, console, numbers, user_errors
 from sere_ray.util.errors import SereError
 
@@ -16,8 +16,8 @@ app.command("metrics-overhead")(cli_observe.metrics_overhead)
 app.command("calibration")(cli_calibrate.bench_calibration)
 app.command("calibration-memory")(cli_calibrate.bench_memory)
 app.command("calibration-robustness")(cli_calibrate.bench_robustness)
-app.command()(cli_serving_bench.chaos)
-app.command("serving-overhead")(cli_serving_bench.serving_overhead)
+app.command()(cli_serve.chaos)
+app.command("serving-overhead")(cli_serve.serving_overhead)
 
 
 @app.command("step-time")

@@ -77,13 +77,13 @@ def calibrate(
 
             request(publish, "artifact")  # refuses a wrong URL or token before the work
         if ray:
-            from sere_ray.calibration.plan import Settings
+            from sere_ray.calibration.plan import CalibrationSettings
             from sere_ray.calibration.ray_job import calibrate_on_ray
 
             if layer_streamed:
                 raise SereError("--layer-streamed: runs in one process; leave out --ray")
             calibrate_on_ray(
-                Settings(**settings),
+                CalibrationSettings(**settings),
                 out=out,
                 workers=workers,
                 work=work,

@@ -26,7 +26,11 @@ def user_errors() -> Iterator[None]:
 
 
 def numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
-    """The numbers of a comma-separated option."""
+    """The whole numbers of a comma-separated option.
+
+    Raises:
+        SereError: one is not among the allowed.
+    """
     values = [int(part) if part.strip().isdecimal() else None for part in text.split(",")]
     found = [value for value in values if value is not None and value in allowed]
     if len(found) != len(values):

@@ -159,15 +159,15 @@ def compare(
         from dataclasses import replace
 
         from sere_ray.loadtest.ab import Comparison, run_comparison
-        from sere_ray.loadtest.arms import parse_policies
-        from sere_ray.loadtest.options import make_plan, parse_shapes
+        from sere_ray.loadtest.options import make_plan, parse_amounts
+        from sere_ray.loadtest.policies import parse_policies
         from sere_ray.loadtest.slo import Slo as Limits
 
         plan = make_plan(url, model=model, api=api, keys_file=keys, workload=workload, stall=stall)
         comparison = Comparison(
             url,
             replace(plan, seconds=seconds, warmup=warmup, seed=seed, cache=cache),
-            parse_shapes(streams, rates),
+            parse_amounts(streams, rates),
             parse_policies(policies),
             rounds,
             Limits.parse(slo),

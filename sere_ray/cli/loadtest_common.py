@@ -73,7 +73,7 @@ def finish(
         typer.Exit: a smaller share than ``required`` kept the SLO.
     """
     from sere_ray.loadtest.report import write_reports
-    from sere_ray.loadtest.verdict import broken_slo, check_generator
+    from sere_ray.loadtest.slo import broken_slo, check_generator
     from sere_ray.util.results import load_result, write_result
 
     write_result(out, content)

@@ -10,6 +10,7 @@ from sere_ray import __version__
 from sere_ray.cli import artifact as cli_artifact
 from sere_ray.cli import bench as cli_bench
 from sere_ray.cli import calibrate as cli_calibrate
+from sere_ray.cli import examples as cli_examples
 from sere_ray.cli import loadtest as cli_loadtest
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import quality as cli_quality
@@ -31,25 +32,21 @@ app = typer.Typer(
 
         sere-ray calibrate MODEL --data text.jsonl --out MODEL.sere.safetensors
 
+        sere-ray tune MODEL --similarity MODEL.sere.safetensors --data text.jsonl
+          --check other.jsonl --max-kl 0.01 --rules margin --out policy.yaml
+
+        sere-ray serve --config deploy/one-gpu.yaml     # a file of `sere-ray examples`
+
+    Without Ray Serve, vLLM alone takes the policy, too:
+
         vllm serve MODEL --additional-config
           '{"sere": {"similarity": "MODEL.sere.safetensors", "select_top_k": 2}}'
     """,
 )
-app.add_typer(cli_artifact.app, name="artifact")
-app.add_typer(cli_bench.app, name="bench")
-app.add_typer(cli_serve.policy_app, name="policy")
-app.add_typer(cli_loadtest.app, name="loadtest")
-app.add_typer(cli_observe.dashboards_app, name="dashboards")
-for command in (
-    cli_calibrate.calibrate,
-    cli_serve.serve,
-    cli_serve.stats,
-    cli_serve.key,
-    cli_quality.evaluate,
-    cli_quality.tune,
-    cli_observe.monitor_demo,
-):
-    app.command()(command)
+_FIRST = "First steps, in this order"
+_RUNNING = "A running deployment"
+_MEASURE = "Measure"
+_WATCH = "Watch"
 
 
 @app.callback(invoke_without_command=True)
@@ -65,7 +62,7 @@ def main(
         raise typer.Exit()
 
 
-@app.command()
+@app.command(rich_help_panel=_FIRST)
 def demo(
     json: Annotated[Path | None, typer.Option(help="Write the measured numbers.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots.")] = None,
@@ -90,3 +87,27 @@ def demo(
             concurrencies=numbers("--concurrency", concurrency, (1, 2, 4, 8, 16, 32)),
             console=console,
         )
+
+
+# `--help` shows panels and commands in the order in which they are added; groups follow commands.
+for panel, commands in {
+    _FIRST: (
+        cli_calibrate.calibrate,
+        cli_quality.tune,
+        cli_serve.serve,
+        cli_examples.examples,
+    ),
+    _RUNNING: (cli_serve.stats, cli_serve.key),
+    _MEASURE: (cli_quality.evaluate,),
+    _WATCH: (cli_observe.monitor_demo,),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+for name, group, panel in (
+    ("policy", cli_serve.policy_app, _RUNNING),
+    ("artifact", cli_artifact.app, _MEASURE),
+    ("loadtest", cli_loadtest.app, _MEASURE),
+    ("bench", cli_bench.app, _MEASURE),
+    ("dashboards", cli_observe.dashboards_app, _WATCH),
+):
+    app.add_typer(group, name=name, rich_help_panel=panel)

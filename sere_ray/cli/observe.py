@@ -70,7 +70,7 @@ def push(
 def annotate(
     text: Annotated[str, typer.Argument(help="Such as the load test's name.")],
     start: Annotated[str, typer.Option(help="ISO 8601 with zone: 2026-01-31T12:00:00Z.")],
-    end: Annotated[str, typer.Option(help="Likewise.")],
+    end: Annotated[str, typer.Option(help="ISO 8601 with zone; not before the start.")],
     url: GrafanaUrl = GRAFANA_URL,
     token_from_env: TokenVariable = GRAFANA_TOKEN,
     dry_run: DryRun = False,

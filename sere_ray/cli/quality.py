@@ -8,7 +8,7 @@ import typer
 from sere_ray.cli.common import console, numbers, user_errors
 
 if TYPE_CHECKING:
-    from sere_ray.evaluation.frontier import Plan
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
@@ -54,7 +54,7 @@ def evaluate(
     with user_errors():
         from sere_ray.evaluation.frontier import check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
-        from sere_ray.evaluation.frontier_page import write_page
+        from sere_ray.evaluation.frontier_page import write_frontier_page
         from sere_ray.evaluation.settings import check_rules, read_settings
         from sere_ray.util.results import check_continues, load_result, write_result
 
@@ -71,7 +71,7 @@ def evaluate(
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto)
         if html:
-            write_page(load_result(out), html)
+            write_frontier_page(load_result(out), html)
     print(out)
 
 
@@ -133,12 +133,25 @@ def _plan(
     ranks: str,
     device: str,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-) -> "Plan":
-    """What the options say; ``text``: data, column, sequences, length, prompt."""
-    from sere_ray.evaluation.frontier import Plan
+) -> "EvaluationPlan":
+    """The plan that the options describe.
+
+    Args:
+        model: checkpoint folder or hub name.
+        similarity: its artifact.
+        text: data, text column, number of windows, tokens of a window, and tokens of its prompt.
+        batches: ``--batches``.
+        ranks: ``--ranks``.
+        device: ``--device``.
+        dtype: ``--dtype``.
+
+    Raises:
+        SereError: ``batches`` or ``ranks`` are not such numbers.
+    """
+    from sere_ray.evaluation.frontier import EvaluationPlan
 
     data, text_column, sequences, length, prompt = text
-    return Plan(
+    return EvaluationPlan(
         model=model,
         similarity=similarity,
         data=data,

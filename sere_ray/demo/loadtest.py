@@ -1,4 +1,4 @@
-"""The comparison on the demo model, deployment included: one command, about two minutes of load."""
+"""`sere-ray loadtest demo`: serve the demo model and compare policies, two minutes of load."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from sere_ray import assets
 from sere_ray.calibration import calibrate
 from sere_ray.demo.run import check_machine
 from sere_ray.demo.serving import HOST, MODEL_ID, served
-from sere_ray.loadtest.ab import Comparison, Save, Shape, run_comparison
-from sere_ray.loadtest.arms import parse_policies
-from sere_ray.loadtest.driver import Plan, Target
+from sere_ray.loadtest.ab import Amount, Comparison, Save, run_comparison
+from sere_ray.loadtest.driver import LoadPlan, Target
+from sere_ray.loadtest.policies import parse_policies
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.workload import arithmetic_workload
 from sere_ray.policy.policy import Policy
@@ -23,11 +23,12 @@ STREAMS = 8
 SECONDS = 7.0
 WARMUP = 2.0
 SLO = Slo(ttft=1000, tpot=100)
-"""Far from what policies take, on slow machines, too: near it, cost says more of the limit."""
+"""Far above the times of all policies, on slow machines, too. Near them a small difference in time
+would decide whether a request counts, and so make a large one in cost."""
 _NOTE = (
-    "Reading fewer experts saves the demo model no time (we take it that it stays in a CPU's "
-    "cache), so that the rule itself shows; engines, proxy and generator share the same cores, and "
-    "the price is assumed."
+    "Reading fewer experts saves the demo model no time: it is so small that it probably stays in "
+    "a CPU's cache (not measured). So the time that the rule itself takes shows. Engines, proxy "
+    "and generator share the same cores, and the price is assumed."
 )
 _NOTE_ON_ONE = " Few answers of S=1 are right: the model has 48 experts that are not very alike."
 
@@ -46,7 +47,8 @@ def run_demo_comparison(
 
     Args:
         save: called with the content of the result file.
-        policies: see :func:`~sere_ray.loadtest.arms.parse_policies`.
+        policies: such as ``off,S=2,S=1``, as :func:`~sere_ray.loadtest.policies.parse_policies`
+            reads them.
         price: of this machine; an assumption, since nobody rents it.
         port: to serve on.
         rates: requests per second of a sweep; none = eight streams, closed loop.
@@ -66,11 +68,11 @@ def run_demo_comparison(
         calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console)
         policy = Policy.parse({"similarity": str(similarity), "select_top_k": 2})
         url = f"http://{HOST}:{port}"
-        plan = Plan(Target(f"{url}/v1", MODEL_ID), tuple(arithmetic_workload()), SECONDS)
+        plan = LoadPlan(Target(f"{url}/v1", MODEL_ID), tuple(arithmetic_workload()), SECONDS)
         comparison = Comparison(
             url,
             replace(plan, warmup=WARMUP, cache="cold"),
-            [Shape(rate=rate) for rate in rates] or [Shape(STREAMS)],
+            [Amount(rate=rate) for rate in rates] or [Amount(STREAMS)],
             arms,
             rounds,
             SLO,

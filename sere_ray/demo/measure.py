@@ -1,16 +1,23 @@
-"""Traffic through the endpoint under every policy, with the engine's own counters."""
+"""What the demo measures: which policies it compares, their quality, and traffic under each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sere_ray import assets
-from sere_ray.demo.settings import problems_at
-from sere_ray.demo.traffic import Served, send
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.bench.demo_model import PROMPT_TOKENS, TOP_K, bound, heldout_windows
+from sere_ray.calibration.loading import load_model
+from sere_ray.demo.serving import Served, send
 from sere_ray.engine.control import experts_read
-from sere_ray.evaluation.teacher_forced import Quality
+from sere_ray.evaluation.teacher_forced import Quality, exact_logits, score
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
+
+THRESHOLD = 0.3
+"""Of the policies that have a threshold."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,68 @@ class Run:
     """KL(exact || re-routed), nats, on the same rows."""
 
 
+def policies(similarity: str) -> list[Policy]:
+    """The policies that the demo compares: stock, and S = 2 and 1, each without and with threshold.
+
+    Args:
+        similarity: path of the artifact.
+    """
+    rerouted = [
+        Policy.parse({"similarity": similarity, "select_top_k": size, "threshold": threshold})
+        for size in (2, 1)
+        for threshold in (None, THRESHOLD)
+    ]
+    off = Policy.parse({"similarity": similarity, "select_top_k": TOP_K, "mode": "off"})
+    return [off, *rerouted]
+
+
+def label(rule: str, select_top_k: int | None, threshold: float | None) -> str:
+    """Short name of a policy in tables and plots."""
+    if rule == "off":
+        return "stock"
+    return f"S={select_top_k}" + ("" if threshold is None else f", rho={threshold}")
+
+
+def measure_quality(
+    policies: list[Policy],
+    batches: Sequence[int],
+    artifact: SimilarityArtifact,
+    on_point: Callable[[], object],
+) -> dict[tuple[Policy, int], Quality]:
+    """Score every policy at every decode batch size on held-out text, teacher-forced, in float32.
+
+    It runs in this process, without an engine, and all policies see the same rows.
+
+    Args:
+        policies: to score.
+        batches: decode batch sizes.
+        artifact: of the demo model.
+        on_point: called after each score.
+
+    Returns:
+        The quality, by policy and batch size.
+    """
+    model = load_model(
+        str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32"
+    )
+    input_ids = heldout_windows()
+    exact = exact_logits(model, input_ids, PROMPT_TOKENS)
+    scores = {}
+    for policy in policies:
+        for batch in batches:
+            scores[policy, batch] = score(
+                model,
+                input_ids,
+                exact,
+                bound(policy),
+                artifact.layers,
+                batch=batch,
+                prompt_tokens=PROMPT_TOKENS,
+            )
+            on_point()
+    return scores
+
+
 def measure_runs(
     policies: list[Policy],
     concurrencies: Sequence[int],
@@ -47,11 +116,24 @@ def measure_runs(
     model_id: str,
     on_point: Callable[[], object],
 ) -> list[Run]:
-    """Send the same problems under every policy at every concurrency."""
+    """Send the same arithmetic through the endpoint under every policy, at every concurrency.
+
+    Args:
+        policies: to compare.
+        concurrencies: numbers of requests in flight.
+        quality: from :func:`measure_quality`; goes into the rows.
+        deployment: changes the policy and reads the engines' counters.
+        base_url: of the endpoint; ends in ``/v1``.
+        model_id: name of the served model.
+        on_point: called after each policy and concurrency.
+
+    Returns:
+        One row for each policy and concurrency.
+    """
     send(base_url, model_id, assets.arithmetic()[:16], 16)  # warm-up
     runs = []
     for concurrency in concurrencies:
-        problems = assets.arithmetic()[: problems_at(concurrency)]
+        problems = assets.arithmetic()[: _problems_at(concurrency)]
 
         def traffic(
             policy: Policy,
@@ -71,6 +153,11 @@ def measure_runs(
             runs.append(_run(policy, concurrency, served, counters, experts, quality))
             on_point()
     return runs
+
+
+def _problems_at(concurrency: int) -> int:
+    """How many arithmetic problems are sent: few at low concurrency, where they take long."""
+    return min(128, 12 * concurrency)
 
 
 def _run(

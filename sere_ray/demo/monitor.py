@@ -10,8 +10,7 @@ from rich.console import Console
 from sere_ray import assets
 from sere_ray.calibration import calibrate
 from sere_ray.demo.run import check_machine
-from sere_ray.demo.serving import HOST, MODEL_ID, served
-from sere_ray.demo.traffic import send
+from sere_ray.demo.serving import HOST, MODEL_ID, send, served
 from sere_ray.observe.prometheus import prometheus, require_prometheus
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.run import wait_for_signal

@@ -1,19 +1,19 @@
 """The demo's table, and a page with the same numbers and plots."""
 
-import base64
 import html
-import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sere_ray.demo.measure import Run
-from sere_ray.demo.settings import label
-from sere_ray.util.files import atomic_path
+from sere_ray.demo.measure import Run, label
+from sere_ray.util.page import items, picture, write_page
 from sere_ray.util.results import origin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("concurrency", "streams", "{}"),
@@ -24,13 +24,13 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("top1_agreement", "top-1", "{:.1%}"),
     ("kl_mean", "KL", "{:.4f}"),
 )
-"""Field of :class:`Run`, heading, format."""
+"""Columns after the policy's name: field of :class:`Run`, heading, format."""
 HEADINGS = ("policy", *(heading for _, heading, _ in COLUMNS))
 NOTES = {
     "experts": "read per layer and decode step, of 48, counted in the engine",
-    "step ms": "forward pass of a decode step. Reading fewer experts saves this model no time (we "
-    "take it that it stays in a CPU's cache), so that the rule itself shows; `sere-ray bench "
-    "step-time` measures a larger one",
+    "step ms": "forward pass of a decode step. Reading fewer experts saves this model no time: it "
+    "is so small that it probably stays in a CPU's cache (not measured), so the time of the rule "
+    "itself shows; `sere-ray bench step-time` measures a larger one",
     "answers": "arithmetic answered right, through the endpoint",
     "top-1, KL": "agreement with and distance (nats) from the exact model on held-out text, "
     "teacher-forced, with batches of `streams` rows",
@@ -66,52 +66,29 @@ def write_html(runs: list[Run], path: Path) -> None:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(run)) + "</tr>"
         for run in runs
     )
-    notes = "".join(
-        f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in NOTES.items()
+    body = (
+        f"<div>{''.join(_plots(runs))}</div>"
+        f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>{items(NOTES.items())}"
+        f"<h2>Measured on</h2>{items(origin().items())}"
     )
-    where = "".join(
-        f"<li>{html.escape(name)}: {html.escape(_plain(value))}</li>"
-        for name, value in origin().items()
-    )
-    plots = "".join(
-        f'<img alt="{html.escape(name)} by concurrency" '
-        f'src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
-        for name, svg in _plots(runs)
-    )
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        "<title>sere-ray demo</title><style>"
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;"
-        "text-align:right}td:first-child,th:first-child{text-align:left}"
-        "img{width:min(100%,32rem)}.wide{overflow-x:auto}"
-        "</style><h1>Stock against re-routed: the demo model on CPU</h1>"
-        f"<div>{plots}</div><div class=wide><table><tr>{head}</tr>{rows}</table></div>"
-        f"<ul>{notes}</ul><h2>Measured on</h2><ul>{where}</ul></html>"
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    title = "Stock against re-routed: the demo model on CPU"
+    write_page(path, title, body, style="img{width:min(100%,32rem)}")
 
 
-def _plain(value: Any) -> str:
-    """A field of the origin in words; mappings as ``name value, name value``."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return str(value)
-
-
-def _plots(runs: list[Run]) -> list[tuple[str, bytes]]:
+def _plots(runs: list[Run]) -> list[str]:
     titles = {
         "experts_read": "experts read per layer and step",
         "accuracy": "arithmetic accuracy",
         "kl_mean": "KL to the exact model (nats)",
         "step_ms": "decode step (ms)",
     }
-    return [(title, _plot(runs, column, title)) for column, title in titles.items()]
+    return [
+        picture(_plot(runs, column, title), f"{title} by concurrency")
+        for column, title in titles.items()
+    ]
 
 
-def _plot(runs: list[Run], column: str, title: str) -> bytes:
+def _plot(runs: list[Run], column: str, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
@@ -130,6 +107,4 @@ def _plot(runs: list[Run], column: str, title: str) -> bytes:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()
+    return figure

@@ -10,11 +10,9 @@ from rich.console import Console
 
 from sere_ray import assets
 from sere_ray.calibration import calibrate
-from sere_ray.demo.measure import Run, measure_runs
-from sere_ray.demo.quality import measure_quality
+from sere_ray.demo.measure import Run, measure_quality, measure_runs, policies
 from sere_ray.demo.report import print_table, write_html
 from sere_ray.demo.serving import HOST, MODEL_ID, RANKS, served
-from sere_ray.demo.settings import policies
 from sere_ray.serve.run import wait_for_signal
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import check_free
@@ -87,10 +85,13 @@ def run_demo(
 
 
 def check_machine(port: int, console: Console) -> bool:
-    """Say at once what is missing. Returns whether vLLM can compile its graph.
+    """Refuse at once what cannot run here, before the minutes of work.
+
+    Returns:
+        Whether vLLM can compile its graph: there is a C++ compiler.
 
     Raises:
-        SereError: the port is taken or the extra is not installed.
+        SereError: the port is taken, or the extra ``cpu`` is not installed.
     """
     for module in ("vllm", "ray"):
         if not _installed(module):

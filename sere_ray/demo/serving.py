@@ -1,9 +1,13 @@
-"""The demo model behind Ray Serve's OpenAI routes, on this machine's loopback."""
+"""The demo model behind Ray Serve's OpenAI routes on this machine, and requests to it."""
 
+import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from openai import AsyncOpenAI
 from rich.console import Console
 
 from sere_ray import assets
@@ -29,7 +33,22 @@ def served(
     console: Console,
     metrics_port: int | None = None,
 ) -> Iterator[Deployment]:
-    """Start Ray, Serve and one gang of vLLM engines; yields its control; stops all at the end."""
+    """Start Ray, Serve and one gang of vLLM engines with the demo model; stop all at the end.
+
+    Args:
+        policy: to start with.
+        port: of the endpoint, on loopback.
+        max_streams: requests that an engine decodes at a time.
+        compiled: let vLLM compile its graph; False = eager.
+        console: where progress is printed.
+        metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
+
+    Yields:
+        The running deployment.
+
+    Raises:
+        SereError: Ray does not start.
+    """
     import ray
     from ray import serve
 
@@ -59,3 +78,61 @@ def served(
     finally:
         logging.disable(logging.NOTSET)
         ray.shutdown()  # the instance is ours alone: Serve ends with it
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a client saw while it sent a list of problems."""
+
+    problems: int
+    correct: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems whose final answer is right."""
+        return self.correct / self.problems
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second over all streams."""
+        return self.completion_tokens / self.seconds
+
+
+def send(base_url: str, model_id: str, problems: list[tuple[str, str]], concurrency: int) -> Served:
+    """Send every problem once, ``concurrency`` at a time, greedy.
+
+    Args:
+        base_url: ends in ``/v1``.
+        model_id: name of the served model.
+        problems: (prompt, final answer).
+        concurrency: requests in flight.
+    """
+    return asyncio.run(_send(base_url, model_id, problems, concurrency))
+
+
+async def _send(
+    base_url: str, model_id: str, problems: list[tuple[str, str]], concurrency: int
+) -> Served:
+    waiting = iter(problems)
+    correct = tokens = 0
+    async with AsyncOpenAI(base_url=base_url, api_key="none", timeout=120) as client:
+
+        async def stream() -> None:
+            nonlocal correct, tokens
+            for prompt, answer in waiting:
+                response = await client.chat.completions.create(
+                    model=model_id,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=0,
+                    max_tokens=96,
+                )
+                text = response.choices[0].message.content or ""
+                correct += assets.final_answer(text) == answer
+                tokens += response.usage.completion_tokens if response.usage else 0
+
+        start = time.perf_counter()
+        await asyncio.gather(*(stream() for _ in range(concurrency)))
+        seconds = time.perf_counter() - start
+    return Served(len(problems), correct, tokens, seconds)

@@ -36,7 +36,7 @@ _LOGITS_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is evaluated, and on what."""
 
     model: str
@@ -81,7 +81,7 @@ class Evaluator:
         SereError: the model, the artifact or the text cannot be used; says why.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: EvaluationPlan) -> None:
         plan.check()
         self.plan = plan
         self.artifact = SimilarityArtifact.load(plan.similarity)
@@ -180,7 +180,7 @@ def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: s
 
 
 def evaluate(
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     rules: tuple[str, ...],
     settings: list[dict[str, Any]] | None,
@@ -223,9 +223,12 @@ def evaluate(
 
 
 def _points(
-    plan: Plan, shape: MoEShape, rules: tuple[str, ...], settings: list[dict[str, Any]] | None
+    plan: EvaluationPlan,
+    shape: MoEShape,
+    rules: tuple[str, ...],
+    settings: list[dict[str, Any]] | None,
 ) -> list[Point]:
-    """Everything to measure; what looks at ranks with each number of them."""
+    """Every setting to measure; a setting that depends on ranks, with each number of ranks."""
     exact = {"rule": "topk", "select_top_k": shape.top_k}
     points = [Point(EXACT, exact, batch) for batch in plan.batches]
     for batch in plan.batches:

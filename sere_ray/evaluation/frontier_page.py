@@ -1,14 +1,12 @@
 """Pictures and a page of what ``sere-ray evaluate`` measured."""
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sere_ray.evaluation.comparison import OURS
 from sere_ray.evaluation.settings import label
-from sere_ray.util.files import atomic_path
+from sere_ray.util.page import items, picture, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,12 +29,7 @@ _COLORS = {
     "lynx": "C4",
     "margin": "C3",
 }
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:14px}td,th{padding:.15rem .6rem;"
-    "border-bottom:1px solid #ddd;text-align:right}td:nth-child(-n+2),th:nth-child(-n+2)"
-    "{text-align:left}img{width:100%}.wide{overflow-x:auto}small{color:#666}"
-)
+_STYLE = "td:nth-child(2),th:nth-child(2){text-align:left}img{width:100%}"
 
 
 def draw_frontier(document: dict[str, Any]) -> "Figure":
@@ -60,31 +53,19 @@ def draw_frontier(document: dict[str, Any]) -> "Figure":
     return figure
 
 
-def write_page(document: dict[str, Any], path: Path) -> None:
+def write_frontier_page(document: dict[str, Any], path: Path) -> None:
     """Write a self-contained page: plots, comparison, every row, where it was measured."""
-    picture = io.BytesIO()
-    draw_frontier(document).savefig(picture, format="svg")
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    where = "".join(
-        f"<li>{html.escape(name)}: {html.escape(str(document[name]))}</li>"
-        for name in ("command", "data", "similarity", "machine", "versions", "commit", "date")
-    )
-    title = f"Re-routing rules on {document['model']}"
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
+    where = ("command", "data", "similarity", "machine", "versions", "commit", "date")
+    body = (
         f"<p>{document['sequences']} held-out texts, {document['scored_positions']} scored "
         "positions, teacher-forced; the same rows for every rule. Small print: 95 % bootstrap "
         "intervals over texts.</p>"
-        f'<img alt="experts read against KL, a panel for each batch size" '
-        f'src="data:image/svg+xml;base64,{encoded}">'
+        f"{picture(draw_frontier(document), 'experts read against KL, one panel a batch size')}"
         f"{_comparison(document['comparison'])}<h2>All settings</h2>"
         f"<div class=wide><table>{_head()}{''.join(map(_row, document['rows']))}</table></div>"
-        f"<h2>Measured</h2><ul>{where}</ul></html>"
+        f"<h2>Measured</h2>{items((name, document[name]) for name in where)}"
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page(path, f"Re-routing rules on {document['model']}", body, _STYLE)
 
 
 def _fewest_ranks(document: dict[str, Any]) -> int:

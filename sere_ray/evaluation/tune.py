@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sere_ray.calibration.collect import MoEShape
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.frontier import Evaluator, Plan
+from sere_ray.evaluation.frontier import EvaluationPlan, Evaluator
 from sere_ray.evaluation.settings import grid
 from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
 from sere_ray.policy.row_ranges import MOST_RANGES
@@ -147,7 +147,7 @@ class Text:
 
 
 def tune(
-    plan: Plan,
+    plan: EvaluationPlan,
     check_data: str,
     budget: Budget,
     rules: tuple[str, ...],

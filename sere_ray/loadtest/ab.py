@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from sere_ray.loadtest.arms import whole_policy
 from sere_ray.loadtest.arrivals import Arrivals
-from sere_ray.loadtest.driver import Plan, new_salt
-from sere_ray.loadtest.endpoint import kept_policy
+from sere_ray.loadtest.driver import LoadPlan, new_salt
 from sere_ray.loadtest.figures import PERCENTILES, Sample, figures, pool, rounded, sample
-from sere_ray.loadtest.pool import Generator, generator
+from sere_ray.loadtest.generator import Generator, generator
+from sere_ray.loadtest.policies import kept_policy, whole_policy
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.observe.stats import means
 from sere_ray.serve.client import Deployment, set_policy, settable
@@ -28,20 +27,20 @@ Save = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How much load: so many streams, or so many requests per second."""
+class Amount:
+    """How much load: ``streams`` users that wait for answers, or ``rate`` requests per second."""
 
     streams: int | None = None
     rate: float | None = None
 
-    def of(self, plan: Plan) -> Plan:
+    def of(self, plan: LoadPlan) -> LoadPlan:
         """The plan with this much load."""
         arrivals = None if self.rate is None else Arrivals.at(self.rate)
         return replace(plan, streams=self.streams, arrivals=arrivals)
 
     @property
     def row(self) -> dict[str, Any]:
-        """As fields of a result file."""
+        """The amount as fields of a row of the result file."""
         return {"streams": self.streams} if self.rate is None else {"rate": self.rate}
 
     def __str__(self) -> str:
@@ -53,10 +52,10 @@ class Comparison:
     """What is compared, and on what conditions."""
 
     url: str
-    """Of the deployment."""
-    plan: Plan
-    """Of a block; without its amount of load."""
-    shapes: Sequence[Shape]
+    """Address of the deployment, without ``/v1``."""
+    plan: LoadPlan
+    """The load of one block; its amount is still to be said."""
+    amounts: Sequence[Amount]
     policies: dict[str, dict[str, Any]]
     """Changes of the deployment's policy; the first one is what the others are compared to."""
     rounds: int
@@ -65,7 +64,7 @@ class Comparison:
     processes: int = 1
 
     def conditions(self) -> dict[str, Any]:
-        """As the header of a result file."""
+        """The fields at the head of the result file."""
         plan, price = self.plan, self.price
         return {
             "model": plan.target.model,
@@ -107,10 +106,10 @@ def run_comparison(what: Comparison, save: Save, console: Console) -> dict[str, 
             set_policy(what.url, whole)
         content["policies"] = {name: settable(whole) for name, whole in wholes.items()}
         runner = _Runner(what, before, sender, console, content["blocks"])
-        for shape in what.shapes:
-            observed = runner.first(shape)
-            blocks = runner.rounds(shape)
-            content["rows"] += _rows(what, shape, blocks, observed)
+        for amount in what.amounts:
+            observed = runner.first(amount)
+            blocks = runner.rounds(amount)
+            content["rows"] += _rows(what, amount, blocks, observed)
             save(content)
     return content
 
@@ -123,33 +122,34 @@ class _Runner:
     console: Console
     log: list[dict[str, Any]]
 
-    def first(self, shape: Shape) -> dict[str, float | None]:
-        """A block by which no policy is measured, short in a closed loop: means of its steps.
+    def first(self, amount: Amount) -> dict[str, float | None]:
+        """Send a first block that is not part of the comparison; returns means of its steps.
 
-        Engines stall at batch sizes that are new to them (2 s were seen on a GPU), which the policy
-        that happens to come first would pay. The mode runs the rule and discards it, so that the
-        block counts what exact routing reads, of the prompts and at the times of the first round.
+        An engine stalls at a batch size that is new to it (2 s on one GPU, in no result file). The
+        policy that happens to come first would pay for that. The block runs in mode ``observe``,
+        with the prompts and times of the first round, so it also counts the experts that exact
+        routing reads. In a closed loop it is short.
         """
         plan = self.what.plan
-        if shape.rate is None:  # an open loop only then has as many streams as in other blocks
+        if amount.rate is None:  # an open loop only then has as many streams as in other blocks
             plan = replace(plan, seconds=min(plan.seconds, _FIRST_SECONDS))
         runner = replace(self, what=replace(self.what, plan=plan))
-        return runner._block(shape, 1, OBSERVE, "observe", needs_answers=False).steps
+        return runner._block(amount, 1, OBSERVE, "observe", needs_answers=False).steps
 
-    def rounds(self, shape: Shape) -> dict[str, list[_Block]]:
+    def rounds(self, amount: Amount) -> dict[str, list[_Block]]:
         """The blocks of each policy, in the order of the rounds."""
-        draw = random.Random(f"{self.what.plan.seed} {shape}")
+        draw = random.Random(f"{self.what.plan.seed} {amount}")
         blocks: dict[str, list[_Block]] = {name: [] for name in self.what.policies}
         for number in range(1, self.what.rounds + 1):
             for name in draw.sample(list(blocks), len(blocks)):
-                block = self._block(shape, number, self.what.policies[name], name)
+                block = self._block(amount, number, self.what.policies[name], name)
                 blocks[name].append(block)
-                self._tell(shape, number, name, block)
+                self._tell(amount, number, name, block)
         return blocks
 
     def _block(
         self,
-        shape: Shape,
+        amount: Amount,
         number: int,
         change: dict[str, Any],
         name: str,
@@ -159,7 +159,7 @@ class _Runner:
         what, deployment = self.what, Deployment(self.what.url)
         set_policy(what.url, whole_policy(self.before, change, name))
         deployment.read_counters()
-        plan = shape.of(what.plan)
+        plan = amount.of(what.plan)
         # In a round all policies get the same prompts at the same times.
         plan = replace(
             plan,
@@ -173,16 +173,16 @@ class _Runner:
         # A short block may hold a part of long answers only: enough to count steps.
         if not has_answers and (needs_answers or one.failures):
             reason = one.failures.most_common(1)[0][0] if one.failures else "no request was due"
-            raise SereError(f"{what.url}: no answer at {shape} under {name}: {reason}")
+            raise SereError(f"{what.url}: no answer at {amount} under {name}: {reason}")
         return _Block(one, means(counted["decode_only"]))
 
-    def _tell(self, shape: Shape, number: int, name: str, block: _Block) -> None:
+    def _tell(self, amount: Amount, number: int, name: str, block: _Block) -> None:
         row = figures(block.sample, None)
         names = ("ttft_ms_p50", "tpot_ms_p50", "tokens_per_s", "requests", "failures")
         shown = {name: row[name] for name in (*names, "generator_lag_ms_p99")}
-        self.log.append({**shape.row, "round": number, "policy": name, **shown})
+        self.log.append({**amount.row, "round": number, "policy": name, **shown})
         self.console.print(
-            f"{shape}, round {number}, {name}: {row['requests']} requests, "
+            f"{amount}, round {number}, {name}: {row['requests']} requests, "
             f"{row['failures']} failed, TTFT {row['ttft_ms_p50']} ms, "
             f"TPOT {row['tpot_ms_p50']} ms, {row['tokens_per_s']} tokens/s",
             highlight=False,
@@ -191,7 +191,7 @@ class _Runner:
 
 def _rows(
     what: Comparison,
-    shape: Shape,
+    amount: Amount,
     blocks: dict[str, list[_Block]],
     observed: dict[str, float | None],
 ) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def _rows(
     drawn = _resamples(samples, what.price)
     rows: list[dict[str, Any]] = []
     for name, own in samples.items():
-        row = {"policy": name, **shape.row, **figures(pool(own), what.price)}
+        row = {"policy": name, **amount.row, **figures(pool(own), what.price)}
         row |= _steps(blocks[name], what.policies[name]["mode"], observed)
         for field_name, values in drawn[name].items():
             row[f"{field_name}_95"] = _interval(values)
@@ -214,7 +214,8 @@ def _rows(
 
 
 def _steps(blocks: list[_Block], mode: str, observed: dict[str, float | None]) -> dict[str, Any]:
-    """What the engine counted, means over blocks; ``off`` counts no experts itself."""
+    """Means over blocks of what the engines counted. Mode ``off`` counts no experts: for it,
+    ``observed`` is taken."""
     counted = [observed] if mode == "off" else [block.steps for block in blocks]
     is_exact = mode in ("off", "observe")  # the latter counts what the rule would have left, too
     experts = [steps["experts_before" if is_exact else "experts_after"] for steps in counted]
@@ -228,7 +229,10 @@ def _steps(blocks: list[_Block], mode: str, observed: dict[str, float | None]) -
 def _resamples(
     samples: dict[str, list[Sample]], price: Price | None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of each policy over rounds drawn with replacement; the same rounds for all."""
+    """Bootstrap: each policy's statistics over rounds drawn with replacement.
+
+    All policies get the same rounds in a draw, so that ratios between them can be taken.
+    """
     rounds = len(next(iter(samples.values())))
     draw = np.random.default_rng(0)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in samples}
@@ -257,7 +261,7 @@ def _statistics(chosen: list[Sample], price: Price | None) -> dict[str, float]:
 
 
 def _interval(values: np.ndarray) -> list[float | None]:
-    """95 %, percentile bootstrap."""
+    """Percentile bootstrap: the interval of 95 % of the values; None for what is not finite."""
     return [_finite(float(v)) for v in np.percentile(values, (2.5, 97.5), method="nearest")]
 
 

@@ -9,14 +9,14 @@ from sere_ray.util.errors import SereError
 
 @dataclass(frozen=True)
 class Arrivals:
-    """A renewal process with a rate that may change in steps.
+    """Random arrival times at a rate that may change in steps.
 
-    Intervals are gamma-distributed with shape ``burstiness`` (1 = Poisson, smaller = burstier,
-    as in ``vllm bench serve``) and mean 1, in a time that runs with the rate.
+    Intervals are gamma-distributed with shape ``burstiness``: 1 = Poisson, smaller = burstier, as
+    in ``vllm bench serve``. They are drawn with mean 1 and then stretched by the rate of the time.
     """
 
     steps: tuple[tuple[float, float], ...]
-    """(seconds, requests per second); the last rate goes on."""
+    """(seconds, requests per second) of each step; the last rate goes on without end."""
     burstiness: float = 1.0
 
     @classmethod
@@ -30,7 +30,7 @@ class Arrivals:
 
     @classmethod
     def checked(cls, steps: Sequence[tuple[float, float]], burstiness: float) -> "Arrivals":
-        """With numbers that make sense.
+        """Arrivals of these steps, once the numbers have been checked.
 
         Raises:
             SereError: one is not positive.
@@ -43,7 +43,7 @@ class Arrivals:
 
     @property
     def seconds(self) -> float:
-        """Of all steps together."""
+        """How long all steps take together."""
         return sum(seconds for seconds, _ in self.steps)
 
     def times(self, seed: int) -> Iterator[float]:

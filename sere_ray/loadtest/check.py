@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from sere_ray.loadtest.client import Outcome
-from sere_ray.loadtest.driver import Load, Plan, Target
+from sere_ray.loadtest.driver import Load, LoadPlan, Target
 from sere_ray.loadtest.figures import rounded
-from sere_ray.loadtest.pool import Generator, generator
+from sere_ray.loadtest.generator import Generator, generator
 from sere_ray.loadtest.stub import stub, written
 from sere_ray.loadtest.workload import Entry
 from sere_ray.util.errors import SereError
@@ -69,7 +69,7 @@ def _measure(
     target = Target(f"{url}/{rate}/v1", "stub")
     # Answers of one to three seconds, so that streams do not start at the same moments.
     entries = [Entry(prompt="stub", max_tokens=rate + 2 * rate * i // 97) for i in range(97)]
-    load = sender.run(Plan(target, tuple(entries), seconds, warmup=3.0, streams=streams))
+    load = sender.run(LoadPlan(target, tuple(entries), seconds, warmup=3.0, streams=streams))
     ttft, gaps, tokens = _errors(load)
     achieved = tokens / streams / seconds
     row: dict[str, Any] = {

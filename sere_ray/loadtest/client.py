@@ -35,8 +35,9 @@ class Limits:
 
     connect: float = 10.0
     stall: float = 30.0
-    """Without a byte."""
+    """The longest pause between two bytes of an answer."""
     total: float = 600.0
+    """For a request as a whole."""
 
 
 @dataclass
@@ -48,16 +49,16 @@ class Outcome:
     sent: float = 0.0
     ended: float = 0.0
     times: list[float] = field(default_factory=list)
-    """Of the events with output."""
+    """When each event with output came."""
     output_tokens: int = 0
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
-    """Of the prompt, from the prefix cache; None = the server does not say."""
+    """Prompt tokens that the prefix cache had; None = the server does not say."""
     text: str = ""
     error: str | None = None
     """Why it counts as failed: ``kind: details``."""
     label: str | None = None
-    """What the workload calls it."""
+    """The right answer, where the workload knows it."""
 
     @property
     def ttft(self) -> float:
@@ -192,7 +193,7 @@ class _NothingCameError(BadAnswerError):
 
 
 class _Response(HTTPResponse):
-    """Keeps nothing but the body bytes of the read in hand."""
+    """Holds only the body bytes that have not been taken yet, not the whole body."""
 
     def take(self) -> bytes:
         data = bytes(self._body_buffer)
@@ -211,7 +212,7 @@ class _Reader:
         """Whether a byte of the answer came."""
 
     def read_all(self) -> None:
-        """Until the message is complete.
+        """Read until the whole answer is here.
 
         Raises:
             BadAnswerError: the connection was closed before that.

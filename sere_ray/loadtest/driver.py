@@ -31,14 +31,23 @@ class Target:
     """Whom to ask, and how."""
 
     base_url: str
-    """Ends in ``/v1``."""
+    """Address of the endpoint; ends in ``/v1``."""
     model: str
     api: Api = "chat"
     keys: tuple[ClientKey, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def request(self, entry: Entry, draw: random.Random, salt: str | None) -> dict[str, Any]:
-        """``body`` and ``headers`` of a request."""
+        """Body and headers of one request.
+
+        Args:
+            entry: what is asked.
+            draw: chooses the API key, by weight.
+            salt: keeps the request's prefix apart in the server's cache; None = not sent.
+
+        Returns:
+            ``{"body": bytes, "headers": {name: value}}``.
+        """
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": entry.max_tokens,
@@ -62,30 +71,38 @@ class Target:
 
 
 def new_salt() -> str:
-    """One that no load has had, of this run or another: a server keeps prefixes between runs."""
+    """A random salt for the prefix cache.
+
+    No other load has had it, in this run or an earlier one: a server keeps prefixes between runs.
+    """
     return secrets.token_hex(8)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One load: closed (``streams``), open (``arrivals``) or the times of a trace."""
+class LoadPlan:
+    """What one load sends.
+
+    With ``streams`` it is closed: so many users, each waits for its answer. With ``arrivals`` it is
+    open: requests come at random times, whatever comes back. With neither it is open, too, and the
+    entries say when they are due (a trace).
+    """
 
     target: Target
     entries: tuple[Entry, ...]
     seconds: float
-    """Of the part that is measured."""
+    """Length of the measured part."""
     warmup: float = 0.0
-    """Seconds before it."""
+    """Seconds of load before the measured part."""
     streams: int | None = None
     arrivals: Arrivals | None = None
     seed: int = 0
     cache: Cache = "server"
     salt: str = field(default_factory=new_salt)
-    """With ``cache`` other than ``server``: of this load."""
+    """Salt of this load; not sent where ``cache`` is ``server``."""
     part: tuple[int, int] = (0, 1)
-    """Which process of how many this is."""
+    """(number of the process that sends this part, number of processes)."""
 
-    def split(self, processes: int) -> list["Plan"]:
+    def split(self, processes: int) -> list["LoadPlan"]:
         """A part of the load for each process."""
         parts = [replace(self, part=(i, processes)) for i in range(processes)]
         if self.streams is None:
@@ -94,7 +111,7 @@ class Plan:
         return [replace(p, streams=n) for p, n in zip(parts, shares, strict=True) if n]
 
     def own(self, numbers: Iterator[Any]) -> Iterator[Any]:
-        """Every so-manieth of what all processes see."""
+        """This process's share of a sequence that all processes see: of n, every n-th item."""
         return itertools.islice(numbers, self.part[0], None, self.part[1])
 
 
@@ -103,14 +120,15 @@ class Load:
     """What happened; times are those of :data:`sere_ray.loadtest.client.now`."""
 
     begin: float
-    """Of the measured part."""
+    """Start of the measured part."""
     end: float
+    """End of the measured part."""
     outcomes: list[Outcome]
-    """Of all requests that ended, warm-up included."""
+    """All requests that ended, those of the warm-up included."""
     lag: Histogram
-    """How much later than asked for the event loop came back to a timer."""
+    """How late the event loop came back to a timer: whether the generator kept up."""
     is_open: bool = False
-    """Requests were due whatever came back."""
+    """Whether requests were due at times of their own, whatever came back."""
 
     @property
     def measured(self) -> list[Outcome]:
@@ -123,7 +141,7 @@ class Load:
         self.lag.merge(other.lag)
 
 
-def run_part(plan: Plan, start: float) -> Load:
+def run_part(plan: LoadPlan, start: float) -> Load:
     """Send one process's part of a load from the time ``start`` on.
 
     Requests due in the measured part are measured to their end; until then the load is kept up.
@@ -133,7 +151,10 @@ def run_part(plan: Plan, start: float) -> Load:
 
 
 def watch_lag(record: Callable[[float], None]) -> None:
-    """Forever: how much later than asked for, in seconds, the event loop comes back to a timer."""
+    """Set timers without end, and record how many seconds late the event loop comes back to each.
+
+    It does not return; its greenlet has to be killed.
+    """
     while True:
         asked = now() + _LAG_PERIOD
         gevent.sleep(_LAG_PERIOD)
@@ -141,7 +162,7 @@ def watch_lag(record: Callable[[float], None]) -> None:
 
 
 class _Run:
-    def __init__(self, plan: Plan, start: float) -> None:
+    def __init__(self, plan: LoadPlan, start: float) -> None:
         self._plan, self._start = plan, start
         begin = start + plan.warmup
         self._load = Load(
@@ -175,8 +196,8 @@ class _Run:
         return [gevent.spawn(self._arrive)]
 
     def _stream(self, place: float) -> None:
-        """One closed-loop user. All begin in the warm-up, spread over it: users that begin at once
-        would ask in step, wave after wave, as long as answers are of like length.
+        """One closed-loop user. They begin one after the other during the warm-up. If all began at
+        once they would ask in step, wave after wave, as long as answers are of similar length.
 
         Args:
             place: among all users, from 0 to 1.

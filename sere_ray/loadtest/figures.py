@@ -1,4 +1,8 @@
-"""From what became of every request to the figures of a report."""
+"""From what became of every request to the figures of a report.
+
+A load of ours keeps every request (:class:`Sample`). Locust's workers only count
+(:class:`Collector`), and the master adds up what they counted.
+"""
 
 import math
 from collections import Counter
@@ -15,6 +19,8 @@ from sere_ray.loadtest.histogram import Histogram
 from sere_ray.loadtest.slo import Price, Slo
 
 PERCENTILES = (50, 90, 99)
+_TIMES = ("ttft", "itl", "tpot", "latency", "lag")
+_COUNTS = ("requests", "failures", "good", "output_tokens", "good_tokens", "unfinished")
 
 
 @dataclass
@@ -29,11 +35,13 @@ class Sample:
     tokens: float
     """Output tokens that came in the measured part, whosever they were."""
     good_tokens: float
-    """Under the SLO. Closed loop: of the above, the share that requests which kept the SLO have in
-    the tokens of the measured ones; whose answers begin before or end after the measured part
-    neither gains nor loses by it. Open loop: tokens of the measured requests that kept the SLO, so
-    that policies which keep up cost the same: of a slower one less comes within the seconds, and
-    more after them."""
+    """Output tokens of requests that kept the SLO.
+
+    Closed loop: ``tokens``, times the share that good requests have in the tokens of all measured
+    requests. So it does not matter which answers begin before or end after the measured part.
+    Open loop: the tokens of the good requests, whenever they came. All policies are sent the same
+    requests, so two that keep up cost the same, although a slower one still answers some requests
+    after the measured part."""
     good: int
     """Requests that kept the SLO."""
     requests: int
@@ -86,7 +94,7 @@ def sample(load: Load, slo: Slo) -> Sample:
 
 
 def pool(samples: Sequence[Sample]) -> Sample:
-    """All requests of several blocks together."""
+    """Several blocks as one."""
     gaps, lag, failures = Histogram(), Histogram(), Counter[str]()
     for one in samples:
         gaps.merge(one.gaps)
@@ -118,7 +126,7 @@ _SUMS = (
 
 
 def figures(one: Sample, price: Price | None) -> dict[str, Any]:
-    """The row of a result file; None where there is nothing to say."""
+    """The fields of a row of the result file; a field without a value is None."""
     row: dict[str, Any] = {"requests": one.requests, "failures": sum(one.failures.values())}
     if one.failures:
         row["failure_kinds"] = dict(one.failures.most_common(5))
@@ -142,6 +150,80 @@ def figures(one: Sample, price: Price | None) -> dict[str, Any]:
     )
     row["generator_lag_ms_p99"] = rounded(one.lag.quantile(0.99) * 1e3)
     return row
+
+
+class Collector:
+    """Counts and histograms of one process of Locust.
+
+    The bins are our own, since Locust rounds to whole milliseconds and more.
+
+    Args:
+        slo: what a request must keep to be good.
+    """
+
+    def __init__(self, slo: Slo) -> None:
+        self._slo = slo
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._times = {name: Histogram() for name in _TIMES}
+        self._counts = dict.fromkeys(_COUNTS, 0)
+
+    def record(self, outcome: Outcome) -> None:
+        """Count a request."""
+        self._counts["requests"] += 1
+        if outcome.error is not None:
+            self._counts["failures"] += 1
+            return
+        self._times["ttft"].record(outcome.ttft)
+        self._times["latency"].record(outcome.latency)
+        self._times["itl"].extend(outcome.gaps)
+        if outcome.tpot is not None:
+            self._times["tpot"].record(outcome.tpot)
+        good = self._slo.kept_by(outcome)
+        self._counts["good"] += good
+        self._counts["output_tokens"] += outcome.output_tokens
+        self._counts["good_tokens"] += outcome.output_tokens * good
+
+    def record_unfinished(self) -> None:
+        """Count a request that the end of the test cut off; it is in no other figure."""
+        self._counts["unfinished"] += 1
+
+    def record_lag(self, seconds: float) -> None:
+        """Count a lateness of the event loop."""
+        self._times["lag"].record(seconds)
+
+    def take(self) -> dict[str, Any]:
+        """What was counted since the last call, as a message to the master."""
+        message = {
+            "counts": self._counts,
+            "times": {name: times.to_dict() for name, times in self._times.items()},
+        }
+        self.clear()
+        return message
+
+    def add(self, message: dict[str, Any]) -> None:
+        """Add a worker's message."""
+        for name in _COUNTS:
+            self._counts[name] += message["counts"][name]
+        for name in _TIMES:
+            self._times[name].merge(Histogram.from_dict(message["times"][name]))
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """Counts, rates over ``seconds``, and percentiles in milliseconds."""
+        counts, requests = self._counts, self._counts["requests"]
+        found: dict[str, Any] = {
+            **counts,
+            "seconds": rounded(seconds),
+            "tokens_per_s": rounded(counts["output_tokens"] / seconds),
+            "goodput": rounded(counts["good"] / seconds),
+            "slo_kept": rounded(counts["good"] / requests) if requests else None,
+        }
+        for name, times in self._times.items():
+            for percent in PERCENTILES:
+                found[f"{name}_ms_p{percent}"] = rounded(times.quantile(percent / 100) * 1e3)
+        return found
 
 
 def percentile(values: np.ndarray, percent: float) -> float | None:

@@ -41,7 +41,7 @@ class Histogram:
     def quantile(self, share: float) -> float:
         """The time, in seconds, that ``share`` of all are not longer than; NaN if there are none.
 
-        The nearest-rank quantile of the recorded times, up to the middle of its bin.
+        It is the nearest-rank quantile of the recorded times, rounded to the middle of its bin.
         """
         rank = max(math.ceil(share * self.count), 1)
         seen = 0

@@ -1,12 +1,16 @@
-"""The words of the command line as plans and loads."""
+"""From the options of the command line to plans of loads, and the checks that come first."""
 
+import json
 import os
+from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-from sere_ray.loadtest.ab import Shape
+from sere_ray.loadtest.ab import Amount
 from sere_ray.loadtest.client import Limits
-from sere_ray.loadtest.driver import Api, Plan, Target
-from sere_ray.loadtest.endpoint import find_model
+from sere_ray.loadtest.driver import Api, LoadPlan, Target
 from sere_ray.loadtest.workload import (
     ClientKey,
     arithmetic_workload,
@@ -18,6 +22,7 @@ from sere_ray.util.errors import SereError
 
 API_KEY = "OPENAI_API_KEY"
 """Variable of the key that is used without a file of keys, as OpenAI's own client reads it."""
+_TIMEOUT_SECONDS = 10.0
 
 
 def make_plan(
@@ -30,8 +35,18 @@ def make_plan(
     trace: Path | None = None,
     speed: float = 1.0,
     stall: float,
-) -> Plan:
-    """Whom to ask what; how much and how long is still to be said, except for a trace.
+) -> LoadPlan:
+    """Whom to ask, and what. How much and how long the caller adds, except for a trace.
+
+    Args:
+        url: of the endpoint, without ``/v1``.
+        model: name to ask for; None = the first that the endpoint serves.
+        api: which OpenAI route.
+        keys_file: YAML list of API keys; None = the key of the environment, if there is one.
+        workload: JSON lines of requests; None = the demo model's arithmetic.
+        trace: a recorded trace, in place of a workload.
+        speed: of the trace's replay; 2 = in half of the time.
+        stall: seconds without a byte that end a request.
 
     Raises:
         SereError: a file is bad, or the endpoint is not there or refuses.
@@ -46,22 +61,60 @@ def make_plan(
     )
     if trace is None:
         entries = load_workload(workload) if workload else arithmetic_workload()
-        return Plan(target, tuple(entries), seconds=0)
+        return LoadPlan(target, tuple(entries), seconds=0)
     if workload is not None:
         raise SereError("--trace brings its own lengths: leave --workload out")
     entries = load_trace(trace, speed=speed)
-    return Plan(target, tuple(entries), seconds=(entries[-1].at or 0.0) + 1e-3)
+    return LoadPlan(target, tuple(entries), seconds=(entries[-1].at or 0.0) + 1e-3)
 
 
 def read_keys(path: Path | None) -> list[ClientKey]:
-    """The keys of a file, or the one of the environment, or none."""
+    """API keys of a file; without a file the one in ``OPENAI_API_KEY``, or none.
+
+    Raises:
+        SereError: the file is not readable or holds no keys.
+    """
     if path is not None:
         return load_keys(path)
     own = os.environ.get(API_KEY)
     return [ClientKey(key=own)] if own else []
 
 
-def parse_shapes(streams: str | None, rates: str | None) -> list[Shape]:
+def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
+    """The model to ask for, once every key has been tried.
+
+    Args:
+        url: without ``/v1``.
+        keys: all of them must be accepted; none = ask without.
+        model: a name that the endpoint must serve; None = the first that it serves.
+
+    Raises:
+        SereError: the endpoint is not there, refuses a key or does not serve the model.
+    """
+    address = f"{url.rstrip('/')}/v1/models"
+    served: list[str] = []
+    for number, key in enumerate(keys or [None], 1):
+        headers = {"Authorization": f"Bearer {key.key}"} if key else {}
+        try:
+            with urlopen(Request(address, headers=headers), timeout=_TIMEOUT_SECONDS) as response:
+                served = [str(entry["id"]) for entry in json.load(response)["data"]]
+        except HTTPError as error:
+            which = f"key {number} of {len(keys)}" if key else "a request without key"
+            raise SereError(
+                f"{address}: {error.code}: {which} is refused; give the keys with --keys FILE or "
+                "one in OPENAI_API_KEY"
+            ) from None
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "reason", None) or f"not an OpenAI endpoint ({error!r})"
+            raise SereError(f"{address}: {reason}; is it up, and --url right?") from None
+    if not served:
+        raise SereError(f"{address}: serves no model")
+    if model is not None and model not in served:
+        raise SereError(f"--model {model}: the endpoint serves {', '.join(served)}")
+    return model or served[0]
+
+
+def parse_amounts(streams: str | None, rates: str | None) -> list[Amount]:
     """Loads of ``--streams 4,16`` or ``--rates 1,2``.
 
     Raises:
@@ -70,8 +123,8 @@ def parse_shapes(streams: str | None, rates: str | None) -> list[Shape]:
     if (streams is None) == (rates is None):
         raise SereError("give one of --streams and --rates")
     if rates is not None:
-        return [Shape(rate=rate) for rate in positive("--rates", rates)]
-    return [Shape(int(count)) for count in positive("--streams", streams or "")]
+        return [Amount(rate=rate) for rate in positive("--rates", rates)]
+    return [Amount(int(count)) for count in positive("--streams", streams or "")]
 
 
 def positive(option: str, text: str) -> list[float]:
@@ -90,10 +143,10 @@ def positive(option: str, text: str) -> list[float]:
 
 
 def word_range(option: str, text: str) -> tuple[int, int]:
-    """Least and most.
+    """The least and the most number of an option such as ``20,120``.
 
     Raises:
-        SereError: not two numbers in this order.
+        SereError: it is not two numbers from 1 up, in this order.
     """
     values = [int(value) for value in positive(option, text)]
     if len(values) != 2 or not 1 <= values[0] <= values[1]:

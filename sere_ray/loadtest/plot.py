@@ -15,12 +15,12 @@ _PANELS = (
 
 
 def policies(rows: Rows) -> list[str]:
-    """Names, in the order of the rows."""
+    """Names of the policies, in the order of the rows."""
     return list(dict.fromkeys(row["policy"] or "the endpoint" for row in rows))
 
 
 def by_load(rows: Rows) -> dict[str, Rows]:
-    """Rows of each amount of load, by its name, from little to much."""
+    """Rows grouped by amount of load (``16 streams``, ``2 requests/s``), from little to much."""
     loads: dict[str, Rows] = {}
     for row in sorted(rows, key=lambda row: row.get("rate") or row["streams"]):
         rate = row.get("rate")

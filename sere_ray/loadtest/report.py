@@ -1,6 +1,5 @@
 """A result of the load test for people: CSV, one self-contained page, pictures."""
 
-import base64
 import csv
 import html
 import io
@@ -10,6 +9,7 @@ from typing import Any
 from sere_ray.loadtest.plot import Rows, by_load, draw, policies
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
+from sere_ray.util.page import items, picture, write_page
 
 _COLUMNS: tuple[tuple[str, str], ...] = (
     ("requests", "requests"),
@@ -64,13 +64,7 @@ _NOTES = (
         "how late its event loop came back to a timer; times of plain HTTP come from the kernel",
     ),
 )
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:.85rem}"
-    "td,th{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}"
-    "td:first-child,th:first-child{text-align:left}small{color:#666}"
-    "img{width:min(100%,34rem)}.wide{overflow-x:auto}"
-)
+_STYLE = "table{font-size:.85rem}img{width:100%}"
 
 
 def write_reports(
@@ -84,17 +78,13 @@ def write_reports(
     if not all("tpot_ms_p50" in row and "policy" in row for row in document.get("rows") or [{}]):
         raise SereError("not a result of `sere-ray loadtest ab`, `sweep` or `run`")
     if csv_file is not None:
-        _write_text(csv_file, _csv(document["rows"]))
+        with atomic_path(csv_file) as temporary:
+            temporary.write_text(_csv(document["rows"]), encoding="utf-8")
     if html_file is not None:
-        _write_text(html_file, _page(document))
+        write_page(html_file, _title(document["rows"]), _body(document), _STYLE)
     if png is not None:
         with atomic_path(png) as temporary:
             draw(document).savefig(temporary, format="png", dpi=110)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _csv(rows: Rows) -> str:
@@ -106,30 +96,25 @@ def _csv(rows: Rows) -> str:
     return buffer.getvalue()
 
 
-def _page(document: dict[str, Any]) -> str:
-    buffer = io.BytesIO()
-    draw(document).savefig(buffer, format="svg")
-    picture = base64.b64encode(buffer.getvalue()).decode()
+def _title(rows: Rows) -> str:
+    return f"Load test: {', '.join(policies(rows))}"
+
+
+def _body(document: dict[str, Any]) -> str:
     rows: Rows = document["rows"]
     tables = "".join(
         f"<h2>{html.escape(load)}</h2>{_sentences(own)}{_table(own)}"
         for load, own in by_load(rows).items()
     )
-    notes = _list(_NOTES)
     policies_run: dict[str, dict[str, Any]] = document.get("policies", {})
-    compared = _list((name, _keys(policy)) for name, policy in policies_run.items())
+    compared = items((name, _keys(policy)) for name, policy in policies_run.items())
     skipped = ("rows", "blocks", "note", "policies")
-    conditions = _list((k, _plain(v)) for k, v in document.items() if k not in skipped)
-    title = f"Load test: {', '.join(policies(rows))}"
+    conditions = items((k, v) for k, v in document.items() if k not in skipped)
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{_terms(document)}</p>{tables}"
-        f'<p><img style="width:100%" alt="latency and cost by policy" '
-        f'src="data:image/svg+xml;base64,{picture}"></p>'
+        f"<p>{_terms(document)}</p>{tables}"
+        f"<p>{picture(draw(document), 'latency and cost by policy')}</p>"
         f"{'<h2>Policies</h2>' + compared if policies_run else ''}"
-        f"<h2>Words</h2>{notes}<h2>Measured how</h2>{conditions}</html>"
+        f"<h2>Words</h2>{items(_NOTES)}<h2>Measured how</h2>{conditions}"
     )
 
 
@@ -165,7 +150,7 @@ def _sentences(rows: Rows) -> str:
         if parts:
             lines.append(f"<b>{_name(row)}</b> against {_name(base)}: {', '.join(parts)}")
     lines += [
-        f"<b>{_name(row)}</b> failed: {html.escape(_plain(row['failure_kinds']))}"
+        f"<b>{_name(row)}</b> failed: {html.escape(_counts(row['failure_kinds']))}"
         for row in rows
         if "failure_kinds" in row
     ]
@@ -194,15 +179,8 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def _list(items: Any) -> str:
-    lines = (f"<li><b>{html.escape(str(k))}</b>: {html.escape(str(v))}</li>" for k, v in items)
-    return f"<ul>{''.join(lines)}</ul>"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return str(value)
+def _counts(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.items())
 
 
 def _keys(policy: dict[str, Any]) -> str:

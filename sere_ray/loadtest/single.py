@@ -4,15 +4,15 @@ from typing import Any
 
 from rich.console import Console
 
-from sere_ray.loadtest.driver import Plan
+from sere_ray.loadtest.driver import LoadPlan
 from sere_ray.loadtest.figures import figures, sample
-from sere_ray.loadtest.pool import generator
+from sere_ray.loadtest.generator import generator
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.util.errors import SereError
 
 
 def run_single(
-    plan: Plan, slo: Slo, price: Price | None, processes: int, console: Console
+    plan: LoadPlan, slo: Slo, price: Price | None, processes: int, console: Console
 ) -> dict[str, Any]:
     """Send the load; returns the content of a result file, failures included.
 

@@ -1,73 +1,39 @@
-"""A deployment under everything at once: load, policy changes, rude clients, a killed rank.
+"""Soak: does a deployment hold under load, policy changes, rude clients and a killed rank?
 
-Half of the load asks for the exact tier, whose answers are known: a wrong one that is the right
-answer of another prompt was crossed. A failure is expected only while a killed rank is replaced.
+Half of the load asks for the exact tier, whose answers are known. A wrong answer that is the right
+one of another prompt counts as *crossed*: two requests were mixed up. A failure is excused only
+while a killed rank is replaced.
 """
 
 import bisect
 import itertools
-import json
 import math
-import socket
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from rich.console import Console
 
 from sere_ray.assets import final_answer
-from sere_ray.loadtest.arms import parse_policies, whole_policy
 from sere_ray.loadtest.client import Outcome, now
-from sere_ray.loadtest.driver import Load, Plan
-from sere_ray.loadtest.endpoint import kept_policy
+from sere_ray.loadtest.disturbance import SoakLog, check_serving, disturb, first_engine, usage
+from sere_ray.loadtest.driver import Load, LoadPlan
 from sere_ray.loadtest.figures import rounded
-from sere_ray.loadtest.pool import Pending, generator
-from sere_ray.loadtest.processes import first_engine, usage
-from sere_ray.serve.client import set_policy
+from sere_ray.loadtest.generator import generator
+from sere_ray.loadtest.policies import kept_policy
 from sere_ray.util.errors import SereError
 
 STREAMS = 4
-"""Of each tier."""
+"""Closed-loop users of each half of the load: exact tier, and default tier."""
 GROWTH = 0.05
 """Of memory and handles, from the first third's mean to the last third's."""
-_STEP_SECONDS = 5.0
 _CLEAN_SECONDS = 10.0
 """Without a failure, after which a gang counts as replaced."""
-_POLICIES = "S=2,S=1,off,S=1:threshold=0.3,observe"
-_GOOD_REQUEST = (
-    b'{"messages": [{"role": "user", "content": "1"}], "model": "MODEL", "max_tokens": 1}'
-)
-_BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
-    (b"{nonsense", range(400, 401)),
-    (b'{"model": "nobody", "messages": []}', range(400, 500)),
-    (b'{"messages": "text", "model": "MODEL"}', range(400, 500)),
-    (b'{"messages": [], "model": "MODEL", "max_tokens": -1}', range(400, 500)),
-)
-
-
-@dataclass
-class _Log:
-    """What the disturbing side did and saw."""
-
-    policy_changes: int = 0
-    policy_changes_refused: int = 0
-    disconnects: int = 0
-    bad_requests: int = 0
-    wrong_statuses: list[tuple[float, str]] = field(default_factory=list)
-    """When and what."""
-    killed_at: float | None = None
-    usage: list[dict[str, float]] = field(default_factory=list)
-    kinds: list[dict[str, float]] = field(default_factory=list)
-    """Memory by kind of process, each time."""
 
 
 def run_soak(
-    plan: Plan,
+    plan: LoadPlan,
     *,
     url: str,
     pid: int,
@@ -92,11 +58,8 @@ def run_soak(
     usage(pid)
     if kill_rank:
         first_engine(pid)
-    if (status := _status(plan, url, _GOOD_REQUEST)) != 200:
-        raise SereError(
-            f"{url}: a good request ends with {status or 'no answer'}; is it serving yet?"
-        )
-    log = _Log()
+    check_serving(plan, url)
+    log = SoakLog()
     with (
         kept_policy(url, console) as before,
         generator() as exact,
@@ -108,7 +71,7 @@ def run_soak(
             exact.begin(replace(plan, entries=marked, streams=STREAMS)),
             usual.begin(replace(plan, streams=STREAMS)),
         ]
-        _disturb(plan, url, pid, before, loads, kill_rank, log)
+        disturb(plan, url, pid, before, loads, kill_rank, log)
         results = [load.result() for load in loads]
     content = _content(plan, results, log, begin)
     save(content)
@@ -117,82 +80,7 @@ def run_soak(
     _judge(content["rows"][0])
 
 
-def _disturb(
-    plan: Plan,
-    url: str,
-    pid: int,
-    before: dict[str, Any],
-    loads: Sequence[Pending],
-    kill_rank: bool,
-    log: _Log,
-) -> None:
-    """Change, disconnect, ask nonsense and watch, until the loads have ended."""
-    changes = parse_policies(_POLICIES).items()
-    policies = itertools.cycle([whole_policy(before, change, name) for name, change in changes])
-    bad = itertools.cycle(_BAD_REQUESTS)
-    half = now() + plan.seconds / 2
-    while not all(load.done() for load in loads):
-        if kill_rank and log.killed_at is None and now() >= half:
-            first_engine(pid).kill()
-            log.killed_at = now()
-        try:
-            set_policy(url, next(policies))
-            log.policy_changes += 1
-        except SereError:
-            log.policy_changes_refused += 1  # reported; `_judge` lets it pass
-        _disconnect(plan, url, log)
-        _ask_nonsense(plan, url, *next(bad), log)
-        memory, handles = usage(pid)
-        log.kinds.append(memory)
-        log.usage.append({"at": now(), "memory_mib": sum(memory.values()), "handles": handles})
-        time.sleep(_STEP_SECONDS)
-
-
-def _disconnect(plan: Plan, url: str, log: _Log) -> None:
-    """Ask for a long stream and hang up at its first bytes."""
-    parts = urlsplit(url)
-    messages = [{"role": "user", "content": "Work out 23 + 48 - 17."}]
-    document = {"model": plan.target.model, "messages": messages, "max_tokens": 200}
-    body = json.dumps({**document, "stream": True, "ignore_eos": True}).encode()
-    key = f"Authorization: Bearer {plan.target.keys[0].key}\r\n" if plan.target.keys else ""
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n{key}"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    try:
-        address = (parts.hostname, parts.port or 80)
-        with socket.create_connection(address, timeout=10) as connection:
-            connection.sendall(head.encode() + body)
-            connection.recv(64)
-        log.disconnects += 1
-    except OSError:
-        log.wrong_statuses.append((now(), "disconnecting client was not served"))
-
-
-def _ask_nonsense(plan: Plan, url: str, body: bytes, expected: range, log: _Log) -> None:
-    """A bad request must be refused with its status, and nothing else."""
-    log.bad_requests += 1
-    status = _status(plan, url, body)
-    if status not in expected:
-        log.wrong_statuses.append((now(), f"{status} for {body[:40].decode()}"))
-
-
-def _status(plan: Plan, url: str, body: bytes) -> int:
-    """Of the answer to a request; 0: there is none. ``MODEL`` in the body is the model's name."""
-    headers = {"Content-Type": "application/json"}
-    if plan.target.keys:
-        headers["Authorization"] = f"Bearer {plan.target.keys[0].key}"
-    data = body.replace(b"MODEL", plan.target.model.encode())
-    try:
-        with urlopen(Request(f"{url}/v1/chat/completions", data, headers), timeout=30) as answer:
-            return int(answer.status)
-    except HTTPError as error:
-        return error.code
-    except (URLError, OSError):
-        return 0
-
-
-def _content(plan: Plan, loads: list[Load], log: _Log, begin: float) -> dict[str, Any]:
+def _content(plan: LoadPlan, loads: list[Load], log: SoakLog, begin: float) -> dict[str, Any]:
     exact, usual = (load.measured for load in loads)
     every = [*exact, *usual]
     recovered = _recovered(every, log.killed_at)

@@ -27,7 +27,7 @@ class Answer:
 
     @property
     def output_tokens(self) -> int:
-        """As the server counts; where it does not, the number of events with output."""
+        """Output tokens as the server counts them; if it does not, the events with output."""
         counted = (self.usage or {}).get("completion_tokens")
         return counted if isinstance(counted, int) else len(self.times)
 
@@ -39,7 +39,7 @@ def parse(reads: Sequence[tuple[float, bytes]]) -> Answer:
         reads: (time, bytes) of each read; an event has the time of the read that completed it.
 
     Raises:
-        BadAnswerError: see there. What was read until then counts for nothing.
+        BadAnswerError: the stream is malformed or reports an error; what came before is dropped.
     """
     answer = Answer()
     body = b"".join(data for _, data in reads)
@@ -57,10 +57,10 @@ def parse(reads: Sequence[tuple[float, bytes]]) -> Answer:
 
 
 def check_complete(answer: Answer) -> None:
-    """An answer that was cut is no answer.
+    """Refuse an answer that was cut off.
 
     Raises:
-        BadAnswerError: without finish reason, ``[DONE]`` or output.
+        BadAnswerError: it has no finish reason, no ``[DONE]`` or no output.
     """
     if answer.finish_reason is None or not answer.done:
         missing = "finish_reason" if answer.finish_reason is None else "[DONE]"

@@ -1,8 +1,7 @@
-"""A server that emits tokens at known times, in a process of its own: what the generator is
-measured against.
+"""A server whose tokens come at known times: the generator is checked against it.
 
-Each event carries the time at which the stub wrote it, in the clock that all processes of the
-machine share. So the stub need not be punctual for its times to be true.
+It runs in a process of its own. Each event carries the time at which the stub wrote it, by the
+clock that all processes of the machine share. So its times are true even when it is late.
 """
 
 import asyncio

@@ -54,7 +54,7 @@ class ClientKey(BaseModel):
     weight: float = Field(default=1.0, gt=0, description="share of the requests")
 
     def headers(self, entry: Entry) -> dict[str, str]:
-        """Of a request."""
+        """HTTP headers of a request: the key, and the tier to ask for (the entry's, else ours)."""
         tier = entry.tier or self.tier
         return {"Authorization": f"Bearer {self.key}"} | ({HEADER: tier} if tier else {})
 

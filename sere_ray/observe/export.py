@@ -1,14 +1,61 @@
-"""What a replica exports: its engine's counters as they grow, and the policy it follows."""
+"""Metrics on their way out: what a replica exports, and Ray's agent that takes it.
+
+A replica exports its engine's counters as they grow (:class:`EngineExporter`). Every process that
+has metrics hands them to a :class:`Sink`; :class:`RaySink` is the one of a deployment.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from sere_ray.observe import metrics
 from sere_ray.observe.metrics import Metric, layer_buckets
-from sere_ray.observe.sink import Sink
 from sere_ray.observe.stats import STEP_KINDS
 
 HASH_DIGITS = 12
+
+
+class Sink(Protocol):
+    """Takes values of metrics."""
+
+    def record(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add to a counter, set a gauge, or observe in a histogram."""
+        ...
+
+
+class RaySink:
+    """Ray's instruments, each made when it is first used.
+
+    Args:
+        labels: that all metrics of this process share; a metric takes those it has.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
+        self._instruments: dict[str, Any] = {}
+
+    def record(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add to a counter, set a gauge, or observe in a histogram.
+
+        Not ``Counter.inc``, which refuses 0: a counter that does not start at 0 hides its first
+        event from Prometheus' ``increase``.
+        """
+        if metric.name not in self._instruments:
+            self._instruments[metric.name] = _instrument(metric, self._labels)
+        self._instruments[metric.name]._record(float(value), labels)
+
+
+def _instrument(metric: Metric, labels: Mapping[str, str]) -> Any:
+    from ray.util import metrics
+
+    shared = {key: value for key, value in labels.items() if key in metric.labels}
+    arguments = {"description": metric.formula, "tag_keys": metric.labels}
+    if metric.kind == "histogram":
+        instrument = metrics.Histogram(metric.name, boundaries=list(metric.boundaries), **arguments)
+    elif metric.kind == "counter":
+        instrument = metrics.Counter(metric.name, **arguments)
+    else:
+        instrument = metrics.Gauge(metric.name, **arguments)
+    return instrument.set_default_tags(shared)
 
 
 class EngineExporter:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Look = Literal["timeseries", "stat", "state-timeline", "heatmap"]
 
 DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-"""The one that the reader chooses in the dashboard."""
+"""The data source that the reader chooses in the dashboard."""
 WIDTH = 24
 """Columns of Grafana's grid."""
 SCHEMA_VERSION = 39  # Grafana 11

@@ -54,7 +54,10 @@ class Grafana:
         self._api = GrafanaApi.from_url(url, credential=token)
 
     def push(self, prometheus_url: str) -> None:
-        """Folder, data source, dashboard and alert rules.
+        """Create or update the folder, data source, dashboard and alert rules.
+
+        Args:
+            prometheus_url: where Grafana finds Prometheus.
 
         Raises:
             SereError: the server is not reached, or refuses.
@@ -69,7 +72,7 @@ class Grafana:
         """Add the annotations that are not there yet.
 
         Raises:
-            SereError: as for :meth:`push`.
+            SereError: the server is not reached, or refuses.
         """
         with self._errors():
             for tags in {tuple(mark.tags) for mark in marks}:

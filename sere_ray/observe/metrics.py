@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
-Source = Literal["replica", "router actor", "ingress"]
+Source = Literal["replica", "policy actor", "ingress"]
 
 LAYER_BUCKETS = 4
 EXPERT_BOUNDARIES = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
@@ -203,15 +203,15 @@ ROUTER_VERSION = Metric(
     "version",
     ("app",),
     "newest version of the policy",
-    "router actor",
+    "policy actor",
 )
 GANG_RESTARTS = Metric(
     "sere_gang_restarts_total",
     "counter",
     "restarts",
     ("app",),
-    "gangs that joined the router actor beyond the first num_replicas",
-    "router actor",
+    "gangs that joined the policy actor beyond the first num_replicas",
+    "policy actor",
 )
 DECISIONS = Metric(
     "sere_controller_decisions_total",
@@ -219,7 +219,7 @@ DECISIONS = Metric(
     "decisions",
     ("app", "direction"),
     "levels changed by mode auto: up re-routes more, down less",
-    "router actor",
+    "policy actor",
 )
 REFUSED = Metric(
     "sere_requests_refused_total",
@@ -239,7 +239,7 @@ PER_KIND = {
     "decode_rows": DECODE_ROWS,
     "forward_seconds": FORWARD_SECONDS,
 }
-"""Field of an engine's counters, under each kind of step -> metric."""
+"""The metric of each field of an engine's counters that is one number for each kind of step."""
 PER_LAYER = {
     "experts_before": EXPERTS_BEFORE,
     "experts_after": EXPERTS_AFTER,
@@ -248,9 +248,9 @@ PER_LAYER = {
     "slots_rerouted": SLOTS_REROUTED,
     "critical_kept": CRITICAL_KEPT,
 }
-"""Likewise, where the field is a list by layer."""
+"""The metric of each field that is a list by layer; exported by bucket of layers."""
 BYTES = {"bytes_dispatched_before": BYTES_BEFORE, "bytes_dispatched_after": BYTES_AFTER}
-"""Likewise; summed over layers."""
+"""The metric of each field that is a list by layer but exported as the sum over layers."""
 
 VLLM = {
     "ray_vllm_generation_tokens_total": "counter",

@@ -52,7 +52,11 @@ class Prometheus:
         return result
 
     def get(self, what: str, **parameters: Any) -> Any:
-        """``data`` of an answer of the HTTP API."""
+        """The field ``data`` of the HTTP API's answer.
+
+        Raises:
+            SereError: Prometheus refuses the question; with its words.
+        """
         address = f"{self.url}/api/v1/{what}?{urlencode(parameters)}"
         try:
             with urlopen(address, timeout=30) as response:
@@ -62,7 +66,7 @@ class Prometheus:
 
 
 def require_prometheus() -> str:
-    """Path of the program.
+    """Path of the program ``prometheus``.
 
     Raises:
         SereError: it is not installed.
@@ -108,7 +112,10 @@ def prometheus(
 
 
 def write_config(folder: Path, metrics_port: int, interval_s: float) -> Path:
-    """Configuration and rules, as in ``deploy/prometheus`` but for intervals and target."""
+    """Write configuration and rules; returns the path of the configuration.
+
+    They are those of ``deploy/prometheus`` with other intervals and another target.
+    """
     interval = f"{round(interval_s * 1000)}ms"
     target = {"job_name": "ray", "static_configs": [{"targets": [f"{HOST}:{metrics_port}"]}]}
     files = {

@@ -17,7 +17,11 @@ _HEAD = "# Made by `sere-ray dashboards render`; a test keeps it equal. Edit ser
 
 
 def rendered(rank_hour_price: float = RANK_HOUR_PRICE) -> dict[str, str]:
-    """Path below the folder -> content."""
+    """The content of each file, by its path below the folder.
+
+    Args:
+        rank_hour_price: US dollars for a rank and hour, for the cost rules.
+    """
     provisioned = {
         "apiVersion": 1,
         "groups": [

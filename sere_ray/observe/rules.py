@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW = "2m"
-"""Several readings of the counters, exports of Ray's agent (10 s each) and scrapes."""
+"""Time over which rates are taken: it holds several readings of the counters, exports of Ray's
+agent (one each 10 s) and scrapes."""
 TTFT_SECONDS, TPOT_SECONDS = "1.0", "0.1"
-"""Objectives of goodput and of SereStepSlow: bounds of vLLM's buckets, as written there."""
+"""Limits of goodput and of the alert SereStepSlow: bounds of vLLM's buckets, spelt as vLLM does."""
 RANK_HOUR_PRICE = 2.0
 """US dollars for a rank and hour: replace it by yours."""
 RUNBOOK = "docs/operate.md"
@@ -52,7 +53,8 @@ class Alert:
 
 
 def _ratio(upper: str, lower: str, by: str, *, where: str = 'kind="decode_only"') -> str:
-    """Growth of one counter for each unit of another; nothing where the other stands still."""
+    """PromQL: how much one counter grows for each unit of another; no value where the other one
+    stands still."""
     above = f"sum by ({by}) (rate(ray_sere_{upper}_total{{{where}}}[{WINDOW}]))"
     below = f"sum by ({by}) (rate(ray_sere_{lower}_total{{{where}}}[{WINDOW}]))"
     return f"{above} / ({below} > 0)"
@@ -262,7 +264,7 @@ def _recording(rule: Recording) -> dict[str, Any]:
 
 
 def alert_groups() -> dict[str, Any]:
-    """Likewise, the alerts."""
+    """The alert rules, in the form of a Prometheus rule file."""
     rules = [
         {
             "alert": alert.name,

@@ -15,11 +15,11 @@ _OF_GANG = (
     "experts_max_rank_after",
     "critical_kept",
 )
-"""Per layer. Under a global union these are the same on all ranks of a gang; so are steps."""
+"""Counted by layer. Under a global union all ranks of a gang count the same, steps included."""
 _OF_RANK = ("slots_rerouted", "bytes_dispatched_before", "bytes_dispatched_after")
-"""Per layer; each rank counts its own."""
+"""Counted by layer. Each rank counts its own, so a gang has their sum."""
 _ROWS = ("rows", "decode_rows")
-"""Of each rank."""
+"""Each rank counts its own, so a gang has their sum."""
 ByLayer = list[int]
 
 
@@ -44,7 +44,9 @@ class StepSums(BaseModel):
         description="experts on the rank that holds most of those; null where no rank knows "
         "(union: local; GPU ranks that do not gather ids)"
     )
-    experts_max_rank_after: ByLayer | None = Field(description="likewise, of the experts read")
+    experts_max_rank_after: ByLayer | None = Field(
+        description="experts read on the rank that reads most; null where no rank knows"
+    )
     critical_kept: ByLayer = Field(
         description="experts read outside the primary set: no stand-in reaches the threshold"
     )
@@ -54,7 +56,8 @@ class StepSums(BaseModel):
         "changed nothing; null on GPUs: vLLM sends inside captured graphs"
     )
     bytes_dispatched_after: ByLayer | None = Field(
-        description="likewise, as sent; an all-gather sends the same whatever the rule does"
+        description="rows sent to experts of other ranks, without the way back; null on GPUs. An "
+        "all-gather sends the same whatever the rule does"
     )
 
 
@@ -71,7 +74,8 @@ class Totals(BaseModel):
 
 
 class StepMeans(BaseModel):
-    """The same per step; experts per layer and counted step. Null where nothing was counted."""
+    """Means of :class:`StepSums`: per step, and for experts per layer and counted step. Null where
+    nothing was counted."""
 
     rows: float | None = Field(description="batch size: rows of a gang in a step")
     decode_rows: float | None = Field(description="of these, rows that may be re-routed")
@@ -111,12 +115,14 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def since(
     replicas: Iterable[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What each rank counted between two times, for :func:`totals`. Ranks that do not answer or
-    had not counted before are left out: a restarted one comes under a new name.
+    """What each rank counted between two times, for :func:`totals`.
+
+    Ranks that do not answer now are left out, and those without earlier counters: a rank that was
+    restarted has a new name.
 
     Args:
-        replicas: with ``replica`` and ``counters`` of its engine (None: it did not answer).
-        before: earlier counters, of :func:`by_replica`.
+        replicas: each with ``replica`` and ``counters`` of its engine (None: it did not answer).
+        before: earlier counters, from :func:`by_replica`.
     """
     return [
         {**r, "counters": _minus(r["counters"], before[r["replica"]])}
@@ -126,7 +132,7 @@ def since(
 
 
 def by_replica(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Counters of those that answered."""
+    """Counters of the replicas that answered, by name."""
     return {r["replica"]: r["counters"] for r in replicas if r["counters"] is not None}
 
 

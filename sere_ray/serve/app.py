@@ -43,7 +43,7 @@ def build_app(args: dict[str, Any]) -> Any:
 def check_artifact(config: ServeConfig) -> None:
     """Check the policy against the engines, and, where its file is here, the artifact's model.
 
-    The router actor checks again: it may run on another node.
+    The policy actor checks again: it may run on another node.
 
     Raises:
         SereError: these engines cannot run the policy, the artifact is damaged, or a key does not
@@ -123,7 +123,7 @@ def engine_arguments(config: ServeConfig) -> dict[str, Any]:
 
 
 def engine_kind(config: ServeConfig) -> EngineKind:
-    """Of the engines that a configuration asks for."""
+    """Kind of the engines that a configuration asks for."""
     return {"on_gpu": config.device == "gpu", "several_ranks": config.data_parallel_size > 1}
 
 
@@ -134,6 +134,9 @@ def local(path: str) -> str:
 
 
 def share_cores(ranks: int) -> dict[str, str]:
-    """Environment of a CPU rank: vLLM would bind every rank of a host to the same cores."""
+    """Environment variables of a CPU rank, so that the ranks of a host share its cores.
+
+    vLLM would bind every rank to the same cores.
+    """
     threads = max(1, (os.cpu_count() or 1) // ranks)
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}

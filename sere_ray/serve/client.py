@@ -22,10 +22,18 @@ TIMEOUT_SECONDS = 30.0
 
 
 def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET ``/sere/{what}``, or PUT a change.
+    """GET ``/sere/{what}``, or PUT a change to it. The admin token is in ``SERE_ADMIN_TOKEN``.
+
+    Args:
+        url: of the deployment.
+        what: path below ``/sere/``, such as ``policy``.
+        change: JSON to PUT; None = GET.
+
+    Returns:
+        The JSON of the answer.
 
     Raises:
-        SereError: the server is not there or refuses; with its own words.
+        SereError: the server is not there, or refuses (then with its own words).
     """
     headers = {"Content-Type": "application/json"}
     if token := os.environ.get(ADMIN_TOKEN, "").strip():
@@ -117,11 +125,16 @@ class Deployment:
         self._last: dict[str, Any] | None = None
 
     def set_policy(self, policy: Policy) -> None:
-        """See :func:`set_policy`."""
+        """Set all keys of a policy on all replicas; the artifact stays the one that runs.
+
+        Raises:
+            SereError: refused, or not all replicas follow within the server's time limit.
+        """
         set_policy(self._url, policy.model_dump())
 
     def read_counters(self) -> dict[str, Any]:
-        """Totals since the last call, as :func:`sere_ray.observe.stats.totals`."""
+        """What all engines counted since the last call: fields of
+        :class:`~sere_ray.observe.stats.Totals`."""
         now = request(self._url, "stats")
         counted = now["total"] if self._last is None else between(self._last, now)
         self._last = now

@@ -54,7 +54,7 @@ class ServeConfig(BaseModel):
         default_factory=dict, description="environment variables of the engines"
     )
     artifacts: str | None = Field(
-        None, description="folder, on the router actor's node, of artifacts that may be swapped in"
+        None, description="folder, on the policy actor's node, of artifacts that may be swapped in"
     )
     max_artifact_bytes: int = Field(64 << 20, ge=1, le=1 << 30, description="size limit of one")
     metrics_interval_s: float | None = Field(

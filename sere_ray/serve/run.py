@@ -79,11 +79,12 @@ def run_file(
 
 
 def stream_directly() -> None:
-    """Have Ray put HAProxy before the engines' own HTTP servers; before Ray is imported.
+    """Have Ray put HAProxy before the engines' own HTTP servers. Call it before Ray is imported.
 
     HAProxy opens two more ports, for its state and its metrics. Ray's defaults are fixed numbers,
-    with which a second instance on a machine would not start: here they are free ones. And Ray
-    would keep an idle replica for 30 s, so that load balancers of others can take note.
+    so a second instance on a machine would not start: here the ports are free ones. Ray also keeps
+    a replica that has no request left for 30 s, for load balancers to notice. There is none here,
+    so it is 1 s.
     """
     os.environ |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -96,7 +97,7 @@ def stream_directly() -> None:
 
 
 def check_artifacts(document: Mapping[str, Any]) -> None:
-    """Read the artifacts, since the router actors of this instance of Ray will run here.
+    """Read the artifacts, since the policy actors of this instance of Ray will run here.
 
     Raises:
         SereError: one is missing, unreadable or too large.
@@ -110,7 +111,7 @@ def check_artifacts(document: Mapping[str, Any]) -> None:
 def wait_for_signal() -> None:
     """Return at SIGINT or SIGTERM, also in a process that was started with SIGINT ignored.
 
-    To be called once Ray runs: it sets handlers of its own while it starts.
+    Call it once Ray runs: Ray sets handlers of its own while it starts.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

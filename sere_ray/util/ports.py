@@ -12,22 +12,23 @@ _LOWEST = 20_000
 
 
 def free_port() -> int:
-    """One of :func:`free_ports`."""
+    """A port that nobody listens on; see :func:`free_ports`."""
     return free_ports(1)[0]
 
 
 def free_ports(count: int, *, apart: int = 1) -> list[int]:
-    """Different ports that nobody listens on; if there are any, such as no connection gets.
+    """Different ports that nobody listens on, from 20,000 up.
 
-    Binding to port 0 would give one of those that the kernel also gives to outgoing connections.
-    One of these may have it by the time that a program which takes seconds to start listens.
+    Ports outside of the range that the kernel gives to outgoing connections come first. Binding to
+    port 0 would give one within it: a connection may have it by the time that a program, which
+    takes seconds to start, listens.
 
     Args:
         count: how many.
         apart: the least distance between two, for programs that count up from theirs.
 
     Raises:
-        SereError: there are not so many.
+        SereError: there are not as many.
     """
     first, last = map(int, _CONNECTIONS.read_text(encoding="ascii").split())
     ports = list(range(_LOWEST, 65_536 - apart))
@@ -43,10 +44,10 @@ def free_ports(count: int, *, apart: int = 1) -> list[int]:
 
 
 def check_free(port: int, option: str, *, host: str = "127.0.0.1") -> None:
-    """Say at once that a port is taken.
+    """Refuse a port on which somebody listens already.
 
     Raises:
-        SereError: names the option.
+        SereError: the port is taken; names the option.
     """
     if not _is_free(port, host):
         raise SereError(f"{option} = {port}: already in use; choose another")

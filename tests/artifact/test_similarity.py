@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sere_ray.util.files import file_sha256
 from torch import Tensor
 
 from sere_ray.artifact.similarity import (
@@ -19,6 +18,7 @@ from sere_ray.artifact.similarity import (
     router_fingerprint,
 )
 from sere_ray.util.errors import ArtifactError
+from sere_ray.util.files import file_sha256
 
 SIZE = 6
 

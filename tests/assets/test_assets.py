@@ -11,7 +11,7 @@ from sere_ray import assets
 from sere_ray.assets import final_answer
 from sere_ray.bench.demo_model import TOP_K
 from sere_ray.calibration.loading import load_model, load_tokenizer
-from sere_ray.demo.settings import label, policies, problems_at
+from sere_ray.demo.measure import label, policies, problems_at
 
 METRICS = json.loads((assets.MODEL / "metrics.json").read_text())
 

@@ -12,11 +12,11 @@ from torch import nn
 from sere_ray.bench import step_time
 from sere_ray.bench.engines import Engines, write_config
 from sere_ray.bench.floor import WeightBytes, count_weights, mean_context, step_bytes
-from sere_ray.bench.kernels import kernel_rows
+from sere_ray.bench.kernel_profile import kernel_rows
 from sere_ray.bench.models import PUBLIC, get_model
 from sere_ray.bench.plot import draw
 from sere_ray.bench.routing import SIGMA, expert_scales, simulate_union, skew_gates
-from sere_ray.bench.step_time import ROW_KEY, Bench, Plan, arms, measure
+from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, arms, measure
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.util.errors import SereError
 from sere_ray.util.results import check_continues, load_result, write_result
@@ -99,7 +99,7 @@ def test_gates_are_scaled_in_place_by_layer():
 
 def plan(**changes):
     fields = {"model": get_model("demo"), "batches": [1, 2], "repeats": 3, "tokens": 4, **changes}
-    return Plan(**fields)
+    return StepTimePlan(**fields)
 
 
 def test_arms_by_name():

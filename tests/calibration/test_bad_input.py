@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from sere_ray import assets
-from sere_ray.calibration.locks import only_writer
+from sere_ray.calibration.plan import only_writer
 from sere_ray.cli.main import app
 from tests.calibration.test_streamed import two_files
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sere_ray.util.files import file_sha256
 
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.bench.servers import server
-from sere_ray.calibration.plan import Settings, prepare, write_artifact
+from sere_ray.calibration.plan import CalibrationSettings, prepare, write_artifact
 from sere_ray.calibration.ray_job import STORE_BYTES, ShardWorker, _partial, cut
 from sere_ray.calibration.work_folder import WorkFolder
+from sere_ray.util.files import file_sha256
 from sere_ray.util.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,7 +29,9 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(16),
 }
-SETTINGS = Settings(str(assets.MODEL), str(assets.CALIBRATION), sequences=96, batch_size=16)
+SETTINGS = CalibrationSettings(
+    str(assets.MODEL), str(assets.CALIBRATION), sequences=96, batch_size=16
+)
 
 
 @pytest.fixture(scope="module")

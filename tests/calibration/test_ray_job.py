@@ -21,8 +21,7 @@ from rich.console import Console
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration import calibrate, ray_job
-from sere_ray.calibration.locks import only_writer
-from sere_ray.calibration.plan import Settings, prepare
+from sere_ray.calibration.plan import CalibrationSettings, only_writer, prepare
 from sere_ray.calibration.ray_job import (
     STORE_BYTES,
     ShardWorker,
@@ -34,7 +33,9 @@ from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.util.errors import ArtifactError, DataError, SereError
 from sere_ray.util.ray_instance import start_ray
 
-SETTINGS = Settings(str(assets.MODEL), str(assets.CALIBRATION), sequences=150, batch_size=16)
+SETTINGS = CalibrationSettings(
+    str(assets.MODEL), str(assets.CALIBRATION), sequences=150, batch_size=16
+)
 SHARDS = 5
 
 

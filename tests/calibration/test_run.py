@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from sere_ray.util.files import file_sha256
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration import calibrate, plan, run, synthetic_artifact
 from sere_ray.calibration.similarity import METRICS
 from sere_ray.util.errors import ArtifactError, DataError, SereError
+from sere_ray.util.files import file_sha256
 from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K
 
 Checkpoint = Callable[[str], Path]

@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
-from sere_ray.util.files import file_sha256
 from typer.testing import CliRunner
 
 from sere_ray import assets
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.cli.main import app
 from sere_ray.serve.gateway.keys import KeyFile, digest
+from sere_ray.util.files import file_sha256
 from tests.models import build_checkpoint
 
 run = CliRunner().invoke

@@ -12,6 +12,7 @@ import tomllib
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -94,11 +95,34 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder():
     lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     sent = [line[1:] for line in lines if line.startswith("!")]
     for path in copied():
-        assert (ROOT / path).exists(), path
+        assert list(ROOT.glob(path)), path
         assert any(fnmatch.fnmatch(path, p) or p.startswith(path + "/") for p in sent), path
     for pattern in sent:
         assert list(ROOT.glob(pattern)), pattern
         assert any(pattern == path or pattern.startswith(path + "/") for path in copied()), pattern
+
+
+def test_the_builder_is_sent_all_that_the_wheel_holds(tmp_path, wheel_path):
+    """The stage `wheel` has only what its COPY lines name of what the ignore file lets through."""
+    lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    sent = {path for line in lines if line.startswith("!") for path in ROOT.glob(line[1:])}
+    stage = DOCKERFILE.split("FROM ")[1]
+    for rest in re.findall(r"^COPY (.*)", stage, re.MULTILINE):
+        *sources, target = rest.split()
+        for source in (path for pattern in sources for path in ROOT.glob(pattern)):
+            for path in [source, *source.rglob("*")]:
+                is_sent = path in sent or any(parent in sent for parent in path.parents)
+                if path.is_file() and is_sent and "__pycache__" not in path.parts:
+                    inside = path.relative_to(source) if source.is_dir() else path.name
+                    copy = tmp_path / "src" / target / inside
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, copy)
+    script = tmp_path / "src" / "deploy" / "install.sh"
+    subprocess.run(
+        [script, "wheel", sys.executable, tmp_path / "wheels"], check=True, capture_output=True
+    )
+    (built,) = (tmp_path / "wheels").iterdir()
+    assert sorted(ZipFile(built).namelist()) == sorted(ZipFile(wheel_path).namelist())
 
 
 def test_install_steps_are_those_of_the_script():

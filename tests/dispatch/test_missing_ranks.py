@@ -45,8 +45,8 @@ def lose_a_rank(ranks, how, where):
 @pytest.mark.parametrize(
     ("how", "where", "within"),
     [
-        (signal.SIGKILL, "dispatch", 2.0),
-        (signal.SIGKILL, "combine", 2.0),
+        pytest.param(signal.SIGKILL, "dispatch", 2.0, marks=pytest.mark.alone),
+        pytest.param(signal.SIGKILL, "combine", 2.0, marks=pytest.mark.alone),
         (signal.SIGSTOP, "dispatch", 2 * SECONDS + 4),
     ],
 )

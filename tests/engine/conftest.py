@@ -9,6 +9,7 @@ import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact, router_fingerprint
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
+from tests.engine.ranks import fork_workers
 from tests.models import build_checkpoint
 
 # The engine core runs in this process: engines start in seconds and tests can look inside.
@@ -79,7 +80,7 @@ def running_engine(folder, sere=None, **options):
         "kv_cache_memory_bytes": 1 << 26,
         "gpu_memory_utilization": 0.05,
     }
-    with _frozen_heap():
+    with _frozen_heap(), fork_workers():
         engine = LLM(
             str(folder),
             additional_config={} if sere is None else {"sere": sere},

@@ -11,6 +11,7 @@ import os
 import queue
 import time
 from contextlib import suppress
+from multiprocessing import forkserver
 from unittest import mock
 
 RANKS = 2
@@ -71,7 +72,16 @@ def _context():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    with mock.patch.dict(os.environ, ENVIRONMENT):  # forks get those of the server as it starts
+        forkserver.ensure_running()
     return context
+
+
+def fork_workers():
+    """A patch: vLLM's executor starts the workers of an engine as ranks are started here."""
+    from vllm.v1.executor import multiproc_executor
+
+    return mock.patch.object(multiproc_executor, "get_mp_context", _context)
 
 
 def _run(target, rank, arguments, results, time_limit):

@@ -179,7 +179,11 @@ def test_re_routing_saves_rows_and_the_report_says_so(rounds):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("how", "limit", "within"), [(signal.SIGKILL, 60, 2), (signal.SIGSTOP, 10, 2 * 10 + 4)]
+    ("how", "limit", "within"),
+    [
+        pytest.param(signal.SIGKILL, 60, 2, marks=pytest.mark.alone),
+        (signal.SIGSTOP, 10, 2 * 10 + 4),
+    ],
 )
 def test_a_lost_rank_is_named_and_nobody_waits_for_it(checkpoint, how, limit, within, has_words):
     folder = checkpoint("qwen3_moe")

@@ -4,6 +4,7 @@ All in float32: ranks add up the experts of a row in another order than one rank
 bf16 that alone flips near-ties of a random model's greedy answers.
 """
 
+import functools
 from itertools import chain
 
 import pytest
@@ -28,34 +29,65 @@ def parallel_rounds(folder, key, rounds, **options):
     return run_ranks(run_rounds, free_port(), folder, options, rounds)
 
 
-def single_rank_answers(folder, key, policies, batches, **options):
-    """Answers of one engine without parallelism: per policy and batch of requests."""
-    with running_engine(folder, key, dtype="float32", **options) as engine:
-        answers = []
-        for policy in policies:
-            set_policy(engine, Policy.parse(policy))
-            answers.append([generate(engine, batch)[0] if batch else [] for batch in batches])
+def split(architecture):
+    """``prompts()`` for two ranks.
+
+    Of DeepSeek all are on one: vLLM's CPU kernels of latent attention answer otherwise in another
+    batch, stock and without parallelism, too.
+    """
+    requests = prompts()
+    return [requests, []] if architecture == "deepseek_v2" else [requests[:5], requests[5:]]
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(checkpoint):
+    """Answers of an engine without parallelism, to :func:`split` and to all requests in one batch:
+    ``[[of the first, of the second, of all] at S = K, the same at S = 1]``."""
+
+    @functools.cache
+    def answers(architecture):
+        folder = checkpoint(architecture)
+        policies = policies_of(folder)
+        found = []
+        with running_engine(folder, policies[0], dtype="float32") as engine:
+            for policy in policies:
+                set_policy(engine, Policy.parse(policy))
+                batches = [*split(architecture), prompts()]
+                found.append([generate(engine, batch)[0] if batch else [] for batch in batches])
+        return found
+
     return answers
+
+
+def policies_of(folder):
+    """S = K, then S = 1."""
+    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
+    return [key, {**key, "select_top_k": 1}]
 
 
 # --- tensor parallel: every rank sees every row ------------------------------------------------
 
 
+def owners(worker):
+    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen2_moe"])
 def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
-    checkpoint, architecture, monkeypatch
+    checkpoint, architecture, of_one_rank, monkeypatch
 ):
     folder = checkpoint(architecture)
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
-    expected = single_rank_answers(folder, key, policies, [prompts()])
+    policies = policies_of(folder)
+    expected = of_one_rank(architecture)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    with running_engine(folder, key, **options) as engine:
-        for policy, (answers,) in zip(policies, expected, strict=True):
+    with running_engine(folder, policies[0], **options) as engine:
+        for policy, (*_, answers) in zip(policies, expected, strict=True):
             set_policy(engine, Policy.parse(policy))
             assert generate(engine, prompts())[0] == answers
+        placed = engine.collective_rpc(owners)
         counters = engine.collective_rpc("sere_counters", args=(True,))
+    assert placed == [{layer: [0] * 8 + [1] * 8 for layer in MOE_LAYERS[architecture]}] * RANKS
     for of_rank in counters:
         for kind in ("decode_only", "mixed"):
             of_rank[kind].pop("forward_seconds")
@@ -63,30 +95,21 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
 
 
-def owners(worker):
-    return {layer: o.tolist() for layer, o in find_state(worker.vllm_config).owner.items()}
-
-
-def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatch):
+def test_round_robin_placement_gives_the_tokens_of_one(checkpoint, of_one_rank, monkeypatch):
     """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
     folder = checkpoint("deepseek_v2")
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
+    policies, answers = policies_of(folder), []
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    answers, placed = {}, {}
-    for placement in ("linear", "round_robin"):
-        with running_engine(folder, key, **options, expert_placement_strategy=placement) as engine:
-            placed[placement] = engine.collective_rpc(owners)
-            answers[placement] = []
-            for policy in policies:
-                set_policy(engine, Policy.parse(policy))
-                answers[placement].append(generate(engine, prompts())[0])
-    layers = MOE_LAYERS["deepseek_v2"]
-    assert placed["linear"] == [{i: [0] * 8 + [1] * 8 for i in layers}] * 2
-    assert placed["round_robin"] == [{i: [0, 1] * 8 for i in layers}] * 2
-    assert answers["round_robin"] == answers["linear"]
-    assert answers["linear"][0] != answers["linear"][1]
+    options["expert_placement_strategy"] = "round_robin"
+    with running_engine(folder, policies[0], **options) as engine:
+        placed = engine.collective_rpc(owners)
+        for policy in policies:
+            set_policy(engine, Policy.parse(policy))
+            answers.append(generate(engine, prompts())[0])
+    assert placed == [{layer: [0, 1] * 8 for layer in MOE_LAYERS["deepseek_v2"]}] * RANKS
+    assert answers == [together for *_, together in of_one_rank("deepseek_v2")]
+    assert answers[0] != answers[1]
 
 
 # --- data parallel: every rank has rows of its own ---------------------------------------------
@@ -94,18 +117,14 @@ def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatc
 
 @pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v2"])
-def test_data_parallel_ranks_give_the_tokens_of_one(checkpoint, architecture, dispatch):
-    """Of DeepSeek all requests are on one rank: vLLM's CPU kernels of latent attention answer
-    otherwise in another batch, stock and without parallelism, too."""
+def test_data_parallel_ranks_give_the_tokens_of_one(
+    checkpoint, architecture, dispatch, of_one_rank
+):
     folder = checkpoint(architecture)
-    requests = prompts()
-    split = {"qwen2_moe": [requests[:5], requests[5:]], "deepseek_v2": [requests, []]}[architecture]
-    key = sere_key(folder, min_primary_experts=0, select_top_k=TOP_K)
-    policies = [key, {**key, "select_top_k": 1}]
-    rounds = [{"policy": p, "requests": split, "tokens": [12, 12]} for p in policies]
-    ranks = parallel_rounds(folder, {**key, "dispatch": dispatch}, rounds)
-    exact, _ = single_rank_answers(folder, key, policies, split)
-    _, (together,) = single_rank_answers(folder, key, policies, [requests])
+    policies, requests = policies_of(folder), split(architecture)
+    rounds = [{"policy": p, "requests": requests, "tokens": [12, 12]} for p in policies]
+    ranks = parallel_rounds(folder, {**policies[0], "dispatch": dispatch}, rounds)
+    (*exact, _), (*_, together) = of_one_rank(architecture)
     assert [ranks[rank][0]["answers"] for rank in range(RANKS)] == exact
     # Prompts of 8 requests fit into one step, so both engines form the same batches.
     assert ranks[0][1]["answers"] + ranks[1][1]["answers"] == together

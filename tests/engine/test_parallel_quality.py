@@ -117,11 +117,13 @@ def check_bf16(mine, one, exact):
     assert low <= 0
 
 
+@pytest.mark.nightly
 def test_data_parallel_bf16(folder, rounded, alone):
     found = of_data_parallel_ranks(folder, "bfloat16", "all_to_all", policies(folder)[:1])
     check_bf16(found[0], rounded, alone[0])
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_bf16(folder, rounded, alone, monkeypatch):
     found = of_tensor_parallel_ranks(folder, "bfloat16", policies(folder)[:1], monkeypatch)
     check_bf16(found[0], rounded, alone[0])

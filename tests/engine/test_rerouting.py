@@ -167,8 +167,9 @@ def test_default_floor_keeps_batch_one_exact(checkpoint):
     assert answer == stock
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
 def test_compiled_graph_is_stock_at_s_equal_k_and_reroutes_at_one(checkpoint, architecture):
+    """The least and the most that a gate does; eager engines have all architectures, above."""
     folder = checkpoint(architecture)
     with running_engine(folder, enforce_eager=False) as engine:
         stock, _ = generate(engine, prompts())

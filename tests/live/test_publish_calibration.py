@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from sere_ray.util.files import file_sha256
 
 from sere_ray import assets
+from sere_ray.util.files import file_sha256
 from tests.serve.deployment import ADMIN
 
 pytestmark = pytest.mark.engine

@@ -14,14 +14,13 @@ import pytest
 from rich.console import Console
 
 from sere_ray.loadtest import ab
-from sere_ray.loadtest.ab import Comparison, Shape, run_comparison
-from sere_ray.loadtest.driver import Plan, Target
-from sere_ray.loadtest.endpoint import find_model, kept_policy
-from sere_ray.loadtest.options import parse_shapes, word_range
+from sere_ray.loadtest.ab import Amount, Comparison, run_comparison
+from sere_ray.loadtest.driver import LoadPlan, Target
+from sere_ray.loadtest.options import find_model, parse_amounts, word_range
 from sere_ray.loadtest.plot import by_load
+from sere_ray.loadtest.policies import kept_policy
 from sere_ray.loadtest.report import write_reports
-from sere_ray.loadtest.slo import Price, Slo
-from sere_ray.loadtest.verdict import broken_slo, check_generator
+from sere_ray.loadtest.slo import Price, Slo, broken_slo, check_generator
 from sere_ray.loadtest.workload import ClientKey, Entry
 from sere_ray.serve.client import parse_changes, set_policy
 from sere_ray.util.errors import SereError
@@ -33,8 +32,13 @@ POLICIES = {"off": {"mode": "off"}, "S=1": {"mode": "on", "select_top_k": 1}}
 
 def comparison(server, **changes):
     entries = tuple(Entry(prompt=f"p{i}", max_tokens=3) for i in range(20))
-    plan = Plan(Target(f"{server.url}/v1", "tiny"), entries, 0.5, warmup=0.1, cache="cold")
-    fields = {"shapes": [Shape(streams=2)], "policies": POLICIES, "rounds": 3, "slo": Slo(tpot=50)}
+    plan = LoadPlan(Target(f"{server.url}/v1", "tiny"), entries, 0.5, warmup=0.1, cache="cold")
+    fields = {
+        "amounts": [Amount(streams=2)],
+        "policies": POLICIES,
+        "rounds": 3,
+        "slo": Slo(tpot=50),
+    }
     return Comparison(server.url, plan, **{**fields, **changes})
 
 
@@ -90,8 +94,8 @@ def test_how_often_an_interval_of_few_rounds_holds_the_true_value(rounds, share)
 def test_salts_are_such_that_vllm_takes_them():
     """Its rule for ``cache_salt``; a salt once named the load, as "2 requests/s"."""
     with serving(control=Control()) as server:
-        shapes = [Shape(rate=20.0)]
-        run_comparison(comparison(server, shapes=shapes, rounds=1), lambda _: None, QUIET)
+        amounts = [Amount(rate=20.0)]
+        run_comparison(comparison(server, amounts=amounts, rounds=1), lambda _: None, QUIET)
     salts = [body["cache_salt"] for _, body in server.requests]
     assert len(set(salts)) == len(salts) > 5
     assert all(len(salt) <= 128 and not set(salt) & set("@/\\\0") for salt in salts)
@@ -199,7 +203,7 @@ def long_answers(monkeypatch):
     events = [token("a ")] * 8 + WHOLE[-3:]
     control = Control()
     with serving(events, gap=0.6 / len(events), control=control) as server:
-        what = comparison(server, rounds=1, shapes=[Shape(streams=1)])
+        what = comparison(server, rounds=1, amounts=[Amount(streams=1)])
         yield replace(what, plan=replace(what.plan, seconds=1.0)), server, control
 
 
@@ -316,8 +320,8 @@ def test_run_on_a_plain_endpoint_judges_by_slo(tmp_path):
 
 
 def test_loads_of_the_command_line(has_words):
-    assert parse_shapes("4,16", None) == [Shape(streams=4), Shape(streams=16)]
-    assert parse_shapes(None, "0.5") == [Shape(rate=0.5)]
+    assert parse_amounts("4,16", None) == [Amount(streams=4), Amount(streams=16)]
+    assert parse_amounts(None, "0.5") == [Amount(rate=0.5)]
     for streams, rates, words in (
         (None, None, "--streams and --rates"),
         ("4", "1", "--streams and --rates"),
@@ -325,7 +329,7 @@ def test_loads_of_the_command_line(has_words):
         (None, "fast", "--rates = 'fast'"),
     ):
         with pytest.raises(SereError) as error:
-            parse_shapes(streams, rates)
+            parse_amounts(streams, rates)
         has_words(str(error.value), words)
     with pytest.raises(SereError) as error:
         word_range("--prompt-words", "9,3")

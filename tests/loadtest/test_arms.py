@@ -1,6 +1,6 @@
 import pytest
 
-from sere_ray.loadtest.arms import parse_policies, whole_policy
+from sere_ray.loadtest.policies import parse_policies, whole_policy
 from sere_ray.util.errors import PolicyError, SereError
 
 SERE = {"similarity": "a", "rule": "sere", "select_top_k": 3, "threshold": 0.5, "mode": "on"}

@@ -7,10 +7,10 @@ import pytest
 
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.client import Limits, Outcome, now
-from sere_ray.loadtest.driver import Load, Plan, Target, run_part
+from sere_ray.loadtest.driver import Load, LoadPlan, Target, run_part
 from sere_ray.loadtest.figures import figures, pool, sample
+from sere_ray.loadtest.generator import generator
 from sere_ray.loadtest.histogram import Histogram
-from sere_ray.loadtest.pool import generator
 from sere_ray.loadtest.slo import Price, Slo
 from sere_ray.loadtest.workload import ClientKey, Entry
 from tests.loadtest.servers import DONE, serving, token, usage
@@ -20,9 +20,10 @@ ENTRIES = tuple(Entry(prompt=f"p{i}", max_tokens=3) for i in range(50))
 
 def plan(server, **changes):
     target = Target(f"{server.url}/v1", "tiny", limits=Limits(stall=30))
-    return Plan(target, ENTRIES, **{"seconds": 0.6, **changes})
+    return LoadPlan(target, ENTRIES, **{"seconds": 0.6, **changes})
 
 
+@pytest.mark.alone
 def test_closed_loop_keeps_so_many_under_way():
     with serving(gap=0.02) as server:
         load = run_part(plan(server, streams=4, warmup=0.3), now())
@@ -36,6 +37,7 @@ def test_closed_loop_keeps_so_many_under_way():
     assert len(load.outcomes) > one.requests  # warm-up is not measured
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("part", "places"), [((0, 1), [0, 0.25, 0.5, 0.75]), ((1, 2), [0.25, 0.75])]
 )
@@ -59,6 +61,7 @@ def test_open_loop_does_not_wait_and_counts_from_the_schedule():
     assert all(o.latency >= 0.3 for o in load.measured)
 
 
+@pytest.mark.alone
 def test_open_loop_latency_grows_with_a_queue():
     """A server that answers one at a time: later requests wait, and that is in their latency."""
     lock = threading.Lock()
@@ -81,7 +84,7 @@ def test_a_trace_is_sent_once():
     entries = tuple(Entry(prompt="p", max_tokens=3, at=0.1 * i) for i in range(4))
     with serving() as server:
         target = Target(f"{server.url}/v1", "tiny")
-        load = run_part(Plan(target, entries, seconds=1.0), now())
+        load = run_part(LoadPlan(target, entries, seconds=1.0), now())
     starts = [o.scheduled - load.begin for o in load.measured]
     assert starts == pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-6)
 
@@ -100,7 +103,7 @@ def test_keys_tiers_and_salts_are_sent():
     keys = (ClientKey(key="sk-a"), ClientKey(key="sk-b", tier="exact", weight=3))
     with serving() as server:
         target = Target(f"{server.url}/v1", "tiny", keys=keys)
-        run_part(Plan(target, ENTRIES, 0.4, streams=2, cache="cold", salt="s"), now())
+        run_part(LoadPlan(target, ENTRIES, 0.4, streams=2, cache="cold", salt="s"), now())
         asked = server.requests
     used = {headers["Authorization"]: headers.get("x-sere-tier") for headers, _ in asked}
     assert used == {"Bearer sk-a": None, "Bearer sk-b": "exact"}

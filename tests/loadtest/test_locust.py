@@ -28,6 +28,7 @@ def figures(path):
     return json.loads(path.read_text())["rows"][0]
 
 
+@pytest.mark.alone
 def test_closed_loop_in_two_workers(tmp_path):
     out = tmp_path / "figures.json"
     with serving(gap=0.02) as server:
@@ -45,6 +46,7 @@ def test_closed_loop_in_two_workers(tmp_path):
         assert f"{metric} " in text
 
 
+@pytest.mark.alone
 def test_open_loop_has_its_rate(tmp_path):
     out = tmp_path / "figures.json"
     with serving(gap=0.05) as server:

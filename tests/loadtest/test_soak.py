@@ -5,7 +5,7 @@ from rich.console import Console
 
 from sere_ray.loadtest import soak
 from sere_ray.loadtest.client import Outcome
-from sere_ray.loadtest.driver import Load, Plan, Target
+from sere_ray.loadtest.driver import Load, LoadPlan, Target
 from sere_ray.loadtest.histogram import Histogram
 from sere_ray.loadtest.soak import run_soak
 from sere_ray.loadtest.workload import Entry
@@ -19,7 +19,7 @@ ENTRIES = (
 
 
 def plan(url, seconds):
-    return Plan(Target(f"{url}/v1", "tiny"), ENTRIES, seconds)
+    return LoadPlan(Target(f"{url}/v1", "tiny"), ENTRIES, seconds)
 
 
 def run_on(server, *, seconds=60.0, pid=None, kill_rank=False, save=lambda _: None):
@@ -40,7 +40,7 @@ def outcome(at, ended, error=None, text="Answer: 5", label="5"):
 
 def content(exact=(), usual=(), log=None):
     loads = [Load(0.0, 100.0, list(own), Histogram()) for own in (exact, usual)]
-    log = log or soak._Log()
+    log = log or soak.SoakLog()
     log.usage = log.usage or [{"at": 0.0, "memory_mib": 100.0, "handles": 50}]
     return soak._content(plan("http://127.0.0.1", 100), loads, log, 0.0)["rows"][0]
 
@@ -68,7 +68,7 @@ def test_failures_count_as_lost_unless_a_rank_is_replaced():
         outcome(13, 20),
         outcome(25, 26),
     ]
-    row = content(usual=outcomes, log=soak._Log(killed_at=10.0))
+    row = content(usual=outcomes, log=soak.SoakLog(killed_at=10.0))
     assert row["failed_while_a_rank_was_replaced"] == 2
     assert row["lost"] == 1
     assert row["lost_kinds"] == {"cut: early": 1}
@@ -78,7 +78,7 @@ def test_failures_count_as_lost_unless_a_rank_is_replaced():
 
 def test_a_failure_after_the_gang_was_replaced_is_lost():
     times = [(11, "HTTP 503"), (13, "HTTP 503"), (20, None), (31, None), (35, "cut: early")]
-    log = soak._Log(killed_at=10.0, wrong_statuses=[(12.0, "503 for {"), (32.0, "503 for {")])
+    log = soak.SoakLog(killed_at=10.0, wrong_statuses=[(12.0, "503 for {"), (32.0, "503 for {")])
     row = content(usual=[outcome(at - 1, at, error=error) for at, error in times], log=log)
     assert row["seconds_until_answers_came_again"] == 10
     assert (row["failed_while_a_rank_was_replaced"], row["lost"]) == (2, 1)
@@ -88,13 +88,13 @@ def test_a_failure_after_the_gang_was_replaced_is_lost():
 
 
 def test_no_answer_after_the_kill_is_a_fault():
-    row = content(usual=[outcome(11, 12, error="x")], log=soak._Log(killed_at=10.0))
+    row = content(usual=[outcome(11, 12, error="x")], log=soak.SoakLog(killed_at=10.0))
     with pytest.raises(SereError, match="seconds_until_answers_came_again"):
         soak._judge(row)
 
 
 def test_growth_of_memory_and_handles():
-    log = soak._Log(usage=[{"at": i, "memory_mib": 100.0 + i, "handles": 50} for i in range(30)])
+    log = soak.SoakLog(usage=[{"at": i, "memory_mib": 100.0 + i, "handles": 50} for i in range(30)])
     row = content(log=log)
     assert row["memory_mib_growth"] == pytest.approx(20 / 104.5, abs=1e-3)
     with pytest.raises(SereError, match="memory_mib_growth"):
@@ -103,7 +103,9 @@ def test_growth_of_memory_and_handles():
 
 def test_growth_of_the_new_gang_is_not_hidden_by_the_smaller_start():
     sizes = [100.0] * 15 + [80.0 + i for i in range(15)]
-    log = soak._Log(usage=[{"at": i, "memory_mib": s, "handles": 50} for i, s in enumerate(sizes)])
+    log = soak.SoakLog(
+        usage=[{"at": i, "memory_mib": s, "handles": 50} for i, s in enumerate(sizes)]
+    )
     log.killed_at = 14.0
     row = content(usual=[outcome(14, 14.5)], log=log)
     assert row["memory_mib_growth"] < 0

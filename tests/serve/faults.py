@@ -83,7 +83,7 @@ def check_killed_router(served):
 
 
 def _outage(served):
-    """Kill the router actor and wait until both replicas are attached again; when this was."""
+    """Kill the policy actor and wait until both replicas are attached again; when this was."""
     (router,) = served.processes("ray::RouterActor")
     router.kill()
     killed = time.monotonic()
@@ -91,7 +91,7 @@ def _outage(served):
     assert found in (200, 503)
     if found == 503:
         assert "retry-after" in {name.lower() for name in headers}
-        assert "router actor restarts" in answer["error"]["message"]
+        assert "policy actor restarts" in answer["error"]["message"]
 
     def is_back():
         found, answer, _ = served.request("GET", "/sere/policy", None, ADMIN)

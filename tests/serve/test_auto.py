@@ -11,9 +11,9 @@ from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import build_app, llm_config
 from sere_ray.serve.gateway.control_api import Status
-from sere_ray.serve.policy_actor import router as router_module
+from sere_ray.serve.policy_actor import actor as actor_module
+from sere_ray.serve.policy_actor.actor import SereRouter
 from sere_ray.serve.policy_actor.auto import AutoConfig, level_policies
-from sere_ray.serve.policy_actor.router import SereRouter
 from sere_ray.serve.policy_actor.store import memory_store
 from sere_ray.serve.replica.server import OPTIONS
 from sere_ray.util.errors import SereError
@@ -113,7 +113,7 @@ class Deployment:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(router_module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(actor_module, "POLL_SECONDS", 0.1)
     save_artifact(tmp_path / "a.safetensors")
     save_artifact(tmp_path / "b.safetensors", seed=1)
     return tmp_path
@@ -225,7 +225,7 @@ def test_a_restarted_router_goes_on_in_auto_from_exact(folder):
             status = await deployment.restart().policy()
             assert (status["mode"], status["auto"]["level"]) == ("auto", 0)
             assert status["policy"]["mode"] == "off"
-            assert (await deployment.router.audit())[-1]["reason"] == "the router restarted"
+            assert (await deployment.router.audit())[-1]["reason"] == "the policy actor restarted"
             await deployment.router.set_policy({"mode": "on"}, "ops", timeout_s=0)
             assert (await deployment.router.policy())["policy"]["threshold"] == 0.5
 

@@ -1,11 +1,11 @@
-"""What the router actor and the access layer hand to metrics."""
+"""What the policy actor and the access layer hand to metrics."""
 
 import asyncio
 
 from sere_ray.observe import metrics
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.keys import KeyFile
-from sere_ray.serve.policy_actor.router import SereRouter
+from sere_ray.serve.policy_actor.actor import SereRouter
 from sere_ray.serve.policy_actor.store import memory_store
 from tests.observe.recorded import Recorded
 from tests.serve.test_access import KEYS, Inner, ask

@@ -5,7 +5,7 @@ import json
 import psutil
 import pytest
 
-from sere_ray.bench.chaos import Load, answers_of, disturb
+from sere_ray.bench.chaos import Clients, answers_of, disturb
 from tests.serve.deployment import MODEL_ID, deployed
 from tests.serve.every_path import check_drains
 
@@ -23,7 +23,7 @@ def two_gangs(tmp_path_factory):
 
 def test_a_killed_engine(two_gangs):
     """Answers of the exact tier in float32 are those of the undisturbed deployment."""
-    load = Load(two_gangs.url, MODEL_ID, answers_of(two_gangs.url, MODEL_ID, PROMPTS))
+    load = Clients(two_gangs.url, MODEL_ID, answers_of(two_gangs.url, MODEL_ID, PROMPTS))
     root = psutil.Process(two_gangs.process.pid)
     engines = two_gangs.processes("VLLM::EngineCore")
     assert len(engines) == 4

@@ -5,7 +5,7 @@ Errors have OpenAI's form. Without any key only this machine is served.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from ipaddress import ip_address
 from typing import Any
 
@@ -13,11 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sere_ray.policy.tiers import HEADER, TIERS, XARG
 from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 METHODS = ("GET", "HEAD", "POST", "PUT")
 PRINCIPAL = "sere_principal"
 """Key of the ASGI scope: name of the key's holder."""
@@ -28,7 +25,7 @@ VISITORS = 64
 
 
 class AccessConfig(BaseModel):
-    """Limits and keys; the part ``access`` of a deployment file."""
+    """Limits and key file: the part ``access`` of a deployment file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,41 +34,19 @@ class AccessConfig(BaseModel):
     max_concurrent_requests: int = Field(
         1024, ge=1, description="requests under way in one ingress process, over all keys"
     )
-    max_concurrent_per_key: int = Field(256, ge=1, description="likewise, of one key")
-
-
-class Refusal(Exception):
-    """An answer in OpenAI's error form."""
-
-    def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, dict(headers or {})
-
-    def body(self) -> bytes:
-        """The JSON document."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
-        return json.dumps({"error": error}).encode()
-
-    async def answer(self, send: Send) -> None:
-        """Send it as the whole answer to a request."""
-        content = self.body()
-        headers = {"content-type": "application/json", "content-length": str(len(content))}
-        pairs = [(k.encode(), v.encode()) for k, v in {**headers, **self.headers}.items()]
-        await send({"type": "http.response.start", "status": self.status, "headers": pairs})
-        await send({"type": "http.response.body", "body": content})
+    max_concurrent_per_key: int = Field(
+        256, ge=1, description="requests of one key under way in one ingress process"
+    )
 
 
 class AccessLayer:
-    """Pure ASGI middleware.
+    """ASGI middleware that lets a request through, or refuses it.
 
     Args:
-        app: what it protects.
+        app: the application that it protects.
         config: limits and the key file.
-        fixed: keys of the environment.
-        public: paths that may be read without a key, exactly as they stand here.
+        fixed: keys of the environment, which hold beside those of the file.
+        public: paths that may be read without a key; a path must match exactly.
         count: called with the status of every answer.
     """
 
@@ -176,9 +151,10 @@ class AccessLayer:
     async def _checked(
         self, scope: MutableMapping[str, Any], receive: Receive, key: Key
     ) -> tuple[MutableMapping[str, Any], Receive]:
-        """The request with its body read, bounded, and marked with its tier.
+        """Read the body, refuse it if it is too large, and write the request's tier into it.
 
-        Below ``/sere/`` the application reads the JSON, once it knows that the route takes any.
+        Below ``/sere/`` the body stays as it is: there the application reads it, if the route
+        takes one.
         """
         content = await _read_body(receive, _headers(scope), self._config.max_body_bytes)
         if _path(scope).startswith("/v1/"):
@@ -268,7 +244,10 @@ def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
-    """From this machine, and not through a browser that was told another name for it."""
+    """Whether a request comes from this machine and names it as such.
+
+    The second keeps out web pages of elsewhere whose host name was made to point here.
+    """
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
     client = (scope.get("client") or ("",))[0]
     return _is_loopback(client) and (host == "localhost" or _is_loopback(host))

@@ -16,16 +16,16 @@ from sere_ray import __version__
 from sere_ray.observe.stats import StepMeans, Totals
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
-from sere_ray.serve.gateway.access import PRINCIPAL, Refusal
-from sere_ray.serve.gateway.openai_ingress import answer, http_error
+from sere_ray.serve.gateway.access import PRINCIPAL
+from sere_ray.serve.gateway.refusals import Refusal, answer, http_error
 from sere_ray.serve.gateway.ui import add_page
-from sere_ray.serve.locate import RouterUnavailableError, find_router
 from sere_ray.serve.policy_actor.auto import AUTO
+from sere_ray.serve.policy_actor.locate import RouterUnavailableError, find_router
 from sere_ray.util.errors import SereError
 
 REPORTED = (400, 401, 403, 413, 422, 429, 503)
 ARTIFACT_NAME = r"^[^./\x00][^/\x00]*\.safetensors$"
-"""In the document only: the router says more clearly what is wrong with a name."""
+"""Stands in ``openapi.json`` only: the policy actor says more clearly what is wrong with a name."""
 
 
 def _change_schema() -> dict[str, Any]:
@@ -44,7 +44,7 @@ PolicyChange = Annotated[dict[str, Any], WithJsonSchema(_change_schema())]
 
 
 class AutoStatus(BaseModel):
-    """Mode auto: where it is, and what it saw in its last interval."""
+    """Mode auto: its level, and what it saw in its last interval."""
 
     level: int = Field(description="0 = exact")
     levels: int = Field(description="how many there are, exact routing included")
@@ -61,7 +61,7 @@ class Status(BaseModel):
     mode: Literal["off", "observe", "on", "auto"] = Field(description="as asked for")
     policy: dict[str, Any] = Field(description="what the engines run; in mode auto, of its level")
     auto: AutoStatus | None = Field(description="null in other modes")
-    replicas: int = Field(description="replicas (ranks) that follow the router")
+    replicas: int = Field(description="replicas (ranks) that follow the policy actor")
     replicas_settled: int = Field(description="of these: ranks whose whole gang runs this version")
 
 
@@ -163,17 +163,17 @@ def control_app() -> FastAPI:
 
 
 async def _ask(method: str, *args: Any) -> Any:
-    """Call the router actor of this application.
+    """Call a method of this application's policy actor.
 
     Raises:
-        Refusal: what it refuses (422), or that it is not there (503).
+        Refusal: it refuses the call (422), or is not there (503).
     """
     from ray import serve
 
     try:
         app = serve.get_replica_context().app_name
-        router = await asyncio.to_thread(find_router, app)
-        return await getattr(router, method).remote(*args)
+        actor = await asyncio.to_thread(find_router, app)
+        return await getattr(actor, method).remote(*args)
     except RayTaskError as error:
         if isinstance(error.cause, SereError):
             raise Refusal(422, "refused", str(error.cause)) from None
@@ -182,7 +182,7 @@ async def _ask(method: str, *args: Any) -> Any:
         raise Refusal(
             503,
             "router_unavailable",
-            "The router actor restarts or has no engine yet.",
+            "The policy actor restarts or has no engine yet.",
             {"retry-after": "5"},
         ) from None
 
@@ -197,7 +197,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """As for the other routes; a 405 names every method of the path, not of its first route."""
+    """Starlette's errors in OpenAI's form. A 405 names every method that the path has; Starlette
+    would name those of its first route."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         routes = [r for r in request.app.routes if r.matches(request.scope)[0] != Match.NONE]

@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 
-from sere_ray.serve.gateway.access import App, Message, Receive, Send
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Send
 
 GRACE_SECONDS = 5.0
 """How long a server may take to act on the message before its task is cancelled, too."""

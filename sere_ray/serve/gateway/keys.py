@@ -52,7 +52,7 @@ class Key(BaseModel):
 
 
 class KeyFile(BaseModel):
-    """The file's content."""
+    """The content of the key file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,20 +107,20 @@ class KeyRing:
 
     @property
     def has_keys(self) -> bool:
-        """Whether anybody was given an API key."""
+        """Whether there is a key file or an API key in the environment."""
         return self._path is not None or bool(self._fixed.keys)
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody was given a key of either kind."""
+        """Whether there is neither an API key nor an admin token: only this machine is served."""
         return not self.has_keys and not self._fixed.admin
 
     def api_key(self, value: str) -> Key | None:
-        """The holder of an API key."""
+        """Who holds this API key; None = nobody."""
         return _find(self._current().keys, value)
 
     def admin(self, value: str) -> Key | None:
-        """The holder of an admin token."""
+        """Who holds this admin token; None = nobody."""
         return _find(self._current().admin, value)
 
     def _current(self) -> KeyFile:
@@ -148,7 +148,7 @@ def new_key() -> str:
 
 
 def digest(value: str) -> str:
-    """What is kept of a key."""
+    """SHA-256 of a key, hex: all that is kept of it."""
     return hashlib.sha256(value.encode()).hexdigest()
 
 

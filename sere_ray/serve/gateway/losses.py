@@ -2,14 +2,15 @@
 
 vLLM answers 500 for an engine that died, and ends a stream with an event of its own and ``[DONE]``.
 Behind Ray's proxy a replica raises instead (:func:`raise_at_loss`), and the ingress says what is
-said here (``openai_ingress.py``). Where Ray streams directly, vLLM's own server
+said here (``ingress.py``). Where Ray streams directly, vLLM's own server
 answers, and :class:`LossLayer` puts the wording of this module in place of its own.
 """
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, MutableMapping
 from typing import Any
 
-from sere_ray.serve.gateway.access import App, Message, Receive, Refusal, Send
+from sere_ray.engine.vllm_internals import engine_dead_error
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
 _ERROR_EVENT = 'data: {"error"'
 
@@ -22,13 +23,16 @@ class EngineLostError(RuntimeError):
 
 
 def lost() -> Refusal:
-    """A new one each time: an exception that is raised again keeps the frames of all its raises."""
+    """The refusal of a request whose engine was lost.
+
+    A new one each time: an exception that is raised again keeps the frames of all its raises.
+    """
     message = "The engine of this request was lost and restarts; send the request again."
     return Refusal(503, "engine_lost", message, {"retry-after": "5"})
 
 
 def nobody() -> Refusal:
-    """Likewise, of a request that finds no engine."""
+    """The refusal of a request that finds no running engine; a new one each time."""
     message = "No engine is running now; try again shortly."
     return Refusal(503, "no_engine", message, {"retry-after": "5"})
 
@@ -46,14 +50,13 @@ async def raise_at_loss(
     Raises:
         EngineLostError: the engine is gone.
     """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
+    dead = engine_dead_error()
     try:
         async for response in responses:
             if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
-                raise EngineDeadError
+                raise dead
             yield response
-    except EngineDeadError as error:
+    except dead as error:
         raise EngineLostError(str(error)) from None
 
 

@@ -1,4 +1,4 @@
-"""Artifact files as the router actor reads them and replicas keep them."""
+"""Artifact files as the policy actor reads them and replicas keep them."""
 
 import hashlib
 import stat
@@ -15,15 +15,15 @@ class ArtifactFile:
     """The content of an artifact's file."""
 
     name: str
-    """As the policy's ``similarity`` gives it."""
+    """Its path, as the policy's key ``similarity`` gives it."""
     sha256: str
     content: bytes
 
     def parse(self) -> SimilarityArtifact:
-        """Read and check.
+        """The matrices and metadata in the file.
 
         Raises:
-            ArtifactError: as :meth:`SimilarityArtifact.load`.
+            ArtifactError: the content is damaged or no artifact.
         """
         return SimilarityArtifact.from_bytes(self.content, name=self.name)
 
@@ -62,7 +62,7 @@ def read_artifact(path: Path, max_bytes: int) -> ArtifactFile:
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise ArtifactError(
-            f"{path}: {error.strerror}, on the node of the router actor; `sere-ray calibrate` "
+            f"{path}: {error.strerror}, on the node of the policy actor; `sere-ray calibrate` "
             "makes an artifact"
         ) from None
     if len(content) > max_bytes:

@@ -1,23 +1,145 @@
-"""Mode ``auto`` of a deployment: its configuration, and what a controller sees of the engines.
+"""Mode ``auto``: hold a target by moving along a list of policies, as little as the load demands.
 
-The router actor asks every ``interval_s`` for the counters of all ranks, as ``GET /sere/stats``
-does, and hands them over here. Engines never hear of ``auto``: they get the policy of a level, like
-any other.
+The policy actor reads the counters of all ranks every ``interval_s`` seconds and hands them to
+:class:`AutoPilot`. Its :class:`Controller` chooses a level: level 0 is exact routing, higher levels
+re-route more. Engines never hear of ``auto``: they get the policy of the level, like any other.
+Everything here is pure: no clock, no Ray, no engine.
+
+- **Up** one level when the time per output token has been above the target for ``patience``
+  intervals in a row.
+- **Down** one level when it has been clearly below the target *and* the load clearly below that at
+  which the level was entered, for ``patience`` intervals. The second condition is what keeps it
+  from oscillating: at a constant load the time falls because of the level, so the time alone would
+  undo every step.
+- **Floor**: where the re-routed share of slots is above the limit, down at once, and that level and
+  those above it stay closed until the load has changed clearly.
+- An interval without a row leads straight to exact: there is nothing to save. One in which rows
+  were computed but no time has been counted yet says nothing about the time.
+- Without a target for the time it goes up as far as the floor allows.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sere_ray.observe.stats import STEP_KINDS, by_replica, since, totals
 from sere_ray.policy.policy import Policy
-from sere_ray.serve.policy_actor.controller import Controller, Decision, Observation, Target
 from sere_ray.util.errors import PolicyError
 from sere_ray.util.token_times import quantile_ms
 
 AUTO = "auto"
-"""The mode, where one is asked for; no policy has it."""
+"""Name of the mode where one is asked for. No policy has it: a policy is that of a level."""
+
+
+class AutoTarget(BaseModel):
+    """What mode ``auto`` holds: a time per output token, a limit of re-routed slots, or both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tpot_ms: float | None = Field(
+        None,
+        gt=0,
+        description="p90 of requests' time per output token (TPOT), milliseconds; null = re-route "
+        "as much as max_rerouted_share allows",
+    )
+    max_rerouted_share: float = Field(
+        1.0, ge=0, le=1, description="quality floor: most slots of decode rows that may move"
+    )
+    margin: float = Field(0.15, gt=0, lt=1, description="how much below counts as clearly below")
+    patience: int = Field(3, ge=1, description="intervals in a row before a level changes")
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.tpot_ms is None and "max_rerouted_share" not in self.model_fields_set:
+            raise ValueError("give tpot_ms, max_rerouted_share or both: what to hold")
+        return self
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the engines did in one interval."""
+
+    tpot_ms: float | None
+    """p90 of requests' time per output token, milliseconds; None where none has been counted."""
+    load: float
+    """Mean decode rows of a step of a gang; 0 if no row could be re-routed."""
+    rerouted_share: float
+    """Share of the decode rows' slots that were re-routed, 0..1."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Level from now on, and why it changed (empty: it did not)."""
+
+    level: int
+    reason: str = ""
+
+
+@dataclass
+class Controller:
+    """Chooses a level.
+
+    Args:
+        target: what to hold.
+        levels: how many there are, exact included.
+    """
+
+    target: AutoTarget
+    levels: int
+    level: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Start exact."""
+        assert self.levels >= 1
+        self._entered_at = [0.0] * self.levels
+        self._slow = self._fast = 0
+        self._closed_from = self.levels
+        self._closed_at = 0.0
+
+    def observe(self, seen: Observation) -> Decision:
+        """Choose the level for what was seen in one interval."""
+        if not seen.load:
+            return self._go(0, "idle") if self.level else Decision(0)
+        target, margin = self.target, self.target.margin
+        if self._closed_from < self.levels and abs(seen.load - self._closed_at) > (
+            margin * self._closed_at
+        ):
+            self._closed_from = self.levels
+        if self.level and seen.rerouted_share > target.max_rerouted_share:
+            self._closed_from, self._closed_at = self.level, seen.load
+            return self._go(
+                self.level - 1,
+                f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}",
+            )
+        if target.tpot_ms is None:
+            is_slow, is_fast = True, False
+        elif seen.tpot_ms is None:
+            return Decision(self.level)
+        else:
+            is_slow = seen.tpot_ms > target.tpot_ms
+            is_fast = seen.tpot_ms < (1 - margin) * target.tpot_ms
+        has_eased = seen.load < (1 - margin) * self._entered_at[self.level]
+        self._slow = self._slow + 1 if is_slow else 0
+        self._fast = self._fast + 1 if is_fast and has_eased else 0
+        next_level = self.level + 1
+        if self._slow >= target.patience and next_level < min(self.levels, self._closed_from):
+            self._entered_at[next_level] = seen.load
+            return self._go(next_level, _why_up(seen, target))
+        if self.level and self._fast >= target.patience:
+            return self._go(self.level - 1, f"load fell to {seen.load:.1f} rows")
+        return Decision(self.level)
+
+    def _go(self, level: int, reason: str) -> Decision:
+        self.level, self._slow, self._fast = level, 0, 0
+        return Decision(level, reason)
+
+
+def _why_up(seen: Observation, target: AutoTarget) -> str:
+    if target.tpot_ms is None:
+        return f"re-routed share {seen.rerouted_share:.3f} <= {target.max_rerouted_share:.3f}"
+    return f"p90 {seen.tpot_ms:.1f} ms > {target.tpot_ms:.1f} ms"
 
 
 class Level(BaseModel):
@@ -36,7 +158,7 @@ class Level(BaseModel):
         return self
 
 
-class AutoConfig(Target):
+class AutoConfig(AutoTarget):
     """The part ``auto`` of a deployment file."""
 
     interval_s: float = Field(2.0, ge=0.5, le=60, description="seconds between two looks")
@@ -97,7 +219,7 @@ class AutoPilot:
         top_k: K of the model.
 
     Raises:
-        PolicyError: as :func:`level_policies`.
+        PolicyError: a level is not valid for the model, or not stronger than the one before.
     """
 
     def __init__(self, base: Policy, config: AutoConfig, top_k: int) -> None:
@@ -111,23 +233,23 @@ class AutoPilot:
         """Change keys that no level sets; the level stays.
 
         Raises:
-            PolicyError: as :func:`level_policies`; then nothing has changed.
+            PolicyError: with them a level is not valid; then nothing has changed.
         """
         self.policies = level_policies(base, self.config, self._top_k)
         self.base = base
 
     @property
     def policy(self) -> Policy:
-        """Of the level that holds."""
+        """The policy of the level that holds."""
         return self.policies[self._controller.level]
 
     def observe(self, replicas: Iterable[Mapping[str, Any]]) -> Decision:
-        """Take an interval into account: what ranks counted since the last call.
+        """Choose the level for what the ranks counted since the last call.
 
-        A rank that did not answer, now or then, is left out; without any nothing changes.
+        A rank that did not answer, now or the last time, is left out. If all are, nothing changes.
 
         Args:
-            replicas: as for :func:`sere_ray.observe.stats.totals`.
+            replicas: each with ``replica``, ``gang`` and ``counters`` (None: it did not answer).
         """
         replicas = list(replicas)
         counted = since(replicas, self._counters)

@@ -1,6 +1,6 @@
-"""What the router actor owns: policy by version, artifact, mode ``auto``, audit log.
+"""What the policy actor owns: versions of the policy, artifact, mode ``auto``, audit log.
 
-It changes and is saved here, by plain calls; ``router.py`` tells replicas of it.
+All of it changes and is saved here, by plain calls. ``actor.py`` tells the replicas.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,23 +13,22 @@ from sere_ray.policy.policy import Policy
 from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
 from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig, AutoPilot
 from sere_ray.serve.policy_actor.store import Store
-from sere_ray.serve.policy_actor.versions import Audit, Versions, first_version
+from sere_ray.serve.policy_actor.versions import AuditLog, Versions, first_version
 from sere_ray.util.errors import SereError
 
 
 class Holdings:
-    """Loaded from the store, or begun with a deployment file. A change is saved before any replica
-    can hear of it.
+    """Loaded from the store, or begun with a deployment file. Every change is saved at once.
 
     Args:
-        policy: of the deployment file; ``similarity`` is a path on this node.
-        folder: of artifacts that may be swapped in; None allows none.
+        policy: keys of the deployment file's policy; ``similarity`` is a path on this node.
+        folder: holds the artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
-        engines: that run the policy.
+        engines: kind of the engines that run the policy.
         auto: target and levels; None allows no mode ``auto``.
-        starts_auto: begin in it.
+        starts_auto: begin in mode ``auto``.
         store: where all this survives the actor.
-        put: makes an object reference of bytes.
+        put: makes an object reference of bytes, as ``ray.put`` does.
 
     Raises:
         SereError: the artifact cannot be read, or the policy does not fit its model.
@@ -59,7 +58,7 @@ class Holdings:
             kept = state["versions"]
             sha256 = kept[-1]["sha256"]
             self._file = ArtifactFile(state["name"], sha256, store.load_blob(sha256))
-        self.audit = Audit([] if state is None else state["audit"])
+        self.audit = AuditLog([] if state is None else state["audit"])
         self.versions = Versions(kept, load=self._content, put=put)
         who, what = ("deployment file", "start") if state is None else ("router", "restart")
         self.audit.record(what, who, self.newest)
@@ -80,7 +79,7 @@ class Holdings:
 
     @property
     def mode(self) -> str:
-        """Of the newest policy, or ``auto``."""
+        """Mode of the newest policy, or ``auto``."""
         return AUTO if self.pilot is not None else str(self.newest["policy"]["mode"])
 
     def artifact(self) -> dict[str, Any]:
@@ -149,14 +148,14 @@ class Holdings:
         self._saved = False
 
     def save_again(self) -> None:
-        """There is a replica after all."""
+        """Save what :meth:`forget` dropped, if it did: a replica follows after all."""
         if not self._saved:
             self._save()
 
     # --- inside --------------------------------------------------------------------------------
 
     def _changed(self, changes: Mapping[str, Any]) -> Policy:
-        """The policy after a change of keys, and the mode ``auto`` begun, kept or ended.
+        """The policy after a change of keys. Begins, keeps or ends mode ``auto`` as they ask.
 
         Raises:
             SereError: it is not valid; nothing has changed.
@@ -193,7 +192,7 @@ class Holdings:
     def _resume(self, base: Policy) -> None:
         """Go on in mode ``auto`` after a restart, from exact routing."""
         self.pilot = self._new_pilot(base)
-        self.follow_pilot(level=0, reason="the router restarted")
+        self.follow_pilot(level=0, reason="the policy actor restarted")
 
     @property
     def _top_k(self) -> int:

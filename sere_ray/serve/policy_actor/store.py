@@ -1,8 +1,9 @@
-"""Where the router actor's state survives the actor: Ray's key-value store in the GCS.
+"""Where the policy actor's state survives the actor: Ray's key-value store in the GCS.
 
-The state is small (JSON), an artifact a few megabytes. It is kept under the actor's own name, which
-Ray Serve makes of application, deployment and code version: a new deployment file starts anew.
-The store lives as long as the Ray cluster, or longer where the GCS has a fault-tolerant backend.
+The state is small (JSON), an artifact a few megabytes. Both are kept under the actor's own name,
+which Ray Serve makes of application, deployment and code version: so a new deployment file starts
+anew. The store lives as long as the Ray cluster, or longer where the GCS (Ray's head process) has a
+fault-tolerant back end.
 """
 
 import json
@@ -16,11 +17,11 @@ class Store:
     """State and blobs under one name.
 
     Args:
-        name: of the owner.
-        get: value of a key, None if there is none.
+        name: of the owner; every key begins with it.
+        get: returns the value of a key, None if there is none.
         put: sets a key.
         delete: removes a key.
-        keys: all keys with a prefix.
+        keys: returns all keys with a prefix.
     """
 
     def __init__(
@@ -77,19 +78,22 @@ def memory_store(name: str, values: dict[bytes, bytes]) -> Store:
 
 
 def ray_store(app: str, name: str) -> tuple[Store, Callable[[], None]]:
-    """The store of a deployment actor, and what makes it the router of its application.
+    """The store of a policy actor, and a function that makes it the one of its application.
 
-    To be called when an engine follows it, not before: while an application of several gangs is
-    updated, its old router still has those that serve, and keeps them if the new ones do not start.
-    So what the one before has stored stays; what older ones left is removed.
+    Call the function when an engine follows the actor, not before. While an application is updated,
+    the old actor still has the gangs that serve, and keeps them if the new ones do not start. So
+    what the actor before this one has stored stays; what older ones left is removed.
 
     Args:
         app: name of the application.
         name: of the actor.
+
+    Returns:
+        The store, and the function.
     """
     from ray.experimental import internal_kv as kv
 
-    from sere_ray.serve.locate import publish
+    from sere_ray.serve.policy_actor.locate import publish
 
     def delete(key: bytes) -> None:
         kv._internal_kv_del(key, namespace=_NAMESPACE)

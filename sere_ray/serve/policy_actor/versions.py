@@ -1,4 +1,4 @@
-"""Versions of the policy, oldest first, and the audit log of how they came about. Both bounded."""
+"""Versions of the policy, and the audit log of how they came about; oldest first, both bounded."""
 
 import time
 from collections import deque
@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sere_ray.policy.policy import Policy
-from sere_ray.serve.policy_actor.messages import Update
+from sere_ray.serve.policy_actor.members import Update
 
 HISTORY = 64
-"""Versions kept for replicas that follow; one that is further behind starts anew."""
+"""How many versions are kept. A replica that is further behind has to restart."""
 AUDIT_ENTRIES = 200
+"""How many entries the audit log keeps."""
 
 
 def first_version(policy: Policy, sha256: str) -> dict[str, Any]:
-    """Of a deployment file."""
+    """Version 0: the policy of a deployment file."""
     return _version(0, policy, sha256)
 
 
@@ -26,9 +27,9 @@ class Versions:
     """The newest ``HISTORY`` versions: number, policy and the artifact's hash.
 
     Args:
-        kept: at least one, oldest first.
-        load: content of the artifact with a hash.
-        put: makes an object reference of it.
+        kept: at least one version, oldest first.
+        load: returns the content of the artifact with a hash.
+        put: makes an object reference of a content.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class Versions:
 
     @property
     def newest(self) -> dict[str, Any]:
-        """What all replicas are to run."""
+        """The version that all replicas are to run."""
         return self.kept[-1]
 
     @property
     def hashes(self) -> set[str]:
-        """Of the artifacts that kept versions name."""
+        """Hashes of the artifacts that kept versions name."""
         return {version["sha256"] for version in self.kept}
 
     def add(self, policy: Policy, sha256: str) -> dict[str, Any]:
@@ -89,11 +90,11 @@ class Versions:
         return Update(version["version"], version["policy"], sha256, content)
 
 
-class Audit:
-    """Who changed what, and what was refused.
+class AuditLog:
+    """Who changed what, and what was refused; the newest ``AUDIT_ENTRIES``.
 
     Args:
-        entries: of an earlier actor, oldest first.
+        entries: those of an earlier actor, oldest first.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
@@ -104,11 +105,11 @@ class Audit:
         return list(self._entries)
 
     def record(self, what: str, who: str, version: Mapping[str, Any], **more: Any) -> None:
-        """A version came about."""
+        """Add an entry for a new version."""
         self._entries.append({"time": _now(), "who": who, "what": what, "after": version, **more})
 
     def refuse(self, what: str, who: str, reason: str) -> None:
-        """A change was refused."""
+        """Add an entry for a change that was refused."""
         self._entries.append({"time": _now(), "who": who, "what": what, "refused": reason[:500]})
 
 

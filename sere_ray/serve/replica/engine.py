@@ -3,9 +3,15 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
+from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
+from sere_ray.engine.vllm_internals import compute_in_engine_process
 from sere_ray.serve.gateway.losses import raise_at_loss
+
+__all__ = ["CompletionResponse", "LLMEngine", "SereEngine"]
+"""The first two are Ray's: what an engine of a replica is, and answers (for stand-ins)."""
 
 
 class SereEngine(VLLMEngine):  # type: ignore[misc]
@@ -33,9 +39,5 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
     def _start_async_llm_engine(
         self, engine_args: Any, engine_config: Any, placement_group: Any
     ) -> Any:
-        from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-        parallel = engine_config.parallel_config
-        if parallel.world_size == 1:
-            parallel.distributed_executor_backend = UniProcExecutor
+        compute_in_engine_process(engine_config)
         return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

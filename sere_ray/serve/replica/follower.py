@@ -1,4 +1,4 @@
-"""Keeps the engine of a replica at the router actor's newest version, and exports its counters."""
+"""Keeps the engine of a replica at the policy actor's newest version, and exports its counters."""
 
 import asyncio
 import logging
@@ -9,11 +9,10 @@ from typing import Any
 
 from ray import serve
 
-from sere_ray.observe.export import EngineExporter
-from sere_ray.observe.sink import RaySink
-from sere_ray.serve.locate import ACTOR
+from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.policy_actor.artifacts import keep_artifact
-from sere_ray.serve.policy_actor.messages import Member, Update
+from sere_ray.serve.policy_actor.locate import ACTOR
+from sere_ray.serve.policy_actor.members import Member, Update
 
 logger = logging.getLogger("ray.serve")
 RETRY_SECONDS = 1.0
@@ -22,12 +21,12 @@ START_SECONDS = 300.0
 
 
 class Follower:
-    """Keeps one engine at the router's newest version.
+    """Keeps one engine at the newest version of the policy.
 
     Args:
         gang: id of this replica's gang.
-        gang_size: ranks of it.
-        rank: of this replica.
+        gang_size: how many ranks the gang has.
+        rank: number of this replica in its gang.
         model_id: name of the served model.
     """
 
@@ -45,7 +44,7 @@ class Follower:
 
     async def join(self) -> dict[str, Any]:
         """The policy to start the engine with; its artifact lies on this node."""
-        update: Update = await _router().join.remote(self.gang)
+        update: Update = await _policy_actor().join.remote(self.gang)
         self._staged = self._settled = update.version
         self._newest = update
         content = await update.content
@@ -78,11 +77,11 @@ class Follower:
         for task in self._tasks:
             task.cancel()
         try:
-            left = _router().leave.remote(self.replica, self.gang, self.gang_size)
+            left = _policy_actor().leave.remote(self.replica, self.gang, self.gang_size)
             if wait:
                 await left
         except Exception as error:
-            logger.info("sere-ray: no router to take leave of (%s)", type(error).__name__)
+            logger.info("sere-ray: no policy actor to take leave of (%s)", type(error).__name__)
         self._folder.cleanup()
 
     async def _follow(self, engine: Any) -> None:
@@ -92,11 +91,14 @@ class Follower:
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the actor is gone: keep the policy until there is one
-                logger.warning("sere-ray: router not reached (%s); retrying", type(error).__name__)
+                logger.warning(
+                    "sere-ray: policy actor not reached (%s); retrying", type(error).__name__
+                )
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _export(self, engine: Any, interval_s: float) -> None:
-        """Export metrics, now and after each interval. An engine that fails is not our business."""
+        """Export metrics, now and after each interval. An engine that does not answer only leaves
+        a gap: its failure is the business of others."""
         labels = {
             "app": serve.get_replica_context().app_name,
             "model_name": self.model_id,
@@ -136,9 +138,9 @@ class Follower:
             self._counters,
         )
         self._counters = None
-        order = await _router().poll.remote(member, wait)
+        order = await _policy_actor().poll.remote(member, wait)
         if order.restart:
-            self.failure = f"version {self._staged} is too old to follow the router: restart"
+            self.failure = f"version {self._staged} is too old to follow the policy actor: restart"
             return False
         try:
             for update in order.updates:
@@ -150,9 +152,9 @@ class Follower:
                 (counters, *_) = await _call(engine, "sere_counters", False)
                 self._counters = {**counters, "token_times": self._token_times.read()}
         except Exception as error:
-            # The router has validated it, so the engine and the router disagree: start anew.
+            # The actor has validated it, so engine and actor disagree: start anew.
             self.failure = f"version {order.updates[-1:]}: {error}"
-            logger.exception("sere-ray: the engine cannot follow the router")
+            logger.exception("sere-ray: the engine cannot follow the policy actor")
         return bool(order.updates or order.settle or order.report)
 
     async def _stage(self, engine: Any, update: Update) -> None:
@@ -165,7 +167,7 @@ class Follower:
         self._newest = update
 
 
-def _router() -> Any:
+def _policy_actor() -> Any:
     return serve.get_deployment_actor(ACTOR)
 
 
@@ -175,7 +177,7 @@ async def _call(engine: Any, method: str, *args: Any) -> list[Any]:
 
 
 def own_follower(model_id: str) -> Follower:
-    """Of the replica that calls."""
+    """The follower of the replica that this process is."""
     context = serve.get_replica_context()
     gang = context.gang_context
     if gang is None:

@@ -1,7 +1,7 @@
-"""The replicas: Ray Serve's LLM servers, which follow the router actor of their deployment.
+"""The replicas: Ray Serve's LLM servers, which follow the policy actor of their deployment.
 
-One replica is one data-parallel rank. It joins the router before its engine starts, starts with
-what the router holds, and is ready only when its gang runs the router's newest version.
+One replica is one data-parallel rank. Before its engine starts it asks the policy actor for the
+policy to start with. It is ready only when its gang runs the newest version.
 """
 
 import asyncio
@@ -18,16 +18,17 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.policy.policy import Startup
 from sere_ray.serve.gateway.losses import EngineLostError
-from sere_ray.serve.locate import ACTOR
-from sere_ray.serve.policy_actor.router_actor import RouterActor
+from sere_ray.serve.policy_actor.actor import RouterActor
+from sere_ray.serve.policy_actor.locate import ACTOR
 from sere_ray.serve.replica.engine import SereEngine
 from sere_ray.serve.replica.follower import Follower, own_follower
 
 logger = logging.getLogger("ray.serve")
 OPTIONS = "sere"
-"""Key of ``LLMConfig.experimental_configs`` that holds the arguments of the router actor."""
+"""Key of ``LLMConfig.experimental_configs`` that holds the arguments of the policy actor."""
 METRICS = "sere_metrics_interval_s"
-"""Likewise: seconds between two readings of the engine's counters for metrics; None = never."""
+"""Key of ``LLMConfig.experimental_configs`` that holds the seconds between two readings of the
+engine's counters for metrics; None = never."""
 WATCH_SECONDS = 0.2
 FAREWELL_SECONDS = 0.5
 """How long a replica lives on after its engine: requests under way get their answers."""
@@ -47,7 +48,7 @@ class _Following:
         self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
 
     async def _start_engine_and_follow(self) -> None:
-        """Start with what the router holds; without a policy, as Ray does."""
+        """Start with the policy that the actor holds; without a policy, as Ray does."""
         config: Any = self._llm_config  # type: ignore[attr-defined]
         additional = dict(config.engine_kwargs.get("additional_config") or {})
         if "sere" not in additional:
@@ -60,7 +61,12 @@ class _Following:
         await self.follower.catch_up(self.engine, config.experimental_configs[METRICS])
 
     async def check_health(self) -> None:
-        """Unhealthy when the engine is, or when it cannot follow the router."""
+        """Unhealthy when the engine is, or when it cannot follow the policy actor.
+
+        Raises:
+            RuntimeError: it cannot follow.
+            EngineLostError: the engine is not healthy.
+        """
         if self.follower is not None and self.follower.failure is not None:
             raise RuntimeError(f"sere-ray: {self.follower.failure}")
         try:
@@ -69,7 +75,7 @@ class _Following:
             raise EngineLostError(f"{type(error).__name__}: {error}") from None
 
     async def _end_with_the_engine(self) -> None:
-        """End this process soon after its engine is lost, or cannot follow the router.
+        """End this process soon after its engine is lost, or cannot follow the policy actor.
 
         Serve acts on the third failed health check. Until then a dead replica would get most of
         the requests, since none refuses them faster. A process that is gone gets no request more
@@ -110,7 +116,7 @@ class _Following:
 
     @classmethod
     def get_deployment_options(cls, llm_config: Any) -> dict[str, Any]:
-        """Ray's options and the router actor."""
+        """Ray's options, and the policy actor as a deployment actor."""
         options: dict[str, Any] = super().get_deployment_options(llm_config)  # type: ignore[misc]
         arguments: Mapping[str, Any] | None = llm_config.experimental_configs.get(OPTIONS)
         if arguments is not None:
@@ -131,13 +137,13 @@ class SereGangServer(_Following, DPServer):  # type: ignore[misc]
 
 
 class SkipDownload(CallbackBase):  # type: ignore[misc]
-    """Where the model is a folder of this node, there is nothing to download.
+    """Skip Ray's download where the model is a folder of this node.
 
-    Ray would start a worker process on each node to find that out: 20 s and 0.6 GB were seen
-    (no result file).
+    Ray would start a worker process on each node to find out that there is nothing to download.
+    That took 20 s and 0.6 GB (measured once, in no result file).
     """
 
     async def on_before_node_init(self) -> None:
-        """See the base class."""
+        """Tell Ray whether its download is needed; called before a node is prepared."""
         source = self.llm_config.model_loading_config.model_source
         self.ctx.run_init_node = not (isinstance(source, str) and Path(source).is_dir())

@@ -10,8 +10,8 @@ from ray.exceptions import RayTaskError
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.gateway.ingress import protect
 from sere_ray.serve.gateway.keys import KeyFile
-from sere_ray.serve.locate import RouterUnavailableError
-from sere_ray.serve.policy_actor.router import SereRouter
+from sere_ray.serve.policy_actor.actor import SereRouter
+from sere_ray.serve.policy_actor.locate import RouterUnavailableError
 from sere_ray.serve.policy_actor.store import memory_store
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import free_port

@@ -67,7 +67,7 @@ def test_the_last_picture_stays_when_the_server_is_gone(page, site):
     site.has_router = False
     page.wait_for_timeout(100)
     page.clock.fast_forward(2100)
-    page.locator("#trouble", has_text="The router actor restarts or has no engine yet.").wait_for()
+    page.locator("#trouble", has_text="The policy actor restarts or has no engine yet.").wait_for()
     site.has_router = True
     poll(page)
     assert page.locator("#trouble").is_hidden()

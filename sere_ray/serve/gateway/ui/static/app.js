@@ -154,7 +154,7 @@ function notice(sample) {
   const silent = stats.per_replica.filter((rank) => rank.counters === null).length;
   const parts = [];
   if (silent > 0) parts.push(`${silent} of ${stats.replicas} ranks did not answer; the totals leave them out.`);
-  if (stats.replicas === 0) parts.push("No rank follows the router: engines are starting, or gone.");
+  if (stats.replicas === 0) parts.push("No rank follows the policy actor: engines are starting, or gone.");
   else if (sample?.known && sample.total === null) {
     parts.push(sample.mixedSteps > 0
       ? "No pure decode step in the last seconds: every step had prompt rows."

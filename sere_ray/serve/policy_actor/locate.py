@@ -1,7 +1,7 @@
-"""Find the router actor of an application, from any process of the cluster.
+"""Find the policy actor of an application, from any process of the cluster.
 
 ``serve.get_deployment_actor`` works only in replicas of the deployment that owns the actor, and the
-actor's name holds a code version. So the actor publishes its name.
+actor's name holds a code version. So the actor publishes its name in Ray's key-value store.
 """
 
 from contextlib import suppress
@@ -15,7 +15,7 @@ _NAMESPACE = b"sere_ray"
 
 
 class RouterUnavailableError(SereError):
-    """The router actor is not running: the deployment is starting, or the actor is restarting."""
+    """The policy actor is not running: the deployment is starting, or the actor is restarting."""
 
 
 def own_actor_name() -> tuple[str, str]:
@@ -30,7 +30,7 @@ def own_actor_name() -> tuple[str, str]:
 
 
 def publish(app: str, name: str) -> str | None:
-    """Make ``name`` the router of an application; returns who was it before."""
+    """Make the actor ``name`` the policy actor of an application; returns which was it before."""
     from ray.experimental import internal_kv as kv
 
     before = kv._internal_kv_get(_key(app), namespace=_NAMESPACE)
@@ -39,9 +39,10 @@ def publish(app: str, name: str) -> str | None:
 
 
 def find_router(app: str) -> Any:
-    """The actor's handle; not to be kept, since a restarted actor has a new one.
+    """Handle of an application's policy actor. Do not keep it: a restarted actor has a new one.
 
-    It asks the cluster's head and waits for it, so an event loop calls it in a thread.
+    The call asks the cluster's head and blocks until it answers, so an event loop runs it in a
+    thread.
 
     Raises:
         RouterUnavailableError: there is none now, or the head does not answer.
@@ -55,7 +56,7 @@ def find_router(app: str) -> Any:
         if name is not None:
             return ray.get_actor(name.decode(), namespace="serve")
     raise RouterUnavailableError(
-        f"application {app!r}: its router actor is not running; try again in a few seconds"
+        f"application {app!r}: its policy actor is not running; try again in a few seconds"
     )
 
 

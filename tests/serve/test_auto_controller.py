@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sere_ray.serve.policy_actor.controller import Controller, Observation, Target
+from sere_ray.serve.policy_actor.auto import AutoTarget, Controller, Observation
 
 LEVELS = 4
 SHARE = [0.0, 0.1, 0.2, 0.35]
@@ -40,7 +40,7 @@ def changes(levels):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("load", [1, 4, 12, 24, 48, 200])
 def test_it_settles_under_a_constant_load(load, seed):
-    target = Target(tpot_ms=16)
+    target = AutoTarget(tpot_ms=16)
     levels = simulate([load] * 400, target, seed=seed)
     assert levels == sorted(levels), "it went back although the load stayed"
     assert changes(levels) <= LEVELS - 1
@@ -54,7 +54,7 @@ def test_it_settles_under_a_constant_load(load, seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_it_follows_a_day_up_and_down_and_ends_exact(seed):
     day = [round(2 + 40 * (1 - math.cos(2 * math.pi * i / 1000)) / 2) for i in range(1000)]
-    levels = simulate(day, Target(tpot_ms=16), seed=seed)
+    levels = simulate(day, AutoTarget(tpot_ms=16), seed=seed)
     peak = levels.index(max(levels))
     assert max(levels) >= 2
     assert levels[-1] == 0
@@ -64,7 +64,7 @@ def test_it_follows_a_day_up_and_down_and_ends_exact(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_burst_is_answered_in_time_and_undone(seed):
-    levels = simulate([2] * 50 + [60] * 100 + [2] * 100, Target(tpot_ms=16), seed=seed)
+    levels = simulate([2] * 50 + [60] * 100 + [2] * 100, AutoTarget(tpot_ms=16), seed=seed)
     assert max(levels[:50]) == 0
     assert levels[50 + 3 * LEVELS] == LEVELS - 1
     assert levels[150 + 3 * LEVELS] == 0
@@ -72,14 +72,14 @@ def test_a_burst_is_answered_in_time_and_undone(seed):
 
 
 def test_without_requests_it_is_exact_at_once():
-    levels = simulate([60] * 50 + [0] + [1] * 5, Target(tpot_ms=16))
+    levels = simulate([60] * 50 + [0] + [1] * 5, AutoTarget(tpot_ms=16))
     assert levels[49] == LEVELS - 1
     assert levels[50:] == [0] * 6
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_quality_floor_wins_over_the_target(seed):
-    target = Target(tpot_ms=5, max_rerouted_share=0.25)
+    target = AutoTarget(tpot_ms=5, max_rerouted_share=0.25)
     levels = simulate([40] * 200, target, seed=seed)
     assert levels[-1] == 2, "levels of at most a quarter re-routed"
     assert levels.count(3) <= 3
@@ -87,7 +87,7 @@ def test_the_quality_floor_wins_over_the_target(seed):
 
 
 def test_reasons_say_what_was_seen():
-    controller = Controller(Target(tpot_ms=10, max_rerouted_share=0.5, patience=2), 2)
+    controller = Controller(AutoTarget(tpot_ms=10, max_rerouted_share=0.5, patience=2), 2)
     slow = Observation(12.34, 8, 0.0)
     assert controller.observe(slow).reason == ""
     assert controller.observe(slow).reason == "p90 12.3 ms > 10.0 ms"
@@ -100,7 +100,7 @@ def test_reasons_say_what_was_seen():
 
 def test_an_interval_that_says_nothing_about_the_time_holds():
     """Also the count of slow ones: an interval may be shorter than what the time is taken over."""
-    controller = Controller(Target(tpot_ms=10, max_rerouted_share=0.5, patience=2), 3)
+    controller = Controller(AutoTarget(tpot_ms=10, max_rerouted_share=0.5, patience=2), 3)
     slow, unknown = Observation(12.0, 8, 0.0), Observation(None, 8, 0.0)
     assert [controller.observe(seen).level for seen in (slow, unknown, slow)] == [0, 0, 1]
     assert [controller.observe(unknown).level for _ in range(5)] == [1] * 5
@@ -108,5 +108,5 @@ def test_an_interval_that_says_nothing_about_the_time_holds():
 
 
 def test_one_level_is_always_exact():
-    controller = Controller(Target(tpot_ms=1), 1)
+    controller = Controller(AutoTarget(tpot_ms=1), 1)
     assert {controller.observe(Observation(9, 9, 0)).level for _ in range(9)} == {0}

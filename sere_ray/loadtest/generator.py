@@ -8,16 +8,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from sere_ray.loadtest.client import now
-from sere_ray.loadtest.driver import Load, Plan, run_part
+from sere_ray.loadtest.driver import Load, LoadPlan, run_part
 
 if TYPE_CHECKING:
     from multiprocessing.pool import AsyncResult, Pool
 
 _PRIORITY = -10
-"""Nice value of the processes that send, where it is allowed: beside an engine on the same cores
-they have little to do, but at once."""
+"""Nice value of the processes that send, where the system allows it. Beside an engine on the same
+cores they have little to do, but must do it at once."""
 _LEAD_SECONDS = 0.2
-"""Until all processes have their part."""
+"""How long before a load starts its parts are handed out."""
 
 
 class Generator:
@@ -26,11 +26,11 @@ class Generator:
     def __init__(self, pool: "Pool", processes: int) -> None:
         self._pool, self._processes = pool, processes
 
-    def run(self, plan: Plan) -> Load:
+    def run(self, plan: LoadPlan) -> Load:
         """Send a load and return when it has ended."""
         return self.begin(plan).result()
 
-    def begin(self, plan: Plan) -> "Pending":
+    def begin(self, plan: LoadPlan) -> "Pending":
         """Send a load in the background."""
         parts = plan.split(self._processes)
         start = now() + _LEAD_SECONDS

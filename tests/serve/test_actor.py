@@ -1,4 +1,4 @@
-"""The router without Ray: replicas that follow it are coroutines of the same loop."""
+"""The policy actor without Ray: replicas that follow it are coroutines of the same loop."""
 
 import asyncio
 import hashlib
@@ -10,10 +10,11 @@ import torch
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine.state import BYTES, COUNTERS, StepTotals
 from sere_ray.serve.gateway.control_api import Stats
-from sere_ray.serve.policy_actor import router as router_module
-from sere_ray.serve.policy_actor.messages import Member, Order
-from sere_ray.serve.policy_actor.router import HISTORY, SereRouter
+from sere_ray.serve.policy_actor import actor as actor_module
+from sere_ray.serve.policy_actor.actor import SereRouter
+from sere_ray.serve.policy_actor.members import Member, Order
 from sere_ray.serve.policy_actor.store import memory_store
+from sere_ray.serve.policy_actor.versions import AUDIT_ENTRIES, HISTORY
 from sere_ray.util.errors import ArtifactError, SereError
 from sere_ray.util.token_times import BUCKETS
 
@@ -54,8 +55,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make_router(folder, monkeypatch):
-    monkeypatch.setattr(router_module, "POLL_SECONDS", 0.1)
-    monkeypatch.setattr(router_module, "ATTACHED_SECONDS", 2.0)
+    monkeypatch.setattr(actor_module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(actor_module, "ATTACHED_SECONDS", 2.0)
     values = {}
 
     def make(**engines):
@@ -228,7 +229,7 @@ def test_an_artifact_is_sent_once_and_only_when_it_changes(make_router, folder):
     ("name", "words"),
     [
         ("foreign.safetensors", ["router fingerprint of layer 0", "1111", "0000", "calibrate"]),
-        ("missing.safetensors", ["missing.safetensors", "No such file", "router actor"]),
+        ("missing.safetensors", ["missing.safetensors", "No such file", "policy actor"]),
         ("damaged.safetensors", ["damaged.safetensors", "not a readable safetensors file"]),
         ("large.safetensors", ["max_artifact_bytes = 65536"]),
         ("text.txt", [".safetensors"]),
@@ -429,7 +430,7 @@ def test_stats_are_asked_for_and_added_up(make_router):
 
 
 def test_counters_that_are_the_same_again_are_an_answer(make_router, monkeypatch):
-    monkeypatch.setattr(router_module, "POLL_SECONDS", 10.0)
+    monkeypatch.setattr(actor_module, "POLL_SECONDS", 10.0)
 
     async def scenario():
         router, idle = make_router(), Replica("r")
@@ -448,10 +449,10 @@ def test_counters_that_are_the_same_again_are_an_answer(make_router, monkeypatch
 def test_the_audit_log_is_bounded_and_says_who(make_router):
     async def scenario():
         router = make_router()
-        for number in range(router_module.AUDIT_ENTRIES + 5):
+        for number in range(AUDIT_ENTRIES + 5):
             await router.set_policy({"min_primary_experts": number}, "ann", timeout_s=0)
         entries = await router.audit()
-        assert len(entries) == router_module.AUDIT_ENTRIES
+        assert len(entries) == AUDIT_ENTRIES
         assert {"time", "who", "what", "before", "after", "mode"} == set(entries[-1])
 
     run(scenario())

@@ -1,11 +1,16 @@
-"""The router actor: it owns policy and artifact of a deployment, and every replica follows it.
+"""The policy actor: it owns policy and artifact of a deployment, and every replica follows it.
 
-It is a controller-managed deployment actor of Ray Serve: shared by all replicas, restarted by the
-controller, not by Ray. Replicas ask, in a long poll, as Serve's own replicas do for their
-configuration; so a late or restarted replica is no special case, and the actor needs no list of
-replicas. Two phases for each version: *staged* (the rank was told; ranks of a gang switch together
-at the next step before which all were told) and *settled* (all ranks of its gang were told, so that
-no later step runs an older one).
+It is a *deployment actor* of Ray Serve: all replicas of the deployment share it, and Serve's
+controller restarts it. Replicas ask it for news in a long poll, as Serve's own replicas do for
+their configuration. So a late or restarted replica is no special case, and the actor needs no list
+of replicas. A version reaches a gang in two phases:
+
+- *staged*: a rank was told of it. The ranks of a gang switch together, at the next step before
+  which all of them were told.
+- *settled*: all ranks of the gang were told, so no later step runs an older version.
+
+Ray Serve pickles this module by value: the process of the actor has a copy of what is defined here.
+What another process compares or catches (messages, errors) is therefore defined elsewhere.
 """
 
 import asyncio
@@ -15,19 +20,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from sere_ray.observe import metrics
-from sere_ray.observe.sink import Sink
+from sere_ray.observe.export import RaySink, Sink
 from sere_ray.observe.stats import means, totals
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.serve.policy_actor.auto import AutoConfig
 from sere_ray.serve.policy_actor.holdings import Holdings
-from sere_ray.serve.policy_actor.members import Members
-from sere_ray.serve.policy_actor.messages import Member, Order, Update
-from sere_ray.serve.policy_actor.store import Store
-from sere_ray.serve.policy_actor.versions import AUDIT_ENTRIES, HISTORY
+from sere_ray.serve.policy_actor.locate import own_actor_name
+from sere_ray.serve.policy_actor.members import Gangs, Member, Members, Order, Update
+from sere_ray.serve.policy_actor.store import Store, ray_store
 from sere_ray.util.token_times import quantile_ms
 
-__all__ = ["AUDIT_ENTRIES", "HISTORY", "SereRouter"]
 logger = logging.getLogger("ray.serve")
 POLL_SECONDS = 5.0
 """How long a poll waits for news."""
@@ -38,22 +43,22 @@ ATTACHED_SECONDS = 3 * POLL_SECONDS
 
 
 class SereRouter:
-    """The actor. All methods are coroutines of one event loop; a change is persisted before any
-    replica hears of it.
+    """The policy actor, without Ray. All methods are coroutines of one event loop. A change is
+    saved before any replica hears of it.
 
     Args:
-        policy: of the deployment file; ``similarity`` is a path on this node.
-        folder: of artifacts that may be swapped in; None allows none.
+        policy: keys of the deployment file's policy; ``similarity`` is a path on this node.
+        folder: holds the artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
-        gangs: that the deployment has; those beyond are counted as restarts.
+        gangs: how many the deployment has. What joins beyond that is counted as a restart.
         on_gpu: whether ranks compute on GPUs.
-        several_ranks: whether a gang has more than one.
-        store: where state survives this actor.
-        on_followed: called when the first replica polls: its engine has started.
-        sink: of metrics; None exports none.
+        several_ranks: whether a gang has more than one rank.
+        store: where the state survives this actor.
+        on_followed: called when the first replica polls, so when its engine has started.
+        sink: takes metrics; None exports none.
         auto: fields of :class:`AutoConfig`; None allows no mode ``auto``.
-        starts_auto: begin in it.
-        put: makes an object reference of bytes; None = ``ray.put``.
+        starts_auto: begin in mode ``auto``.
+        put: makes an object reference of bytes, as ``ray.put`` does.
     """
 
     def __init__(
@@ -70,12 +75,8 @@ class SereRouter:
         sink: Sink | None = None,
         auto: Mapping[str, Any] | None = None,
         starts_auto: bool = False,
-        put: Any = None,
+        put: Callable[[bytes], Any] = ray.put,
     ) -> None:
-        if put is None:
-            import ray
-
-            put = ray.put
         self._auto_config = None if auto is None else AutoConfig.model_validate(auto)
         self._auto_task: asyncio.Task[None] | None = None
         self._holdings = Holdings(
@@ -90,11 +91,9 @@ class SereRouter:
         )
         self._versions = self._holdings.versions
         self._members = Members(ATTACHED_SECONDS)
-        self._sink, self._gangs = sink, gangs
+        self._gangs, self._num_gangs = Gangs(), gangs
+        self._sink = sink
         self._on_followed: Callable[[], None] | None = on_followed
-        self._gangs_met: set[str] = set()
-        self._gang_start: dict[str, Update] = {}
-        self._left: dict[str, set[str]] = {}
         self._news = asyncio.Condition()
         self._change = asyncio.Lock()
         self._reports_wanted: set[str] = set()
@@ -106,20 +105,17 @@ class SereRouter:
     # --- replicas ------------------------------------------------------------------------------
 
     async def join(self, gang: str) -> Update:
-        """What a replica of this gang starts with: the same for all its ranks.
-
-        A gang restarts as a whole and under a new id.
-        """
+        """The version that a replica of this gang starts with: the same for all its ranks."""
         self._holdings.save_again()
         self._meet(gang)
-        if gang not in self._gang_start:
-            self._forget_gangs()
-            self._gang_start[gang] = self._versions.whole()
-        return self._gang_start[gang]
+        return self._gangs.start(gang, self._members.gangs(), self._versions.whole)
 
     async def poll(self, member: Member, wait: bool = True) -> Order:
-        """Take note of a replica and wait until there is something for it, at most
-        ``POLL_SECONDS``."""
+        """Take note of how far a replica is, and answer what it has to do next.
+
+        With ``wait`` the answer comes when there is something to do, at the latest after
+        ``POLL_SECONDS``.
+        """
         self._meet(member.gang)
         if self._on_followed is not None:
             self._on_followed()
@@ -140,15 +136,14 @@ class SereRouter:
         return self._order(member)
 
     async def leave(self, replica: str, gang: str, gang_size: int) -> None:
-        """A replica stops and has no requests left: wait until its gang has none, at most
-        ``DRAIN_SECONDS``.
+        """A replica that stops has no requests left. Return when its whole gang has none, at the
+        latest after ``DRAIN_SECONDS``.
 
-        When the last one leaves, the deployment ends: the same file, deployed again, starts with
-        its own policy. (A dead replica does not take its leave.)
+        When the last replica leaves, the deployment ends: the same file, deployed again, starts
+        with its own policy. (A replica that dies does not call this.)
         """
         self._members.drop(replica)
-        left = self._left.setdefault(gang, set())
-        left.add(replica)
+        left = self._gangs.leave(gang, replica)
         async with self._news:
             self._news.notify_all()
             await self._until(lambda: len(left) == gang_size, DRAIN_SECONDS)
@@ -264,18 +259,11 @@ class SereRouter:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait_for(condition), timeout_s)
 
-    def _forget_gangs(self) -> None:
-        """Drop start versions of gangs that are no more, but for a few that may be starting."""
-        alive = self._members.gangs()
-        for gang in [g for g in self._gang_start if g not in alive][:-8]:
-            del self._gang_start[gang]
-            self._left.pop(gang, None)
-
     def _meet(self, gang: str) -> None:
-        """A rank of this gang joins or polls. A gang that is restarted comes under a new id."""
-        if gang not in self._gangs_met:
-            self._gangs_met.add(gang)
-            self._measure(metrics.GANG_RESTARTS, len(self._gangs_met) > self._gangs)
+        """A rank of this gang joins or polls."""
+        count = self._gangs.meet(gang)
+        if count is not None:
+            self._measure(metrics.GANG_RESTARTS, count > self._num_gangs)
         self._measure(metrics.ROUTER_VERSION, self._versions.newest["version"])
 
     def _measure(self, metric: metrics.Metric, value: float, **labels: str) -> None:
@@ -283,12 +271,10 @@ class SereRouter:
             self._sink.record(metric, value, **labels)
 
     async def _announce(self, version: int, timeout_s: float) -> None:
-        everybody = self._members
+        ranks = self._members
         async with self._news:
             self._news.notify_all()
-            await self._until(
-                lambda: everybody.settled(version) == len(everybody.attached()), timeout_s
-            )
+            await self._until(lambda: ranks.settled(version) == len(ranks.attached()), timeout_s)
 
     def _status(self) -> dict[str, Any]:
         newest, pilot = self._versions.newest, self._holdings.pilot
@@ -300,3 +286,14 @@ class SereRouter:
             "replicas": len(self._members.attached()),
             "replicas_settled": self._members.settled(newest["version"]),
         }
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class RouterActor(SereRouter):
+    """The policy actor of a Ray Serve deployment; takes what comes from the deployment file."""
+
+    def __init__(self, **arguments: Any) -> None:
+        app, name = own_actor_name()
+        store, take_over = ray_store(app, name)
+        sink = RaySink({"app": app})
+        super().__init__(**arguments, store=store, on_followed=take_over, sink=sink)

@@ -63,7 +63,7 @@ def profile_steps(engine: Any, model: Model, batch: int, *, seed: int = 0) -> di
 
 
 def kernel_rows(events: Any) -> list[dict[str, Any]]:
-    """Events of the device, by total time; copies and memsets are among them."""
+    """The profiler's events on the device, longest total time first, with copies and memsets."""
     found = [
         {
             "name": event.key[:_NAME_CHARACTERS],

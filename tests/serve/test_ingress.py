@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sere_ray.serve.gateway import openai_ingress
-from sere_ray.serve.gateway.access import Refusal
+from sere_ray.serve.gateway import ingress
+from sere_ray.serve.gateway.ingress import first_response, has_no_replica, until_loss
 from sere_ray.serve.gateway.losses import loss_event
-from sere_ray.serve.gateway.openai_ingress import first_response, has_no_replica, until_loss
+from sere_ray.serve.gateway.refusals import Refusal
 
 
 def handle(replicas, pending=()):
@@ -30,7 +30,7 @@ async def answer_after(seconds, closed):
 
 @pytest.fixture(autouse=True)
 def _check_often(monkeypatch):
-    monkeypatch.setattr(openai_ingress, "QUEUE_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(ingress, "QUEUE_CHECK_SECONDS", 0.02)
 
 
 def ask(handle, seconds=0.2):

@@ -3,8 +3,7 @@
 from transformers import AutoTokenizer
 
 from sere_ray import assets
-from sere_ray.bench.models import PUBLIC
-from sere_ray.bench.tokenizer import write_tokenizer
+from sere_ray.bench.models import PUBLIC, write_tokenizer
 
 
 def test_it_encodes_like_the_demos_and_decodes_every_id(tmp_path):

@@ -48,11 +48,12 @@ def files() -> list[str]:
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".md", ".pyc")
     ]
-    return [str(p) for p in sorted(found, key=lambda p: (p.parts[0] == "kernels", p.parent, p.name))]
+    found.sort(key=lambda path: (path.parts[0] == "kernels", path.parent, path.name))
+    return list(map(str, found))
 
 
 def listing() -> str:
-    """The list as Markdown: a line for each folder, which its ``__init__.py`` describes, and file."""
+    """A line for each folder, in the words of its ``__init__.py``, and for each file."""
     rooms: dict[str, list[str]] = {}
     for name in files():
         other = next((start for start in OTHERS if name.startswith(start)), None)

@@ -81,10 +81,8 @@ def test_the_table_of_the_readme_is_what_the_result_files_hold():
         for row in rows(file)
         if row["model"].startswith("qwen3") and (row["router"], row["batch"]) == ("skewed", 16)
     }
-    judged = [
-        [row for row in rows(f"frontier-judge-seed{seed}") if (row["batch"], row["ranks"]) == (16, 1)]
-        for seed in (0, 1)
-    ]
+    files = (rows(f"frontier-judge-seed{seed}") for seed in (0, 1))
+    judged = [[r for r in of_seed if (r["batch"], r["ranks"]) == (16, 1)] for of_seed in files]
     answers = {row["policy"]: row["answers_right"] for row in rows("loadtest-cpu")}
     cases = (
         ("exact", ("stock", "step-time-h200"), {"rule": "exact"}, "off"),
@@ -216,10 +214,10 @@ def test_pages_that_code_names_exist():
 
 def test_files_that_pages_name_exist():
     """Those named with a folder; of which one, the end of the path says."""
-    wrong = []
+    pattern, wrong = r"(?<![\w/*-])(\w[\w.-]*(?:/[\w.-]+)+\.(?:py|cuh?|h|yaml))", []
     for page in set(PAGES) - HISTORY:
         for code in code_of(page):
-            for path in re.findall(r"(?<![\w/*-])(\w[\w.-]*(?:/[\w.-]+)+\.(?:py|cuh?|h|yaml))", code):
+            for path in re.findall(pattern, code):
                 known = any(f"/{name}".endswith(f"/{path}") for name in tracked())
                 if not known and not path.startswith("my/"):  # an overlay of the reader's own
                     wrong.append(f"{page}: {path}")

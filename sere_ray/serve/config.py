@@ -95,8 +95,10 @@ class ServeConfig(BaseModel):
         if value.get("sere") is None:
             return value
         key = read_key_file(value["sere"])
-        starts_auto = isinstance(key, Mapping) and key.get("mode") == AUTO
-        policy, startup = parse_key({**key, "mode": "off"} if starts_auto else key)
+        starts_auto = False
+        if isinstance(key, Mapping) and key.get("mode") == AUTO:
+            starts_auto, key = True, {**key, "mode": "off"}
+        policy, startup = parse_key(key)
         return {**value, "sere": policy, "startup": startup, "starts_auto": starts_auto}
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import Out, console, user_errors
+from sere_ray.cli.common import Out, console, saver, user_errors
 from sere_ray.cli.loadtest_common import (
     Csv,
     Html,
@@ -16,7 +16,6 @@ from sere_ray.cli.loadtest_common import (
     Stall,
     Url,
     finish,
-    saver,
 )
 
 

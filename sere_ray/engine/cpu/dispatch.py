@@ -13,7 +13,6 @@ quant_method.moe_kernel of each layer  Built again of the same experts and the b
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,10 +120,3 @@ def replace_dispatch(
         meter.row_bytes = exchange.row_bytes(moe.hidden_dim, moe.experts_per_token, moe.in_dtype)
         backend = AllToAllPrepareAndFinalize(exchange, meter)
         method.moe_kernel = FusedMoEKernel(backend, method.moe_kernel.fused_experts)
-
-
-def group_timeout(vllm_config: Any) -> timedelta:
-    """Of the engine's exchanges: vLLM's ``distributed_timeout_seconds``, else torch's default."""
-    seconds = vllm_config.parallel_config.distributed_timeout_seconds
-    default: timedelta = dist.default_pg_timeout
-    return default if seconds is None else timedelta(seconds=seconds)

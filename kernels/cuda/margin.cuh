@@ -104,7 +104,7 @@ __device__ __forceinline__ Rows rows_of_warp() {
 
 // Otherwise a cluster's further blocks have nothing to do.
 __device__ __forceinline__ bool follows_margin(const Start& start) {
-  return !UNAVAILABLE && start.has_work && start.settings.rule == MARGIN;
+  return start.has_work && start.settings.rule == MARGIN;
 }
 
 // The first half of the rule: fills shared.demand by this block's rows. load(row, slot) gives a

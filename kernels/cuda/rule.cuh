@@ -5,8 +5,7 @@
 //   K        slots of a row, at most 16
 //   THREADS  threads of the block, a multiple of 32
 //   ID64     1 = topk_ids is int64, 0 = int32
-//   UNAVAILABLE  1 = experts may be gone (step 7 of the rule), 0 = the mask is not read
-//   MAX_ROWS     most rows of a kernel that sorts
+//   MAX_ROWS most rows of a kernel that sorts
 //
 // Everything that may change between two steps (settings, row kinds) is read from device memory,
 // so a captured CUDA graph follows it. Nothing here allocates or waits for the host.
@@ -110,7 +109,6 @@ struct Arguments {
   const signed char* row_kind;                     // [num_rows]
   unsigned long long* counters;                    // four of this layer; of the other counter row
   int counter_stride;                              // this many further on
-  const unsigned char* unavailable;                // [E]
 };
 
 // Before this returns, nothing that an earlier kernel of the stream writes may be touched.
@@ -169,20 +167,14 @@ __device__ __forceinline__ int total_below(const int (&lowest)[PER_LANE], int si
   return __reduce_add_sync(ALL_LANES, count);
 }
 
-// May a slot go to this expert? Members of P; if P is empty, whoever is left (step 7).
-__device__ __forceinline__ bool is_candidate(const Shared& shared, const Arguments& a, int v, int size, int num_primary) {
-  if (UNAVAILABLE && a.unavailable[v]) return false;
-  return num_primary > 0 ? shared.lowest_rank[v] < size : UNAVAILABLE;
-}
-
 // Step 4 for the experts of some lanes, by a warp: lane's is first + lane * WARPS. Each lane gets its
-// own's first candidate in the order of similarity, or -1.
+// own's first member of P in the order of similarity, or -1.
 __device__ __forceinline__ int most_similar(const Shared& shared, const Arguments& a, unsigned lanes, int first,
-                                            int size, int num_primary) {
+                                            int size) {
   constexpr int AT_ONCE = 4;                       // independent chains of loads and votes
   const int lane = threadIdx.x % 32;
   int own = -1;
-  unsigned far = 0;                                // none of its 32 nearest is a candidate
+  unsigned far = 0;                                // none of its 32 nearest is in P
   while (lanes) {
     int owner[AT_ONCE], v[AT_ONCE];
 #pragma unroll
@@ -193,7 +185,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const unsigned hits = __ballot_sync(ALL_LANES, lane < E && is_candidate(shared, a, v[i], size, num_primary));
+      const unsigned hits = __ballot_sync(ALL_LANES, lane < E && shared.lowest_rank[v[i]] < size);
       const int found = __shfl_sync(ALL_LANES, v[i], __ffs(hits | 1u << 31) - 1);
       if (hits && lane == owner[i]) own = found;
       if (!hits && owner[i] >= 0) far |= 1u << owner[i];
@@ -206,7 +198,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
     for (int start = 32; start < E; start += 32) {
       const int at = start + lane;
       const int v = at >= E ? 0 : start < NEAR ? shared.near[u][at] : a.neighbours[u * STRIDE + at];
-      const unsigned hits = __ballot_sync(ALL_LANES, at < E && is_candidate(shared, a, v, size, num_primary));
+      const unsigned hits = __ballot_sync(ALL_LANES, at < E && shared.lowest_rank[v] < size);
       const int found = __shfl_sync(ALL_LANES, v, __ffs(hits | 1u << 31) - 1);
       if (hits && lane == owner) own = found;
       if (hits) break;
@@ -215,15 +207,14 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
   return own;
 }
 
-// Steps 3, 4 and 7: fills shared.target. Every warp derives P for itself, so no barrier is needed.
+// Steps 3 and 4: fills shared.target. Every warp derives P for itself, so no barrier is needed.
 // Returns S_eff.
 __device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, const Settings& settings) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int lowest[PER_LANE];
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const int v = lane * PER_LANE + j;
-    lowest[j] = UNAVAILABLE && v < E && a.unavailable[v] ? K : shared.lowest_rank[v];
+    lowest[j] = shared.lowest_rank[lane * PER_LANE + j];
   }
   int size = settings.select_top_k;
   const int enough = min(settings.min_primary_experts, total_below(lowest, K));
@@ -234,11 +225,10 @@ __device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, 
   for (int start = 0; start < PER_WARP; start += 32) {  // 32 experts of this warp, a lane each
     const int own = warp + (start + lane) * WARPS;
     const int rank = own < E ? shared.lowest_rank[own] : K;
-    const bool is_gone = UNAVAILABLE && own < E && a.unavailable[own];
-    const bool moves = is_gone || (rank >= size && rank < K && num_primary > 0);
+    const bool moves = rank >= size && rank < K && num_primary > 0;
     const unsigned lanes = __ballot_sync(ALL_LANES, moves);
-    int v = lanes ? most_similar(shared, a, lanes, warp + start * WARPS, size, num_primary) : -1;
-    const bool refused = v >= 0 && !is_gone && settings.has_threshold && a.similarity[own * E + v] < settings.threshold;
+    int v = lanes ? most_similar(shared, a, lanes, warp + start * WARPS, size) : -1;
+    const bool refused = v >= 0 && settings.has_threshold && a.similarity[own * E + v] < settings.threshold;
     if (v < 0 || refused) v = own;
     if (own < E) {
       shared.target[own] = v;
@@ -248,10 +238,8 @@ __device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, 
   return size;
 }
 
-__device__ __forceinline__ Id new_id(const Shared& shared, const Slot& s, const unsigned char* unavailable) {
-  if (!s.valid) return s.id;
-  if (s.kind == PADDING && !(UNAVAILABLE && unavailable[s.id])) return s.id;
-  return shared.target[s.id];
+__device__ __forceinline__ Id new_id(const Shared& shared, const Slot& s) {
+  return s.valid && s.kind != PADDING ? shared.target[s.id] : s.id;
 }
 
 // Counters of the layer, by one warp: experts before and after, critical experts kept.
@@ -264,7 +252,7 @@ __device__ __forceinline__ void count_experts(const Shared& shared, const Argume
     const int v = lane * PER_LANE + j, rank = shared.lowest_rank[v];
     before += rank < K;
     after += shared.is_read[v];
-    primary += rank < size && !(UNAVAILABLE && v < E && a.unavailable[v]);
+    primary += rank < size;
   }
   before = __reduce_add_sync(ALL_LANES, before);
   after = __reduce_add_sync(ALL_LANES, after);
@@ -299,7 +287,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   }
   start.settings = *a.settings;
   start.step = *a.step;
-  start.has_work = (start.settings.mode != OFF) & (UNAVAILABLE | (start.step.num_reroutable > 0));
+  start.has_work = (start.settings.mode != OFF) & (start.step.num_reroutable > 0);
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
     shared.lowest_rank[v] = K;
@@ -310,7 +298,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   let_next_kernel_start();                         // not before: it would take the earlier kernel's room
 }
 
-// Steps 3 to 7, once every expert's lowest rank is known to this thread's warp: what each slot becomes.
+// Steps 3 to 5, once every expert's lowest rank is known to this thread's warp: what each slot becomes.
 // load(row, slot) gives a slot, then(slot index, final id) is told of it. Counts.
 template <class Load, class Then>
 __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, const Start& start, Load load,
@@ -332,7 +320,7 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
     const Slot s = load(row, slot);
     Id id = s.id;
     if (start.has_work) {
-      const Id moved = new_id(shared, s, a.unavailable);
+      const Id moved = new_id(shared, s);
       const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
       changed += is_own && s.kind != PADDING && moved != s.id;
       if (start.settings.mode != OBSERVE) id = moved;
@@ -444,10 +432,10 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
 #define RULE_PARAMETERS                                                                                  \
   const Id *ids, Id *new_ids, float *weights, int num_rows, const void *neighbours,                      \
       const float *similarity, const void *settings, const void *step, const signed char *row_kind,      \
-      unsigned long long *counters, int counter_stride, const unsigned char *unavailable
+      unsigned long long *counters, int counter_stride
 #define RULE_ARGUMENTS                                                                                   \
   {ids, new_ids, weights, num_rows, static_cast<const Expert*>(neighbours), similarity,                 \
    static_cast<const Settings*>(settings), static_cast<const Step*>(step), row_kind, counters,           \
-   counter_stride, unavailable}
+   counter_stride}
 #define SORTED_PARAMETERS int block_bits, int *sorted_slots, int sorted_capacity, int *block_expert, int *padded_slots
 #define SORTED_ARGUMENTS {block_bits, sorted_slots, sorted_capacity, block_expert, padded_slots}

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sere_ray import assets
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, bound
-from sere_ray.bench.dispatch import interval
-from sere_ray.bench.failover import score
+from sere_ray.bench.dispatch import divergence, interval
 from sere_ray.calibration.collect import MoELayer, collect, find_moe_layers
 from sere_ray.calibration.data import make_batches, make_windows
 from sere_ray.calibration.loading import load_model, load_tokenizer
@@ -208,20 +207,20 @@ class Judge:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
         self._texts = torch.tensor(make_windows(assets.heldout_texts(), tokenizer, TEXTS, LENGTH))
-        self._exact = exact_logits(model, self._texts, PROMPT_TOKENS)
+        logits = exact_logits(model, self._texts, PROMPT_TOKENS)
+        self._exact = logits.double().log_softmax(dim=-1)
 
     def divergence(self, similarity: Similarity, select_top_k: int) -> NDArray[np.float64]:
         """``[TEXTS]``: mean KL(exact || re-routed) of each text's positions, nats."""
         policy = bound(Policy.parse({"similarity": "-", "select_top_k": select_top_k}))
-        kl, _, _ = score(
-            self._model,
-            self._texts,
-            self._exact,
-            Rerouter(policy, similarity, PROMPT_TOKENS).forward,
-            batch=BATCH,
-            prompt_tokens=PROMPT_TOKENS,
-        )
-        return kl / (LENGTH - PROMPT_TOKENS)
+        rerouter = Rerouter(policy, similarity, PROMPT_TOKENS)
+        of_positions = []
+        for start in range(0, len(self._texts), BATCH):
+            rows = slice(start, start + BATCH)
+            logits = rerouter.forward(self._model, self._texts[rows])[:, PROMPT_TOKENS:]
+            of_positions.append(divergence(self._exact[rows], logits))
+        found: NDArray[np.float64] = torch.cat(of_positions).mean(dim=1).numpy()
+        return found
 
 
 def _data_sets() -> dict[str, list[str]]:

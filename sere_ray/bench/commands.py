@@ -16,7 +16,6 @@ from sere_ray.bench.models import get_model
 from sere_ray.bench.routing import ROUTERS, Router
 from sere_ray.bench.step_time import ROW_KEY, Bench, Plan, measure
 from sere_ray.calibration import calibrate
-from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
@@ -92,7 +91,6 @@ def run_dispatch(
     *,
     group_sizes: list[int],
     rows_per_rank: int,
-    tolerances: list[float],
     similarity: Path | None,
     console: Console,
 ) -> None:
@@ -102,7 +100,6 @@ def run_dispatch(
         out: the result file; replaced in one step.
         group_sizes: numbers of ranks, each a process.
         rows_per_rank: decode rows of every rank.
-        tolerances: values of ``prefer_local_rank`` beside null.
         similarity: artifact of the demo model; None calibrates one first.
         console: where progress goes.
 
@@ -116,22 +113,16 @@ def run_dispatch(
                 f"held-out texts and there are {SEQUENCES}; give fewer rows or ranks"
             )
     artifact = _demo_artifact(similarity, console)
-    variants = [(TOP_K, None), *((size, t) for size in (2, 1) for t in (None, *tolerances))]
     settings = [
-        Setting(size, _demo_policy(select_top_k, tolerance))
+        Setting(size, bound(Policy.parse({"similarity": "-", "select_top_k": select_top_k})))
         for size in group_sizes
-        for select_top_k, tolerance in variants
+        for select_top_k in (TOP_K, 2, 1)
     ]
     with progress(console, len(settings), task="dispatch", unit="settings") as advance:
         rows = measure_dispatch(settings, artifact.layers, rows_per_rank, lambda: advance(1))
     write_result(
         out, {"model": "demo", "per": "MoE layer and decode step, all ranks", "rows": rows}
     )
-
-
-def _demo_policy(select_top_k: int, prefer_local_rank: float | None) -> BoundPolicy:
-    keys = {"select_top_k": select_top_k, "prefer_local_rank": prefer_local_rank}
-    return bound(Policy.parse({"similarity": "-", **keys}))
 
 
 def _demo_artifact(path: Path | None, console: Console) -> SimilarityArtifact:

@@ -69,22 +69,20 @@ def measure_dispatch(
     for ranks in dict.fromkeys(setting.ranks for setting in settings):
         group = [setting for setting in settings if setting.ranks == ranks]
         with tempfile.TemporaryDirectory(prefix="sere-dispatch-") as folder:
-            divergences = []
+            found = []
             for number, setting in enumerate(group):
                 path = Path(folder) / f"{number}.safetensors"
                 batch = ranks * rows_per_rank
                 logits = _record(model, windows, setting, similarity, batch, path)
-                divergences.append(_kl(exact[: len(logits)], logits))
+                found.append(divergence(exact[: len(logits)], logits))
                 on_point()
             counts, errors = _replay(Path(folder), ranks, len(group))
         stock = _sent_per_step(counts[0])
-        for setting, divergence, of_setting, error in zip(
-            group, divergences, counts, errors, strict=True
-        ):
+        for setting, kl, of_setting, error in zip(group, found, counts, errors, strict=True):
             rows.append(
                 _row(setting, rows_per_rank, of_setting, stock)
-                | {"kl_mean": round(float(divergence.mean()), 5)}
-                | {"kl_mean_95": interval(divergence.mean(dim=1).numpy(), None)}
+                | {"kl_mean": round(float(kl.mean()), 5)}
+                | {"kl_mean_95": interval(kl.mean(dim=1).numpy(), None)}
                 | {"largest_error": error}
             )
     return rows
@@ -111,8 +109,6 @@ def _record(
         setting.policy,
         similarity,
         PROMPT_TOKENS,
-        owner=linear_owner(next(iter(similarity.values())).shape[0], setting.ranks),
-        home=torch.arange(batch) * setting.ranks // batch,
         on_layer=lambda layer, rows: found[layer].append(rows),
     )
     starts = range(0, len(windows) - batch + 1, batch)
@@ -128,7 +124,7 @@ def _record(
     return torch.cat(logits)
 
 
-def _kl(exact: Tensor, logits: Tensor) -> Tensor:
+def divergence(exact: Tensor, logits: Tensor) -> Tensor:
     """``[N, D]``: KL(exact || logits), nats; ``exact`` are log-probabilities."""
     return (exact.exp() * (exact - logits.double().log_softmax(dim=-1))).sum(dim=-1)
 
@@ -247,7 +243,6 @@ def _row(
     sent = _sent_per_step(counts)
     return {
         "select_top_k": setting.policy.select_top_k,
-        "prefer_local_rank": setting.policy.prefer_local_rank,
         "ranks": ranks,
         "rows_per_rank": rows_per_rank,
         "bytes_dispatched": round(report["bytes_dispatched_after"] / calls, 1),

@@ -20,29 +20,26 @@ def draw(document: dict[str, Any], picture: Path) -> None:
     """Write a PNG or SVG.
 
     Args:
-        document: a result file of ``sere-ray bench step-time``, ``failover`` or ``scale``, or of
+        document: a result file of ``sere-ray bench step-time`` or ``scale``, or of
             ``sere-ray evaluate``.
         picture: file to write; its suffix says the format.
 
     Raises:
         SereError: the document is another kind of result, or the suffix another format.
     """
-    from sere_ray.bench.plot_ranks import draw_failover, draw_scale
+    from sere_ray.bench.plot_ranks import draw_scale
     from sere_ray.evaluation.frontier_page import draw_frontier
 
     kinds: list[tuple[set[str], Callable[[dict[str, Any]], Figure]]] = [
         ({"model", "batch", "arm", "speedup"}, draw_step_time),
         ({"model", "rows_per_rank", "union", "arm", "speedup"}, draw_expert_parallel),
-        ({"gone", "method", "kl_mean"}, draw_failover),
         ({"ranks", "rows_per_rank", "destination_ranks_mean", "samples"}, draw_scale),
         ({"rule", "settings", "experts_read_mean", "kl_mean"}, draw_frontier),
     ]
     rows = document.get("rows") or [{}]
     found = [make for fields, make in kinds if all(fields <= row.keys() for row in rows)]
     if not found:
-        raise SereError(
-            "not a result of `sere-ray bench step-time`, `failover`, `scale` or `evaluate`"
-        )
+        raise SereError("not a result of `sere-ray bench step-time`, `scale` or `evaluate`")
     kind = picture.suffix.removeprefix(".")
     if kind not in ("png", "svg"):
         raise SereError(f"{picture}: must end in .png or .svg")

@@ -1,4 +1,4 @@
-"""Pictures of what happens over many ranks: experts that are gone, and simulated scale."""
+"""Picture of simulated scale: what happens over many ranks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,52 +8,17 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 
-def draw_failover(document: dict[str, Any]) -> "Figure":
-    """KL, top-1 agreement and perplexity by the share of experts gone; bars: over the masks."""
-    from matplotlib.figure import Figure
-
-    rows = document["rows"]
-    exact = next(row for row in rows if row["method"] == "exact")
-    lines: dict[tuple[str, int], Rows] = {}
-    for row in rows:
-        if row is not exact:
-            lines.setdefault((row["method"], row["batch"]), []).append(row)
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = (
-        ("kl_mean", "kl", "KL to the exact model, nats"),
-        ("top1_agreement", "top1", "top-1 agreement"),
-        ("perplexity", "perplexity", "perplexity of held-out text"),
-    )
-    shares = sorted({row["gone"] for row in rows if row["gone"]})
-    for axes, (field, prefix, label) in zip(figure.subplots(1, 3), panels, strict=True):
-        for number, ((method, batch), points) in enumerate(lines.items()):
-            places = [shares.index(row["gone"]) + 0.1 * (number - 3) for row in points]
-            means = [row[field] for row in points]
-            low = [m - row[f"{prefix}_min_mask"] for m, row in zip(means, points, strict=True)]
-            high = [row[f"{prefix}_max_mask"] - m for m, row in zip(means, points, strict=True)]
-            spread = [[max(value, 0) for value in side] for side in (low, high)]
-            style = {"linestyle": "none", "marker": "s" if batch == 1 else "o", "markersize": 5}
-            name = f"{method}, batch {batch}"
-            axes.errorbar(places, means, yerr=spread, capsize=2, label=name, **style)
-        if field == "perplexity":
-            axes.axhline(exact[field], color="black", linewidth=0.8, label="exact")
-        axes.set_xticks(range(len(shares)), [f"1/{round(1 / share)}" for share in shares])
-        axes.set_xlabel("share of experts gone")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3, axis="y")
-    figure.axes[0].legend(fontsize=7)
-    title = "demo model, teacher-forced, one rank of 8, 4 or 2 gone; bars: from rank to rank"
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
 def draw_scale(document: dict[str, Any]) -> "Figure":
-    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates."""
+    """By rows per rank: the busiest rank's experts, destinations and bytes; skewed gates.
+
+    Files up to commit f52e2f4 have arms of the key ``prefer_local_rank``, which are left out.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int], Rows] = {}
     for row in document["rows"]:
-        shown = row["prefer_local_rank"] != 1 and (row["threshold"] is None or _is_one(row))
+        has_key = row.get("prefer_local_rank") is not None
+        shown = not has_key and (row["threshold"] is None or _is_one(row))
         if shown and row["router"] == "skewed" and row["ranks"] in (8, 64, 256):
             panels.setdefault((row["shape"], row["ranks"]), []).append(row)
     fields = (
@@ -95,8 +60,6 @@ def _name(row: dict[str, Any]) -> str:
     parts = [f"S={row['select_top_k']}"]
     if row["threshold"] is not None:
         parts.append(f"rho={row['threshold']}")
-    if row["prefer_local_rank"] is not None:
-        parts.append(f"prefer_local_rank={row['prefer_local_rank']}")
     if row["union"] == "local":
         parts.append("local union")
     return ", ".join(parts)

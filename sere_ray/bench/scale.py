@@ -22,8 +22,6 @@ RANKS = (8, 16, 64, 256)
 ROWS_PER_RANK = (1, 4, 16, 64, 256)
 THRESHOLD = 0.6
 """Above it lie the similarities of a fifth to a third of all pairs of `random_similarity`."""
-TOLERANCES = (0.1, 1.0)
-"""Of ``prefer_local_rank``; 1 = any stand-in on a visited rank."""
 SAMPLED_ROWS = 2048
 """Samples of a point are drawn until they have so many rows, at least 2 and at most 24."""
 
@@ -51,7 +49,6 @@ class Arm:
     select_top_k: int
     union: str = "global"
     threshold: float | None = None
-    prefer_local_rank: float | None = None
 
 
 def arms(top_k: int) -> list[Arm]:
@@ -59,7 +56,6 @@ def arms(top_k: int) -> list[Arm]:
     found = [Arm(top_k)]
     for size in (2, 1):
         found += [Arm(size, union, rho) for rho in (None, THRESHOLD) for union in UNIONS]
-        found += [Arm(size, prefer_local_rank=near) for near in TOLERANCES]
     return found
 
 
@@ -95,13 +91,13 @@ def draw_choices(
 def reroute_ranks(ids: Tensor, similarity: Tensor, arm: Arm, *, ranks: int) -> Tensor:
     """The rule for all ranks at once, without a loop over rows or ranks.
 
-    Equal to :func:`sere_ray.rules.reroute` and ``reroute_local`` where every row is re-routable
-    and slots are sorted by weight (tests/bench/test_scale.py).
+    Equal to :func:`sere_ray.rules.reroute` where every row is re-routable and slots are sorted by
+    weight (tests/bench/test_scale.py).
 
     Args:
         ids: ``[T, K]`` int64, valid; the rows of each rank are consecutive.
         similarity: ``[E, E]`` float32.
-        arm: S, rho, union, tolerance; m = K.
+        arm: S, rho, union; m = K.
         ranks: R, a divisor of T and of E.
 
     Returns:
@@ -129,25 +125,7 @@ def reroute_ranks(ids: Tensor, similarity: Tensor, arm: Arm, *, ranks: int) -> T
     rho = torch.tensor(-torch.inf if arm.threshold is None else arm.threshold).float()
     stays = primary | (best < rho)
     target = torch.where(stays, torch.arange(num_experts), nearest)
-    new_ids = target.flatten()[entry]
-    if arm.prefer_local_rank is None:
-        return new_ids
-
-    bar = best - torch.tensor(arm.prefer_local_rank, dtype=torch.float32)
-    is_nearest = torch.arange(num_experts) == nearest[:, :, None]
-    masked[(masked <= bar[:, :, None]) & ~is_nearest] = -torch.inf
-    masked[masked < rho] = -torch.inf
-    per_rank = num_experts // ranks
-    likeness, place = masked.view(groups * num_experts, ranks, per_rank).max(dim=2)
-    home = torch.arange(num_rows)[:, None] // (num_rows // ranks)
-    moves = new_ids != ids
-    visited = torch.cat((home, torch.where(moves, home, ids // per_rank)), dim=1)  # [T, 1 + K]
-    options = entry[:, :, None], visited[:, None, :]
-    found = likeness[options]
-    most = found.amax(dim=2, keepdim=True)
-    expert = visited[:, None, :] * per_rank + place[options]
-    chosen = torch.where(found == most, expert, num_experts).amin(dim=2)
-    return torch.where(moves & (most.squeeze(2) > -torch.inf), chosen, new_ids)
+    return target.flatten()[entry]
 
 
 def count_reads_and_rows(
@@ -209,7 +187,6 @@ def simulate(shape: Shape, router: Router, ranks: int, rows_per_rank: int) -> li
             "select_top_k": arm.select_top_k,
             "union": arm.union,
             "threshold": arm.threshold,
-            "prefer_local_rank": arm.prefer_local_rank,
             "samples": samples,
             **{
                 name: round(float(np.mean([count[name] for count in counts])), 3)

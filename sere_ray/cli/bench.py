@@ -1,6 +1,5 @@
 """The group ``bench``; those of its commands that measure one subject live with that subject."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -128,9 +127,6 @@ def dispatch_bytes(
     rows_per_rank: Annotated[
         int, typer.Option(min=1, help="Decode rows of a rank; at most 32 over all ranks.")
     ] = 8,
-    prefer_local_rank: Annotated[
-        str, typer.Option(help="Tolerances to measure beside null, comma-separated.")
-    ] = "0.02,0.05,0.1",
     similarity: Annotated[
         Path | None, typer.Option(help="Artifact of the demo model [calibrated first].")
     ] = None,
@@ -146,26 +142,9 @@ def dispatch_bytes(
             out,
             group_sizes=numbers("--ranks", ranks, range(2, 9)),
             rows_per_rank=rows_per_rank,
-            tolerances=_decimals("--prefer-local-rank", prefer_local_rank),
             similarity=similarity,
             console=console,
         )
-    print(out)
-
-
-@app.command()
-def failover(out: Out) -> None:
-    """Quality of the demo model with experts gone: re-routed by similarity, at random, dropped.
-
-    Takes a few minutes on two cores. The file is written after every number of ranks.
-
-    Example: sere-ray bench failover --out failover.json
-    """
-    with user_errors():
-        from sere_ray.bench.failover import run_failover
-        from sere_ray.util.results import write_result
-
-        run_failover(lambda content: write_result(out, content), console=console)
     print(out)
 
 
@@ -191,7 +170,7 @@ def plot(
         str | None, typer.Option(help="Only what was measured on this one [all].")
     ] = None,
 ) -> None:
-    """Draw a result file of `bench step-time`, `failover` or `scale`.
+    """Draw a result file of `bench step-time` or `scale`.
 
     Example: sere-ray bench plot step-time.json step-time.png
     """
@@ -202,17 +181,6 @@ def plot(
         document = load_result(result)
         draw(of_model(document, model) if model else document, picture)
     print(picture)
-
-
-def _decimals(option: str, text: str) -> list[float]:
-    """The numbers from 0 to 1 of a comma-separated option."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(0 <= value <= 1 for value in values):
-        raise SereError(f"{option} = {text!r}: must be numbers from 0 to 1, comma-separated")
-    return values
 
 
 def _names(text: str) -> tuple[str, ...]:

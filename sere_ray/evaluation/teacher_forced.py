@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.kernel.cpu_sere import reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import REROUTABLE, LocalRanks
+from sere_ray.rules import REROUTABLE
 
 Choice = tuple[Tensor, Tensor]
 """``topk_ids`` and ``topk_weights``, ``[T, K]`` each."""
@@ -118,16 +118,12 @@ class Rerouter:
         policy: the rule's numbers; mode ``off`` and ``observe`` leave the model exact.
         similarity: decoder layer index -> ``float32 [E, E]``.
         prompt_tokens: positions before this one are exact.
-        owner: ``[E]`` int64, rank of every expert, where the rows are those of several ranks.
-        home: ``[B]`` int64, rank of every row, likewise.
         on_layer: takes every layer's rows, of decode steps alone.
     """
 
     policy: BoundPolicy
     similarity: Mapping[int, Tensor]
     prompt_tokens: int
-    owner: Tensor | None = None
-    home: Tensor | None = None
     on_layer: Callable[[int, LayerRows], None] | None = None
     reads: Reads = field(default_factory=Reads)
 
@@ -143,12 +139,6 @@ class Rerouter:
             self.on_layer(layer, LayerRows(hidden_states, topk_ids, new_ids, topk_weights))
         return new_ids, topk_weights
 
-    def _local_ranks(self) -> LocalRanks | None:
-        tolerance = self.policy.prefer_local_rank
-        if tolerance is None or self.owner is None or self.home is None:
-            return None
-        return LocalRanks(self.owner, self.home, tolerance)
-
     def _reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """New ids ``[D, B, K]``, step by step."""
         rows = torch.full((topk_ids.shape[1],), REROUTABLE, dtype=torch.int8)
@@ -163,7 +153,6 @@ class Rerouter:
                 select_top_k=policy.select_top_k,
                 threshold=policy.threshold,
                 min_primary_experts=policy.min_primary_experts,
-                local=self._local_ranks(),
             )
             self.reads.layer_steps += 1
             self.reads.experts_before += counts.experts_before

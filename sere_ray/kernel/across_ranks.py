@@ -50,7 +50,7 @@ def reroute_gathered(
         layer: this layer's, with row kinds of all ranks and ``NUM_COUNTERS`` counters.
         placement: of the layer's experts.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     kernel.launch("reroute_gathered", topk_ids, arguments + _place(placement), early=False)
 
 
@@ -78,7 +78,7 @@ def reroute_gathered_and_align(
     """
     most_local = -(-kernel.num_experts // placement.num_ranks)
     aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size, experts=most_local)
-    rule = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    rule = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments = rule + _place(placement) + sorted_arguments
     kernel.launch("reroute_gathered_and_align", topk_ids, arguments, early=False)
     return aligned
@@ -96,7 +96,7 @@ def lowest_ranks(
         layer: this layer's, with row kinds of this rank.
         ranks: ``[E]`` uint8, written. All 255 in a step that the rule leaves alone.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     kernel.launch("lowest_ranks", topk_ids, (*arguments, ranks.data_ptr()))
 
 
@@ -112,7 +112,7 @@ def reroute_by_ranks(
         layer: this layer's; experts are counted over all ranks, slots over these rows.
         ranks: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_ranks` wrote.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments = (*arguments, ranks.data_ptr())
     kernel.launch("reroute_by_ranks", topk_ids, arguments, early=False)
 
@@ -131,7 +131,7 @@ def reroute_with_peers(
         layer: this layer's; experts are counted over all ranks, slots over these rows.
         peers: whose inboxes this rank reaches.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments += (
         peers.inboxes.data_ptr(),
         peers.number.data_ptr(),
@@ -160,7 +160,7 @@ def ask_of_ranks(
         logits: as for :meth:`RuleKernel.reroute`, of this rank.
         asked: ``[E]`` int64, written. All 0 in a step that the rule leaves alone.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments += kernel.logit_arguments(logits)
     kernel.launch("ask_of_ranks", topk_ids, (*arguments, asked.data_ptr()))
 
@@ -183,7 +183,7 @@ def reroute_by_asked(
         logits: see there.
         asked: ``[E]`` int64: the sum over ranks of what :func:`ask_of_ranks` wrote.
     """
-    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer, None)
+    arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments += kernel.logit_arguments(logits)
     kernel.launch("reroute_by_asked", topk_ids, (*arguments, asked.data_ptr()), early=False)
 

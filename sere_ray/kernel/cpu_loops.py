@@ -42,11 +42,11 @@ fill_ranks: Callable[..., None] = njit(cache=True, nogil=True)(_fill_ranks)
 
 def _make_plan(
     ranks: Any, similarity: Any, num_slots: int, select_top_k: int, rho: Any, floor: int
-) -> tuple[Any, Any, int, tuple[int, int, int, int]]:
+) -> tuple[Any, Any, tuple[int, int, int, int]]:
     """Steps 3 and 4 per expert.
 
     Returns:
-        Where each expert goes, the lowest rank of each, S_eff, and the counts of experts.
+        Where each expert goes, the lowest rank of each, and the counts of experts.
     """
     num_experts = similarity.shape[0]
     lowest_rank = np.minimum(ranks, num_slots)
@@ -73,7 +73,7 @@ def _make_plan(
         if stand_in >= 0 and similarity[expert, stand_in] >= rho:
             target[expert] = stand_in
             moved += 1
-    return target, lowest_rank, size, (named, named - moved, 0, named - moved - size_of[size])
+    return target, lowest_rank, (named, named - moved, 0, named - moved - size_of[size])
 
 
 make_plan: Callable[..., Any] = njit(cache=True, nogil=True)(_make_plan)
@@ -105,7 +105,7 @@ def _apply_ranks(
 ) -> Counts:
     """Change ``ids`` in place; steps 3 to 5 of the specification."""
     (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
-    target, lowest_rank, _, (named, read, _, critical) = make_plan(
+    target, lowest_rank, (named, read, _, critical) = make_plan(
         ranks, similarity, num_slots, select_top_k, rho, floor
     )
     slots_rerouted = 0
@@ -122,84 +122,6 @@ def _apply_ranks(
 
 
 apply_ranks: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks)
-
-
-def _best_on_ranks(
-    target: Any, lowest_rank: Any, size: int, similarity: Any, rho: Any, owner: Any, tolerance: Any
-) -> Any:
-    """``[E, R]``: the stand-in each re-routed expert would take on each rank, -1 for none."""
-    num_experts = similarity.shape[0]
-    best_on = np.full((num_experts, owner.max() + 1), -1, np.int64)
-    for expert in range(num_experts):
-        nearest = target[expert]
-        if nearest == expert:
-            continue
-        bar = similarity[expert, nearest] - tolerance
-        for primary in range(num_experts):
-            likeness = similarity[expert, primary]
-            if lowest_rank[primary] >= size or likeness < rho:
-                continue
-            if likeness > bar or primary == nearest:
-                so_far = best_on[expert, owner[primary]]
-                if so_far < 0 or likeness > similarity[expert, so_far]:
-                    best_on[expert, owner[primary]] = primary
-    return best_on
-
-
-best_on_ranks: Callable[..., Any] = njit(cache=True, nogil=True)(_best_on_ranks)
-
-
-def _apply_ranks_local(
-    ids: Any,
-    ranks: Any,
-    similarity: Any,
-    kinds: Any,
-    select_top_k: int,
-    rho: Any,
-    floor: int,
-    owner: Any,
-    home: Any,
-    tolerance: Any,
-) -> Counts:
-    """The same for :func:`sere_ray.rules.local_rank.reroute_local`."""
-    (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
-    target, lowest_rank, size, (named, read, _, critical) = make_plan(
-        ranks, similarity, num_slots, select_top_k, rho, floor
-    )
-    best_on = best_on_ranks(target, lowest_rank, size, similarity, rho, owner, tolerance)
-    num_ranks = best_on.shape[1]
-    visited = np.zeros(num_ranks, np.bool_)
-    slots_rerouted = 0
-    for row in range(num_rows):
-        if kinds[row] == PADDING:
-            continue
-        visited[:] = False
-        if 0 <= home[row] < num_ranks:
-            visited[home[row]] = True
-        for slot in range(num_slots):
-            expert = ids[row, slot]
-            if 0 <= expert < num_experts and target[expert] == expert:
-                visited[owner[expert]] = True
-        for slot in range(num_slots):
-            expert = ids[row, slot]
-            if not 0 <= expert < num_experts or target[expert] == expert:
-                continue
-            chosen = -1
-            for rank in range(num_ranks):
-                here = best_on[expert, rank]
-                if not visited[rank] or here < 0:
-                    continue
-                ahead = chosen < 0 or similarity[expert, here] > similarity[expert, chosen]
-                tied = chosen >= 0 and similarity[expert, here] == similarity[expert, chosen]
-                if ahead or (tied and here < chosen):
-                    chosen = here
-            ids[row, slot] = target[expert] if chosen < 0 else chosen
-            slots_rerouted += 1
-    most_before, most_after = busiest(target, lowest_rank, num_slots, owner)
-    return named, read, slots_rerouted, critical, most_before, most_after
-
-
-apply_ranks_local: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks_local)
 
 
 def _reroute(

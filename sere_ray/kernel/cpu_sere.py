@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.rules.local_rank import LocalRanks
 from sere_ray.rules.sere import UNNAMED, check_slots
 
 
@@ -41,29 +40,16 @@ def reroute_and_count(
     select_top_k: int,
     threshold: float | None,
     min_primary_experts: int,
-    local: LocalRanks | None = None,
     owner: Tensor | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Apply the rule and count; arguments as for :func:`sere_ray.reroute`, all on the CPU.
 
-    With ``local`` it is the variant :func:`sere_ray.rules.reroute_local`. ``owner``, the rank that
-    holds each expert, ``[E]`` int64, is only counted with; None = one rank holds them all.
+    ``owner``, the rank that holds each expert, ``[E]`` int64, is only counted with; None = one rank
+    holds them all.
 
     Returns:
         ``[T, K]`` new tensor of the dtype of ``topk_ids``, and what changed.
     """
-    if local is not None:
-        return reroute_by_ranks(
-            topk_ids,
-            lowest_ranks(topk_ids, topk_weights, row_kind, similarity.shape[0]),
-            similarity,
-            row_kind,
-            select_top_k=select_top_k,
-            threshold=threshold,
-            min_primary_experts=min_primary_experts,
-            local=local,
-            owner=owner,
-        )
     check_slots(topk_ids.shape[1])
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
     counts = _loops().reroute(
@@ -105,12 +91,9 @@ def reroute_by_ranks(
     select_top_k: int,
     threshold: float | None,
     min_primary_experts: int,
-    local: LocalRanks | None = None,
     owner: Tensor | None = None,
 ) -> tuple[Tensor, StepCounts]:
     """Steps 3 to 5 for these rows; equals ``plan_from_ranks`` and ``apply_plan``.
-
-    With ``local`` it is ``apply_plan_local`` instead.
 
     Args:
         topk_ids: ``[T, K]``.
@@ -120,24 +103,20 @@ def reroute_by_ranks(
         select_top_k: S.
         threshold: rho.
         min_primary_experts: m.
-        local: placement of the experts and home ranks of these rows.
         owner: as for :func:`reroute_and_count`.
 
     Returns:
         New ids, and what changed: experts are those of all ranks, slots those of these rows.
     """
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
-    arguments = (
+    counts = _loops().apply_ranks(
         new_ids.numpy(),
         ranks.numpy(),
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
+        _owners(owner, similarity),
     )
-    if local is None:
-        return new_ids, StepCounts(*_loops().apply_ranks(*arguments, _owners(owner, similarity)))
-    placed, home = local.owner.numpy(), local.home.numpy()
-    counts = _loops().apply_ranks_local(*arguments, placed, home, np.float32(local.tolerance))
     return new_ids, StepCounts(*counts)
 
 

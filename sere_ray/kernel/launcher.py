@@ -79,14 +79,12 @@ class RuleKernel:
         num_experts: E.
         top_k: K.
         id_dtype: int32 or int64.
-        unavailable: step 7 of the rule, with a mask of experts that are gone.
         logit_dtype: of the gate's logits, for :meth:`route_and_align`.
     """
 
     num_experts: int
     top_k: int
     id_dtype: torch.dtype
-    unavailable: bool = False
     logit_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
@@ -102,7 +100,7 @@ class RuleKernel:
         """Whether :meth:`route_and_align` takes this shape."""
         power = self.num_experts == power_of_two(self.num_experts)
         logits = self.logit_dtype in LOGIT_DTYPES
-        return power and 32 <= self.num_experts <= 256 and logits and not self.unavailable
+        return power and 32 <= self.num_experts <= 256 and logits
 
     def defines(self, name: str, threads: int) -> dict[str, int]:
         """Constants of the file that holds a kernel."""
@@ -112,7 +110,6 @@ class RuleKernel:
             "THREADS": threads,
             "MAX_ROWS": MAX_ALIGNED_ROWS,
             "ID64": int(self.id_dtype == torch.int64),
-            "UNAVAILABLE": int(self.unavailable),
         }
         if FILES[name] == "route.cu":
             size = self.logit_dtype.itemsize
@@ -141,7 +138,6 @@ class RuleKernel:
         layer: DeviceLayer,
         *,
         logits: Tensor | None = None,
-        unavailable: Tensor | None = None,
         blocks: int = 1,
     ) -> None:
         """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
@@ -153,11 +149,10 @@ class RuleKernel:
             layer: this layer's.
             logits: ``[T, E]`` of a softmax gate, bfloat16 or float32, contiguous. Without them the
                 rule ``margin`` must not be set.
-            unavailable: ``[E]`` bool, with a kernel that was made for it. It has no ``margin``.
             blocks: of the launch, see :func:`blocks_of_margin`. Any number is right under either
                 rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
-        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, unavailable)
+        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
         arguments += self.logit_arguments(logits)
         self.launch("reroute", topk_ids, arguments, blocks=blocks)
 
@@ -184,7 +179,7 @@ class RuleKernel:
             blocks: as for :meth:`reroute`.
         """
         aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
-        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer, None)
+        arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
         arguments += self.logit_arguments(logits)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
         return aligned
@@ -223,7 +218,7 @@ class RuleKernel:
                 f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
             )
         aligned, sorted_arguments = self.empty_alignment(new_ids, block_size)
-        rule = self.arguments(new_ids, new_ids, topk_weights, layer, None)
+        rule = self.arguments(new_ids, new_ids, topk_weights, layer)
         routing = (
             logits.data_ptr(),
             is_padding.data_ptr() if is_padding is not None else 0,
@@ -268,7 +263,6 @@ class RuleKernel:
         new_ids: Tensor,
         topk_weights: Tensor,
         layer: DeviceLayer,
-        unavailable: Tensor | None,
     ) -> tuple[Any, ...]:
         """What every kernel takes first; arguments as for :meth:`reroute`.
 
@@ -298,7 +292,6 @@ class RuleKernel:
             step_address + STEP.size,
             layer.counters.data_ptr(),
             np.int32(layer.counters.stride(0)),
-            unavailable.data_ptr() if unavailable is not None else 0,
         )
 
     def logit_arguments(self, logits: Tensor | None) -> tuple[Any, ...]:

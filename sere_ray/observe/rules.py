@@ -215,7 +215,7 @@ ALERTS = (
         "15m",
         "warning",
         "The busiest rank of {{ $labels.app }} reads {{ $value | humanize }} times the mean.",
-        "Every step waits for that rank: check where experts are placed, and prefer_local_rank.",
+        "Every step waits for that rank: check where experts are placed.",
     ),
     Alert(
         "SereGangRestarted",

@@ -28,7 +28,6 @@ class BoundPolicy(BaseModel):
     threshold: float | None
     min_primary_experts: int
     union: Union = "global"
-    prefer_local_rank: float | None = None
     knobs: tuple[tuple[str, Any], ...] = ()
     """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
     by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()

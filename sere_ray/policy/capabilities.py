@@ -92,9 +92,3 @@ def _check_kernel(policy: Policy, where: str) -> None:
                 f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
                 "cannot yet; leave it out on a GPU"
             )
-    if policy.prefer_local_rank is not None:
-        raise UnsupportedError(
-            f"{where}.prefer_local_rank = {policy.prefer_local_rank}: the CUDA kernel cannot "
-            "choose stand-ins by rank yet, a CPU engine can; only null is allowed on a GPU: leave "
-            "it out"
-        )

@@ -73,13 +73,6 @@ class Policy(BaseModel):
     mode: Mode = Field(
         "on", description="off = exact; observe = exact, but count what `on` would read"
     )
-    prefer_local_rank: float | None = Field(
-        None,
-        ge=0.0,
-        le=1.0,
-        description="how much less similar a stand-in may be if it is on a rank that the row "
-        "visits anyway, 0..1; null = the most similar, wherever it is",
-    )
     experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
     max_per_rank: int | None = Field(
         None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
@@ -130,7 +123,7 @@ class Policy(BaseModel):
         return self
 
     def _check_range(self, number: int, entry: RowRange) -> None:
-        allowed = [key for key in RULES[self.rule].keys if key not in _ALL_STEPS]
+        allowed = RULES[self.rule].keys
         for key, value in entry.keys:
             if key not in allowed:
                 message = f"an entry takes up_to and, of rule {self.rule!r}, {', '.join(allowed)}"
@@ -193,7 +186,6 @@ class Policy(BaseModel):
             threshold=self.threshold,
             min_primary_experts=floor,
             union=self.union,
-            prefer_local_rank=self.prefer_local_rank,
             knobs=tuple((key, value) for key, value in others if value is not None),
             by_rows=tuple(ranges),
         )
@@ -252,8 +244,6 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     return Policy.parse(policy, where=where), startup
 
 
-_ALL_STEPS = ("prefer_local_rank",)
-"""Keys of a rule that hold for steps of every size."""
 RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
 """Keys that not every rule has."""
 

@@ -1,7 +1,6 @@
 """The specification in plain torch. Knows nothing of vLLM, Ray or files."""
 
 from sere_ray.rules.interface import Choice, Layer, Rule, name_dropped
-from sere_ray.rules.local_rank import NO_RANK, LocalRanks, reroute_local
 from sere_ray.rules.registry import RULES, RuleInfo
 from sere_ray.rules.sere import (
     EXACT,
@@ -14,18 +13,15 @@ from sere_ray.rules.sere import (
 
 __all__ = [
     "EXACT",
-    "NO_RANK",
     "PADDING",
     "REROUTABLE",
     "RULES",
     "Choice",
     "Layer",
-    "LocalRanks",
     "Rule",
     "RuleCounts",
     "RuleInfo",
     "count",
     "name_dropped",
     "reroute",
-    "reroute_local",
 ]

@@ -43,7 +43,7 @@ def sere(
 RULES: dict[str, RuleInfo] = {
     "sere": RuleInfo(
         sere,
-        ("select_top_k", "threshold", "min_primary_experts", "prefer_local_rank"),
+        ("select_top_k", "threshold", "min_primary_experts"),
         ("select_top_k",),
         False,
     ),

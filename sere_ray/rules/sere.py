@@ -28,7 +28,6 @@ def reroute(
     select_top_k: int,
     threshold: float | None = None,
     min_primary_experts: int = 0,
-    unavailable: Tensor | None = None,
 ) -> Tensor:
     """Re-route secondary expert choices to the most similar expert the batch reads anyway.
 
@@ -39,13 +38,10 @@ def reroute(
         similarity: ``[E, E]`` float32, finite; row u says how well each v stands in for u.
         row_kind: ``[T]`` int8 of ``PADDING``, ``REROUTABLE``, ``EXACT``; None = all re-routable.
         select_top_k: S, how many of a row's best slots are primary. ``S <= 0`` and ``S >= K``
-            change nothing (but for ``unavailable``).
+            change nothing.
         threshold: rho; a stand-in less similar than this is refused and the expert is kept as a
             critical one. Rounded to float32 once. None = every stand-in is accepted.
         min_primary_experts: m; raises S until the primary set holds min(m, |P_K|) experts.
-        unavailable: ``[E]`` bool; experts whose rank is gone. Every slot that names one goes to
-            the most similar available expert, in the primary set if that is not empty, whatever
-            the row kind, S and threshold.
 
     Returns:
         ``[T, K]`` new tensor of the dtype of ``topk_ids``.
@@ -61,8 +57,8 @@ def reroute(
         tensor([[0, 2],
                 [2, 2]])
     """
-    _check(topk_ids, topk_weights, similarity, row_kind, unavailable)
-    if not 0 < select_top_k < topk_ids.shape[1] and unavailable is None:
+    _check(topk_ids, topk_weights, similarity, row_kind)
+    if not 0 < select_top_k < topk_ids.shape[1]:
         return topk_ids.clone()
     plan = make_plan(
         topk_ids,
@@ -72,7 +68,6 @@ def reroute(
         select_top_k=select_top_k,
         threshold=threshold,
         min_primary_experts=min_primary_experts,
-        unavailable=unavailable,
     )
     return apply_plan(plan, topk_ids, row_kind)
 
@@ -86,8 +81,6 @@ class Plan(NamedTuple):
     """``[E]`` bool: P, the experts every other choice is re-routed to."""
     target: Tensor
     """``[E]`` int64: where a slot goes. In exact rows, too: their experts are in P and stay."""
-    padding_target: Tensor | None
-    """``[E]`` int64: the same for padding rows; None = they stay."""
 
 
 def make_plan(
@@ -99,10 +92,9 @@ def make_plan(
     select_top_k: int,
     threshold: float | None = None,
     min_primary_experts: int = 0,
-    unavailable: Tensor | None = None,
 ) -> Plan:
-    """Steps 1 to 4 and 7 of the specification; arguments as for :func:`reroute`."""
-    _check(topk_ids, topk_weights, similarity, row_kind, unavailable)
+    """Steps 1 to 4 of the specification; arguments as for :func:`reroute`."""
+    _check(topk_ids, topk_weights, similarity, row_kind)
     return plan_from_ranks(
         lowest_slot_rank(topk_ids, topk_weights, similarity.shape[0], row_kind),
         similarity,
@@ -110,7 +102,6 @@ def make_plan(
         select_top_k=select_top_k,
         threshold=threshold,
         min_primary_experts=min_primary_experts,
-        unavailable=unavailable,
     )
 
 
@@ -122,7 +113,6 @@ def plan_from_ranks(
     select_top_k: int,
     threshold: float | None = None,
     min_primary_experts: int = 0,
-    unavailable: Tensor | None = None,
 ) -> Plan:
     """The same from the rank vector of all rows, wherever they are.
 
@@ -134,19 +124,16 @@ def plan_from_ranks(
         select_top_k: S.
         threshold: rho.
         min_primary_experts: m.
-        unavailable: ``[E]`` bool or None.
     """
     active = 0 < select_top_k < num_slots
     itself = torch.arange(similarity.shape[0], device=similarity.device)
 
     lowest_rank = ranks.long().clamp(max=num_slots)
     named = lowest_rank < num_slots
-    if unavailable is not None:
-        lowest_rank = lowest_rank.masked_fill(unavailable, num_slots)
     size = select_top_k if active else num_slots
     primary = primary_set(lowest_rank, size, min_primary_experts, num_slots)
 
-    target, padding_target = itself, None
+    target = itself
     if active:
         best, stand_in = similarity.masked_fill(~primary, -torch.inf).max(dim=1)  # lowest index
         stays = primary | (best == -torch.inf)  # -inf: P is empty
@@ -154,27 +141,16 @@ def plan_from_ranks(
             rho = torch.tensor(threshold, dtype=torch.float32, device=best.device)
             stays = stays | (best < rho)
         target = torch.where(stays, itself, stand_in)
-    if unavailable is not None:
-        candidates = torch.where(primary.any(), primary, ~unavailable)
-        nearest = similarity.masked_fill(~candidates, -torch.inf).argmax(dim=1)
-        gone = unavailable & candidates.any()
-        padding_target = torch.where(gone, nearest, itself)
-        target = torch.where(gone, nearest, target)
-    return Plan(named, primary, target, padding_target)
+    return Plan(named, primary, target)
 
 
 def apply_plan(plan: Plan, topk_ids: Tensor, row_kind: Tensor | None) -> Tensor:
-    """Steps 4, 5 and 7 on every slot. Returns a new ``[T, K]`` tensor."""
+    """Steps 4 and 5 on every slot. Returns a new ``[T, K]`` tensor."""
     valid = _is_valid(topk_ids, plan.named.shape[0])
-    ids = torch.where(valid, topk_ids, 0).long()
-    new_ids = plan.target[ids].to(topk_ids.dtype)
     if row_kind is not None:
-        is_padding = (row_kind == PADDING)[:, None]
-        if plan.padding_target is not None:
-            new_ids = torch.where(is_padding, plan.padding_target[ids].to(topk_ids.dtype), new_ids)
-        else:
-            valid = valid & ~is_padding
-    return torch.where(valid, new_ids, topk_ids)
+        valid = valid & (row_kind != PADDING)[:, None]
+    new_ids = plan.target[torch.where(valid, topk_ids, 0).long()]
+    return torch.where(valid, new_ids.to(topk_ids.dtype), topk_ids)
 
 
 def lowest_slot_rank(
@@ -281,7 +257,6 @@ def _check(
     topk_weights: Tensor,
     similarity: Tensor,
     row_kind: Tensor | None,
-    unavailable: Tensor | None,
 ) -> None:
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids must be [T, K], got shape {tuple(topk_ids.shape)}")
@@ -297,15 +272,8 @@ def _check(
         raise ValueError(
             f"similarity must be float32 [E, E], got {similarity.dtype} {tuple(similarity.shape)}"
         )
-    num_rows, num_experts = topk_ids.shape[0], similarity.shape[0]
+    num_rows = topk_ids.shape[0]
     if row_kind is not None and (row_kind.shape != (num_rows,) or row_kind.dtype != torch.int8):
         raise ValueError(
             f"row_kind must be int8 [{num_rows}], got {row_kind.dtype} {tuple(row_kind.shape)}"
-        )
-    if unavailable is not None and (
-        unavailable.shape != (num_experts,) or unavailable.dtype != torch.bool
-    ):
-        raise ValueError(
-            f"unavailable must be bool [{num_experts}], "
-            f"got {unavailable.dtype} {tuple(unavailable.shape)}"
         )

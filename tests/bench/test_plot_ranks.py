@@ -1,24 +1,19 @@
 """Pictures of the committed kinds of result over ranks."""
 
-import numpy as np
 import pytest
 
-from sere_ray.bench.failover import METHODS, Scores, _row
 from sere_ray.bench.plot import draw, draw_step_time, of_model
 from sere_ray.bench.scale import SHAPES, simulate
 from sere_ray.util.errors import SereError
 
 
-def test_failover_and_scale(tmp_path):
-    masks = [Scores(np.full(4, kl), np.full(4, 32.0), np.full(4, 63.0), 9.0) for kl in (1.0, 3.0)]
-    rows = [_row(0, "exact", 16, masks[:1])]
-    rows += [_row(ranks, method, 16, masks) for method in METHODS for ranks in (8, 2)]
-    draw({"rows": rows}, tmp_path / "failover.png")
-    assert (tmp_path / "failover.png").read_bytes().startswith(b"\x89PNG")
+def test_scale(tmp_path):
     rows = [row for count in (1, 4) for row in simulate(SHAPES[0], "skewed", 8, count)]
     draw({"rows": rows}, tmp_path / "scale.svg")
     text = (tmp_path / "scale.svg").read_text()
     assert "<svg" in text
+    draw({"rows": rows}, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SereError, match="not a result of"):
         draw({"rows": [{"ranks": 8}]}, tmp_path / "other.png")
     with pytest.raises(SereError, match=r"\.png or \.svg"):

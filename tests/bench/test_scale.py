@@ -15,13 +15,12 @@ from sere_ray.bench.scale import (
     reroute_ranks,
     simulate,
 )
-from sere_ray.rules import LocalRanks, reroute, reroute_local
+from sere_ray.rules import reroute
 
 
 def reference(ids, similarity, arm, ranks):
-    num_rows, num_experts = len(ids), len(similarity)
+    num_rows = len(ids)
     weights = torch.arange(ids.shape[1], 0, -1).float().expand(ids.shape)
-    owner = torch.arange(num_experts) * ranks // num_experts
     home = torch.arange(num_rows) * ranks // num_rows
     numbers = {
         "select_top_k": arm.select_top_k,
@@ -32,12 +31,7 @@ def reference(ids, similarity, arm, ranks):
     parts = [(home == rank).nonzero().flatten() for rank in range(ranks)]
     new_ids = ids.clone()
     for rows in parts if arm.union == "local" else whole:
-        mine = ids[rows], weights[rows], similarity
-        if arm.prefer_local_rank is None:
-            new_ids[rows] = reroute(*mine, **numbers)
-        else:
-            local = LocalRanks(owner, home[rows], arm.prefer_local_rank)
-            new_ids[rows] = reroute_local(*mine, local, **numbers)
+        new_ids[rows] = reroute(ids[rows], weights[rows], similarity, **numbers)
     return new_ids
 
 
@@ -47,8 +41,7 @@ def reference(ids, similarity, arm, ranks):
 )
 def test_equals_the_reference(experts, ranks, rows, router):
     shape = Shape("small", experts, 8 if experts > 16 else 4, 64)
-    every = [*arms(shape.top_k), Arm(3, "local", 0.4, 0.2), Arm(1, "global", 0.2, 0.15)]
-    every += [Arm(1, union, None, 0.0) for union in ("global", "local")]
+    every = [*arms(shape.top_k), Arm(3, "local", 0.4), Arm(1, "global", 0.2)]
     changed = 0
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +71,7 @@ def test_counts_by_hand():
     assert counts["slots_rerouted"] == 0.75
 
 
-def test_a_union_over_all_reads_no_more_and_nearness_saves_ranks():
+def test_a_union_over_all_reads_no_more():
     rows = simulate(SHAPES[0], "skewed", 8, 4)
     assert len({row["samples"] for row in rows}) == 1
 
@@ -87,13 +80,9 @@ def test_a_union_over_all_reads_no_more_and_nearness_saves_ranks():
         return found
 
     stock = row(select_top_k=8)
-    plain = {"select_top_k": 1, "threshold": None, "prefer_local_rank": None}
+    plain = {"select_top_k": 1, "threshold": None}
     one, local = row(**plain, union="global"), row(**plain, union="local")
     assert one["experts_read"] <= local["experts_read"] < stock["experts_read"]
-    near = row(**{**plain, "prefer_local_rank": 0.1})
-    assert near["experts_read"] == one["experts_read"]
-    assert near["slots_rerouted"] == one["slots_rerouted"]
-    assert near["destination_ranks_mean"] < one["destination_ranks_mean"]
 
 
 def test_no_point_has_a_rank_without_experts():

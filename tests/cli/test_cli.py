@@ -288,8 +288,6 @@ def test_bench_refuses_before_it_starts(tmp_path, options, words):
     [
         (["--ranks", "2,9"], ["--ranks", "2,9"]),
         (["--ranks", "8"], ["--rows-per-rank = 8", "8 ranks need 64", "there are 32"]),
-        (["--prefer-local-rank", "0.1,2"], ["--prefer-local-rank", "0 to 1"]),
-        (["--prefer-local-rank", "x"], ["--prefer-local-rank = 'x'"]),
         (["--similarity", "/nowhere/a.safetensors"], ["/nowhere/a.safetensors"]),
     ],
 )

@@ -28,7 +28,7 @@ from tests.kernel.kernel_cases import check_local_alignment, library
 from tests.kernel.margin_cases import by_reference, emulated_exp
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
-RULE = "PPPqPPPPPPqP"
+RULE = "PPPqPPPPPPq"
 SIGNATURES = {
     "reroute": RULE + "Pq",
     "reroute_gathered": RULE + "PPq",
@@ -114,7 +114,7 @@ def emulated(monkeypatch, tmp_path_factory):
             code = library(kernel, name, 64, cache)
             launch_packed(code, name, SIGNATURES[name], values, 64, cluster=blocks, seed=1)
 
-    def arguments(kernel, topk_ids, new_ids, topk_weights, layer, unavailable):
+    def arguments(kernel, topk_ids, new_ids, topk_weights, layer):
         step = layer.step.buffer.data_ptr()
         return (
             topk_ids.data_ptr(),
@@ -128,7 +128,6 @@ def emulated(monkeypatch, tmp_path_factory):
             step + STEP.size,
             layer.counters.data_ptr(),
             layer.counters.stride(0),
-            0,
         )
 
     monkeypatch.setattr(RuleKernel, "launch", run)

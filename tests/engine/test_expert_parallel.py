@@ -7,10 +7,9 @@ bf16 that alone flips near-ties of a random model's greedy answers.
 from itertools import chain
 
 import pytest
-import torch
 
 from sere_ray.engine.control import set_policy
-from sere_ray.engine.state import all_states, find_state
+from sere_ray.engine.state import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from sere_ray.util.ports import free_port
@@ -62,24 +61,6 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
             of_rank[kind].pop("forward_seconds")
     assert counters[0] == counters[1]
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
-
-
-def test_tensor_parallel_ranks_agree_on_near_stand_ins(checkpoint, monkeypatch):
-    """Tokens of an engine of one rank that is told where the two keep their experts."""
-    folder = checkpoint("qwen3_moe")
-    key = sere_key(folder, min_primary_experts=0, prefer_local_rank=0.5)
-    owner = torch.arange(NUM_EXPERTS) * 2 // NUM_EXPERTS
-    with running_engine(folder, key, dtype="float32") as engine:
-        plain, _ = generate(engine, prompts())
-        state = all_states()[-1]
-        assert state.owner == {}, "one rank holds all"
-        state.owner.update(dict.fromkeys(state.layers, owner))
-        expected, _ = generate(engine, prompts())
-    assert expected != plain
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    with running_engine(folder, key, **options) as engine:
-        assert generate(engine, prompts())[0] == expected
 
 
 def owners(worker):
@@ -143,12 +124,6 @@ def rounds(checkpoint):
         "one is idle": (key, [short, []], [9, 9]),
         "the other is idle": (key, [[], short], [9, 9]),
         "local": ({**key, "union": "local"}, [long, short], [6, 12]),
-        "near": ({**key, "prefer_local_rank": 0.3}, [long, short], [9, 12]),
-        "near, local": (
-            {**key, "prefer_local_rank": 0.3, "union": "local"},
-            [short, long],
-            [6, 6],
-        ),
         "observe": ({**key, "mode": "observe"}, [short, long], [5, 5]),
         "off": ({**key, "mode": "off"}, [short, long], [5, 5]),
     }
@@ -240,45 +215,6 @@ def test_local_union_is_that_of_the_own_rows(rounds):
     for layer, ids, weights, kinds, new_ids in merged_calls(ranks):
         differs += new_ids != expected_of(policy, similarity, layer, ids, weights, kinds).ids
     assert differs > 0
-
-
-def near_of(policy, similarity, layer, ids, weights, kinds, home):
-    return oracle.reroute_local(
-        ids,
-        weights,
-        similarity[layer],
-        owner=[expert * RANKS // NUM_EXPERTS for expert in range(NUM_EXPERTS)],
-        home=home,
-        tolerance=policy["prefer_local_rank"],
-        num_slots=TOP_K,
-        row_kind=kinds,
-        select_top_k=policy["select_top_k"],
-        threshold=policy["threshold"],
-        min_primary_experts=policy["min_primary_experts"],
-    )
-
-
-def test_near_stand_ins_of_all_rows(rounds):
-    """Every rank is at home where its rows are; the union is that of all."""
-    similarity, reports = rounds
-    policy, ranks = reports["near"]
-    differs = 0
-    for number, (layer, *call, new_ids) in enumerate(merged_calls(ranks)):
-        home = [r for r in range(RANKS) for _ in ranks[r]["calls"][number][1]]
-        if REROUTABLE in call[2]:
-            assert new_ids == near_of(policy, similarity, layer, *call, home).ids
-            differs += new_ids != expected_of(policy, similarity, layer, *call).ids
-    assert differs > 0
-
-
-def test_near_stand_ins_of_the_own_rows(rounds):
-    similarity, reports = rounds
-    policy, ranks = reports["near, local"]
-    for rank, report in enumerate(ranks):
-        for layer, *call, new_ids in report["calls"]:
-            if REROUTABLE in call[2]:
-                home = [rank] * len(new_ids)
-                assert new_ids == near_of(policy, similarity, layer, *call, home).ids
 
 
 @pytest.mark.parametrize("mode", ["observe", "off"])

@@ -40,7 +40,7 @@ def moe(checkpoint):
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
         ({"rule": "best"}, ["sere.rule = 'best'", "'sere', 'topk', 'oea'"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
-        ({"prefer_local_rank": 2}, ["sere.prefer_local_rank = 2", "less than or equal to 1"]),
+        ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "unknown key"]),
     ],
 )
 def test_policy_mistakes(moe, has_words, changes, words):
@@ -253,7 +253,6 @@ SERE, MARGIN = {"select_top_k": 1}, {"rule": "margin", "tau": 0.1}
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({**SERE, "prefer_local_rank": 0.1}, ["prefer_local_rank = 0.1", "only null"]),
         ({**MARGIN, "balance_ranks": True}, ["sere.balance_ranks = True"]),
         (
             {**MARGIN, "by_rows": [{"up_to": 8, "balance_ranks": True}]},

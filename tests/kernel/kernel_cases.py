@@ -39,7 +39,6 @@ def as_launched(case: Case) -> Case:
         weights=contiguous(case.weights.float()),
         similarity=contiguous(case.similarity),
         row_kind=contiguous(case.row_kind),
-        unavailable=contiguous(case.unavailable),
     )
 
 
@@ -54,7 +53,7 @@ def policy(case: Case, mode: str = "on") -> BoundPolicy:
 
 def expected(case: Case) -> tuple[Tensor, Counts]:
     new = case.reroute()
-    if case.unavailable is None and not (case.kinds == REROUTABLE).any():
+    if not (case.kinds == REROUTABLE).any():
         return new, (0, 0, 0, 0)  # steps without a decode row are not counted
     counts = count(case.plan(), case.ids, new, case.row_kind)
     return new, tuple(int(number) for number in counts)
@@ -118,7 +117,6 @@ def rule_arguments(
     new_ids: Tensor,
     weights: Tensor,
     layer: DeviceLayer,
-    unavailable: Tensor | None = None,
 ) -> tuple[object, ...]:
     """What every kernel takes first, for the emulator, which checks the bounds of tensors."""
     return (
@@ -133,7 +131,6 @@ def rule_arguments(
         layer.step.buffer[STEP.size :],
         layer.counters,
         layer.counters.stride(0),
-        unavailable,
     )
 
 
@@ -177,8 +174,7 @@ def odd_cases(experts: int, slots: int) -> list[Case]:
         make_case(rows=130, kinds="mixed", id_dtype=torch.int32, **common),
         make_case(rows=600, kinds="decode", floor=slots, **common),
         make_case(rows=5, threshold="entry", **common),
-        make_case(rows=5, unavailable="all", **common),
-        make_case(rows=5, unavailable="some", kinds="padding", **common),
+        make_case(rows=5, kinds="padding", **common),
         make_case(rows=64, gate=slots <= experts, tied=False, id_dtype=torch.int32, **common),
     ]
 

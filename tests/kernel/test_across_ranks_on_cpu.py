@@ -72,7 +72,6 @@ def test_every_rank_derives_the_ids_of_the_reference(experts, slots, cache):
             experts=experts,
             slots=slots,
             gate=False,
-            unavailable="none",
             rows=st.integers(0, 40) | st.sampled_from([511, 512]),
         ),
         split=st.floats(0, 1),
@@ -133,9 +132,7 @@ def test_identity_sorts_and_counts_what_is_read(cache):
 def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, cache):
     @settings(RULES, max_examples=25)
     @given(
-        case=cases(
-            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 40)
-        ),
+        case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 40)),
         split=st.floats(0, 1),
         seed=st.integers(0, 3),
     )
@@ -191,9 +188,7 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots, cache):
 
     @settings(RULES, max_examples=25)
     @given(
-        case=cases(
-            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 40)
-        ),
+        case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 40)),
         split=st.floats(0, 1),
         seed=st.integers(0, 3),
     )

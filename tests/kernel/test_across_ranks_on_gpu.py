@@ -69,7 +69,6 @@ def test_every_rank_derives_the_ids_of_the_reference(experts, slots):
             experts=experts,
             slots=slots,
             gate=False,
-            unavailable="none",
             rows=st.integers(0, 40) | st.integers(0, 512),
         ),
         split=st.floats(0, 1),
@@ -112,9 +111,7 @@ def exchanged(case: Case, split: float) -> None:
 def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots):
     @settings(RULES, max_examples=60)
     @given(
-        case=cases(
-            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 200)
-        ),
+        case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 200)),
         split=st.floats(0, 1),
     )
     def every(case: Case, split: float) -> None:
@@ -131,9 +128,7 @@ def test_ranks_that_reach_each_other_need_one_launch(experts, slots):
 
     @settings(RULES, max_examples=60)
     @given(
-        case=cases(
-            experts=experts, slots=slots, gate=False, unavailable="none", rows=st.integers(0, 200)
-        ),
+        case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 200)),
         split=st.floats(0, 1),
     )
     def every(case: Case, split: float) -> None:

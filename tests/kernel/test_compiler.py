@@ -77,9 +77,8 @@ def test_architectures(file, name, architecture, tmp_path, monkeypatch):
 
 def test_largest_shape_fits_a_block(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for unavailable in (False, True):
-        kernel = RuleKernel(512, 16, torch.int64, unavailable)
-        assert compiler.compile_cubin("reroute.cu", kernel.defines("reroute", 1024), "sm_80")
+    constants = RuleKernel(512, 16, torch.int64).defines("reroute", 1024)
+    assert compiler.compile_cubin("reroute.cu", constants, "sm_80")
     constants = RuleKernel(512, 16, torch.int64).defines("reroute_gathered", 1024)
     assert compiler.compile_cubin("across_ranks.cu", constants, "sm_80")
     kernel = RuleKernel(256, 16, torch.int64, logit_dtype=torch.float32)

@@ -33,13 +33,13 @@ def check(case: Case) -> None:
 
 
 @settings(RULES, max_examples=200)
-@given(case=cases(unavailable="none"))
+@given(case=cases())
 def test_equals_reference(case: Case) -> None:
     check(case)
 
 
 @settings(RULES)
-@given(case=cases(rows=st.integers(0, 1), unavailable="none"))
+@given(case=cases(rows=st.integers(0, 1)))
 def test_small_batches(case: Case) -> None:
     check(case)
 

@@ -33,7 +33,7 @@ NO_LOGITS = (None, 0)
 
 def arguments(case: Case, ids, new_ids, mode: str = "on"):
     layer = device_layer(case, CPU, mode)
-    return rule_arguments(ids, new_ids, case.weights, layer, case.unavailable), layer.counters
+    return rule_arguments(ids, new_ids, case.weights, layer), layer.counters
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
     mode: str = "on",
     cluster: int = 1,
 ):
-    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype, case.unavailable is not None)
+    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
     ids = case.ids.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
     packed, counters = arguments(case, ids, new_ids, mode)
@@ -136,7 +136,6 @@ def test_aligned(experts: int, slots: int, cache: Path) -> None:
             experts=experts,
             slots=slots,
             gate=False,
-            unavailable="none",
             rows=st.integers(0, 40) | st.sampled_from([511, 512]),
         ),
         seed=st.integers(0, 3),

@@ -31,7 +31,7 @@ GPU = torch.device("cuda", 0)
 
 
 def kernel_of(case: Case) -> RuleKernel:
-    return RuleKernel(case.experts, case.slots, case.ids.dtype, case.unavailable is not None)
+    return RuleKernel(case.experts, case.slots, case.ids.dtype)
 
 
 def run(case: Case, *, inplace: bool, mode: str = "on"):
@@ -43,7 +43,6 @@ def run(case: Case, *, inplace: bool, mode: str = "on"):
         new_ids,
         case.weights.to(GPU),
         device_layer(case, GPU, mode, counters[:, 1]),
-        unavailable=None if case.unavailable is None else case.unavailable.to(GPU),
     )
     counters = counters.cpu()
     assert not counters[0].any()
@@ -103,7 +102,6 @@ def test_aligned(experts: int, slots: int) -> None:
             experts=experts,
             slots=slots,
             gate=False,
-            unavailable="none",
             rows=st.integers(0, 40) | st.integers(0, 512),
         ),
         block=st.sampled_from([16, 32, 64, 128]),

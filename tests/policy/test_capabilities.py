@@ -27,7 +27,6 @@ def test_what_a_gpu_computes_can_change_while_it_runs(keys):
     [
         (OEA, True, False, ["sere.rule = 'oea'", "sere and margin", "a CPU engine every rule"]),
         (OEA, False, True, ["sere.union = 'global'", "rule = 'oea'", "union = 'local'"]),
-        ({**SERE, "prefer_local_rank": 0.1}, True, False, ["sere.prefer_local_rank = 0.1"]),
     ],
 )
 def test_refusals(keys, on_gpu, several_ranks, words, has_words):

@@ -25,7 +25,6 @@ KEYS = [
     "min_primary_experts",
     "union",
     "mode",
-    "prefer_local_rank",
     "experts",
     "max_per_rank",
     "alpha",
@@ -70,7 +69,6 @@ def test_defaults_are_those_of_the_specification() -> None:
         "min_primary_experts": None,
         "union": "global",
         "mode": "on",
-        "prefer_local_rank": None,
         **dict.fromkeys(KEYS[KEYS.index("experts") :]),
     }
     assert sorted(Policy.model_fields) == sorted(KEYS)
@@ -96,10 +94,6 @@ def test_defaults_are_those_of_the_specification() -> None:
         ("rule", "sere"),
         ("union", "global"),
         ("union", "local"),
-        ("prefer_local_rank", None),
-        ("prefer_local_rank", 0),
-        ("prefer_local_rank", 0.25),
-        ("prefer_local_rank", 1.0),
         ("similarity", "~/a b.safetensors"),
     ],
 )
@@ -142,7 +136,6 @@ policies = st.fixed_dictionaries(
         "min_primary_experts": st.none() | st.integers(0, 4096),
         "union": st.sampled_from(get_args(Union)),
         "mode": st.sampled_from(get_args(Mode)),
-        "prefer_local_rank": st.none() | st.floats(0, 1),
     },
 )
 
@@ -205,11 +198,6 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("rule", None, "'sere'", "which rule re-routes"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
-        ("prefer_local_rank", -0.1, "greater than or equal to 0", "visits anyway, 0..1"),
-        ("prefer_local_rank", 1.5, "less than or equal to 1", "visits anyway, 0..1"),
-        ("prefer_local_rank", NAN, "", "visits anyway, 0..1"),
-        ("prefer_local_rank", False, "number", "visits anyway, 0..1"),
-        ("prefer_local_rank", "0.1", "number", "visits anyway, 0..1"),
     ],
 )
 def test_refusal_names_key_value_what_is_allowed_and_what_it_is(
@@ -239,7 +227,6 @@ def test_threshold_refusal_names_the_whole_range(value: object) -> None:
         ("similarities", "similarity"),
         ("similarity_path", "similarity"),
         ("unions", "union"),
-        ("prefer_local_ranks", "prefer_local_rank"),
         ("rules", "rule"),
     ],
 )
@@ -249,7 +236,7 @@ def test_misspelt_key(written: str, meant: str) -> None:
     assert all(key in message.split("allowed keys: ")[1] for key in KEYS)
 
 
-@pytest.mark.parametrize("key", ["", "k", "xyz", "where", "a.b", "ключ"])
+@pytest.mark.parametrize("key", ["", "k", "xyz", "where", "a.b", "ключ", "prefer_local_rank"])
 def test_key_like_no_other(key: str) -> None:
     message = refusal({**SMALLEST, key: 1})
     assert message.startswith(f"sere.{key} = 1: unknown key; allowed keys: ")
@@ -346,12 +333,6 @@ def test_union_is_kept(union: Literal["global", "local"]) -> None:
     assert Policy.parse({**SMALLEST, "union": union}).for_model(top_k=2).union == union
 
 
-@pytest.mark.parametrize("tolerance", [None, 0.0, 0.25])
-def test_tolerance_is_kept(tolerance: float | None) -> None:
-    policy = Policy.parse({**SMALLEST, "prefer_local_rank": tolerance})
-    assert policy.for_model(top_k=2).prefer_local_rank == tolerance
-
-
 def test_s_up_to_k() -> None:
     policy = Policy.parse({**SMALLEST, "select_top_k": 8})
     assert policy.for_model(top_k=8).select_top_k == 8
@@ -420,7 +401,7 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
         (other("lynx"), ["sere.experts is missing", "how many experts are kept"]),
         (other("margin"), ["sere.tau is missing"]),
         (other("sere", select_top_k=2, experts=3), ["sere.experts = 3", "'sere'"]),
-        (other("topk", select_top_k=1, prefer_local_rank=0.1), ["sere.prefer_local_rank = 0.1"]),
+        (other("topk", select_top_k=1, threshold=0.1), ["sere.threshold = 0.1"]),
         (other("margin", tau=1.5), ["sere.tau = 1.5: must be a number from 0 to 1"]),
         (other("margin", tau=[0.1, 2]), ["sere.tau = [0.1, 2]: must be a number", "or a list"]),
         (other("margin", tau=True), ["sere.tau = True: must be a number"]),

@@ -5,7 +5,7 @@ twice to go unseen. Numbers come in as Python lists (a float32 is exact as a Pyt
 """
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PADDING, REROUTABLE, EXACT = 0, 1, 2
 
@@ -64,17 +64,14 @@ def reroute(
     select_top_k: int,
     threshold: float | None = None,
     min_primary_experts: int = 0,
-    unavailable: list[bool] | None = None,
 ) -> Outcome:
-    """Steps 1 to 7. ``num_slots`` is K: lists of no rows do not know it.
+    """Steps 1 to 6. ``num_slots`` is K: lists of no rows do not know it.
 
-    Where the specification is silent: with S <= 0 or S >= K, P is P_K (of the available
-    experts); where no expert at all is available every slot stays; a re-routed slot is one whose
-    id changed, in any row.
+    Where the specification is silent: with S <= 0 or S >= K, P is P_K; a re-routed slot is one
+    whose id changed, in any row.
     """
     num_experts = len(similarity)
     kinds = [REROUTABLE] * len(ids) if row_kind is None else row_kind
-    gone = {e for e in range(num_experts) if unavailable is not None and unavailable[e]}
     is_identity = select_top_k <= 0 or select_top_k >= num_slots
 
     # Steps 1 and 2: P_s for every s.
@@ -87,7 +84,6 @@ def reroute(
             ranked = ranked_slots(row, row_weights, num_experts)
             for s in range(num_slots + 1):
                 union[s].update(row[slot] for slot in ranked[:s] if 0 <= row[slot] < num_experts)
-    union = [p - gone for p in union]
 
     # Step 3: the floor.
     effective = num_slots
@@ -97,15 +93,12 @@ def reroute(
             effective += 1
     primary = union[effective]
 
-    # Steps 4 to 7, slot by slot.
+    # Steps 4 to 6, slot by slot.
     rho = None if threshold is None else float32(threshold)
-    p, available = sorted(primary), [e for e in range(num_experts) if e not in gone]
+    p = sorted(primary)
     memory: dict[tuple[bool, int], int] = {}
 
     def new_id(u: int, kind: int) -> int:
-        if u in gone:
-            candidates = p or available
-            return most_similar(similarity[u], candidates) if candidates else u
         if is_identity or kind != REROUTABLE or u in primary or not p:
             return u
         v = most_similar(similarity[u], p)
@@ -141,50 +134,6 @@ def reroute(
         ),
         critical_kept=len(read(new) - primary),
     )
-
-
-def reroute_local(
-    ids: list[list[int]],
-    weights: list[list[float]],
-    similarity: list[list[float]],
-    *,
-    owner: list[int],
-    home: list[int],
-    tolerance: float,
-    row_kind: list[int] | None = None,
-    **arguments: object,
-) -> Outcome:
-    """`prefer_local_rank`: a re-routed slot may go elsewhere in P, if its row goes there anyway.
-
-    A home outside the ranks of ``owner`` is none. Everything but the ids is the plain rule's.
-    """
-    plain = reroute(ids, weights, similarity, row_kind=row_kind, **arguments)
-    threshold = arguments.get("threshold")
-    rho = float("-inf") if threshold is None else float32(threshold)
-    new = []
-    for row, plain_row, own in zip(ids, plain.ids, home, strict=True):
-        changed = [slot for slot, u in enumerate(row) if plain_row[slot] != u]
-        visited = {own} | {
-            owner[u]
-            for slot, u in enumerate(row)
-            if slot not in changed and 0 <= u < len(similarity)
-        }
-        new_row = list(row)
-        for slot in changed:
-            likeness = similarity[row[slot]]
-            best = plain_row[slot]
-            bar = float32(likeness[best] - float32(tolerance))
-            near = [
-                v
-                for v in plain.primary
-                if (v == best or likeness[v] > bar) and likeness[v] >= rho and owner[v] in visited
-            ]
-            new_row[slot] = most_similar(likeness, near) if near else best
-        new.append(new_row)
-    kinds = [REROUTABLE] * len(ids) if row_kind is None else row_kind
-    rows = [row for row, kind in zip(new, kinds, strict=True) if kind != PADDING]
-    read = {e for row in rows for e in row if 0 <= e < len(similarity)}
-    return replace(plain, ids=new, experts_after=len(read), critical_kept=len(read - plain.primary))
 
 
 def published(

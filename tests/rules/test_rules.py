@@ -259,5 +259,4 @@ def test_scores_are_asked_for(name):
 def test_every_key_is_a_knob():
     fields = set(Layer.__dataclass_fields__)
     for rule in RULES.values():
-        # the rank preference of `sere` is a variant of its own: rules/local_rank.py
-        assert set(rule.required) <= set(rule.keys) <= fields | {"prefer_local_rank"}
+        assert set(rule.required) <= set(rule.keys) <= fields

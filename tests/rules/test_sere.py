@@ -42,7 +42,6 @@ class Case:
     weights: Tensor = field(repr=False)
     similarity: Tensor = field(repr=False)
     row_kind: Tensor | None = field(repr=False)
-    unavailable: Tensor | None = field(repr=False)
     select_top_k: int
     threshold: float | None
     floor: int
@@ -71,7 +70,7 @@ class Case:
 
     @property
     def tensors(self) -> list[Tensor]:
-        some = [self.ids, self.weights, self.similarity, self.row_kind, self.unavailable]
+        some = [self.ids, self.weights, self.similarity, self.row_kind]
         return [t for t in some if t is not None]
 
     def rule_arguments(self) -> dict[str, Any]:
@@ -80,7 +79,6 @@ class Case:
             "select_top_k": self.select_top_k,
             "threshold": self.threshold,
             "min_primary_experts": self.floor,
-            "unavailable": self.unavailable,
         }
 
     def reroute(self) -> Tensor:
@@ -99,7 +97,6 @@ class Case:
             select_top_k=self.select_top_k,
             threshold=self.threshold,
             min_primary_experts=self.floor,
-            unavailable=None if self.unavailable is None else self.unavailable.tolist(),
         )
 
 
@@ -113,7 +110,6 @@ def make_case(
     floor: int = 0,
     threshold: str = "none",
     kinds: str = "mixed",
-    unavailable: str = "none",
     gate: bool = False,
     tied: bool = True,
     id_dtype: torch.dtype = torch.int64,
@@ -163,8 +159,6 @@ def make_case(
         "mixed": randint(0, 3, rows),
         "few exact": torch.where(rand(rows) < 0.05, EXACT, randint(0, 2, rows)),
     }[kinds]
-    share = {"none": None, "nobody": 0.0, "some": 0.2, "most": 0.9, "all": 1.0}[unavailable]
-    gone = None if share is None else rand(experts) < share
 
     entry = float(similarity[int(randint(0, experts, 1)), int(randint(0, experts, 1))])
     rho = {
@@ -198,7 +192,6 @@ def make_case(
         lay_out(weights.to(weight_dtype)),
         lay_out(similarity),
         lay_out(None if row_kind is None else row_kind.to(torch.int8)),
-        lay_out(gone),
         select_top_k,
         rho,
         floor,
@@ -239,9 +232,6 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         floor=pick("floor", st.sampled_from([0, slots]) | st.integers(0, experts + 1)),
         threshold=pick("threshold", st.sampled_from(THRESHOLDS)),
         kinds=pick("kinds", st.sampled_from(KINDS)),
-        unavailable=pick(
-            "unavailable", st.sampled_from(["none"] * 6 + ["nobody", "some", "some", "most", "all"])
-        ),
         gate=gate,
         tied=pick("tied", st.booleans()),
         id_dtype=pick("id_dtype", st.sampled_from([torch.int32, torch.int64])),
@@ -340,34 +330,6 @@ CHAIN = [  # row u: how well v stands in for u
             [[1, 2], [0, 2], [3, 0]],
             id="row kinds",
         ),
-        # 0 is gone: everywhere, for S >= K, whatever the threshold; P = {2}.
-        pytest.param(
-            [[0, 2], [2, 0], [0, 3]],
-            [[2, 1], [2, 1], [2, 1]],
-            {
-                "select_top_k": 2,
-                "threshold": 1.0,
-                "row_kind": [EXACT, REROUTABLE, PADDING],
-                "unavailable": [True, False, False, False],
-            },
-            [[2, 2], [2, 2], [2, 3]],
-            id="unavailable",
-        ),
-        # Nothing else is named, so P is empty: to the most similar available expert.
-        pytest.param(
-            [[0, 0]],
-            [[2, 1]],
-            {"select_top_k": 1, "unavailable": [True, False, False, False]},
-            [[1, 1]],
-            id="unavailable, P empty",
-        ),
-        pytest.param(
-            [[0, 2]],
-            [[2, 1]],
-            {"select_top_k": 1, "unavailable": [True] * 4},
-            [[0, 2]],
-            id="all unavailable",
-        ),
         # A threshold of 0 refuses what is less similar than 0; no threshold does not.
         pytest.param(
             [[0, 3]], [[2, 1]], {"select_top_k": 1, "threshold": 0.0}, [[0, 3]], id="threshold 0"
@@ -385,15 +347,12 @@ def test_worked_by_hand(
 ) -> None:
     outcome = oracle.reroute(ids, weights, CHAIN_32, num_slots=len(ids[0]), **arguments)
     assert outcome.ids == expected
-    tensors = {
-        "row_kind": torch.tensor(arguments.get("row_kind", [REROUTABLE] * len(ids))).char(),
-        "unavailable": torch.tensor(arguments.get("unavailable", [False] * 4)),
-    }
+    kinds = torch.tensor(arguments.get("row_kind", [REROUTABLE] * len(ids))).char()
     new = sere.reroute(
         torch.tensor(ids),
         torch.tensor(weights, dtype=torch.float32),
         torch.tensor(CHAIN),
-        **{**arguments, **tensors},
+        **{**arguments, "row_kind": kinds},
     )
     assert_same_ids(new, expected, "reroute")
 
@@ -430,7 +389,6 @@ def test_equals_oracle(case: Case) -> None:
         slots=st.integers(2, 8),
         floor=0,
         kinds=st.sampled_from(["none", "re-routable"]),
-        unavailable="none",
         threshold=st.sampled_from(["none", "zero", "decimal", "entry", "above entry"]),
     ),
 )
@@ -551,13 +509,12 @@ def test_shape_and_dtype_are_kept(case: Case) -> None:
     assert plan.named.shape == plan.primary.shape == plan.target.shape == (case.experts,)
     assert plan.named.dtype == plan.primary.dtype == torch.bool
     assert plan.target.dtype == torch.int64
-    assert (plan.padding_target is None) == (case.unavailable is None)
     counts = count(plan, case.ids, case.reroute(), case.row_kind)
     assert all(c.dim() == 0 and c.dtype == torch.int64 for c in counts)
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none"), beyond=st.integers(0, 3), low=st.booleans())
+@given(case=cases(), beyond=st.integers(0, 3), low=st.booleans())
 def test_no_secondary_or_no_primary_slot_is_the_identity(
     case: Case, beyond: int, low: bool
 ) -> None:
@@ -592,7 +549,7 @@ def test_padding_never_matters(case: Case, seed: int) -> None:
     )
     plan, changed_plan = case.plan(), changed.plan()
     for a, b in zip(plan, changed_plan, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+        assert torch.equal(a, b)
     new, changed_new = case.reroute(), changed.reroute()
     assert_same_ids(changed_new[~padding], new[~padding], "rows that are not padding")
     counts = numbers(count(plan, case.ids, new, case.row_kind))
@@ -601,7 +558,7 @@ def test_padding_never_matters(case: Case, seed: int) -> None:
 
 
 @settings(RULES)
-@given(case=cases(rows=1, kinds=st.sampled_from(["none", "re-routable"]), unavailable="none"))
+@given(case=cases(rows=1, kinds=st.sampled_from(["none", "re-routable"])))
 def test_floor_of_k_leaves_batch_1_unchanged(case: Case) -> None:
     case = replace(case, floor=case.slots)
     assert torch.equal(case.reroute(), case.ids)
@@ -626,7 +583,7 @@ def test_raising_s_never_shrinks_p(case: Case) -> None:
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none"))
+@given(case=cases())
 def test_what_stays(case: Case) -> None:
     """Exact rows (whose experts are all in P), padding, sentinels, and the top S slots by rank."""
     plan, new = case.plan(), case.reroute()
@@ -645,29 +602,8 @@ def test_what_stays(case: Case) -> None:
 @settings(RULES)
 @given(case=cases())
 def test_a_second_time_changes_nothing(case: Case) -> None:
-    """With lost experts only for m = 0 and P not empty: they may bring an expert's rank forward."""
-    if case.unavailable is not None:
-        case = replace(case, floor=0)
-        assume(case.plan().primary.any())
     new = case.reroute()
     assert_same_ids(replace(case, ids=new).reroute(), new, "a second time")
-
-
-@settings(RULES)
-@given(case=cases(unavailable=st.sampled_from(["some", "most", "all"])))
-def test_lost_experts_are_read_only_if_all_are_lost(case: Case) -> None:
-    new, plan = case.reroute(), case.plan()
-    assert case.unavailable is not None
-    assert not (plan.primary & case.unavailable).any()
-    if not case.unavailable.all():
-        read = new[(new >= 0) & (new < case.experts)].long()
-        assert not case.unavailable[read].any()
-
-
-@settings(RULES)
-@given(case=cases(unavailable="nobody"))
-def test_mask_of_nobody_is_no_mask(case: Case) -> None:
-    assert torch.equal(case.reroute(), replace(case, unavailable=None).reroute())
 
 
 @settings(RULES)
@@ -678,7 +614,7 @@ def test_only_the_order_of_weights_matters(case: Case, scale: float) -> None:
 
 
 @settings(RULES)
-@given(case=cases(unavailable="none", floor=0, threshold="none"))
+@given(case=cases(floor=0, threshold="none"))
 def test_without_floor_and_threshold_exactly_p_is_read(case: Case) -> None:
     plan = case.plan()
     counts = numbers(count(plan, case.ids, case.reroute(), case.row_kind))
@@ -741,15 +677,10 @@ def test_huge_floor(floor: int) -> None:
 
 def test_no_slots() -> None:
     ids = torch.zeros(2, 0, dtype=torch.int64)
-    new = sere.reroute(
-        ids,
-        torch.zeros(2, 0),
-        torch.eye(3),
-        select_top_k=1,
-        min_primary_experts=1,
-        unavailable=torch.zeros(3, dtype=torch.bool),
-    )
-    assert new.shape == (2, 0)
+    arguments = {"row_kind": None, "select_top_k": 1, "min_primary_experts": 1}
+    plan = make_plan(ids, torch.zeros(2, 0), torch.eye(3), **arguments)
+    assert apply_plan(plan, ids, None).shape == (2, 0)
+    assert sere.reroute(ids, torch.zeros(2, 0), torch.eye(3), **arguments).shape == (2, 0)
 
 
 def test_ids_without_a_dimension() -> None:
@@ -789,10 +720,6 @@ ROWS, SLOTS, EXPERTS = 3, 2, 5
         ("row_kind", torch.zeros((), dtype=torch.int8)),
         ("row_kind", torch.zeros(ROWS, dtype=torch.int64)),
         ("row_kind", torch.zeros(ROWS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(EXPERTS + 1, dtype=torch.bool)),
-        ("unavailable", torch.zeros(ROWS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(1, EXPERTS, dtype=torch.bool)),
-        ("unavailable", torch.zeros(EXPERTS, dtype=torch.int8)),
     ],
     ids=lambda v: f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else str(v),
 )
@@ -804,7 +731,6 @@ def test_wrong_argument_is_named(
         "topk_weights": torch.zeros(ROWS, SLOTS),
         "similarity": torch.zeros(EXPERTS, EXPERTS),
         "row_kind": torch.ones(ROWS, dtype=torch.int8),
-        "unavailable": None,
         "select_top_k": select_top_k,
     }
     getattr(sere, function)(**arguments)
@@ -822,7 +748,6 @@ def one_layer(
     weights: Tensor,
     similarity: Tensor,
     row_kind: Tensor,
-    unavailable: Tensor,
 ) -> tuple[Tensor, Tensor, RuleCounts]:
     plan = make_plan(
         ids,
@@ -832,7 +757,6 @@ def one_layer(
         select_top_k=2,
         threshold=0.3,
         min_primary_experts=8,
-        unavailable=unavailable,
     )
     new = apply_plan(plan, ids, row_kind)
     return plan.primary, new, count(plan, ids, new, row_kind)
@@ -845,9 +769,8 @@ def check_compiled(compiled: Any, *, rows: int, dynamic: bool = False) -> None:
         experts=64,
         slots=8,
         select_top_k=2,
-        unavailable="some",
     )
-    arguments = (case.ids, case.weights, case.similarity, case.row_kind, case.unavailable)
+    arguments = (case.ids, case.weights, case.similarity, case.row_kind)
     primary, new, counts = one_layer(*arguments)
     if dynamic:
         for tensor in (case.ids, case.weights, case.row_kind):

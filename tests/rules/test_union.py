@@ -45,14 +45,11 @@ def check(case: Case, parts: list[Tensor]) -> None:
         assert found.dtype == vector.dtype == torch.uint8
         assert found.tolist() == vector.tolist()
     reduced = torch.stack(vectors).amin(dim=0)
-    plan = plan_from_ranks(
-        reduced, case.similarity, num_slots=case.slots, unavailable=case.unavailable, **policy
-    )
+    plan = plan_from_ranks(reduced, case.similarity, num_slots=case.slots, **policy)
     for rows in parts:
         expected = whole[rows]
         assert_same_ids(apply_plan(plan, case.ids[rows], case.kinds[rows]), expected, "reference")
-    if case.unavailable is None:
-        check_compiled(case, parts, reduced, whole, policy)
+    check_compiled(case, parts, reduced, whole, policy)
 
 
 def check_compiled(case, parts, reduced, whole, policy) -> None:
@@ -81,7 +78,7 @@ def test_every_rank_derives_its_rows_of_the_whole(case: Case, data: st.DataObjec
 
 
 @settings(RULES, max_examples=40)
-@given(case=cases(rows=st.integers(0, 6), unavailable="none", gate=True), data=st.data())
+@given(case=cases(rows=st.integers(0, 6), gate=True), data=st.data())
 def test_few_rows_and_idle_ranks(case: Case, data: st.DataObject) -> None:
     check(case, data.draw(splits(case.ids.shape[0])))
 

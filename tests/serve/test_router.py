@@ -302,7 +302,7 @@ def test_a_policy_by_rows_is_kept_and_shown(make_router):
             ["policy.union = 'global'", "'oea'", "union = 'local'"],
         ),
         ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
-        ({"on_gpu": True}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "null"]),
+        ({}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "unknown key"]),
         (
             {"on_gpu": True},
             {"rule": "margin", "tau": 0.1, "balance_ranks": True, "select_top_k": None},

@@ -17,7 +17,7 @@ from sere_ray.engine.state import DECODE_ONLY, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import NO_RANK, REROUTABLE, Choice, Layer, LocalRanks
+from sere_ray.rules import REROUTABLE, Choice, Layer
 
 
 @dataclass
@@ -42,20 +42,7 @@ class CpuState(EngineState):
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.decode_rows = self.union_rows = 0
-        _compile_rule(self.top_k, local=False)
-        self.apply_policy()
-
-    def apply_policy(self) -> None:
-        """Compile what the policy needs now, so that no step waits for it."""
-        if self.bound.prefer_local_rank is not None:
-            _compile_rule(self.top_k, local=True)
-
-    def home_rank(self) -> int:
-        """The rank of every row here: none, since tensor-parallel ranks hold the same rows.
-
-        All of them must give the same ids, so none may prefer itself.
-        """
-        return NO_RANK
+        _compile_rule(self.top_k)
 
     def apply_artifact(self) -> None:
         """See the base class."""
@@ -152,23 +139,17 @@ class CpuState(EngineState):
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
     ) -> tuple[Tensor, StepCounts]:
         """New ids of a layer, and what changed."""
-        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        arguments = self.rule_arguments(layer)
         return reroute_and_count(topk_ids, topk_weights, self.similarity[layer], kinds, **arguments)
 
-    def rule_arguments(self, layer: int, num_rows: int) -> dict[str, Any]:
-        """The policy as the rule takes it, for that many rows of this layer."""
-        running, owner = self.running, self.owner.get(layer)
-        tolerance = running.prefer_local_rank
-        local = None
-        if tolerance is not None and owner is not None:
-            home = torch.full((num_rows,), self.home_rank(), dtype=torch.int64, device="cpu")
-            local = LocalRanks(owner, home, tolerance)
+    def rule_arguments(self, layer: int) -> dict[str, Any]:
+        """The policy as the rule takes it for this layer."""
+        running = self.running
         return {
             "select_top_k": running.select_top_k,
             "threshold": running.threshold,
             "min_primary_experts": running.min_primary_experts,
-            "local": local,
-            "owner": owner,
+            "owner": self.owner.get(layer),
         }
 
     def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
@@ -187,10 +168,9 @@ def active_state() -> CpuState | None:
     return _active.get()
 
 
-def _compile_rule(top_k: int, *, local: bool) -> None:
+def _compile_rule(top_k: int) -> None:
     """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
     ids = torch.zeros((1, top_k), dtype=torch.int32)
-    zero = torch.zeros(1, dtype=torch.int64)
     reroute_and_count(
         ids,
         ids.float(),
@@ -199,5 +179,4 @@ def _compile_rule(top_k: int, *, local: bool) -> None:
         select_top_k=1,
         threshold=None,
         min_primary_experts=0,
-        local=LocalRanks(zero, zero, 0.0) if local else None,
     )

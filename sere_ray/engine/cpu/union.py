@@ -110,10 +110,6 @@ class UnionCpuState(CpuState):
             self.bound, self.similarity = bound, similarity
         return policy
 
-    def home_rank(self) -> int:
-        """See the base class; every rank has rows of its own."""
-        return dist.get_rank(self.group)
-
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """See the base class; ranks talk later, in the first layer, where all are in step."""
         super().begin(kinds)
@@ -153,9 +149,9 @@ class UnionCpuState(CpuState):
         similarity = self.similarity[layer]
         ranks = lowest_ranks(topk_ids, topk_weights, kinds, similarity.shape[0])
         self._reduce(ranks, dist.ReduceOp.MIN)
-        arguments = self.rule_arguments(layer, topk_ids.shape[0])
+        arguments = self.rule_arguments(layer)
         if self.startup.check_ranks:
-            self._compare(layer, ranks, **{**arguments, "local": None})
+            self._compare(layer, ranks, **arguments)
         return reroute_by_ranks(topk_ids, ranks, similarity, kinds, **arguments)
 
     def apply_other_rule(

@@ -35,20 +35,21 @@ class BackEnd(Protocol):
         """Put the platform's patches of vLLM in place; calling it again does nothing."""
         ...
 
-    def attach(self, state: EngineState, runner: Any) -> None:
+    def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """Make one layer ready, before its router is changed.
 
         Args:
             state: from :meth:`make_state`.
             runner: vLLM's ``MoERunner``; its router already knows its layer, ``sere_layer``.
+            vllm_config: vLLM's complete configuration.
 
         Raises:
             UnsupportedError: the layer's gate or kernel cannot be re-routed under this policy.
         """
         ...
 
+    @staticmethod
     def route(
-        self,
         router: Any,
         original: Callable[..., Routing],
         hidden_states: Tensor,
@@ -57,6 +58,8 @@ class BackEnd(Protocol):
         **kwargs: Any,
     ) -> Routing:
         """What a layer's router answers in the place of the gate's own choice.
+
+        A plain function, as Dynamo traces it where a layer is part of a compiled graph.
 
         Args:
             router: vLLM's, of an attached layer.

@@ -1,8 +1,8 @@
 """KV blocks of one policy are never found under another, by whatever is added to ``cache_salt``.
 
 Functions here wrap methods of vLLM's engine core; see the ledger in ``patches.py``. Salts are
-random words, one for each policy of each engine: a number would come again after a restart, and caches
-beside the GPU (``kv_transfer_config``) outlive the engine that filled them.
+random words, one for each policy of each engine: a number would come again after a restart, and
+caches beside the GPU (``kv_transfer_config``) outlive the engine that filled them.
 """
 
 import secrets

@@ -149,8 +149,8 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
             f"{type(router).__name__}; this model cannot be re-routed: remove the 'sere' key"
         )
     router.sere_layer = layer
-    back_end.attach(state, runner)
-    router.__class__ = _rerouting_class(type(router), back_end.route)
+    back_end.attach(state, runner, vllm_config)
+    router.__class__ = _rerouting_class(router.__class__, back_end.route)
     state.attached[layer] = runner
 
 

@@ -47,14 +47,14 @@ class GpuBackEnd:
         if vllm_config.parallel_config.data_parallel_size > 1:
             union_patches.install(wrap)
 
-    def attach(self, state: EngineState, runner: Any) -> None:
+    def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """The router finds its state and its layer's kernels, which are made after loading."""
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)
 
+    @staticmethod
     def route(
-        self,
         router: Any,
         original: Callable[..., Routing],
         hidden_states: Tensor,

@@ -31,9 +31,7 @@ class DeviceRule:
     ) -> None:
         self.top_k, self.num_experts, self.device = top_k, num_experts, device
         self.position = {layer: i for i, layer in enumerate(layers)}
-        self.tables = {
-            layer: LayerTables.build(matrix, device) for layer, matrix in layers.items()
-        }
+        self.tables = {layer: LayerTables.build(matrix, device) for layer, matrix in layers.items()}
         self.settings = Settings(device, len(layers))
         self.identity = Settings(device)
         """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""

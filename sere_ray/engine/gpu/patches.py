@@ -1,4 +1,4 @@
-"""What an engine on a GPU (V2 model runner) changes beside ``engine/patches.py``, and the ledger of it.
+"""What an engine on a GPU (V2 model runner) changes beside ``engine/patches.py``: its ledger.
 
 =====================================  ==========================================================
 GPUModelRunner.prepare_inputs          Row kinds of a step go to the device before it is launched.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere_ray.engine.timeout import group_timeout
 from sere_ray.engine.gpu.union import RankGroup
+from sere_ray.engine.timeout import group_timeout
 from sere_ray.kernel.peers import connect
 
 

@@ -1,12 +1,12 @@
-"""Re-routing on a GPU: one kernel launch per layer, in eager passes and in captured graphs alike."""
+"""Re-routing on a GPU: one launch per layer, in eager passes and in captured graphs alike."""
 
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.agreement import Told
@@ -26,6 +26,7 @@ from sere_ray.kernel.launcher import (
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import UnsupportedError
+
 
 @dataclass
 class CudaState(EngineState):
@@ -117,9 +118,7 @@ class CudaState(EngineState):
         assert self.versions is not None
         self.check_nothing_deferred()
         versions = self.versions
-        return write_words(
-            versions.newest, versions.checksum, self.union.next_kinds, self.max_rows
-        )
+        return write_words(versions.newest, versions.checksum, self.union.next_kinds, self.max_rows)
 
     def begin_pass(self, table: NDArray[np.int32], sizes: list[int]) -> None:
         """Take over the row kinds of the pass that all ranks launch next.

@@ -12,7 +12,8 @@ from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel, blocks_of_margin
 from sere_ray.kernel.memory import DeviceLayer, Settings
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules.sere import apply_plan, count, make_plan
+from sere_ray.rules import count
+from sere_ray.rules.sere import apply_rerouting, find_rerouting
 
 LAYERS = 48
 BLOCK_SIZE = 16
@@ -155,9 +156,9 @@ def _reference(
     ids: Tensor, weights: Tensor, similarity: Tensor, kinds: Tensor, select_top_k: int
 ) -> tuple[Tensor, Any]:
     """The specification, counters included, as the kernel does it."""
-    plan = make_plan(ids, weights, similarity, row_kind=kinds, select_top_k=select_top_k)
-    new_ids = apply_plan(plan, ids, kinds)
-    return new_ids, count(plan, ids, new_ids, kinds)
+    rerouting = find_rerouting(ids, weights, similarity, row_kind=kinds, select_top_k=select_top_k)
+    new_ids = apply_rerouting(rerouting, ids, kinds)
+    return new_ids, count(rerouting, ids, new_ids, kinds)
 
 
 def _compiled(name: str, defines: dict[str, int], kernel: str) -> Any:

@@ -4,7 +4,7 @@ import torch
 
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules.sere import REROUTABLE
+from sere_ray.rules import REROUTABLE
 
 GPU = torch.device("cuda", 0)
 

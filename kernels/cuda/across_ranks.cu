@@ -5,7 +5,7 @@
 // Elsewhere ranks exchange one byte an expert, and each re-routes its own rows. Where they reach each other's memory:
 //   reroute_with_peers
 // else in two launches:
-//   lowest_ranks, all-reduce MIN, reroute_by_ranks
+//   lowest_slot_orders, all-reduce MIN, reroute_by_slot_orders
 // or, under the rule margin, one integer:
 //   ask_of_ranks, all-reduce SUM, reroute_by_asked
 #include "exchange.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ void count_busiest(const Shared& shared, const Places
     for (int j = 0; j < PER_LANE; ++j) {
       const int v = lane * PER_LANE + j;
       const bool is_there = places.owner[v] == rank;
-      before += is_there && shared.lowest_rank[v] < K;
+      before += is_there && shared.lowest_order[v] < K;
       after += is_there && shared.is_read[v];
     }
     most_before = max(most_before, __reduce_add_sync(ALL_LANES, before));
@@ -112,34 +112,34 @@ reroute_gathered_and_align(RULE_PARAMETERS, PLACEMENT_PARAMETERS, SORTED_PARAMET
   sort_slots(counting, shared, sorted, num_rows, [&](int index) { return local_id(places, new_ids[index]); });
 }
 
-// Writes ranks, [E]: the lowest slot rank at which a row of this rank names the expert (0 if an exact row
+// Writes orders, [E]: the lowest slot order at which a row of this rank names the expert (0 if an exact row
 // does), 255 = none. Reads neither neighbours nor similarity.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) lowest_ranks(RULE_PARAMETERS, unsigned char* ranks) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) lowest_slot_orders(RULE_PARAMETERS, unsigned char* orders) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   const Step now = *a.step;
   const bool has_work = a.settings->mode != OFF && now.num_reroutable > 0;
 #pragma unroll 1
-  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = K;
+  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_order[v] = K;
   wait_for_earlier_kernels();
   name_experts(shared, a, now, has_work);
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) {
-    const int rank = shared.lowest_rank[v];
-    ranks[v] = rank < K ? rank : NOBODY;
+    const int order = shared.lowest_order[v];
+    orders[v] = order < K ? order : NOBODY;
   }
 }
 
-// Re-routes this rank's rows by the minimum over ranks of what lowest_ranks wrote.
+// Re-routes this rank's rows by the minimum over ranks of what lowest_slot_orders wrote.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-reroute_by_ranks(RULE_PARAMETERS, const unsigned char* ranks) {
+reroute_by_slot_orders(RULE_PARAMETERS, const unsigned char* orders) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
   begin(start, shared, a);
   if (!start.has_work && a.new_ids == a.ids) return;
 #pragma unroll 1
-  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_rank[v] = min((int)ranks[v], K);
+  for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_order[v] = min((int)orders[v], K);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   apply_rule(shared, a, start, load, [](int, Id) {});
 }

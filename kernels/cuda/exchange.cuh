@@ -49,7 +49,7 @@ __device__ __forceinline__ long long now_ns() {
 #endif
 }
 
-// The minimum over ranks of shared.lowest_rank; the block's threads have to have met before, and meet at the end.
+// The minimum over ranks of shared.lowest_order; the block's threads have to have met before, and meet at the end.
 __device__ __forceinline__ void lowest_of_all_ranks(Shared& shared, const Exchange& e) {
   const unsigned number = *e.number + 1;
   const int half = number % 2 * e.num_ranks, others = (e.num_ranks - 1) * WORDS;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void lowest_of_all_ranks(Shared& shared, const Exchan
     unsigned bytes = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int rank = shared.lowest_rank[word * 4 + j];
-      bytes |= unsigned(rank < K ? rank : NOBODY) << 8 * j;
+      const int order = shared.lowest_order[word * 4 + j];
+      bytes |= unsigned(order < K ? order : NOBODY) << 8 * j;
     }
     send(e.inboxes[peer] + (half + e.rank) * WORDS + word, Word(number) << 32 | bytes);
   }
@@ -78,8 +78,8 @@ __device__ __forceinline__ void lowest_of_all_ranks(Shared& shared, const Exchan
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int rank = int(found >> 8 * j) & 255;
-      if (rank < K) atomicMin(&shared.lowest_rank[word * 4 + j], rank);
+      const int order = int(found >> 8 * j) & 255;
+      if (order < K) atomicMin(&shared.lowest_order[word * 4 + j], order);
     }
   }
   __syncthreads();

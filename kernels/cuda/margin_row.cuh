@@ -167,21 +167,21 @@ __device__ __forceinline__ float sum_of_slots(float value) {
 }
 
 // Of a slot that stays, among those that do: by score, equal scores by expert. Gates mostly return sorted rows.
-__device__ __forceinline__ int rank_by_score(const Row& r, unsigned stays) {
+__device__ __forceinline__ int order_by_score(const Row& r, unsigned stays) {
   const int lane = threadIdx.x % 32, own_id = int(r.slot.id);
   const auto is_behind = [&](float score, int id) { return score > r.own || (score == r.own && id < own_id); };
   const float score_before = __shfl_up_sync(ALL_LANES, r.own, 1);
   const int id_before = __shfl_up_sync(ALL_LANES, own_id, 1);
   const bool in_order = lane == 0 || lane >= K || is_behind(score_before, id_before);
   if (__all_sync(ALL_LANES, in_order)) return __popc(stays & ((1u << lane) - 1));
-  int rank = 0;
+  int order = 0;
 #pragma unroll 1
   for (int slot = 0; slot < K; ++slot) {
     const float score = __shfl_sync(ALL_LANES, r.own, slot);
     const int id = __shfl_sync(ALL_LANES, own_id, slot);
-    rank += (stays >> slot & 1) && is_behind(score, id);
+    order += (stays >> slot & 1) && is_behind(score, id);
   }
-  return rank;
+  return order;
 }
 
 struct StandIn {
@@ -244,10 +244,10 @@ __device__ __forceinline__ NewSlots unchanged(const Row& r) {
 // The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's
 // first expert with weight 0, as experts' code that takes no id of -1 wants it.
 __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings) {
-  const int lane = threadIdx.x % 32, num_staying = __popc(stays), rank = rank_by_score(r, stays);
+  const int lane = threadIdx.x % 32, num_staying = __popc(stays), order = order_by_score(r, stays);
   const bool is_staying = stays >> lane & 1;
   const StandIn found = stand_in(r, kept, num_staying);
-  const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && rank == 0);
+  const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && order == 0);
   const int first = __shfl_sync(ALL_LANES, int(r.slot.id), __ffs(best_staying) - 1);
 
   const float share = is_staying ? r.own : 0, new_share = settings.fill * found.score;
@@ -255,7 +255,7 @@ __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigne
   const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
   const float scale = sum_of_slots(r.slot.weight) * exp2f(-exponent);
   const int filled = lane >= num_staying && lane < K ? lane : -1;
-  return {{{is_staying ? rank : -1, int(r.slot.id), share * scale},
+  return {{{is_staying ? order : -1, int(r.slot.id), share * scale},
            {filled, found.expert < 0 ? first : found.expert, new_share * scale}}};
 }
 

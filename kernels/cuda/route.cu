@@ -82,7 +82,7 @@ __device__ __forceinline__ int take_best(float (&p)[PER_THREAD], int lane, float
   return expert;
 }
 
-// Top-k of each of the rows, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its rank.
+// Top-k of each of the rows, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its order.
 __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Logit* logits, const bool* is_padding,
                                        const Arguments& a, const Start& start, const Rows& rows) {
   const int lane = threadIdx.x % ROW_LANES;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Log
         total += weight;
         chosen.expert[row][slot] = pads ? -1 : expert;
         chosen.weight[row][slot] = weight;
-        if (!pads && kind != PADDING) atomicMin(&shared.lowest_rank[expert], kind == EXACT ? 0 : slot);
+        if (!pads && kind != PADDING) atomicMin(&shared.lowest_order[expert], kind == EXACT ? 0 : slot);
       }
     }
     if (lane == 0 && exists) chosen.scale[row] = 1.0f / (total > 0 ? total : 1);

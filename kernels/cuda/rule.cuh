@@ -82,11 +82,11 @@ struct Shared {
   union {
     __align__(16) Expert near[E][NEAR];            // the start of a row of Arguments::neighbours; after that:
     struct {                                       // of a slot
-      unsigned short order[MAX_ROWS * K];          // its place among those of its expert
+      unsigned short place[MAX_ROWS * K];          // among those of its expert
       unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
     };
   };
-  int lowest_rank[STRIDE];                         // best rank any row gives the expert, K = none
+  int lowest_order[STRIDE];                         // best slot order any row gives the expert, K = none
   union {
     int target[STRIDE];                            // where a slot that names the expert goes
     int demand[STRIDE];                            // of margin
@@ -138,27 +138,27 @@ __device__ __forceinline__ Slot load_slot(const Arguments& a, const Step& step, 
   return s;
 }
 
-// Step 1: the rank of a valid slot in its row: by weight, equal weights by slot. The lanes of a row
-// are neighbours. Gates mostly return sorted rows; then a slot is its rank.
-__device__ __forceinline__ int rank_in_row(const Slot& s, int slot) {
+// Step 1: the order of a valid slot in its row: by weight, equal weights by slot. The lanes of a row
+// are neighbours. Gates mostly return sorted rows; then a slot is its order.
+__device__ __forceinline__ int order_in_row(const Slot& s, int slot) {
   const float weight_before = __shfl_up_sync(ALL_LANES, s.weight, 1, GROUP);
   const bool valid_before = __shfl_up_sync(ALL_LANES, s.valid, 1, GROUP);
   const bool in_order = slot == 0 || !s.valid || (valid_before && weight_before >= s.weight);
   if (__all_sync(ALL_LANES, in_order)) return slot;
-  int rank = 0;
+  int order = 0;
 #pragma unroll 1
   for (int other = 0; other < K; ++other) {
     const float weight = __shfl_sync(ALL_LANES, s.weight, other, GROUP);
     const bool valid = __shfl_sync(ALL_LANES, s.valid, other, GROUP);
-    rank += valid && (weight > s.weight || (weight == s.weight && other < slot));
+    order += valid && (weight > s.weight || (weight == s.weight && other < slot));
   }
-  return rank;
+  return order;
 }
 
 // Steps 1 and 2 of one slot per thread.
 __device__ __forceinline__ void name_expert(Shared& shared, const Slot& s, int slot) {
-  const int rank = rank_in_row(s, slot);
-  if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_rank[s.id], s.kind == EXACT ? 0 : rank);
+  const int order = order_in_row(s, slot);
+  if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_order[s.id], s.kind == EXACT ? 0 : order);
 }
 
 __device__ __forceinline__ int total_below(const int (&lowest)[PER_LANE], int size) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const unsigned hits = __ballot_sync(ALL_LANES, lane < E && shared.lowest_rank[v[i]] < size);
+      const unsigned hits = __ballot_sync(ALL_LANES, lane < E && shared.lowest_order[v[i]] < size);
       const int found = __shfl_sync(ALL_LANES, v[i], __ffs(hits | 1u << 31) - 1);
       if (hits && lane == owner[i]) own = found;
       if (!hits && owner[i] >= 0) far |= 1u << owner[i];
@@ -198,7 +198,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
     for (int start = 32; start < E; start += 32) {
       const int at = start + lane;
       const int v = at >= E ? 0 : start < NEAR ? shared.near[u][at] : a.neighbours[u * STRIDE + at];
-      const unsigned hits = __ballot_sync(ALL_LANES, at < E && shared.lowest_rank[v] < size);
+      const unsigned hits = __ballot_sync(ALL_LANES, at < E && shared.lowest_order[v] < size);
       const int found = __shfl_sync(ALL_LANES, v, __ffs(hits | 1u << 31) - 1);
       if (hits && lane == owner) own = found;
       if (hits) break;
@@ -214,7 +214,7 @@ __device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, 
   int lowest[PER_LANE];
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    lowest[j] = shared.lowest_rank[lane * PER_LANE + j];
+    lowest[j] = shared.lowest_order[lane * PER_LANE + j];
   }
   int size = settings.select_top_k;
   const int enough = min(settings.min_primary_experts, total_below(lowest, K));
@@ -224,15 +224,15 @@ __device__ __forceinline__ int find_targets(Shared& shared, const Arguments& a, 
 #pragma unroll 1
   for (int start = 0; start < PER_WARP; start += 32) {  // 32 experts of this warp, a lane each
     const int own = warp + (start + lane) * WARPS;
-    const int rank = own < E ? shared.lowest_rank[own] : K;
-    const bool moves = rank >= size && rank < K && num_primary > 0;
+    const int order = own < E ? shared.lowest_order[own] : K;
+    const bool moves = order >= size && order < K && num_primary > 0;
     const unsigned lanes = __ballot_sync(ALL_LANES, moves);
     int v = lanes ? most_similar(shared, a, lanes, warp + start * WARPS, size) : -1;
     const bool refused = v >= 0 && settings.has_threshold && a.similarity[own * E + v] < settings.threshold;
     if (v < 0 || refused) v = own;
     if (own < E) {
       shared.target[own] = v;
-      if (rank < K) shared.is_read[v] = 1;
+      if (order < K) shared.is_read[v] = 1;
     }
   }
   return size;
@@ -249,10 +249,10 @@ __device__ __forceinline__ void count_experts(const Shared& shared, const Argume
   int before = 0, after = 0, primary = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const int v = lane * PER_LANE + j, rank = shared.lowest_rank[v];
-    before += rank < K;
+    const int v = lane * PER_LANE + j, order = shared.lowest_order[v];
+    before += order < K;
     after += shared.is_read[v];
-    primary += rank < size;
+    primary += order < size;
   }
   before = __reduce_add_sync(ALL_LANES, before);
   after = __reduce_add_sync(ALL_LANES, after);
@@ -290,7 +290,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   start.has_work = (start.settings.mode != OFF) & (start.step.num_reroutable > 0);
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
-    shared.lowest_rank[v] = K;
+    shared.lowest_order[v] = K;
     shared.demand[v] = 0;
     shared.is_read[v] = 0;
   }
@@ -298,7 +298,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   let_next_kernel_start();                         // not before: it would take the earlier kernel's room
 }
 
-// Steps 3 to 5, once every expert's lowest rank is known to this thread's warp: what each slot becomes.
+// Steps 3 to 5, once every expert's lowest slot order is known to this thread's warp: what each slot becomes.
 // load(row, slot) gives a slot, then(slot index, final id) is told of it. Counts.
 template <class Load, class Then>
 __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, const Start& start, Load load,
@@ -381,7 +381,7 @@ __device__ __forceinline__ void begin_sorting(Counting& counting, const Sorted& 
 }
 
 __device__ __forceinline__ void count_slot(Counting& counting, Shared& shared, int index, Id id) {
-  if (id >= 0 && id < E) shared.order[index] = atomicAdd(&counting.slots_of[id], 1);
+  if (id >= 0 && id < E) shared.place[index] = atomicAdd(&counting.slots_of[id], 1);
 }
 
 // expert_of(slot index) gives what count_slot() was given.
@@ -418,7 +418,7 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
 #pragma unroll 1
   for (int index = threadIdx.x; index < num_rows * K; index += THREADS) {
     const Id id = expert_of(index);
-    if (id >= 0 && id < E) sorted.slots[counting.slots_of[id] + shared.order[index]] = index;
+    if (id >= 0 && id < E) sorted.slots[counting.slots_of[id] + shared.place[index]] = index;
   }
 }
 

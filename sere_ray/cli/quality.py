@@ -92,9 +92,7 @@ def tune(
             "--by-rows/--one-setting", help="A setting for each range of batch sizes, or for all."
         ),
     ] = True,
-    rules: Annotated[
-        str, typer.Option(help="Rules to choose among; GPUs serve sere and margin.")
-    ] = "sere,oea,xshare,lynx,margin",
+    rules: Annotated[str, typer.Option(help="Rules to choose among.")] = "sere,margin",
     report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
     sequences: Sequences = 128,
     length: Length = 128,
@@ -115,7 +113,7 @@ def tune(
         from sere_ray.util.results import write_result
 
         names = tuple(part.strip() for part in rules.split(","))
-        check_rules(names)
+        check_rules(names, served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)
         budget = Budget(max_kl, min_agreement)

@@ -42,8 +42,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     check_vllm_version(installed_vllm())
     check_options(vllm_config)
     on_gpu = vllm_config.device_config.device_type == "cuda"
-    several_ranks = vllm_config.parallel_config.data_parallel_size > 1
-    check_policy(policy, on_gpu=on_gpu, several_ranks=several_ranks)
+    check_policy(policy, on_gpu=on_gpu)
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
     if on_gpu:

@@ -22,7 +22,7 @@ from sere_ray.evaluation.teacher_forced import forward_changed
 from sere_ray.kernel.cpu_sere import reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
-from sere_ray.rules.interface import named_by
+from sere_ray.rules.common import named_by
 from sere_ray.util.errors import UnsupportedError
 
 Floats = NDArray[np.float32]

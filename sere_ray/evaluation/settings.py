@@ -1,11 +1,12 @@
 """Which settings of a rule are compared: grids, from strong re-routing to light, or a file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
-from sere_ray.policy.policy import Policy
+from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.util.errors import SereError
 
@@ -15,6 +16,21 @@ _BUDGETS = 9
 """How many budgets of kept experts are tried at a batch size."""
 _TAUS = (0.0, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 1.0)
 _LYNX = ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0})
+
+
+class Setting(Policy):
+    """A policy of any rule: those that engines serve, and published ones to compare with."""
+
+    rule: Literal["sere", "topk", "oea", "xshare", "lynx", "margin"] = Field(  # type: ignore[assignment]  # wider
+        "sere", description="which rule re-routes"
+    )
+    experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
+    max_per_rank: int | None = Field(
+        None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
+    )
+    alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
+    base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
+    depth: int | None = Field(None, ge=1, description="the last bin")
 
 
 def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[str, Any]]:
@@ -85,9 +101,9 @@ def read_settings(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def as_policy(keys: dict[str, Any], where: str = "settings") -> Policy:
+def as_policy(keys: dict[str, Any], where: str = "settings") -> Setting:
     """A setting as a policy; which artifact it will be used with is decided elsewhere."""
-    return Policy.parse({"similarity": "-", **keys}, where=where)
+    return Setting.parse({"similarity": "-", **keys}, where=where)
 
 
 def label(keys: dict[str, Any]) -> str:
@@ -104,12 +120,23 @@ def label(keys: dict[str, Any]) -> str:
     return " ".join(parts) or EXACT
 
 
-def check_rules(names: tuple[str, ...]) -> None:
+def check_rules(names: tuple[str, ...], *, served: bool = False) -> None:
     """Refuse a name that no rule has.
+
+    Args:
+        names: of ``--rules``.
+        served: refuse rules that engines do not serve, too.
 
     Raises:
         SereError: names it.
     """
     for name in names:
         if name not in RULES:
-            raise SereError(f"--rules: {name!r} is none of {', '.join(RULES)}")
+            raise SereError(
+                f"--rules: {name!r} is none of {', '.join(RULE_NAMES if served else RULES)}"
+            )
+        if served and name not in RULE_NAMES:
+            raise SereError(
+                f"--rules: {name!r} is compared by `sere-ray evaluate` only; engines serve "
+                f"{' and '.join(RULE_NAMES)}"
+            )

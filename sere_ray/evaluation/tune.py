@@ -254,10 +254,12 @@ def _best_of_range(
     if rule == "margin":
         return _best_margin(attempt, len(shape.layers))
     sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
-    settings = [keys for batch in batches for keys in grid(rule, batch=batch, **sizes)]
+    settings = [
+        {**keys, "min_primary_experts": None}  # a server has its default floor
+        for batch in batches
+        for keys in grid(rule, batch=batch, **sizes)
+    ]
     settings = [keys for i, keys in enumerate(settings) if keys not in settings[:i]]
-    if rule == "sere":  # a server has its default floor
-        settings = [{**keys, "min_primary_experts": None} for keys in settings]
     fitting = [c for c in map(attempt, settings) if c.fits]
     return min(fitting, key=lambda candidate: candidate.reads, default=None)
 

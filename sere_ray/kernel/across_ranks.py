@@ -12,8 +12,8 @@ from sere_ray.kernel.peers import Peers
 KERNELS = (
     "reroute_gathered",
     "reroute_gathered_and_align",
-    "lowest_ranks",
-    "reroute_by_ranks",
+    "lowest_slot_orders",
+    "reroute_by_slot_orders",
     "reroute_with_peers",
     "ask_of_ranks",
     "reroute_by_asked",
@@ -84,24 +84,24 @@ def reroute_gathered_and_align(
     return aligned
 
 
-def lowest_ranks(
-    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, ranks: Tensor
+def lowest_slot_orders(
+    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, orders: Tensor
 ) -> None:
-    """Steps 1 and 2 for the rows of this rank; equals :func:`sere_ray.rules.sere.rank_vector`.
+    """Steps 1 and 2 for the rows of this rank; equals :func:`sere_ray.rules.sere.slot_order_bytes`.
 
     Args:
         kernel: of the layer's shape.
         topk_ids: ``[T, K]`` contiguous, of this rank.
         topk_weights: ``float32 [T, K]`` contiguous.
         layer: this layer's, with row kinds of this rank.
-        ranks: ``[E]`` uint8, written. All 255 in a step that the rule leaves alone.
+        orders: ``[E]`` uint8, written. All 255 in a step that the rule leaves alone.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    kernel.launch("lowest_ranks", topk_ids, (*arguments, ranks.data_ptr()))
+    kernel.launch("lowest_slot_orders", topk_ids, (*arguments, orders.data_ptr()))
 
 
-def reroute_by_ranks(
-    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, ranks: Tensor
+def reroute_by_slot_orders(
+    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, orders: Tensor
 ) -> None:
     """Steps 3 to 5 for the rows of this rank, in place.
 
@@ -110,17 +110,17 @@ def reroute_by_ranks(
         topk_ids: ``[T, K]`` contiguous, of this rank.
         topk_weights: ``float32 [T, K]`` contiguous.
         layer: this layer's; experts are counted over all ranks, slots over these rows.
-        ranks: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_ranks` wrote.
+        orders: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_slot_orders` wrote.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments = (*arguments, ranks.data_ptr())
-    kernel.launch("reroute_by_ranks", topk_ids, arguments, early=False)
+    arguments = (*arguments, orders.data_ptr())
+    kernel.launch("reroute_by_slot_orders", topk_ids, arguments, early=False)
 
 
 def reroute_with_peers(
     kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, peers: Peers
 ) -> None:
-    """:func:`lowest_ranks`, their exchange and :func:`reroute_by_ranks` in one launch.
+    """:func:`lowest_slot_orders`, their exchange and :func:`reroute_by_slot_orders` in one launch.
 
     A collective call: it waits for the same launch of every rank.
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sere_ray.rules.sere import EXACT, PADDING, UNNAMED
+from sere_ray.rules import EXACT, PADDING
+from sere_ray.rules.sere import UNNAMED
 
 Counts = tuple[int, int, int, int, int, int]
 
 
-def _fill_ranks(ids: Any, weights: Any, kinds: Any, ranks: Any) -> None:
-    """Lower ``ranks``; steps 1 and 2 of the specification."""
-    (num_rows, num_slots), num_experts = ids.shape, ranks.shape[0]
+def _fill_slot_orders(ids: Any, weights: Any, kinds: Any, orders: Any) -> None:
+    """Lower ``orders``; steps 1 and 2 of the specification."""
+    (num_rows, num_slots), num_experts = ids.shape, orders.shape[0]
     for row in range(num_rows):
         if kinds[row] == PADDING:
             continue
@@ -25,34 +26,34 @@ def _fill_ranks(ids: Any, weights: Any, kinds: Any, ranks: Any) -> None:
             expert = ids[row, slot]
             if expert < 0 or expert >= num_experts:
                 continue
-            rank = 0
+            order = 0
             if kinds[row] != EXACT:
                 for other in range(num_slots):
                     if ids[row, other] < 0 or ids[row, other] >= num_experts:
                         continue
                     ahead = weights[row, other] > weights[row, slot]
                     tied = weights[row, other] == weights[row, slot] and other < slot
-                    rank += ahead or tied
-            if rank < ranks[expert]:
-                ranks[expert] = rank
+                    order += ahead or tied
+            if order < orders[expert]:
+                orders[expert] = order
 
 
-fill_ranks: Callable[..., None] = njit(cache=True, nogil=True)(_fill_ranks)
+fill_slot_orders: Callable[..., None] = njit(cache=True, nogil=True)(_fill_slot_orders)
 
 
-def _make_plan(
-    ranks: Any, similarity: Any, num_slots: int, select_top_k: int, rho: Any, floor: int
+def _find_targets(
+    orders: Any, similarity: Any, num_slots: int, select_top_k: int, rho: Any, floor: int
 ) -> tuple[Any, Any, tuple[int, int, int, int]]:
     """Steps 3 and 4 per expert.
 
     Returns:
-        Where each expert goes, the lowest rank of each, and the counts of experts.
+        Where each expert goes, the lowest slot order of each, and the counts of experts.
     """
     num_experts = similarity.shape[0]
-    lowest_rank = np.minimum(ranks, num_slots)
+    lowest = np.minimum(orders, num_slots)
     size_of = np.zeros(num_slots + 1, np.int64)  # size_of[s] = |P_s|
     for expert in range(num_experts):
-        for size in range(lowest_rank[expert] + 1, num_slots + 1):
+        for size in range(lowest[expert] + 1, num_slots + 1):
             size_of[size] += 1
     size = select_top_k
     while size_of[size] < min(floor, size_of[num_slots]):
@@ -62,29 +63,29 @@ def _make_plan(
     named = size_of[num_slots]
     moved = 0
     for expert in range(num_experts):
-        if not size <= lowest_rank[expert] < num_slots:
+        if not size <= lowest[expert] < num_slots:
             continue
         stand_in = -1
         for primary in range(num_experts):
-            if lowest_rank[primary] < size and (
+            if lowest[primary] < size and (
                 stand_in < 0 or similarity[expert, primary] > similarity[expert, stand_in]
             ):
                 stand_in = primary
         if stand_in >= 0 and similarity[expert, stand_in] >= rho:
             target[expert] = stand_in
             moved += 1
-    return target, lowest_rank, (named, named - moved, 0, named - moved - size_of[size])
+    return target, lowest, (named, named - moved, 0, named - moved - size_of[size])
 
 
-make_plan: Callable[..., Any] = njit(cache=True, nogil=True)(_make_plan)
+find_targets: Callable[..., Any] = njit(cache=True, nogil=True)(_find_targets)
 
 
-def _busiest(target: Any, lowest_rank: Any, num_slots: int, owner: Any) -> tuple[int, int]:
+def _busiest(target: Any, lowest: Any, num_slots: int, owner: Any) -> tuple[int, int]:
     """Experts that the rank which reads most reads, before and after the rule."""
     before = np.zeros(owner.max() + 1, np.int64)
     after = np.zeros_like(before)
     for expert in range(len(owner)):
-        if lowest_rank[expert] < num_slots:
+        if lowest[expert] < num_slots:
             before[owner[expert]] += 1
             after[owner[expert]] += target[expert] == expert
     return before.max(), after.max()
@@ -93,9 +94,9 @@ def _busiest(target: Any, lowest_rank: Any, num_slots: int, owner: Any) -> tuple
 busiest: Callable[..., tuple[int, int]] = njit(cache=True, nogil=True)(_busiest)
 
 
-def _apply_ranks(
+def _apply_slot_orders(
     ids: Any,
-    ranks: Any,
+    orders: Any,
     similarity: Any,
     kinds: Any,
     select_top_k: int,
@@ -105,8 +106,8 @@ def _apply_ranks(
 ) -> Counts:
     """Change ``ids`` in place; steps 3 to 5 of the specification."""
     (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
-    target, lowest_rank, (named, read, _, critical) = make_plan(
-        ranks, similarity, num_slots, select_top_k, rho, floor
+    target, lowest, (named, read, _, critical) = find_targets(
+        orders, similarity, num_slots, select_top_k, rho, floor
     )
     slots_rerouted = 0
     for row in range(num_rows):
@@ -117,11 +118,11 @@ def _apply_ranks(
             if 0 <= expert < num_experts and target[expert] != expert:
                 ids[row, slot] = target[expert]
                 slots_rerouted += 1
-    most_before, most_after = busiest(target, lowest_rank, num_slots, owner)
+    most_before, most_after = busiest(target, lowest, num_slots, owner)
     return named, read, slots_rerouted, critical, most_before, most_after
 
 
-apply_ranks: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_ranks)
+apply_slot_orders: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_slot_orders)
 
 
 def _reroute(
@@ -134,10 +135,10 @@ def _reroute(
     floor: int,
     owner: Any,
 ) -> Counts:
-    """``fill_ranks`` and ``apply_ranks``, where nothing comes between them."""
-    ranks = np.full(similarity.shape[0], UNNAMED, np.uint8)
-    fill_ranks(ids, weights, kinds, ranks)
-    return apply_ranks(ids, ranks, similarity, kinds, select_top_k, rho, floor, owner)
+    """``fill_slot_orders`` and ``apply_slot_orders``, where nothing comes between them."""
+    orders = np.full(similarity.shape[0], UNNAMED, np.uint8)
+    fill_slot_orders(ids, weights, kinds, orders)
+    return apply_slot_orders(ids, orders, similarity, kinds, select_top_k, rho, floor, owner)
 
 
 reroute: Callable[..., Counts] = njit(cache=True, nogil=True)(_reroute)

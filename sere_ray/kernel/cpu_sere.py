@@ -63,28 +63,28 @@ def reroute_and_count(
     return new_ids, StepCounts(*counts)
 
 
-def lowest_ranks(
+def lowest_slot_orders(
     topk_ids: Tensor, topk_weights: Tensor, row_kind: Tensor, num_experts: int
 ) -> Tensor:
-    """Steps 1 and 2 for these rows; equals :func:`sere_ray.rules.sere.rank_vector`.
+    """Steps 1 and 2 for these rows; equals :func:`sere_ray.rules.sere.slot_order_bytes`.
 
     Returns:
         ``[E]`` uint8.
     """
     check_slots(topk_ids.shape[1])
-    ranks = np.full(num_experts, UNNAMED, dtype=np.uint8)
-    _loops().fill_ranks(
+    orders = np.full(num_experts, UNNAMED, dtype=np.uint8)
+    _loops().fill_slot_orders(
         topk_ids.contiguous().numpy(),
         _as_numpy(topk_weights),
         row_kind.contiguous().numpy(),
-        ranks,
+        orders,
     )
-    return torch.from_numpy(ranks)
+    return torch.from_numpy(orders)
 
 
-def reroute_by_ranks(
+def reroute_by_slot_orders(
     topk_ids: Tensor,
-    ranks: Tensor,
+    orders: Tensor,
     similarity: Tensor,
     row_kind: Tensor,
     *,
@@ -93,11 +93,11 @@ def reroute_by_ranks(
     min_primary_experts: int,
     owner: Tensor | None = None,
 ) -> tuple[Tensor, StepCounts]:
-    """Steps 3 to 5 for these rows; equals ``plan_from_ranks`` and ``apply_plan``.
+    """Steps 3 to 5 for these rows; equals ``rerouting_of_slot_orders`` and ``apply_rerouting``.
 
     Args:
         topk_ids: ``[T, K]``.
-        ranks: ``[E]`` uint8 over the rows of all ranks.
+        orders: ``[E]`` uint8, the minimum of :func:`lowest_slot_orders` over all ranks.
         similarity: as for :func:`sere_ray.reroute`, and so are the others.
         row_kind: ``[T]`` int8.
         select_top_k: S.
@@ -109,9 +109,9 @@ def reroute_by_ranks(
         New ids, and what changed: experts are those of all ranks, slots those of these rows.
     """
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
-    counts = _loops().apply_ranks(
+    counts = _loops().apply_slot_orders(
         new_ids.numpy(),
-        ranks.numpy(),
+        orders.numpy(),
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),

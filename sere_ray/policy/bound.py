@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sere_ray.rules import Layer
 
-RuleName = Literal["sere", "topk", "oea", "xshare", "lynx", "margin"]
 Mode = Literal["off", "observe", "on"]
 Union = Literal["global", "local"]
 OWN_FIELDS = ("select_top_k", "threshold", "min_primary_experts")
@@ -23,7 +22,8 @@ class BoundPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode
-    rule: RuleName = "sere"
+    rule: str = "sere"
+    """Of :data:`sere_ray.rules.RULES`; engines serve those of ``policy.RuleName``."""
     select_top_k: int
     threshold: float | None
     min_primary_experts: int

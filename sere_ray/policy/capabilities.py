@@ -9,11 +9,6 @@ from typing import TypedDict
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import PolicyError, UnsupportedError
 
-KERNEL_RULES = ("sere", "margin")
-"""What a GPU engine computes."""
-SHARED_RULES = ("sere", "topk", "margin")
-"""What several ranks compute over the rows of all of them."""
-
 
 class EngineKind(TypedDict):
     """What decides which policies engines can run: arguments of the checks below."""
@@ -22,25 +17,24 @@ class EngineKind(TypedDict):
     several_ranks: bool
 
 
-def check_policy(policy: Policy, *, on_gpu: bool, several_ranks: bool, where: str = "sere") -> None:
+def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     """Refuse a policy that engines of this kind cannot run.
 
     Args:
         policy: valid for the model.
         on_gpu: whether a rank computes on a GPU.
-        several_ranks: whether there is more than one data-parallel rank.
         where: name of the policy in error messages.
 
     Raises:
         UnsupportedError: names the key.
     """
-    if on_gpu:
-        _check_kernel(policy, where)
-    if several_ranks and policy.rule not in SHARED_RULES and policy.union == "global":
-        raise UnsupportedError(
-            f"{where}.union = 'global': ranks exchange what the rules {', '.join(SHARED_RULES)} "
-            f"need, and rule = {policy.rule!r} needs more; use union = 'local' or one of these"
-        )
+    entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
+    for place, keys in [("", policy.model_dump()), *entries]:
+        if on_gpu and keys.get("balance_ranks"):
+            raise UnsupportedError(
+                f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
+                "cannot yet; leave it out on a GPU"
+            )
 
 
 def check_change(
@@ -48,11 +42,18 @@ def check_change(
 ) -> None:
     """Refuse a policy that running engines cannot change to; as :func:`check_policy`, and more.
 
+    Args:
+        policy: the new one, valid for the model.
+        running: the one before it.
+        on_gpu: whether a rank computes on a GPU.
+        several_ranks: whether there is more than one data-parallel rank.
+        where: name of the policy in error messages.
+
     Raises:
         UnsupportedError: engines of this kind cannot run it.
         PolicyError: these engines would have to restart for it.
     """
-    check_policy(policy, on_gpu=on_gpu, several_ranks=several_ranks, where=where)
+    check_policy(policy, on_gpu=on_gpu, where=where)
     if on_gpu and several_ranks:
         if policy.union != running.union:
             raise PolicyError(
@@ -77,18 +78,3 @@ def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) ->
             f"sere.similarity = {name!r}: data-parallel engines on GPUs keep the artifact they "
             f"were started with ({running!r}); restart them"
         )
-
-
-def _check_kernel(policy: Policy, where: str) -> None:
-    if policy.rule not in KERNEL_RULES:
-        raise UnsupportedError(
-            f"{where}.rule = {policy.rule!r}: the CUDA kernel computes {' and '.join(KERNEL_RULES)}"
-            ", a CPU engine every rule; use one of these on a GPU"
-        )
-    entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
-    for place, keys in [("", policy.model_dump()), *entries]:
-        if keys.get("balance_ranks"):
-            raise UnsupportedError(
-                f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
-                "cannot yet; leave it out on a GPU"
-            )

@@ -8,7 +8,7 @@ policy, vLLM's key may hold what an engine takes at its start and keeps: :class:
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, RuleName, Union
+from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
@@ -43,6 +43,9 @@ Tau = Annotated[
     PlainValidator(_as_tau, json_schema_input_type=float | list[float] | None),
 ]
 Dispatch = Literal["allgather", "all_to_all"]
+RuleName = Literal["sere", "margin"]
+"""What engines compute."""
+RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 
 
 class Policy(BaseModel):
@@ -56,7 +59,10 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     similarity: str = Field(min_length=1, description="path of the similarity artifact")
-    rule: RuleName = Field("sere", description="which rule re-routes")
+    rule: RuleName = Field(
+        "sere",
+        description="which rule re-routes; others are compared by `sere-ray evaluate` only",
+    )
     select_top_k: int | None = Field(
         None, ge=1, description="S: slots of a row that are never re-routed; <= K"
     )
@@ -73,13 +79,6 @@ class Policy(BaseModel):
     mode: Mode = Field(
         "on", description="off = exact; observe = exact, but count what `on` would read"
     )
-    experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
-    max_per_rank: int | None = Field(
-        None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
-    )
-    alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
-    base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
-    depth: int | None = Field(None, ge=1, description="the last bin")
     tau: Tau = Field(
         None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
     )
@@ -92,7 +91,6 @@ class Policy(BaseModel):
     runners_up: int | None = Field(
         None, ge=1, description="how many unchosen experts a chosen one is compared with"
     )
-
     balance_ranks: bool | None = Field(
         None, description="whether tau counts what the busiest expert-parallel rank reads"
     )
@@ -106,7 +104,8 @@ class Policy(BaseModel):
     def _check_rule_keys(self) -> Self:
         """Each rule has its own keys; null stands for a key that is not given."""
         takes, text = RULES[self.rule], None
-        for key in RULE_KEYS:
+        of_some_rule = {key for rule in RULES.values() for key in rule.keys}
+        for key in [key for key in type(self).model_fields if key in of_some_rule]:
             value = getattr(self, key)
             if value is None and key in takes.required:
                 about = type(self).model_fields[key].description
@@ -244,7 +243,7 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     return Policy.parse(policy, where=where), startup
 
 
-RULE_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.keys))
+RULE_KEYS = tuple(dict.fromkeys(key for rule in RULE_NAMES for key in RULES[rule].keys))
 """Keys that not every rule has."""
 
 

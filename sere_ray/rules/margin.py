@@ -16,15 +16,16 @@ Demand is a sum of integers, so that it is the same in whatever order rows and r
 import torch
 from torch import Tensor
 
-from sere_ray.rules.interface import (
-    Choice,
-    Layer,
+from sere_ray.rules.common import (
+    best_experts,
     changeable_rows,
     named_by,
     need_scores,
+    place_in_rank,
     refill,
+    top_of_rows,
 )
-from sere_ray.rules.peers import best_experts, place_in_rank, top_of_rows
+from sere_ray.rules.interface import Choice, Layer
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
@@ -39,7 +40,7 @@ def margin(
 ) -> Choice:
     """Keep what the batch demands more than ``tau``, and at least ``min_primary_experts``.
 
-    With m = K a batch of one row is exact. Weights: :func:`sere_ray.rules.interface.refill`.
+    With m = K a batch of one row is exact. Weights: :func:`sere_ray.rules.common.refill`.
     """
     scores = need_scores(scores)
     kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer), layer)

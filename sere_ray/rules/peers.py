@@ -8,16 +8,16 @@ renormalise.
 import torch
 from torch import Tensor
 
-from sere_ray.rules.interface import (
-    Choice,
-    Layer,
-    by_weight,
+from sere_ray.rules.common import (
+    best_experts,
+    by_demand,
     changeable_rows,
-    named_by,
     need_scores,
-    read_anyway,
+    place_in_rank,
     refill,
+    top_of_rows,
 )
+from sere_ray.rules.interface import Choice, Layer
 
 
 def topk(
@@ -28,10 +28,10 @@ def topk(
     size = layer.select_top_k
     if not 0 < size < topk_ids.shape[-1]:
         return topk_ids.clone(), topk_weights.clone()
-    order = topk_weights.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    stays = (rank < size) | ~changeable_rows(topk_ids, row_kind, layer.num_experts)[..., None]
+    slots = topk_weights.argsort(dim=-1, descending=True, stable=True)
+    order = torch.empty_like(slots)
+    order.scatter_(-1, slots, torch.arange(slots.shape[-1], device=slots.device).expand_as(slots))
+    stays = (order < size) | ~changeable_rows(topk_ids, row_kind, layer.num_experts)[..., None]
     kept = torch.where(stays, topk_weights, 0.0)
     scale = topk_weights.sum(dim=-1, keepdim=True) / kept.sum(dim=-1, keepdim=True)
     changed = ~stays.all(dim=-1, keepdim=True)
@@ -97,43 +97,3 @@ def lynx(
     first = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
     kept = best_experts(first, of_experts, layer.experts)
     return refill(kept, topk_ids, topk_weights, scores, row_kind)
-
-
-def top_of_rows(
-    topk_ids: Tensor, topk_weights: Tensor, row_kind: Tensor, layer: Layer, count: int
-) -> Tensor:
-    """``[..., E]`` bool: the best ``count`` of every re-routable row, and what is read anyway."""
-    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
-    best = by_weight(topk_ids, topk_weights, count)
-    return named_by(best, rows, layer.num_experts) | read_anyway(
-        topk_ids, row_kind, layer.num_experts
-    )
-
-
-def best_experts(first: Tensor, demand: Tensor, count: int) -> Tensor:
-    """``first``, and the experts of most demand until ``count`` are kept; ``[..., E]`` bool.
-
-    Equal demand: the lowest index. If ``first`` holds ``count`` or more, nothing is added.
-    """
-    best = torch.zeros_like(first)
-    best.scatter_(-1, by_demand(first, demand)[..., :count], True)
-    return first | best
-
-
-def by_demand(first: Tensor, demand: Tensor) -> Tensor:
-    """``[..., E]`` int64: experts in the order they are kept in, ``first`` before all others."""
-    worth = demand.double().masked_fill(first, torch.inf)
-    return worth.argsort(dim=-1, descending=True, stable=True)
-
-
-def place_in_rank(order: Tensor, owner: Tensor | None) -> Tensor:
-    """``[..., E]`` int64: how many experts of an expert's own rank come before it.
-
-    Args:
-        order: ``[..., E]`` int64, experts from first to last.
-        owner: ``[E]`` int64, the rank that holds each expert; None = one rank holds all.
-    """
-    rank = torch.zeros_like(order) if owner is None else owner.to(order.device)[order]
-    of_ranks = torch.nn.functional.one_hot(rank).cumsum(dim=-2)  # [..., E, ranks]
-    place = of_ranks.gather(-1, rank[..., None]).squeeze(-1) - 1
-    return torch.empty_like(order).scatter_(-1, order, place)

@@ -2,12 +2,10 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
-
-from sere_ray.rules.interface import Choice, Layer, Rule
+from sere_ray.rules.interface import Rule
 from sere_ray.rules.margin import margin
 from sere_ray.rules.peers import lynx, oea, topk, xshare
-from sere_ray.rules.sere_steps import reroute_steps
+from sere_ray.rules.sere import sere
 
 
 class RuleInfo(NamedTuple):
@@ -19,25 +17,6 @@ class RuleInfo(NamedTuple):
     required: tuple[str, ...]
     """Of these, the ones that have no default."""
     needs_scores: bool
-
-
-def sere(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
-) -> Choice:
-    """:func:`sere_ray.reroute` of every step."""
-    del scores
-    if layer.similarity is None:
-        raise ValueError("the rule 'sere' needs the similarity of the layer, got None")
-    new_ids = reroute_steps(
-        topk_ids,
-        topk_weights,
-        layer.similarity,
-        row_kind,
-        select_top_k=layer.select_top_k,
-        threshold=layer.threshold,
-        min_primary_experts=layer.min_primary_experts,
-    )
-    return new_ids, topk_weights.clone()
 
 
 RULES: dict[str, RuleInfo] = {

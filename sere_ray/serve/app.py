@@ -51,7 +51,7 @@ def check_artifact(config: ServeConfig) -> None:
     """
     if config.sere is None:
         return
-    check_policy(config.sere, **engine_kind(config))
+    check_policy(config.sere, on_gpu=config.device == "gpu")
     if not config.sere.similarity_path.is_file():
         return
     artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()

@@ -349,8 +349,8 @@ def test_ranks_that_differ_say_so(has_words, what):
 
 
 def test_a_rule_is_told_which_rank_holds_an_expert():
-    keys = {"rule": "xshare", "experts": EXPERTS, "max_per_rank": 2}
-    policy = Policy.parse({"similarity": "a.safetensors", **keys})
+    keys = {"tau": 0.05, "min_primary_experts": 0, "balance_ranks": True}
+    policy = Policy.parse({"similarity": "a.safetensors", "rule": "margin", **keys})
     state = CpuState(policy, make_artifact(), TOP_K, 64)
     logits = torch.randn(5, EXPERTS, generator=torch.manual_seed(0))
     weights, ids = logits.softmax(-1).topk(TOP_K)
@@ -358,8 +358,8 @@ def test_a_rule_is_told_which_rank_holds_an_expert():
     for owner in (None, torch.arange(EXPERTS) // 4):
         if owner is not None:
             state.owner[0] = owner
-        layer = Layer(EXPERTS, experts=EXPERTS, max_per_rank=2, owner=owner)
-        expected = RULES["xshare"].apply(ids, weights, logits.softmax(-1), kinds, layer)[0]
+        layer = Layer(EXPERTS, **keys, owner=owner)
+        expected = RULES["margin"].apply(ids, weights, logits.softmax(-1), kinds, layer)[0]
         with state.step(kinds.numpy()):
             new_ids, _ = state.choose(0, ids, weights, logits)
         assert torch.equal(new_ids, name_dropped(expected, ids))

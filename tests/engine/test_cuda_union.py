@@ -19,7 +19,7 @@ from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, sere
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, count, sere
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
@@ -33,8 +33,8 @@ SIGNATURES = {
     "reroute": RULE + "Pq",
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
-    "lowest_ranks": RULE + "P",
-    "reroute_by_ranks": RULE + "P",
+    "lowest_slot_orders": RULE + "P",
+    "reroute_by_slot_orders": RULE + "P",
     "ask_of_ranks": RULE + "PqP",
     "reroute_by_asked": RULE + "PqP",
 }
@@ -288,8 +288,8 @@ def test_one_union_whatever_the_way(emulated, way, keys):
             if active:
                 arguments = (before, weights, similarity)
                 new = sere.reroute(*arguments, row_kind=row_kind, **rule)
-                plan = sere.make_plan(*arguments, row_kind=row_kind, **rule)
-                counts = sere.count(plan, before, new, row_kind)
+                rerouting = sere.find_rerouting(*arguments, row_kind=row_kind, **rule)
+                counts = count(rerouting, before, new, row_kind)
                 sums[name][position] += [int(n) for n in counts]
             for of_rank in after:
                 assert torch.equal(of_rank, new)

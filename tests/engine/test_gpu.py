@@ -11,7 +11,7 @@ from sere_ray.engine.control import read_counters, set_policy
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.state import all_states
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import PADDING, REROUTABLE, sere
+from sere_ray.rules import PADDING, REROUTABLE, count, sere
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
 from tests.kernel.margin_cases import by_reference, gpu_exp
@@ -256,8 +256,8 @@ def recount(bound, position, similarity, before, weights, logits, row_kind):
         "min_primary_experts": bound.min_primary_experts,
     }
     wanted = sere.reroute(before, weights, similarity, **arguments)
-    plan = sere.make_plan(before, weights, similarity, **arguments)
-    return wanted, weights, sere.count(plan, before, wanted, row_kind)
+    rerouting = sere.find_rerouting(before, weights, similarity, **arguments)
+    return wanted, weights, count(rerouting, before, wanted, row_kind)
 
 
 @pytest.mark.parametrize(

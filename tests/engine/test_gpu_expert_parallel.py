@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.rules import EXACT, REROUTABLE, sere
+from sere_ray.rules import EXACT, REROUTABLE, count, sere
 from tests.engine.conftest import artifact_path
 from tests.engine.gpu_ranks import MARGIN_POLICIES, exercise, exercise_margin, reports_of
 from tests.engine.ranks import RANKS
@@ -83,8 +83,8 @@ def recounted(similarity, passes):
             arguments = (ids, torch.tensor(weights), similarity[layer])
             assert (ids[row_kind == 0] == -1).all(), "padding travels as -1"
             assert torch.equal(new, sere.reroute(*arguments, row_kind=row_kind, **rule))
-            plan = sere.make_plan(*arguments, row_kind=row_kind, **rule)
-            counts = [int(n) for n in sere.count(plan, ids, new, row_kind)]
+            rerouting = sere.find_rerouting(*arguments, row_kind=row_kind, **rule)
+            counts = [int(n) for n in count(rerouting, ids, new, row_kind)]
             totals["mixed" if EXACT in row_kind else "decode_only"][position] += counts
     return totals
 

@@ -38,7 +38,8 @@ def moe(checkpoint):
         ({"threshold": float("nan")}, ["sere.threshold = nan"]),
         ({"min_primary_experts": -1}, ["sere.min_primary_experts = -1"]),
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
-        ({"rule": "best"}, ["sere.rule = 'best'", "'sere', 'topk', 'oea'"]),
+        ({"rule": "best"}, ["sere.rule = 'best'", "'sere' or 'margin'"]),
+        ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere' or 'margin'", "sere-ray evaluate"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
         ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "unknown key"]),
     ],
@@ -263,11 +264,11 @@ SERE, MARGIN = {"select_top_k": 1}, {"rule": "margin", "tau": 0.1}
 def test_a_policy_that_the_cuda_kernel_does_not_compute(keys, words, has_words):
     for policy in (SERE, MARGIN, {**SERE, "by_rows": [{"up_to": 8, "select_top_k": 2}]}):
         policy = Policy.parse({"similarity": "a.safetensors", **policy})
-        check_policy(policy, on_gpu=True, several_ranks=False)
+        check_policy(policy, on_gpu=True)
     policy = Policy.parse({"similarity": "a.safetensors", **keys})
-    check_policy(policy, on_gpu=False, several_ranks=True)
+    check_policy(policy, on_gpu=False)
     with pytest.raises(UnsupportedError) as error:
-        check_policy(policy, on_gpu=True, several_ranks=False)
+        check_policy(policy, on_gpu=True)
     has_words(str(error.value), *words, "CUDA kernel", "leave it")
 
 

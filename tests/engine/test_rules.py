@@ -1,4 +1,4 @@
-"""Other rules than ``sere`` in a real vLLM engine on a CPU."""
+"""The rule ``margin`` in a real vLLM engine on a CPU."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from sere_ray.engine.cpu.state import CpuState
 from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.statistics import draws, mean
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, REROUTABLE, RULES
+from sere_ray.rules import EXACT, REROUTABLE
+from sere_ray.rules.margin import margin
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
 MARGIN = {"rule": "margin", "tau": 0.006}
 SETTINGS = (
-    {"rule": "topk", "select_top_k": 2},
-    {"rule": "oea", "select_top_k": 2},
-    {"rule": "xshare", "experts": 16},
-    {"rule": "lynx", "experts": 16},
     {**MARGIN, "tau": [0.002, 0.004, 0.006, 0.01]},
     {**MARGIN, "balance_ranks": True},
     {**MARGIN, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "fill": 1.0}]},
@@ -79,7 +76,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     batches = (2, 4, 8) if policy.by_rows else (8,)
     for batch in batches:
         generate(engine, prompts(batch, seed=5, length=(20, 60)), tokens=6)
-    bound, info = policy.for_model(top_k=TOP_K), RULES[keys["rule"]]
+    bound = policy.for_model(top_k=TOP_K)
     changed, sizes = 0, set()
     for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:
@@ -89,7 +86,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         rows = int((kinds == REROUTABLE).sum())
         sizes.add(rows)
         knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None)
-        expected_ids, expected_weights = info.apply(ids, weights, scores, kinds, knobs)
+        expected_ids, expected_weights = margin(ids, weights, scores, kinds, knobs)
         kept = expected_ids >= 0
         assert torch.equal(new_ids[kept], expected_ids[kept])
         assert (new_weights[~kept] == 0).all(), "a dropped slot weighs nothing"
@@ -107,10 +104,10 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
 def test_kl_of_forced_tokens_is_within_the_evaluators_interval(engine, similarity, ids_and_windows):
     """What a server would have thought, against what ``sere-ray evaluate`` says it does."""
     windows, requests, answers = ids_and_windows
-    margin = with_similarity(similarity, MARGIN)
+    policy = with_similarity(similarity, MARGIN)
     found = []
-    for policy in (margin.model_copy(update={"mode": "off"}), margin):
-        set_policy(engine, policy)
+    for mode in ("off", "on"):
+        set_policy(engine, policy.model_copy(update={"mode": mode}))
         found.append(forced.log_probs(engine, requests, answers)[:, 1:])
     exact, rerouted = found  # the first logits are of a prompt row
     of_server = float((exact.exp() * (exact - rerouted)).sum(-1).mean())
@@ -120,7 +117,7 @@ def test_kl_of_forced_tokens_is_within_the_evaluators_interval(engine, similarit
     )
     matrices = SimilarityArtifact.load(similarity).layers
     batches = DecodeBatches(model, windows[:, : LENGTH - 1], PROMPT_TOKENS, matrices)
-    measured = batches.measure(margin.for_model(top_k=TOP_K), BATCH)
+    measured = batches.measure(policy.for_model(top_k=TOP_K), BATCH)
     estimate = mean(measured.kl, draws(BATCH))
     print(f"server {of_server:.5f}, evaluator {estimate}")
     assert estimate.low <= of_server <= estimate.high
@@ -138,7 +135,7 @@ def test_a_policy_of_another_rule_is_checked_by_the_engine(engine, similarity, h
 
 def test_gates_with_groups_are_refused(checkpoint, has_words):
     folder = checkpoint("deepseek_v2")
-    key = {"similarity": sere_key(folder)["similarity"], "rule": "oea", "select_top_k": 1}
+    key = {"similarity": sere_key(folder)["similarity"], **MARGIN}
     with pytest.raises(UnsupportedError) as caught, running_engine(folder, key):
         pass
-    has_words(str(caught.value), "sere.rule = 'oea'", "use_grouped_topk", "'topk'")
+    has_words(str(caught.value), "sere.rule = 'margin'", "use_grouped_topk", "'sere'")

@@ -8,9 +8,9 @@ from sere_ray import assets
 from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.loading import load_model
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured, check_chosen_by
+from sere_ray.evaluation.settings import as_policy
 from sere_ray.evaluation.statistics import Estimate, draws, mean, summarise
 from sere_ray.evaluation.teacher_forced import exact_logits, score
-from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import UnsupportedError
 
 PROMPT, LENGTH, TEXTS, TOP_K = 24, 40, 16, 4
@@ -38,7 +38,7 @@ def batches(model, windows, similarity):
 
 
 def bound(**keys):
-    return Policy.parse({"similarity": "-", **keys}).for_model(top_k=TOP_K)
+    return as_policy(keys).for_model(top_k=TOP_K)
 
 
 @pytest.mark.parametrize("batch", [4, 16])

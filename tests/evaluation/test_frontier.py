@@ -12,7 +12,7 @@ from sere_ray.calibration import calibrate
 from sere_ray.cli.main import app
 from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
-from sere_ray.evaluation.settings import grid, label, looks_at_ranks, rank_grid
+from sere_ray.evaluation.settings import as_policy, grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import draws
 from sere_ray.evaluation.tune import _plain, joined, ranges_between
 from sere_ray.policy.policy import Policy
@@ -94,7 +94,7 @@ def test_grids_are_policies(rule):
     assert not any(map(looks_at_ranks, settings))
     assert rank_grid(rule, 1, **sizes) == []
     for keys in settings + of_ranks:
-        Policy.parse({"similarity": "-", **keys}).for_model(top_k=8)
+        as_policy(keys).for_model(top_k=8)
 
 
 def test_settings_of_ranges_are_joined_as_they_were_tried():
@@ -189,7 +189,7 @@ def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
     out, report = tmp_path / "policy.yaml", tmp_path / "report.json"
     done = run(
         *("tune", "--similarity", similarity, "--data", DATA, "--check", HELD_OUT, "--out", out),
-        *("--report", report, "--max-kl", "0.1", "--batches", "8", "--rules", "sere,oea,margin"),
+        *("--report", report, "--max-kl", "0.1", "--batches", "8", "--rules", "sere,margin"),
         *SMALL,
     )
     assert done.exit_code == 0, done.output
@@ -197,7 +197,7 @@ def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
     assert policy.similarity == similarity
     found = json.loads(report.read_text())
     assert found["policy"] == yaml.safe_load(out.read_text())
-    assert {row["rule"] for row in found["tried"]} == {"sere", "oea", "margin"}
+    assert {row["rule"] for row in found["tried"]} == {"sere", "margin"}
     (predicted,), (checked,) = found["predicted"], found["checked"]
     assert predicted["kl_mean_95"][1] <= 0.1
     assert predicted["experts_to_exact_95"][1] < 0.95
@@ -210,7 +210,7 @@ def test_tune_writes_a_policy_that_keeps_its_budget(similarity, tmp_path):
 def test_tune_by_the_rows_of_a_step(similarity, tmp_path):
     out, report = tmp_path / "policy.yaml", tmp_path / "report.json"
     common = ("tune", "--similarity", similarity, "--data", DATA, "--check", HELD_OUT, "--out", out)
-    common += ("--report", report, "--max-kl", "0.1", "--batches", "16,2", "--rules", "oea,sere")
+    common += ("--report", report, "--max-kl", "0.1", "--batches", "16,2", "--rules", "sere")
     done = run(*common, *SMALL)
     assert done.exit_code == 0, done.output
     ranges = json.loads(report.read_text())
@@ -293,7 +293,8 @@ def test_evaluate_refuses_settings(similarity, tmp_path, has_words, content, wor
             ["--max-kl", "0.1", "--batches", ",".join(map(str, range(1, 19)))],
             ["--batches: 18 sizes", "at most 16 entries", "--one-setting"],
         ),
-        (["--min-agreement", "0.9999", "--rules", "oea"], ["no setting of oea", "allow more"]),
+        (["--min-agreement", "0.9999", "--rules", "sere"], ["no setting of sere", "allow more"]),
+        (["--rules", "sere,oea"], ["--rules: 'oea'", "`sere-ray evaluate` only"]),
     ],
 )
 def test_tune_refuses(similarity, tmp_path, has_words, options, words):

@@ -14,7 +14,7 @@ from sere_ray.kernel.launcher import FILES, Aligned, RuleKernel
 from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.kernel.peers import Peers, inbox_words
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules.sere import PADDING, REROUTABLE, count
+from sere_ray.rules import PADDING, REROUTABLE, count
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
 from .emulator import compile_for_cpu
@@ -55,7 +55,7 @@ def expected(case: Case) -> tuple[Tensor, Counts]:
     new = case.reroute()
     if not (case.kinds == REROUTABLE).any():
         return new, (0, 0, 0, 0)  # steps without a decode row are not counted
-    counts = count(case.plan(), case.ids, new, case.row_kind)
+    counts = count(case.rerouting(), case.ids, new, case.row_kind)
     return new, tuple(int(number) for number in counts)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
-from sere_ray.rules.interface import named_by
+from sere_ray.rules.common import named_by
 from sere_ray.rules.margin import ask, margin
 from tests.rules.test_sere import assert_same_ids
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.rules import sere
+from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, KernelError, launch
@@ -129,7 +129,7 @@ def test_identity_sorts_and_counts_what_is_read(cache):
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
-def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, cache):
+def test_exchanged_slot_orders_give_the_ids_of_the_reference(experts, slots, cache):
     @settings(RULES, max_examples=25)
     @given(
         case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 40)),
@@ -143,19 +143,19 @@ def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots, ca
 
 
 def check_exchange(case: Case, split: float, **options):
-    reroutable = int((case.kinds == sere.REROUTABLE).sum())
+    reroutable = int((case.kinds == REROUTABLE).sum())
     owned, vectors = [own for own, _ in two_ranks(case, split, False)], []
     parts, layers, ids, _ = split_up(case, owned, CPU)
     for part, layer, of_rank in zip(parts, layers, ids, strict=True):
-        ranks = torch.full((case.experts,), 77, dtype=torch.uint8)
-        run("lowest_ranks", part, of_rank, layer, ranks, **options)
+        orders = torch.full((case.experts,), 77, dtype=torch.uint8)
+        run("lowest_slot_orders", part, of_rank, layer, orders, **options)
         assert torch.equal(of_rank, part.ids)
-        reference = sere.rank_vector(part.ids, part.weights, case.experts, part.kinds)
-        assert torch.equal(ranks, reference if reroutable else torch.full_like(ranks, 255))
-        vectors.append(ranks)
+        reference = sere.slot_order_bytes(part.ids, part.weights, case.experts, part.kinds)
+        assert torch.equal(orders, reference if reroutable else torch.full_like(orders, 255))
+        vectors.append(orders)
     lowest = torch.minimum(*vectors)
     for part, layer, of_rank in zip(parts, layers, ids, strict=True):
-        run("reroute_by_ranks", part, of_rank, layer, lowest, **options)
+        run("reroute_by_slot_orders", part, of_rank, layer, lowest, **options)
     check_split(case, owned, ids, layers)
 
 

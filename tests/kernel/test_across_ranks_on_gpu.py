@@ -9,7 +9,7 @@ from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import StepInput
-from sere_ray.rules import sere
+from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .kernel_cases import (
@@ -92,23 +92,23 @@ def test_many_rows(rows):
 def exchanged(case: Case, split: float) -> None:
     owned = [own for own, _ in two_ranks(case, split, False)]
     parts, layers, ids, weights = split_up(case, owned, GPU)
-    reroutable, vectors = int((case.kinds == sere.REROUTABLE).sum()), []
+    reroutable, vectors = int((case.kinds == REROUTABLE).sum()), []
     for part, layer, *of_rank in zip(parts, layers, ids, weights, strict=True):
-        ranks = torch.full((case.experts,), 77, dtype=torch.uint8, device=GPU)
-        across_ranks.lowest_ranks(kernel_of(case), *of_rank, layer, ranks)
-        reference = sere.rank_vector(part.ids, part.weights, case.experts, part.kinds)
+        orders = torch.full((case.experts,), 77, dtype=torch.uint8, device=GPU)
+        across_ranks.lowest_slot_orders(kernel_of(case), *of_rank, layer, orders)
+        reference = sere.slot_order_bytes(part.ids, part.weights, case.experts, part.kinds)
         assert torch.equal(
-            ranks.cpu(), reference if reroutable else torch.full_like(reference, 255)
+            orders.cpu(), reference if reroutable else torch.full_like(reference, 255)
         )
-        vectors.append(ranks)
+        vectors.append(orders)
     lowest = torch.minimum(*vectors)
     for of_rank in zip(ids, weights, layers, strict=True):
-        across_ranks.reroute_by_ranks(kernel_of(case), *of_rank, lowest)
+        across_ranks.reroute_by_slot_orders(kernel_of(case), *of_rank, lowest)
     check_split(case, owned, ids, layers)
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
-def test_exchanged_rank_vectors_give_the_ids_of_the_reference(experts, slots):
+def test_exchanged_slot_orders_give_the_ids_of_the_reference(experts, slots):
     @settings(RULES, max_examples=60)
     @given(
         case=cases(experts=experts, slots=slots, gate=False, rows=st.integers(0, 200)),
@@ -176,7 +176,7 @@ def test_captured_graph_follows_row_kinds():
         aligned = across_ranks.reroute_gathered_and_align(*arguments, block_size=16)
     for first, second in ((16, 16), (3, 9), (0, 5), (0, 0)):
         kinds = torch.zeros(32, dtype=torch.int8)
-        kinds[:first] = kinds[16 : 16 + second] = sere.REROUTABLE
+        kinds[:first] = kinds[16 : 16 + second] = REROUTABLE
         layer.step.write(kinds.numpy(), 0, own=range(16))
         graph.replay()
         new = sere.reroute(

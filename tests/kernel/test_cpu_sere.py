@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.kernel.cpu_sere import reroute_and_count
-from sere_ray.rules.sere import count
-
-from .test_sere import RULES, Case, assert_same_ids, cases, make_case
+from sere_ray.rules import count
+from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 
 def check(case: Case) -> None:
@@ -25,7 +24,7 @@ def check(case: Case) -> None:
     expected = case.reroute()
     assert_same_ids(new, expected, "CPU implementation")
     assert new.dtype == case.ids.dtype
-    reference = count(case.plan(), case.ids, expected, case.row_kind)
+    reference = count(case.rerouting(), case.ids, expected, case.row_kind)
     assert counts[:4] == tuple(int(number) for number in reference)
     assert counts[4:] == counts[:2], "one rank holds all experts"
     for tensor, copy in zip(case.tensors, before, strict=True):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP, Settings, StepInput
-from sere_ray.rules.sere import EXACT, REROUTABLE
+from sere_ray.rules import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .kernel_cases import (

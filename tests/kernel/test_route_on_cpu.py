@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.rules.sere import REROUTABLE
+from sere_ray.rules import REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, make_case
 
 from .emulator import COMPILER, launch

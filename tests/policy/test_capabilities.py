@@ -8,7 +8,6 @@ from sere_ray.util.errors import PolicyError, UnsupportedError
 
 SERE = {"select_top_k": 1}
 MARGIN = {"rule": "margin", "tau": 0.01}
-OEA = {"rule": "oea", "select_top_k": 1}
 
 
 def policy(keys):
@@ -17,28 +16,23 @@ def policy(keys):
 
 @pytest.mark.parametrize("keys", [SERE, MARGIN])
 def test_what_a_gpu_computes_can_change_while_it_runs(keys):
-    check_policy(policy(keys), on_gpu=True, several_ranks=False)
+    check_policy(policy(keys), on_gpu=True)
     for running in (SERE, MARGIN):
         check_change(policy(keys), policy(running), on_gpu=True, several_ranks=False)
 
 
-@pytest.mark.parametrize(
-    ("keys", "on_gpu", "several_ranks", "words"),
-    [
-        (OEA, True, False, ["sere.rule = 'oea'", "sere and margin", "a CPU engine every rule"]),
-        (OEA, False, True, ["sere.union = 'global'", "rule = 'oea'", "union = 'local'"]),
-    ],
-)
-def test_refusals(keys, on_gpu, several_ranks, words, has_words):
+def test_what_a_gpu_cannot(has_words):
+    keys = {**MARGIN, "balance_ranks": True}
+    check_policy(policy(keys), on_gpu=False)
     with pytest.raises(UnsupportedError) as caught:
-        check_policy(policy(keys), on_gpu=on_gpu, several_ranks=several_ranks)
-    has_words(str(caught.value), *words)
+        check_policy(policy(keys), on_gpu=True)
+    has_words(str(caught.value), "sere.balance_ranks = True", "a CPU engine")
 
 
 def test_captured_graphs_hold_what_ranks_exchange(has_words):
     ranks_of_gpus = {"on_gpu": True, "several_ranks": True}
     for keys in (MARGIN, SERE):
-        check_policy(policy(keys), **ranks_of_gpus)
+        check_policy(policy(keys), on_gpu=True)
         check_change(policy(keys), policy(keys), **ranks_of_gpus)
     with pytest.raises(PolicyError) as caught:
         check_change(policy(MARGIN), policy(SERE), **ranks_of_gpus)

@@ -25,11 +25,6 @@ KEYS = [
     "min_primary_experts",
     "union",
     "mode",
-    "experts",
-    "max_per_rank",
-    "alpha",
-    "base",
-    "depth",
     "tau",
     "beta",
     "fill",
@@ -69,7 +64,7 @@ def test_defaults_are_those_of_the_specification() -> None:
         "min_primary_experts": None,
         "union": "global",
         "mode": "on",
-        **dict.fromkeys(KEYS[KEYS.index("experts") :]),
+        **dict.fromkeys(KEYS[KEYS.index("tau") :]),
     }
     assert sorted(Policy.model_fields) == sorted(KEYS)
 
@@ -196,6 +191,8 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
         ("rule", "SERE", "'sere'", "which rule re-routes"),
         ("rule", None, "'sere'", "which rule re-routes"),
+        ("rule", "topk", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
+        ("rule", "oea", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
     ],
@@ -367,11 +364,6 @@ def other(rule: str, **keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "value",
     [
-        other("topk", select_top_k=2),
-        other("oea", select_top_k=1),
-        other("xshare", experts=24),
-        other("xshare", experts=24, max_per_rank=3),
-        other("lynx", experts=24, alpha=4.0, base=2.0, depth=8),
         other("margin", tau=0.01),
         other("margin", tau=[0.01, 0.0, 1.0], beta=0.0, fill=0.5, runners_up=4),
         other("margin", tau=0.01, balance_ranks=True),
@@ -385,9 +377,7 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
     layer = bound.of_layer(1, 48, None)
     expected = {key: value[key] for key in value if key not in ("similarity", "rule", "tau")}
     assert expected.items() <= vars(layer).items()
-    assert layer.tau == {"margin": 0.0 if isinstance(value.get("tau"), list) else 0.01}.get(
-        value["rule"], 0.0
-    )
+    assert layer.tau == (0.0 if isinstance(value["tau"], list) else 0.01)
     assert layer.min_primary_experts == 4
     assert hash(bound) == hash(policy.for_model(top_k=4))
 
@@ -395,21 +385,17 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (other("oea", select_top_k=1, tau=0.1), ["sere.tau = 0.1", "'oea'", "select_top_k"]),
         (other("margin", tau=0.1, threshold=0.3), ["sere.threshold = 0.3", "'margin'", "tau"]),
-        (other("xshare", experts=4, select_top_k=2), ["sere.select_top_k = 2", "only experts"]),
-        (other("lynx"), ["sere.experts is missing", "how many experts are kept"]),
+        (other("margin", tau=0.1, select_top_k=2), ["sere.select_top_k = 2", "only tau"]),
         (other("margin"), ["sere.tau is missing"]),
-        (other("sere", select_top_k=2, experts=3), ["sere.experts = 3", "'sere'"]),
-        (other("topk", select_top_k=1, threshold=0.1), ["sere.threshold = 0.1"]),
+        (other("sere", select_top_k=2, tau=0.1), ["sere.tau = 0.1", "'sere'"]),
+        (other("sere", select_top_k=2, experts=3), ["sere.experts = 3: unknown key"]),
+        (other("lynx", experts=3), ["sere.rule = 'lynx'", "sere.experts = 3: unknown key"]),
         (other("margin", tau=1.5), ["sere.tau = 1.5: must be a number from 0 to 1"]),
         (other("margin", tau=[0.1, 2]), ["sere.tau = [0.1, 2]: must be a number", "or a list"]),
         (other("margin", tau=True), ["sere.tau = True: must be a number"]),
         (other("margin", tau=0.1, fill=-1.0), ["sere.fill = -1.0", "greater than or equal to 0"]),
-        (other("xshare", experts=3, max_per_rank=0), ["sere.max_per_rank = 0", "greater than"]),
-        (other("lynx", experts=3, max_per_rank=1), ["sere.max_per_rank = 1", "'lynx'"]),
         (other("margin", tau=0.1, balance_ranks=1), ["sere.balance_ranks = 1", "boolean"]),
-        (other("lynx", experts=3, base=1.0), ["sere.base = 1.0", "greater than 1"]),
     ],
 )
 def test_keys_of_another_rule_are_refused_by_name(

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.rules import sere
-from sere_ray.rules.sere import EXACT, PADDING, REROUTABLE, RuleCounts, apply_plan, count, make_plan
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RuleCounts, count, sere
+from sere_ray.rules.sere import apply_rerouting, find_rerouting
 
 from . import oracle
 
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def slots(self) -> int:
-        return self.ids.shape[1]
+        return self.ids.shape[-1]
 
     @property
     def experts(self) -> int:
@@ -84,8 +84,8 @@ class Case:
     def reroute(self) -> Tensor:
         return sere.reroute(self.ids, self.weights, self.similarity, **self.rule_arguments())
 
-    def plan(self) -> sere.Plan:
-        return make_plan(self.ids, self.weights, self.similarity, **self.rule_arguments())
+    def rerouting(self) -> sere.Rerouting:
+        return find_rerouting(self.ids, self.weights, self.similarity, **self.rule_arguments())
 
     def oracle(self) -> oracle.Outcome:
         return oracle.reroute(
@@ -284,7 +284,7 @@ CHAIN = [  # row u: how well v stands in for u
         ),
         # Unsorted weights: the primaries are 1 and 2.
         pytest.param(
-            [[0, 1], [3, 2]], [[1, 2], [1, 2]], {"select_top_k": 1}, [[1, 1], [2, 2]], id="rank"
+            [[0, 1], [3, 2]], [[1, 2], [1, 2]], {"select_top_k": 1}, [[1, 1], [2, 2]], id="order"
         ),
         # Equal weights: slot order.
         pytest.param([[3, 2]], [[1, 1]], {"select_top_k": 1}, [[3, 3]], id="equal weights"),
@@ -370,10 +370,11 @@ def test_equals_oracle(case: Case) -> None:
     new = case.reroute()
     assert new.dtype == case.ids.dtype
     assert_same_ids(new, expected.ids, "reroute")
-    plan = case.plan()
-    assert members(plan.primary) == expected.primary
-    assert_same_ids(apply_plan(plan, case.ids, case.row_kind), expected.ids, "apply_plan")
-    assert numbers(count(plan, case.ids, new, case.row_kind)) == {
+    rerouting = case.rerouting()
+    assert members(rerouting.primary) == expected.primary
+    applied = apply_rerouting(rerouting, case.ids, case.row_kind)
+    assert_same_ids(applied, expected.ids, "apply_rerouting")
+    assert numbers(count(rerouting, case.ids, new, case.row_kind)) == {
         "experts_before": expected.experts_before,
         "experts_after": expected.experts_after,
         "slots_rerouted": expected.slots_rerouted,
@@ -457,14 +458,14 @@ def test_many_rows(
     while len(primary_of(effective)) < min(floor, len(primary_of(slots))):
         effective += 1
     primary = primary_of(effective)
-    assert members(case.plan().primary) == set(primary.tolist())
+    assert members(case.rerouting().primary) == set(primary.tolist())
 
     assert np.array_equal(new[~decode], old[~decode]), "exact and padding rows are unchanged"
     assert np.array_equal(new[~valid], old[~valid]), "sentinels are unchanged"
     in_primary = np.isin(old, primary) & valid
     assert np.array_equal(new[in_primary], old[in_primary]), "members of P are unchanged"
     first = np.take_along_axis(old, order[:, :1], axis=1)
-    assert np.array_equal(np.take_along_axis(new, order[:, :1], axis=1), first), "rank 0 stays"
+    assert np.array_equal(np.take_along_axis(new, order[:, :1], axis=1), first), "best slots stay"
     changed = new != old
     assert np.isin(new[changed], primary).all(), "every stand-in is in P"
     if len(primary):
@@ -491,9 +492,9 @@ def test_inputs_are_never_modified(case: Case) -> None:
 
     before = [memory(t) for t in case.tensors]
     new = case.reroute()
-    plan = case.plan()
-    applied = apply_plan(plan, case.ids, case.row_kind)
-    count(plan, case.ids, applied, case.row_kind)
+    rerouting = case.rerouting()
+    applied = apply_rerouting(rerouting, case.ids, case.row_kind)
+    count(rerouting, case.ids, applied, case.row_kind)
     for result in (new, applied):
         result.fill_(-1)  # a result never shares memory with an input
     assert all(torch.equal(a, memory(t)) for a, t in zip(before, case.tensors, strict=True))
@@ -502,14 +503,19 @@ def test_inputs_are_never_modified(case: Case) -> None:
 @settings(RULES)
 @given(case=cases())
 def test_shape_and_dtype_are_kept(case: Case) -> None:
-    plan = case.plan()
-    for new in (case.reroute(), apply_plan(plan, case.ids, case.row_kind)):
+    rerouting = case.rerouting()
+    for new in (case.reroute(), apply_rerouting(rerouting, case.ids, case.row_kind)):
         assert new.shape == case.ids.shape
         assert new.dtype == case.ids.dtype
-    assert plan.named.shape == plan.primary.shape == plan.target.shape == (case.experts,)
-    assert plan.named.dtype == plan.primary.dtype == torch.bool
-    assert plan.target.dtype == torch.int64
-    counts = count(plan, case.ids, case.reroute(), case.row_kind)
+    assert (
+        rerouting.named.shape
+        == rerouting.primary.shape
+        == rerouting.target.shape
+        == (case.experts,)
+    )
+    assert rerouting.named.dtype == rerouting.primary.dtype == torch.bool
+    assert rerouting.target.dtype == torch.int64
+    counts = count(rerouting, case.ids, case.reroute(), case.row_kind)
     assert all(c.dim() == 0 and c.dtype == torch.int64 for c in counts)
 
 
@@ -519,7 +525,7 @@ def test_no_secondary_or_no_primary_slot_is_the_identity(
     case: Case, beyond: int, low: bool
 ) -> None:
     case = replace(case, select_top_k=-beyond if low else case.slots + beyond)
-    for new in (case.reroute(), apply_plan(case.plan(), case.ids, case.row_kind)):
+    for new in (case.reroute(), apply_rerouting(case.rerouting(), case.ids, case.row_kind)):
         assert torch.equal(new, case.ids)
 
 
@@ -547,13 +553,13 @@ def test_padding_never_matters(case: Case, seed: int) -> None:
         ids=torch.where(padding[:, None], source.ids, case.ids),
         weights=torch.where(padding[:, None], source.weights, case.weights),
     )
-    plan, changed_plan = case.plan(), changed.plan()
-    for a, b in zip(plan, changed_plan, strict=True):
+    rerouting, changed_rerouting = case.rerouting(), changed.rerouting()
+    for a, b in zip(rerouting, changed_rerouting, strict=True):
         assert torch.equal(a, b)
     new, changed_new = case.reroute(), changed.reroute()
     assert_same_ids(changed_new[~padding], new[~padding], "rows that are not padding")
-    counts = numbers(count(plan, case.ids, new, case.row_kind))
-    changed_counts = numbers(count(changed_plan, changed.ids, changed_new, changed.row_kind))
+    counts = numbers(count(rerouting, case.ids, new, case.row_kind))
+    changed_counts = numbers(count(changed_rerouting, changed.ids, changed_new, changed.row_kind))
     assert counts == changed_counts
 
 
@@ -567,10 +573,10 @@ def test_floor_of_k_leaves_batch_1_unchanged(case: Case) -> None:
 @settings(RULES)
 @given(case=cases(), more=st.integers(0, 20))
 def test_raising_the_floor_never_shrinks_p(case: Case, more: int) -> None:
-    small = members(case.plan().primary)
-    assert small <= members(replace(case, floor=case.floor + more).plan().primary)
+    small = members(case.rerouting().primary)
+    assert small <= members(replace(case, floor=case.floor + more).rerouting().primary)
     if not case.is_identity:
-        wanted = min(case.floor, len(members(replace(case, select_top_k=0).plan().primary)))
+        wanted = min(case.floor, len(members(replace(case, select_top_k=0).rerouting().primary)))
         assert len(small) >= wanted
 
 
@@ -579,16 +585,16 @@ def test_raising_the_floor_never_shrinks_p(case: Case, more: int) -> None:
 def test_raising_s_never_shrinks_p(case: Case) -> None:
     assume(case.select_top_k >= 1)
     more = replace(case, select_top_k=case.select_top_k + 1)
-    assert members(case.plan().primary) <= members(more.plan().primary)
+    assert members(case.rerouting().primary) <= members(more.rerouting().primary)
 
 
 @settings(RULES)
 @given(case=cases())
 def test_what_stays(case: Case) -> None:
-    """Exact rows (whose experts are all in P), padding, sentinels, and the top S slots by rank."""
-    plan, new = case.plan(), case.reroute()
+    """Exact rows (whose experts are all in P), padding, sentinels, and the top S slots by order."""
+    rerouting, new = case.rerouting(), case.reroute()
     exact = (case.kinds == EXACT)[:, None] & case.valid
-    assert set(case.ids[exact].tolist()) <= members(plan.primary)
+    assert set(case.ids[exact].tolist()) <= members(rerouting.primary)
     stays = ~case.valid | (case.kinds != REROUTABLE)[:, None]
     weights, ids = case.weights.tolist(), case.ids.tolist()
     for row, (row_ids, row_weights) in enumerate(zip(ids, weights, strict=True)):
@@ -596,7 +602,7 @@ def test_what_stays(case: Case) -> None:
         stays[row, ranked[: max(case.select_top_k, 0)]] = True
     assert_same_ids(new[stays], case.ids[stays], "slots that stay")
     changed = new != case.ids
-    assert set(new[changed].tolist()) <= members(plan.primary)
+    assert set(new[changed].tolist()) <= members(rerouting.primary)
 
 
 @settings(RULES)
@@ -616,10 +622,47 @@ def test_only_the_order_of_weights_matters(case: Case, scale: float) -> None:
 @settings(RULES)
 @given(case=cases(floor=0, threshold="none"))
 def test_without_floor_and_threshold_exactly_p_is_read(case: Case) -> None:
-    plan = case.plan()
-    counts = numbers(count(plan, case.ids, case.reroute(), case.row_kind))
+    rerouting = case.rerouting()
+    counts = numbers(count(rerouting, case.ids, case.reroute(), case.row_kind))
     assert counts["critical_kept"] == 0
-    assert counts["experts_after"] == len(members(plan.primary)) <= counts["experts_before"]
+    assert counts["experts_after"] == len(members(rerouting.primary)) <= counts["experts_before"]
+
+
+@settings(RULES, max_examples=80)
+@given(case=cases(rows=st.integers(0, 12)), steps=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_leading_dimensions_are_steps_of_their_own(case: Case, steps: int, seed: int) -> None:
+    """Each with other rows: what it gets alone is what it gets among others."""
+    of_steps = [case]
+    for step in range(1, steps):
+        other = make_case(**{**case.recipe, "seed": (seed + step) % 2**32})
+        of_steps.append(replace(other, similarity=case.similarity, threshold=case.threshold))
+    stacked = {
+        name: torch.stack([getattr(step, name) for step in of_steps])[None]
+        for name in ("ids", "weights", "kinds")
+    }
+    together = replace(
+        case, ids=stacked["ids"], weights=stacked["weights"], row_kind=stacked["kinds"]
+    )
+    found, rerouting = together.reroute(), together.rerouting()
+    assert found.dtype == case.ids.dtype
+    for number, step in enumerate(of_steps):
+        assert_same_ids(found[0, number], step.reroute(), f"step {number} of {steps}")
+        for of_all, alone in zip(rerouting, step.rerouting(), strict=True):
+            assert torch.equal(of_all[0, number], alone)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_ids() -> None:
+    case = make_case(seed=5, rows=64, experts=64, slots=8, select_top_k=2, gate=True)
+    case = replace(case, threshold=0.3, floor=8)
+    on_gpu = replace(
+        case,
+        ids=case.ids.cuda(),
+        weights=case.weights.cuda(),
+        similarity=case.similarity.cuda(),
+        row_kind=case.kinds.cuda(),
+    )
+    assert torch.equal(on_gpu.reroute().cpu(), case.reroute())
 
 
 # --- odd inputs --------------------------------------------------------------------------------
@@ -678,8 +721,8 @@ def test_huge_floor(floor: int) -> None:
 def test_no_slots() -> None:
     ids = torch.zeros(2, 0, dtype=torch.int64)
     arguments = {"row_kind": None, "select_top_k": 1, "min_primary_experts": 1}
-    plan = make_plan(ids, torch.zeros(2, 0), torch.eye(3), **arguments)
-    assert apply_plan(plan, ids, None).shape == (2, 0)
+    rerouting = find_rerouting(ids, torch.zeros(2, 0), torch.eye(3), **arguments)
+    assert apply_rerouting(rerouting, ids, None).shape == (2, 0)
     assert sere.reroute(ids, torch.zeros(2, 0), torch.eye(3), **arguments).shape == (2, 0)
 
 
@@ -691,13 +734,12 @@ def test_ids_without_a_dimension() -> None:
 ROWS, SLOTS, EXPERTS = 3, 2, 5
 
 
-@pytest.mark.parametrize("function", ["reroute", "make_plan"])
+@pytest.mark.parametrize("function", ["reroute", "find_rerouting"])
 @pytest.mark.parametrize("select_top_k", [0, 1])
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
         ("topk_ids", torch.zeros(ROWS, dtype=torch.int64)),
-        ("topk_ids", torch.zeros(1, ROWS, SLOTS, dtype=torch.int64)),
         ("topk_ids", torch.zeros(ROWS, SLOTS)),
         ("topk_ids", torch.zeros(ROWS, SLOTS, dtype=torch.int16)),
         ("topk_ids", torch.zeros(ROWS, SLOTS, dtype=torch.uint8)),
@@ -705,6 +747,7 @@ ROWS, SLOTS, EXPERTS = 3, 2, 5
         ("topk_weights", torch.zeros(ROWS, SLOTS + 1)),
         ("topk_weights", torch.zeros(ROWS + 1, SLOTS)),
         ("topk_weights", torch.zeros(ROWS)),
+        ("topk_weights", torch.zeros(1, ROWS, SLOTS)),
         ("topk_weights", torch.zeros(ROWS, 1)),
         ("topk_weights", torch.zeros(ROWS, SLOTS, dtype=torch.int64)),
         ("topk_weights", torch.zeros(ROWS, SLOTS, dtype=torch.complex64)),
@@ -749,7 +792,7 @@ def one_layer(
     similarity: Tensor,
     row_kind: Tensor,
 ) -> tuple[Tensor, Tensor, RuleCounts]:
-    plan = make_plan(
+    rerouting = find_rerouting(
         ids,
         weights,
         similarity,
@@ -758,8 +801,8 @@ def one_layer(
         threshold=0.3,
         min_primary_experts=8,
     )
-    new = apply_plan(plan, ids, row_kind)
-    return plan.primary, new, count(plan, ids, new, row_kind)
+    new = apply_rerouting(rerouting, ids, row_kind)
+    return rerouting.primary, new, count(rerouting, ids, new, row_kind)
 
 
 def check_compiled(compiled: Any, *, rows: int, dynamic: bool = False) -> None:

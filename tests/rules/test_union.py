@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.kernel.cpu_sere import lowest_ranks, reroute_and_count, reroute_by_ranks
+from sere_ray.kernel.cpu_sere import lowest_slot_orders, reroute_and_count, reroute_by_slot_orders
+from sere_ray.rules import PADDING, RuleCounts
 from sere_ray.rules.sere import (
-    PADDING,
     UNNAMED,
-    RuleCounts,
-    apply_plan,
-    plan_from_ranks,
-    rank_vector,
+    apply_rerouting,
+    rerouting_of_slot_orders,
+    slot_order_bytes,
 )
 
 from .test_sere import RULES, Case, assert_same_ids, cases, make_case
@@ -37,18 +36,20 @@ def check(case: Case, parts: list[Tensor]) -> None:
         "min_primary_experts": case.floor,
     }
     vectors = [
-        rank_vector(case.ids[rows], case.weights[rows], case.experts, case.kinds[rows])
+        slot_order_bytes(case.ids[rows], case.weights[rows], case.experts, case.kinds[rows])
         for rows in parts
     ]
     for rows, vector in zip(parts, vectors, strict=True):
-        found = lowest_ranks(case.ids[rows], case.weights[rows], case.kinds[rows], case.experts)
+        part = case.ids[rows], case.weights[rows], case.kinds[rows]
+        found = lowest_slot_orders(*part, case.experts)
         assert found.dtype == vector.dtype == torch.uint8
         assert found.tolist() == vector.tolist()
     reduced = torch.stack(vectors).amin(dim=0)
-    plan = plan_from_ranks(reduced, case.similarity, num_slots=case.slots, **policy)
+    rerouting = rerouting_of_slot_orders(reduced, case.similarity, num_slots=case.slots, **policy)
     for rows in parts:
         expected = whole[rows]
-        assert_same_ids(apply_plan(plan, case.ids[rows], case.kinds[rows]), expected, "reference")
+        applied = apply_rerouting(rerouting, case.ids[rows], case.kinds[rows])
+        assert_same_ids(applied, expected, "reference")
     check_compiled(case, parts, reduced, whole, policy)
 
 
@@ -61,7 +62,7 @@ def check_compiled(case, parts, reduced, whole, policy) -> None:
         assert most == owner[ids[valid].unique().long()].bincount(minlength=3).max()
     slots = 0
     for rows in parts:
-        new_ids, of_rank = reroute_by_ranks(
+        new_ids, of_rank = reroute_by_slot_orders(
             case.ids[rows], reduced, case.similarity, case.kinds[rows], **policy
         )
         assert_same_ids(new_ids, whole[rows], "CPU implementation")
@@ -85,7 +86,7 @@ def test_few_rows_and_idle_ranks(case: Case, data: st.DataObject) -> None:
 
 def test_a_rank_of_padding_rows_names_nothing() -> None:
     case = make_case(seed=1, rows=8, experts=16, slots=4, select_top_k=1, kinds="padding")
-    for function in (rank_vector, lambda i, w, e, k: lowest_ranks(i, w, k, e)):
+    for function in (slot_order_bytes, lambda i, w, e, k: lowest_slot_orders(i, w, k, e)):
         vector = function(case.ids, case.weights, case.experts, case.kinds)
         assert vector.tolist() == [UNNAMED] * 16
 
@@ -93,8 +94,8 @@ def test_a_rank_of_padding_rows_names_nothing() -> None:
 def test_too_many_slots_for_a_byte() -> None:
     ids = torch.zeros((1, 255), dtype=torch.int64)
     for call in (
-        lambda: rank_vector(ids, ids.float(), 4, None),
-        lambda: lowest_ranks(ids, ids.float(), torch.ones(1, dtype=torch.int8), 4),
+        lambda: slot_order_bytes(ids, ids.float(), 4, None),
+        lambda: lowest_slot_orders(ids, ids.float(), torch.ones(1, dtype=torch.int8), 4),
     ):
-        with pytest.raises(ValueError, match="255 slots; a rank vector holds up to 254"):
+        with pytest.raises(ValueError, match="255 slots; slot orders in a byte go up to 254"):
             call()

@@ -296,12 +296,7 @@ def test_a_policy_by_rows_is_kept_and_shown(make_router):
 @pytest.mark.parametrize(
     ("engines", "changes", "words"),
     [
-        (
-            {"several_ranks": True},
-            {"rule": "oea"},
-            ["policy.union = 'global'", "'oea'", "union = 'local'"],
-        ),
-        ({"on_gpu": True}, {"rule": "oea"}, ["policy.rule = 'oea'", "CUDA kernel"]),
+        ({}, {"rule": "oea"}, ["policy.rule = 'oea'", "'sere' or 'margin'", "evaluate"]),
         ({}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "unknown key"]),
         (
             {"on_gpu": True},

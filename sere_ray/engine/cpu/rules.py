@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from sere_ray.engine.cpu.union import UnionOfRanks
-from sere_ray.kernel.cpu_sere import StepCounts, lowest_ranks, reroute_and_count, reroute_by_ranks
+from sere_ray.kernel.cpu_sere import (
+    StepCounts,
+    lowest_slot_orders,
+    reroute_and_count,
+    reroute_by_slot_orders,
+)
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import PADDING, REROUTABLE, Choice, margin, name_dropped
 
@@ -64,29 +69,31 @@ def _apply_sere(
     if union is None:
         new_ids, counts = reroute_and_count(ids, weights, similarity, kinds, **numbers)
     else:
-        places = lowest_ranks(ids, weights, kinds, len(similarity))
-        union.take_minimum(places)
+        orders = lowest_slot_orders(ids, weights, kinds, len(similarity))
+        union.take_minimum(orders)
         if union.compares:
-            union.compare(of_step.layer, _targets(places, similarity, ids.shape[1], numbers))
-        new_ids, counts = reroute_by_ranks(ids, places, similarity, kinds, **numbers)
+            union.compare(of_step.layer, _targets(orders, similarity, ids.shape[1], numbers))
+        new_ids, counts = reroute_by_slot_orders(ids, orders, similarity, kinds, **numbers)
     return (new_ids, weights.clone()), counts
 
 
-def _targets(places: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
+def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
     """Where slots of each expert go: new ids of rows that name every expert once.
 
     Args:
-        places: ``[E]`` uint8, first places in the slot order.
+        orders: ``[E]`` uint8, the lowest slot order in which a row names each expert.
         similarity: ``[E, E]`` float32.
         top_k: K.
         numbers: as the rule takes them.
     """
-    count = len(places)
+    count = len(orders)
     rows = -(-count // top_k)
     slots = torch.full((rows * top_k,), -1, dtype=torch.int32, device="cpu")
     slots[:count] = torch.arange(count, dtype=torch.int32, device="cpu")
     kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8, device="cpu")
-    targets, _ = reroute_by_ranks(slots.view(rows, top_k), places, similarity, kinds, **numbers)
+    targets, _ = reroute_by_slot_orders(
+        slots.view(rows, top_k), orders, similarity, kinds, **numbers
+    )
     return targets
 
 

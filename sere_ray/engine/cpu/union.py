@@ -4,8 +4,8 @@ Under data and expert parallelism every rank routes its own rows. Two all-reduce
 derive the same set of kept experts:
 
 - once per pass, in its first MoE layer: :class:`Header`, a few numbers, and each rank's rows (MIN);
-- in every MoE layer, before rows are dispatched: one byte per expert, the first place in the slot
-  order in which a row names it (MIN); under the rule ``margin`` one integer per expert, what the
+- in every MoE layer, before rows are dispatched: one byte per expert, the lowest slot order in
+  which a row names it (MIN); under the rule ``margin`` one integer per expert, what the
   rank's rows ask for (SUM).
 
 vLLM already runs a pass on all ranks or on none, since dispatch is a collective too: an idle rank

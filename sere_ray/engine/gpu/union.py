@@ -96,7 +96,7 @@ class UnionOfRanks:
         device, shape = rule.device, (2, len(rule.tables), NUM_COUNTERS)
         self.counters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step_input = StepInput(max_rows * group.num_ranks, device)
-        self.ranks = torch.zeros(rule.num_experts, dtype=torch.uint8, device=device)
+        self.slot_orders = torch.zeros(rule.num_experts, dtype=torch.uint8, device=device)
         self.asked = torch.zeros(rule.num_experts, dtype=torch.int64, device=device)
         self.way: Way | None = None
         self.next_kinds = NO_ROWS
@@ -183,9 +183,9 @@ class UnionOfRanks:
         if self.peers:
             across_ranks.reroute_with_peers(*of_layer, self.peers)
         else:
-            across_ranks.lowest_ranks(*of_layer, self.ranks)
-            self.group.exchange(self.ranks)
-            across_ranks.reroute_by_ranks(*of_layer, self.ranks)
+            across_ranks.lowest_slot_orders(*of_layer, self.slot_orders)
+            self.group.exchange(self.slot_orders)
+            across_ranks.reroute_by_slot_orders(*of_layer, self.slot_orders)
 
     @cached_property
     def peers(self) -> Peers | None:

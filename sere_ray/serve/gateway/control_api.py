@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from sere_ray import __version__
 from sere_ray.observe.stats import StepMeans, Totals
-from sere_ray.policy.policy import Policy
+from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.serve.gateway.access import PRINCIPAL, Refusal
 from sere_ray.serve.gateway.openai_ingress import answer, http_error
@@ -33,7 +33,7 @@ def _change_schema() -> dict[str, Any]:
     schema.pop("required")
     schema["properties"].pop("similarity")
     for key, about in schema["properties"].items():
-        rules = [name for name, rule in RULES.items() if key in rule.keys]
+        rules = [name for name in RULE_NAMES if key in RULES[name].keys]
         if rules:
             about["x-rules"] = rules  # which have this key
     schema["properties"]["mode"]["enum"].append(AUTO)

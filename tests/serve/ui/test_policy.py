@@ -40,17 +40,17 @@ def test_the_form_has_the_keys_of_the_chosen_rule(page, site):
     page.get_by_label("threshold").fill("0.5")
     page.get_by_role("button", name="Apply").click()
     page.get_by_text("Version 1 runs on all 2 ranks.").wait_for()
-    assert page.get_by_label("experts", exact=True).is_hidden()
-    page.get_by_label("rule", exact=True).select_option("lynx")
+    assert page.get_by_label("tau", exact=True).is_hidden()
+    page.get_by_label("margin", exact=True).check(force=True)
     assert page.get_by_label("threshold").is_hidden()
     page.get_by_role("button", name="Apply").click()
-    page.get_by_text("policy.experts is missing").wait_for()
-    for name, value in {"experts": "6", "alpha": "1", "base": "2", "depth": "3"}.items():
+    page.get_by_text("policy.tau is missing").wait_for()
+    for name, value in {"tau": "0.1", "fill": "1", "runners_up": "3"}.items():
         page.get_by_label(name, exact=True).fill(value)
     page.get_by_role("button", name="Apply").click()
     page.get_by_text("Version 2 runs on all 2 ranks.").wait_for()
     policy = site.newest["policy"]
-    assert (policy["rule"], policy["experts"], policy["threshold"]) == ("lynx", 6, None)
+    assert (policy["rule"], policy["tau"], policy["threshold"]) == ("margin", 0.1, None)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 
 import { byId, changes, element, plain, say } from "./format.js";
 
-const MOST_BUTTONS = 4;
-
 /** Builds the form once and keeps it at the newest policy, but for what is being edited. */
 export class PolicyForm {
   #fields = [];
@@ -111,7 +109,7 @@ function makeField(name, about) {
   const error = element("p", { class: "error", id: `${id}-error`, role: "alert" });
   const note = element("p", { class: "note", id: `${id}-note` }, (about.description ?? "").replaceAll("`", ""));
   const describedby = `${id}-note ${id}-error`;
-  const makeControl = !about.enum ? type : about.enum.length <= MOST_BUTTONS ? choose : select;
+  const makeControl = about.enum ? choose : type;
   const control = makeControl(name, about, describedby);
   const root = element("div", { class: "field" }, control.root, note, error);
   return {
@@ -139,17 +137,6 @@ function choose(name, { enum: choices }, describedby) {
       read: () => choices[inputs.findIndex((input) => input.checked)] ?? null,
       write: (value) => inputs.forEach((input) => (input.checked = input.value === plain(value))),
     },
-  };
-}
-
-/** A list of more values. */
-function select(name, { enum: choices }, describedby) {
-  const input = element("select", { id: `policy-${name}`, "aria-describedby": describedby },
-    ...choices.map((choice) => element("option", {}, choice)));
-  return {
-    inputs: [input],
-    root: element("div", { class: "row" }, element("label", { for: input.id }, name), input),
-    value: { read: () => input.value, write: (value) => (input.value = value) },
   };
 }
 

@@ -9,6 +9,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRes
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 
 from sere_ray.bench.stand_in import expected_words
+from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
 
 STEP_SECONDS = 0.02
 
@@ -52,9 +53,9 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
         self, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> list[Any]:
         """Policies are taken, and no more."""
-        if method not in ("sere_set_policy", "sere_settle"):
+        if method not in CHANGES:
             raise NotImplementedError(method)
-        if method == "sere_set_policy":
+        if method == SET_POLICY:
             self._policy = args[0]
         return [None]
 

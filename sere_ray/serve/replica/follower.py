@@ -4,11 +4,13 @@ import asyncio
 import logging
 import tempfile
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
+from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter
 from sere_ray.observe.sink import RaySink
 from sere_ray.serve.locate import ACTOR
@@ -108,7 +110,7 @@ class Follower:
         while self.failure is None:
             try:
                 start = time.perf_counter()
-                counters = (await _call(engine, "sere_counters", False))[0]
+                counters = (await _calls(engine).counters(reset=False))[0]
                 exporter.export_counters(counters, time.perf_counter() - start)
                 assert self._newest is not None
                 exporter.export_policy(
@@ -144,10 +146,10 @@ class Follower:
             for update in order.updates:
                 await self._stage(engine, update)
             if order.settle:
-                await _call(engine, "sere_settle")
+                await _calls(engine).settle()
                 self._settled = order.settle
             if order.report:
-                (counters, *_) = await _call(engine, "sere_counters", False)
+                (counters, *_) = await _calls(engine).counters(reset=False)
                 self._counters = {**counters, "token_times": self._token_times.read()}
         except Exception as error:
             # The router has validated it, so the engine and the router disagree: start anew.
@@ -160,7 +162,7 @@ class Follower:
         if content is not None:
             self._similarity = f"{update.sha256}.safetensors"
         policy = {**update.policy, "similarity": self._similarity}
-        await _call(engine, "sere_set_policy", policy, content)
+        await _calls(engine).set_policy(policy, content)
         self._staged = update.version
         self._newest = update
 
@@ -169,9 +171,13 @@ def _router() -> Any:
     return serve.get_deployment_actor(ACTOR)
 
 
-async def _call(engine: Any, method: str, *args: Any) -> list[Any]:
-    results: list[Any] = await engine.collective_rpc(method=method, timeout=RPC_SECONDS, args=args)
-    return results
+def _calls(engine: Any) -> WorkerCalls[Awaitable[list[Any]]]:
+    """Calls of the workers of a replica's engine; each awaits one answer of each worker."""
+    return WorkerCalls(
+        lambda name, arguments: engine.collective_rpc(
+            method=name, timeout=RPC_SECONDS, args=arguments
+        )
+    )
 
 
 def own_follower(model_id: str) -> Follower:

@@ -133,9 +133,9 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
 
 
 def _similarity(worker, layer):
-    from sere_ray.engine import patches as seam
+    from sere_ray.engine.state import find_state
 
-    return seam._get_state(worker.vllm_config).similarity[layer].tolist()
+    return find_state(worker.vllm_config).similarity[layer].tolist()
 
 
 def test_preempted_requests_recompute_exactly(checkpoint, recorded):

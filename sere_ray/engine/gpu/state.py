@@ -88,10 +88,8 @@ class CudaState(EngineState):
                 f"logits of {logits.dtype} with strides {logits.stride()}, where the kernels read "
                 f"contiguous {' or '.join(str(dtype) for dtype in LOGIT_DTYPES)}"
             )
-        if layer not in self.without_scores:
-            return logits
         self.check_scores(self.policy)
-        return None
+        return None if layer in self.without_scores else logits
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -114,11 +112,11 @@ class CudaState(EngineState):
 
     def words(self) -> NDArray[np.int32]:
         """What this rank tells the others before the pass that it is about to run."""
-        assert self.union is not None
-        assert self.versions is not None
+        versions, union = self.versions, self.union
+        assert versions is not None
+        assert union is not None
         self.check_nothing_deferred()
-        versions = self.versions
-        return write_words(versions.newest, versions.checksum, self.union.next_kinds, self.max_rows)
+        return write_words(versions.newest, versions.checksum, union.next_kinds, self.max_rows)
 
     def begin_pass(self, table: NDArray[np.int32], sizes: list[int]) -> None:
         """Take over the row kinds of the pass that all ranks launch next.

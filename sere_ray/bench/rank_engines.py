@@ -4,15 +4,17 @@ Every rank makes the same calls in the same order, with prompts of its own and a
 a pass on all ranks or on none.
 """
 
+import dataclasses
 import itertools
 import os
 import random
 import statistics
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sere_ray.bench.engines import (
     _CPU_OPTIONS,
@@ -25,7 +27,8 @@ from sere_ray.bench.kernel_profile import profile_steps
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.gpu.union_patches import before_dispatch
+from sere_ray.engine.gpu import back_end
+from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.vllm_internals import forget_environment, workspace_manager
 from sere_ray.policy.policy import Policy
 
@@ -152,6 +155,21 @@ def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:
         engine.sere_kept = workspace_manager()  # see start_engines
         engines[way] = engine
     return engines
+
+
+@contextmanager
+def before_dispatch() -> Iterator[None]:
+    """Engines that are started inside exchange before rows are dispatched, whatever their back end.
+
+    A captured graph holds the way, so it cannot change later. Only a measurement wants this one
+    where vLLM gathers.
+    """
+
+    def ranks(*arguments: Any) -> Any:
+        return dataclasses.replace(ranks_of_engine(*arguments), before_dispatch=True)
+
+    with mock.patch.object(back_end, "ranks_of_engine", ranks):
+        yield
 
 
 def _measure_rows(

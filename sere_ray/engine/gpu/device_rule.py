@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sere_ray.kernel.launcher import RuleKernel, blocks_of_margin
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import blocks_of_margin
 from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.policy.bound import BoundPolicy
 

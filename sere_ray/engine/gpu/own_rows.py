@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sere_ray.engine.gpu.device_rule import DeviceRule
-from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, Aligned
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.limits import MAX_ROUTED_ROWS
 from sere_ray.kernel.memory import DeviceLayer, StepInput
 from sere_ray.rules import RuleCounts
 

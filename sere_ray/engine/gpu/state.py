@@ -17,12 +17,8 @@ from sere_ray.engine.gpu.rank_words import read_words, write_words
 from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
 from sere_ray.engine.state import BYTES, EngineState
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.launcher import (
-    LOGIT_DTYPES,
-    MAX_ALIGNED_ROWS,
-    Aligned,
-    reads_logits,
-)
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.limits import LOGIT_DTYPES, MAX_ALIGNED_ROWS, reads_logits
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import UnsupportedError

@@ -35,7 +35,7 @@ from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.engine.state import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
-from sere_ray.kernel.launcher import Aligned
+from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.memory import DeviceLayer, StepInput
 from sere_ray.kernel.peers import Peers
 from sere_ray.policy.bound import BoundPolicy

@@ -22,7 +22,14 @@ PROCESSES = {
 
 
 def processor_seconds(root: psutil.Process) -> dict[tuple[int, str], float]:
-    """Of the client and of the server's processes, by process and kind."""
+    """Processor seconds that the client and each of the server's processes have used so far.
+
+    Args:
+        root: the process below which the server's are.
+
+    Returns:
+        Seconds by process id and kind of process.
+    """
     seconds = {}
     client = ("client", psutil.Process())
     server = ((_kind(title, process, root), process) for title, process in processes(root))

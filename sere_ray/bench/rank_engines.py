@@ -33,8 +33,8 @@ from sere_ray.engine.vllm_internals import forget_environment, workspace_manager
 from sere_ray.policy.policy import Policy
 
 WAYS = ("global", "local", "before-dispatch")
-"""Where the union is taken: over all ranks as the engine does it by itself, over each rank's own
-rows, over all ranks before rows are dispatched."""
+"""Where the union is taken. ``global``: over all ranks, in the way that the engine chooses.
+``local``: over each rank's own rows. ``before-dispatch``: over all ranks, before rows are sent."""
 _WARM_UP_TOKENS = 10
 
 
@@ -87,7 +87,7 @@ class RankPlan:
 
 
 Report = dict[str, Any]
-"""Of one rank, router and number of rows: ``ms`` and ``counters`` by point."""
+"""What one rank measured with one router and number of rows: ``ms`` and ``counters`` by point."""
 
 
 def measure_rank(rank: int, plan: RankPlan, report: Callable[[Report], None]) -> None:

@@ -55,7 +55,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OverheadPlan:
     """What every arm serves.
 
     Attributes:
@@ -127,12 +127,14 @@ def run_serving_overhead(
                 save({"model": plan.model.name, "rows": list(rows(blocks, proxies))})
 
 
-def make_plan(model: Model, parent: Path, streams: int, tokens: int, compiled: bool) -> Plan:
+def make_plan(
+    model: Model, parent: Path, streams: int, tokens: int, compiled: bool
+) -> OverheadPlan:
     """Write what the arms read."""
     folder, similarity = write_config(model, parent), parent / "sere.safetensors"
     write_tokenizer(folder, int(model.config["vocab_size"]))
     synthetic_artifact(folder).save(similarity)
-    return Plan(
+    return OverheadPlan(
         model=model,
         folder=folder,
         policy={"similarity": str(similarity), "select_top_k": 2},
@@ -148,7 +150,7 @@ def make_plan(model: Model, parent: Path, streams: int, tokens: int, compiled: b
 
 
 @contextmanager
-def start(plan: Plan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
+def start(plan: OverheadPlan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
     """The server of an arm: its URL, its key, and the process below which it runs."""
     port, key = free_port(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sere-server-") as name:
@@ -161,7 +163,7 @@ def start(plan: Plan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
             yield f"http://127.0.0.1:{port}", key, psutil.Process(process.pid)
 
 
-def _ours(plan: Plan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
+def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
     arguments = {
         "model": str(plan.folder),
         "model_id": MODEL_ID,
@@ -172,7 +174,7 @@ def _ours(plan: Plan, folder: Path, port: int, key: str, *, direct: bool) -> Any
     return served(folder, port, arguments, {API_KEY: key}, direct=direct)
 
 
-def _bare(plan: Plan, folder: Path, port: int, key: str) -> Any:
+def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:
     """vLLM's server with the same arguments, and what our deployments add on a CPU."""
     device = "gpu" if on_gpu() else "cpu"
     engine = {**ENGINE_DEFAULTS[device], **plan.engine}
@@ -211,7 +213,9 @@ def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil.Process) -> Block:
+async def measure(
+    plan: OverheadPlan, url: str, key: str, concurrency: int, root: psutil.Process
+) -> Block:
     """Warm up, then send requests with ``concurrency`` of them in flight."""
     limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     connector = aiohttp.TCPConnector(limit=0)

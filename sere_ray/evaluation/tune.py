@@ -103,7 +103,7 @@ def write_policy(policy: dict[str, Any], path: Path) -> None:
 
 
 def ranges_between(batches: Sequence[int]) -> list[tuple[int, ...]]:
-    """Both ends of each range of batch sizes; the first holds what is below the smallest, too.
+    """The ranges between batch sizes, each by its two ends; the first also holds smaller batches.
 
     Example:
         >>> ranges_between((16, 4, 8))
@@ -203,7 +203,7 @@ def _slope(attempt: Try, keys: dict[str, Any]) -> float:
 
 
 def _plain(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that are left at null, numbers short enough to read."""
+    """The keys that are not null, with numbers short enough to read."""
 
     def short(value: Any) -> Any:
         if isinstance(value, list):

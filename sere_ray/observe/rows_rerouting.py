@@ -125,7 +125,7 @@ POLICY = Row(
         ),
         Panel(
             "Version",
-            "Of the router actor, and settled by rank.",
+            "Newest version of the policy actor, and the version that each rank runs.",
             "none",
             (
                 Query(f"ray_sere_router_policy_version{APP}", "router"),

@@ -77,7 +77,7 @@ TROUBLE = Row(
         ),
         Panel(
             "Gang restarts",
-            "Since the router actor started.",
+            "Since the policy actor started.",
             "none",
             (Query(f"ray_sere_gang_restarts_total{APP}", "{{app}}"),),
         ),

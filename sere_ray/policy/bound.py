@@ -27,7 +27,7 @@ class BoundPolicy(BaseModel):
 
     mode: Mode
     rule: str = "sere"
-    """Of :data:`sere_ray.rules.RULES`; engines serve those of ``policy.RuleName``."""
+    """A key of :data:`sere_ray.rules.RULES`; engines serve those of ``policy.RuleName``."""
     select_top_k: int
     threshold: float | None
     min_primary_experts: int

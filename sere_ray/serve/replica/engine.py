@@ -29,11 +29,19 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
         return self._engine_client is not None and bool(self._engine_client.errored)
 
     def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """See the base class; raises where its stream would tell of a lost engine."""
+        """The responses to a chat request.
+
+        Raises:
+            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
+        """
         return raise_at_loss(super().chat(*args, **kwargs), lambda: self.is_lost)
 
     def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """See :meth:`chat`."""
+        """The responses to a completion request.
+
+        Raises:
+            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
+        """
         return raise_at_loss(super().completions(*args, **kwargs), lambda: self.is_lost)
 
     def _start_async_llm_engine(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from sere_ray.engine import checks
@@ -57,6 +58,19 @@ def test_missing_and_malformed_keys(moe, has_words):
     with pytest.raises(PolicyError) as error:
         configure(moe, True)
     has_words(str(error.value), "sere = True", "mapping")
+
+
+def test_the_key_may_be_the_path_of_a_policy_file(moe, tmp_path, has_words):
+    file = tmp_path / "policy.yaml"
+    file.write_text(yaml.safe_dump(sere_key(moe)))
+    configure(moe, str(file))
+    file.write_text(yaml.safe_dump(sere_key(moe, select_top_k=5)))
+    with pytest.raises(PolicyError) as error:
+        configure(moe, str(file))
+    has_words(str(error.value), "sere.select_top_k = 5", "K = 4")
+    with pytest.raises(PolicyError) as error:
+        configure(moe, str(tmp_path / "none.yaml"))
+    has_words(str(error.value), "none.yaml", "No such file", "sere-ray tune")
 
 
 def test_missing_artifact(moe, has_words):

@@ -24,7 +24,7 @@ from launches import LAYERS, Launch, Layers, arms, empty_launch, margin_arms
 from random_layers import GPU
 from rich.console import Console
 
-from sere_ray.kernel.launcher import blocks_of_margin
+from sere_ray.kernel.limits import blocks_of_margin
 from sere_ray.util.progress import progress
 from sere_ray.util.results import write_result
 

@@ -9,7 +9,8 @@ from random_layers import GPU, RandomLayers
 from torch import Tensor
 
 from sere_ray.kernel.compiler import compile_cubin
-from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel, blocks_of_margin
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import MAX_ROUTED_ROWS, blocks_of_margin
 from sere_ray.kernel.memory import DeviceLayer, Settings
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import count

@@ -29,7 +29,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
 from sere_ray.engine.gpu.gate_up import Slots, Tile, down, gate_up
-from sere_ray.kernel.launcher import Aligned, RuleKernel
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.util.results import write_result
 
 SHAPES = {  # experts, top-k, hidden size, width of an expert

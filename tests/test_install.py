@@ -84,5 +84,8 @@ def test_the_demo_runs(installed, tmp_path):
     out = tmp_path / "demo.json"
     done = installed("sere-ray", "demo", "--json", out, "--port", free_port(), "--concurrency", 4)
     assert "Traceback" not in done.stdout + done.stderr
-    runs = json.loads(out.read_text())["runs"]
-    print(runs)
+    exact, *rerouted = json.loads(out.read_text())["runs"]
+    assert exact["rule"] == "off"
+    assert exact["accuracy"] > 0.9  # answers come from the model, not from noise
+    assert rerouted
+    assert all(run["experts_read"] < exact["experts_read"] for run in rerouted)

@@ -114,32 +114,3 @@ def test_importing_the_package_touches_neither_vllm_nor_ray():
         "sys.exit(bool({'vllm', 'ray', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
-def test_links_lead_to_files_and_headings(page):
-    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
-        if target.startswith("https://"):
-            continue
-        file = (ROOT / page).parent / target if target else ROOT / page
-        assert file.exists(), target
-        titles = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE) if heading else []
-        names = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-        assert not heading or heading in names, f"{target}#{heading}"
-
-
-def test_commands_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+) ", text):
-        assert f"\n{target}:" in makefile, target
-    for example in ("docs/rule.md",):
-        assert "reroute(ids, weights" in (ROOT / example).read_text()
-
-
-def test_examples_in_the_docs():
-    import doctest
-
-    results = doctest.testfile(str(ROOT / "docs" / "rule.md"), module_relative=False)
-    assert results.failed == 0
-    assert results.attempted > 0

@@ -69,7 +69,7 @@ def training_losses(
         ids: ``[rows, length + 1]``.
         dropout: share of zeros.
         layer_of: :func:`run_layer`, or that compiled: once for all layers.
-        loss_of: :func:`next_token_loss`, likewise.
+        loss_of: :func:`next_token_loss`, or that compiled.
     """
     base, config = model.model, model.config
     inputs, targets = ids[:, :-1], ids[:, 1:]

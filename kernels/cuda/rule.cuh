@@ -1,4 +1,4 @@
-// The SERE rule (docs/rule.md) for one thread block; sere_ray/rules/sere.py is the reference and must
+// The SERE rule (docs/quality.md) for one thread block; sere_ray/rules/sere.py is the reference and must
 // give the same integers. No framework header: sere_ray/kernel/compiler.py compiles the .cu files
 // beside this one at run time, with these constants:
 //   E        experts of the layer, at most 512

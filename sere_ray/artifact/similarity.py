@@ -166,7 +166,7 @@ class SimilarityArtifact:
         Args:
             having: layers that may have one.
             path: of the artifact, for the message.
-            but: how the model differs, likewise.
+            but: how the model differs, for the message.
 
         Raises:
             ArtifactError: names the layers and what to do.

@@ -38,7 +38,7 @@ _EVERY_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the random model in float32, as a CPU calibrates it, in MiB."""
+    """What the random model takes in float32, the dtype in which a CPU calibrates it; in MiB."""
 
     weights_mib: float
     layer_mib: float
@@ -92,10 +92,10 @@ def _save_random(folder: Path) -> Sizes:
 
 
 def _peak_mib(model: Path, out: Path, options: list[str]) -> float:
-    """Of one `sere-ray calibrate`: the system's own count of resident memory.
+    """Peak resident memory of one run of `sere-ray calibrate`, in MiB, as the system counts it.
 
     Raises:
-        SereError: it fails.
+        SereError: the command fails.
     """
     arguments = {
         "--data": str(assets.CALIBRATION),
@@ -121,7 +121,10 @@ def _peak_mib(model: Path, out: Path, options: list[str]) -> float:
 
 
 def _high_water_mib(pid: int) -> float:
-    """Most resident memory so far. (What `wait4` says includes this process's, before exec.)"""
+    """The most resident memory that a process has had so far, in MiB.
+
+    Not by `wait4`: its number includes this process's own memory, from before the child's exec.
+    """
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

@@ -40,7 +40,7 @@ TOKENS = (5_120, 20_480, 51_200, 204_800)
 METRICS = {"frobenius": 204_800, "cosine": 204_800, "cka": 51_200}
 """Name -> most tokens: ``cka`` takes six times as long (docs/results/calibration-cpu.json)."""
 DEFAULT = ("mixed", "frobenius")
-"""Compared with: the shipped calibration text, all of it."""
+"""Data and metric that all others are compared with: the shipped calibration text, all of it."""
 BATCH = 16
 TEXTS = 64
 SELECT_TOP_K = (1, 2)
@@ -153,7 +153,7 @@ def calibrate_nested(
 
 
 def weight_similarity(layers: Mapping[int, MoELayer]) -> Similarity:
-    """Without data: (cos + 1) / 2 of two experts' weights, each expert's as one vector."""
+    """Similarity without data: (cos + 1) / 2 of two experts' weights, each as one vector."""
     found = {}
     for index, layer in layers.items():
         parts = [weight.detach().flatten(1) for weight in layer.experts.parameters()]

@@ -36,7 +36,7 @@ BASELINE = "forward"
 ARMS = (BASELINE, "frobenius", "cosine", "cka")
 WORKERS = (1, 2)
 WORKER_SHARDS = 16
-"""Of 4,096 tokens each."""
+"""Shards of a job with Ray workers, 4,096 tokens each."""
 
 
 class NoSums(Sums):

@@ -253,7 +253,7 @@ async def _kill(load: Clients, victim: str, root: psutil.Process, number: int) -
 
 
 async def _change_policy(url: str, **keys: Any) -> None:
-    """Set a policy as soon as a router actor takes it."""
+    """Set a policy as soon as a policy actor takes it."""
     while True:
         with suppress(SereError):
             await asyncio.to_thread(request, url, "policy", keys)

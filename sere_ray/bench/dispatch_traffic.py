@@ -32,7 +32,7 @@ from sere_ray.evaluation.teacher_forced import LayerRows, Rerouter, exact_logits
 from sere_ray.policy.bound import BoundPolicy
 
 DTYPE = torch.bfloat16
-"""In which rows are sent: the checkpoint's."""
+"""The dtype of rows that are sent: the checkpoint's."""
 _TIMEOUT = timedelta(seconds=120)
 _RESAMPLES = 2000
 

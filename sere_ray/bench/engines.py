@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sere_ray.bench.models import Model
+from sere_ray.engine.vllm_internals import workspace_manager
 from sere_ray.policy.policy import Policy
 
 MAX_TOKENS = 500
@@ -64,9 +65,9 @@ def start_engines(
     stock = _start(folder, None, max(batches), compiled, options)
     # vLLM has one workspace manager a process, and the second engine replaces it. The first one's
     # graphs still write to the old manager's memory, so it must not be freed and given to others.
-    kept = [_workspace_manager()]
+    kept = [workspace_manager()]
     sere = _start(folder, policy, max(batches), compiled, options)
-    return Engines(stock, sere, [*kept, _workspace_manager()])
+    return Engines(stock, sere, [*kept, workspace_manager()])
 
 
 def gpu_engine(model: Model, streams: int, model_length: int) -> dict[str, Any]:
@@ -122,12 +123,6 @@ def _start(
         additional_config={"sere": policy.model_dump()} if policy else {},
         **options,
     )
-
-
-def _workspace_manager() -> Any:
-    from vllm.v1.worker import workspace
-
-    return workspace._manager
 
 
 def decode_steps(

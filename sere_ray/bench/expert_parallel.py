@@ -30,7 +30,7 @@ from sere_ray.util.results import check_continues, load_result, write_result
 ROW_KEY = ("model", "router", "data_parallel_size", "rows_per_rank", "union", "arm")
 """What tells rows of a result file apart."""
 TIME_LIMIT = 900
-"""Seconds until a rank that reports nothing is given up."""
+"""How many seconds to wait for a rank's report before the run is given up."""
 PORTS_OF_ENGINE = 8
 """vLLM counts up from the port that it is given."""
 
@@ -234,7 +234,10 @@ def _experts(plan: RankPlan, counters: dict[str, Any] | None, which: str) -> dic
 
 @contextmanager
 def _reports(plan: RankPlan) -> Iterator[Iterator[list[Report]]]:
-    """What all ranks report, by rank, as they do; no process is left behind."""
+    """Run the ranks as processes; yields what all of them report, each time all have.
+
+    No process is left behind.
+    """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     processes = [

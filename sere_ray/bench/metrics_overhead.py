@@ -6,7 +6,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sere_ray import assets
 from sere_ray.calibration import calibrate
+from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.config import ServeConfig
 from sere_ray.util.progress import progress, waiting
@@ -137,11 +138,14 @@ async def _stream(engine: Any, name: str) -> None:
 @contextlib.asynccontextmanager
 async def _reading(engine: Any, exporter: EngineExporter, arm: Arm) -> AsyncIterator[None]:
     """Read the counters and export them as a replica does, while the block runs."""
+    calls: WorkerCalls[Awaitable[list[Any]]] = WorkerCalls(
+        lambda name, arguments: engine.collective_rpc(name, args=arguments)
+    )
 
     async def read() -> None:
         while arm.interval_s is not None:
             start = time.perf_counter()
-            counters = (await engine.collective_rpc("sere_counters", args=(False,)))[0]
+            counters = (await calls.counters(reset=False))[0]
             took = time.perf_counter() - start
             exporter.export_counters(counters, took)
             arm.reads += 1

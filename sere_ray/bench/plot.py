@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 _COLUMNS = 2
-"""Of a picture that has room for more than one: a model's two routers are side by side."""
+"""How many panels stand side by side: those of a model's two routers."""
 
 
 def draw(document: dict[str, Any], picture: Path) -> None:

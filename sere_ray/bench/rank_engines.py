@@ -4,21 +4,22 @@ Every rank makes the same calls in the same order, with prompts of its own and a
 a pass on all ranks or on none.
 """
 
+import dataclasses
 import itertools
 import os
 import random
 import statistics
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sere_ray.bench.engines import (
     _CPU_OPTIONS,
     _gpu_options,
     _start,
-    _workspace_manager,
     decode_steps,
     on_gpu,
 )
@@ -26,12 +27,14 @@ from sere_ray.bench.kernel_profile import profile_steps
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
 from sere_ray.engine.control import read_counters, set_policy
-from sere_ray.engine.gpu.union_patches import before_dispatch
+from sere_ray.engine.gpu import back_end
+from sere_ray.engine.gpu.ranks import ranks_of_engine
+from sere_ray.engine.vllm_internals import forget_environment, workspace_manager
 from sere_ray.policy.policy import Policy
 
 WAYS = ("global", "local", "before-dispatch")
-"""Where the union is taken: over all ranks as the engine does it by itself, over each rank's own
-rows, over all ranks before rows are dispatched."""
+"""Where the union is taken. ``global``: over all ranks, in the way that the engine chooses.
+``local``: over each rank's own rows. ``before-dispatch``: over all ranks, before rows are sent."""
 _WARM_UP_TOKENS = 10
 
 
@@ -84,7 +87,7 @@ class RankPlan:
 
 
 Report = dict[str, Any]
-"""Of one rank, router and number of rows: ``ms`` and ``counters`` by point."""
+"""What one rank measured with one router and number of rows: ``ms`` and ``counters`` by point."""
 
 
 def measure_rank(rank: int, plan: RankPlan, report: Callable[[Report], None]) -> None:
@@ -144,21 +147,29 @@ def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:
     order = [None, *plan.ways] if on_gpu() else [*plan.ways, None]
     engines: dict[str | None, Any] = {}
     for way, port in zip(order, plan.ports, strict=True):
-        _set_port(port)
+        forget_environment()
+        os.environ["VLLM_DP_MASTER_PORT"] = str(port)  # each engine needs ports of its own
         policy = plan.policy(way, {}) if way else None
         with before_dispatch() if way == "before-dispatch" else nullcontext():
             engine = _start(plan.folder, policy, max(plan.rows), plan.compiled, options)
-        engine.sere_kept = _workspace_manager()  # see start_engines
+        engine.sere_kept = workspace_manager()  # see start_engines
         engines[way] = engine
     return engines
 
 
-def _set_port(port: int) -> None:
-    """vLLM keeps what it read of the environment, and each engine needs ports of its own."""
-    from vllm import envs
+@contextmanager
+def before_dispatch() -> Iterator[None]:
+    """Engines that are started inside exchange before rows are dispatched, whatever their back end.
 
-    envs.disable_envs_cache()
-    os.environ["VLLM_DP_MASTER_PORT"] = str(port)
+    A captured graph holds the way, so it cannot change later. Only a measurement wants this one
+    where vLLM gathers.
+    """
+
+    def ranks(*arguments: Any) -> Any:
+        return dataclasses.replace(ranks_of_engine(*arguments), before_dispatch=True)
+
+    with mock.patch.object(back_end, "ranks_of_engine", ranks):
+        yield
 
 
 def _measure_rows(

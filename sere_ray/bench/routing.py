@@ -1,4 +1,4 @@
-"""How tokens spread over the experts of random weights: evenly, or as a trained router does."""
+"""How tokens spread over the experts of random weights: evenly, or as under a trained gate."""
 
 from statistics import NormalDist
 from typing import Any, Literal
@@ -13,9 +13,9 @@ Router = Literal["uniform", "skewed"]
 ROUTERS: tuple[Router, ...] = ("uniform", "skewed")
 
 SIGMA = 0.75
-"""Spread of the gate rows' scales of the router ``skewed``.
+"""Spread of the scales of the gate's rows, for ``--router skewed``.
 
-Trained routers prefer some experts: 16 tokens of Qwen3-30B-A3B choose about 50 of its 128 experts
+Trained gates prefer some experts: 16 tokens of Qwen3-30B-A3B choose about 50 of its 128 experts
 a layer (published count), random weights 82. Logits ``s_e * N(0, 1)`` with log s_e ~ N(0, SIGMA),
 simulated by `simulate_union` with 400 layers of 16 rows:
 
@@ -33,7 +33,7 @@ SIGMA    128 experts, top-8  64 experts, top-6  60 experts, top-4
 
 
 def expert_scales(num_experts: int, layer: int, sigma: float = SIGMA) -> NDArray[np.float64]:
-    """Factors of a layer's gate rows: log-normal quantiles in an order of the layer's own."""
+    """``[E]`` factors of a layer's gate rows: log-normal quantiles, in an order of its own."""
     normal = NormalDist()
     quantiles = [normal.inv_cdf((i + 0.5) / num_experts) for i in range(num_experts)]
     order = np.random.default_rng(layer).permutation(num_experts)
@@ -44,7 +44,15 @@ def expert_scales(num_experts: int, layer: int, sigma: float = SIGMA) -> NDArray
 def simulate_union(
     num_experts: int, top_k: int, rows: int, sigma: float, *, layers: int = 400
 ) -> float:
-    """Mean number of distinct experts that the top-k of some rows name."""
+    """Mean number of distinct experts that ``rows`` rows name with their K choices, simulated.
+
+    Args:
+        num_experts: E.
+        top_k: K.
+        rows: of a step.
+        sigma: spread of the scales; 0 = all experts alike.
+        layers: how many layers the mean is over.
+    """
     rng = np.random.default_rng(0)
     found = 0
     for layer in range(layers):

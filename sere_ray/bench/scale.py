@@ -23,12 +23,12 @@ ROWS_PER_RANK = (1, 4, 16, 64, 256)
 THRESHOLD = 0.6
 """Above it lie the similarities of a fifth to a third of all pairs of `random_similarity`."""
 SAMPLED_ROWS = 2048
-"""Samples of a point are drawn until they have so many rows, at least 2 and at most 24."""
+"""How many rows the samples of a point have together. There are at least 2 samples, at most 24."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's MoE layers."""
+    """The numbers of a model's MoE layers."""
 
     name: str
     num_experts: int
@@ -167,7 +167,10 @@ def points() -> Iterator[tuple[Shape, Router, int, int]]:
 
 
 def simulate(shape: Shape, router: Router, ranks: int, rows_per_rank: int) -> list[dict[str, Any]]:
-    """All arms on the same rows: means over samples, each with a layer's gate of its own."""
+    """Simulate all arms on the same rows; the numbers are means over samples.
+
+    Each sample has a gate of its own, as a layer has.
+    """
     rows = ranks * rows_per_rank
     samples = min(max(SAMPLED_ROWS // rows, 2), 24)
     found: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms(shape.top_k)}

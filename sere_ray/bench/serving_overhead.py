@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from rich.console import Console
 from sere_ray.bench.completions import complete
 from sere_ray.bench.engines import gpu_engine, on_gpu, prompt_tokens, write_config
 from sere_ray.bench.models import Model, get_model, write_tokenizer
-from sere_ray.bench.servers import APP, served, server
+from sere_ray.bench.processor_time import cores_used, processor_seconds
+from sere_ray.bench.servers import served, server
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.gateway.keys import API_KEY
 from sere_ray.util.ports import free_port
-from sere_ray.util.processes import processes
 from sere_ray.util.progress import progress
 
 BARE = "bare"
@@ -41,15 +41,6 @@ PROXIES = ("default", "direct")
 MODEL_ID = "bench"
 MODEL_LENGTH = 1024
 REQUEST_SECONDS = 300.0
-PROCESSES = {
-    "VLLM::": "engine",
-    f"ray::ServeReplica:{APP}:SereIngress": "ingress",
-    f"ray::ServeReplica:{APP}": "front end",
-    "ray::ProxyActor": "proxy",
-    "haproxy": "proxy",
-    "ray::": "ray",
-}
-"""Whose processor time is told apart: how the name of a process starts. The first one counts."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OverheadPlan:
     """What every arm serves.
 
     Attributes:
@@ -136,12 +127,14 @@ def run_serving_overhead(
                 save({"model": plan.model.name, "rows": list(rows(blocks, proxies))})
 
 
-def make_plan(model: Model, parent: Path, streams: int, tokens: int, compiled: bool) -> Plan:
+def make_plan(
+    model: Model, parent: Path, streams: int, tokens: int, compiled: bool
+) -> OverheadPlan:
     """Write what the arms read."""
     folder, similarity = write_config(model, parent), parent / "sere.safetensors"
     write_tokenizer(folder, int(model.config["vocab_size"]))
     synthetic_artifact(folder).save(similarity)
-    return Plan(
+    return OverheadPlan(
         model=model,
         folder=folder,
         policy={"similarity": str(similarity), "select_top_k": 2},
@@ -157,7 +150,7 @@ def make_plan(model: Model, parent: Path, streams: int, tokens: int, compiled: b
 
 
 @contextmanager
-def start(plan: Plan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
+def start(plan: OverheadPlan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
     """The server of an arm: its URL, its key, and the process below which it runs."""
     port, key = free_port(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sere-server-") as name:
@@ -170,7 +163,7 @@ def start(plan: Plan, arm: str) -> Iterator[tuple[str, str, psutil.Process]]:
             yield f"http://127.0.0.1:{port}", key, psutil.Process(process.pid)
 
 
-def _ours(plan: Plan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
+def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
     arguments = {
         "model": str(plan.folder),
         "model_id": MODEL_ID,
@@ -181,7 +174,7 @@ def _ours(plan: Plan, folder: Path, port: int, key: str, *, direct: bool) -> Any
     return served(folder, port, arguments, {API_KEY: key}, direct=direct)
 
 
-def _bare(plan: Plan, folder: Path, port: int, key: str) -> Any:
+def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:
     """vLLM's server with the same arguments, and what our deployments add on a CPU."""
     device = "gpu" if on_gpu() else "cpu"
     engine = {**ENGINE_DEFAULTS[device], **plan.engine}
@@ -220,7 +213,9 @@ def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil.Process) -> Block:
+async def measure(
+    plan: OverheadPlan, url: str, key: str, concurrency: int, root: psutil.Process
+) -> Block:
     """Warm up, then send requests with ``concurrency`` of them in flight."""
     limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     connector = aiohttp.TCPConnector(limit=0)
@@ -241,43 +236,15 @@ async def measure(plan: Plan, url: str, key: str, concurrency: int, root: psutil
 
         requests = max(3 * concurrency, 24)
         await send(requests)  # as many: an engine may stall at each batch size that is new to it
-        before, start = _processor_seconds(root), asyncio.get_running_loop().time()
+        before, start = processor_seconds(root), asyncio.get_running_loop().time()
         firsts = await send(requests)
         seconds = asyncio.get_running_loop().time() - start
-        after = _processor_seconds(root)
+        after = processor_seconds(root)
     return Block(
         ttft_ms=statistics.median(firsts) * 1e3,
         tokens_per_s=requests * plan.tokens / seconds,
-        cores=_cores(before, after, seconds),
+        cores=cores_used(before, after, seconds),
     )
-
-
-def _processor_seconds(root: psutil.Process) -> dict[tuple[int, str], float]:
-    """Of the client and of the server's processes, by process and kind."""
-    seconds = {}
-    client = ("client", psutil.Process())
-    server = ((_kind(title, process, root), process) for title, process in processes(root))
-    for kind, process in (client, *server):
-        with suppress(psutil.Error):
-            times = process.cpu_times()
-            seconds[process.pid, kind] = times.user + times.system
-    return seconds
-
-
-def _kind(title: str, process: psutil.Process, root: psutil.Process) -> str:
-    for start, kind in PROCESSES.items():
-        if title.startswith(start) or Path(title).name.startswith(start):
-            return kind
-    return "front end" if process == root else "ray"
-
-
-def _cores(
-    before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float], seconds: float
-) -> dict[str, float]:
-    sums: dict[str, float] = defaultdict(float)
-    for (pid, kind), used in after.items():
-        sums[kind] += (used - before.get((pid, kind), used)) / seconds
-    return {kind: round(cores, 3) for kind, cores in sorted(sums.items())}
 
 
 def rows(

@@ -5,10 +5,9 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
-from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-
 from sere_ray.bench.stand_in import expected_words
+from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
+from sere_ray.serve.replica.engine import CompletionResponse, LLMEngine
 
 STEP_SECONDS = 0.02
 
@@ -56,9 +55,9 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
         Raises:
             NotImplementedError: another method.
         """
-        if method not in ("sere_set_policy", "sere_settle"):
+        if method not in CHANGES:
             raise NotImplementedError(method)
-        if method == "sere_set_policy":
+        if method == SET_POLICY:
             self._policy = args[0]
         return [None]
 

@@ -142,7 +142,8 @@ def measure(
         plan: what is measured.
         console: where progress goes.
         save: called with ``{"rows": [...]}`` and, on a GPU, ``"copy_gb_per_s"``.
-        then: called with the engines after the last row, and the router they are left with.
+        then: called after the last row, with the engines and the value of ``--router`` that their
+            gates are left with.
 
     Raises:
         SereError: the plan does not fit the model or this machine.

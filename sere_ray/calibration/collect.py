@@ -33,7 +33,7 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class MoEShape:
-    """What an artifact must agree on with a model."""
+    """The shape of a model's MoE layers, in which an artifact must agree with it."""
 
     architecture: str
     num_experts: int
@@ -68,7 +68,11 @@ def moe_layer(decoder_layer: nn.Module) -> MoELayer | None:
 
 
 def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShape:
-    """Architecture, E, K and layer set.
+    """The shape of a model's MoE layers.
+
+    Args:
+        model: it may be on the meta device.
+        layers: of :func:`find_moe_layers`.
 
     Raises:
         UnsupportedError: the layers differ in their number of experts.

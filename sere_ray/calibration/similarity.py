@@ -26,10 +26,10 @@ _GPU_BLOCKS = 64  # columns of a slice in parts: E x E sums alone would keep few
 
 
 def working_bytes(device: torch.device) -> int:
-    """Float32 bytes of what is computed at a time: on a CPU it should stay in the cache.
+    """How many bytes of float32 are computed at a time.
 
-    A third of the time was seen saved by that on the demo model (no result file); both are small
-    beside any model.
+    On a CPU they should stay in its cache: that saved a third of the time on the demo model
+    (measured once, in no result file). Both numbers are small beside any model.
     """
     return 4 * 2**20 if device.type == "cpu" else 256 * 2**20
 
@@ -211,7 +211,7 @@ class CkaExact(Sums):
         self.tokens += outputs.shape[1]
 
     def merge(self, other: Self) -> Self:
-        """All outputs of both."""
+        """Sums that hold the outputs of both, in this order."""
         merged = super().merge(other)
         merged.outputs = self.outputs + other.outputs
         return merged

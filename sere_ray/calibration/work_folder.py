@@ -29,14 +29,14 @@ holds its own."""
 
 @dataclass(frozen=True)
 class Partial:
-    """What one shard of the text gave."""
+    """The sums of one shard of the text."""
 
     sums: Mapping[int, Sums]
-    """By MoE layer."""
+    """Sums of each MoE layer."""
     fingerprints: Mapping[int, str]
-    """Of the gates, by MoE layer."""
+    """Fingerprint of the gate of each MoE layer."""
     dtype: str
-    """In which the model computed."""
+    """The dtype in which the model computed."""
 
 
 class WorkFolder:
@@ -88,9 +88,9 @@ class WorkFolder:
             save_file(tensors, temporary, metadata={"sere_ray": json.dumps(about)})
 
     def merged(self) -> Partial:
-        """All shards together, in the order of their numbers.
+        """The sums of all shards, added in the order of their numbers.
 
-        The order makes the result the same to the last bit however many workers there were.
+        The order makes the result the same to the last bit, whatever the number of workers.
 
         Raises:
             SereError: a file is damaged, or shards are of different weights.

@@ -8,7 +8,7 @@ import typer
 from sere_ray.cli import calibrate as cli_calibrate
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import serve as cli_serve
-from sere_ray.cli.common import Out, console, numbers, user_errors
+from sere_ray.cli.common import Out, console, numbers, saver, user_errors
 from sere_ray.util.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
@@ -156,9 +156,8 @@ def scale(out: Out) -> None:
     """
     with user_errors():
         from sere_ray.bench.scale import run_scale
-        from sere_ray.util.results import write_result
 
-        run_scale(lambda content: write_result(out, content), console=console)
+        run_scale(saver(out), console=console)
     print(out)
 
 

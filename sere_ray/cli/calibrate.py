@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sere_ray.cli.common import Out, console, user_errors
+from sere_ray.cli.common import Out, console, saver, user_errors
 from sere_ray.util.errors import SereError
 
 
@@ -124,10 +124,9 @@ def bench_calibration(
     """
     with user_errors():
         from sere_ray.bench.calibration_speed import run_calibration_bench
-        from sere_ray.util.results import write_result
 
         run_calibration_bench(
-            lambda content: write_result(out, content),
+            saver(out),
             model=model,
             tokens=tokens,
             repeats=repeats,
@@ -160,9 +159,8 @@ def bench_robustness(out: Out) -> None:
     """
     with user_errors():
         from sere_ray.bench.calibration_robustness import run_robustness
-        from sere_ray.util.results import write_result
 
         work = out.with_name(f"{out.name}.work")
-        run_robustness(lambda content: write_result(out, content), work=work, console=console)
+        run_robustness(saver(out), work=work, console=console)
         shutil.rmtree(work)
     print(out)

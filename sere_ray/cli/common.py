@@ -1,9 +1,9 @@
 """What every command of the command line shares."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,3 +36,10 @@ def numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
     if len(found) != len(values):
         raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
     return found
+
+
+def saver(out: Path) -> Callable[[dict[str, Any]], None]:
+    """A function that writes its argument, the content of a result, to the result file ``out``."""
+    from sere_ray.util.results import write_result
+
+    return lambda content: write_result(out, content)

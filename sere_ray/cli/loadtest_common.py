@@ -1,6 +1,5 @@
 """What commands of the load test share: options, and what is done with a result."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,13 +47,6 @@ Seed = Annotated[int, typer.Option(help="Of order, prompts and arrivals.")]
 Html = Annotated[Path | None, typer.Option(help="Page to write, self-contained.")]
 Csv = Annotated[Path | None, typer.Option(help="Rows as CSV.")]
 Png = Annotated[Path | None, typer.Option(help="The page's picture.")]
-
-
-def saver(out: Path) -> Callable[[dict[str, Any]], None]:
-    """Writes a result file."""
-    from sere_ray.util.results import write_result
-
-    return lambda content: write_result(out, content)
 
 
 def finish(

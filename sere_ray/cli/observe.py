@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import console, user_errors
+from sere_ray.cli.common import Out, console, saver, user_errors
 from sere_ray.observe.rules import RANK_HOUR_PRICE
 from sere_ray.util.errors import SereError
 
@@ -105,7 +105,7 @@ def monitor_demo(
 
 
 def metrics_overhead(
-    out: Annotated[Path, typer.Option(help="File to write; replaced in one step.")],
+    out: Out,
     repeats: Annotated[int, typer.Option(min=1, help="Of every interval, interleaved.")] = 7,
     seconds: Annotated[float, typer.Option(min=1, help="Of decoding in a repeat.")] = 6.0,
 ) -> None:
@@ -115,10 +115,9 @@ def metrics_overhead(
     """
     with user_errors():
         from sere_ray.bench.metrics_overhead import run_overhead
-        from sere_ray.util.results import write_result
 
         run_overhead(
-            lambda content: write_result(out, content),
+            saver(out),
             repeats=repeats,
             seconds=seconds,
             console=console,

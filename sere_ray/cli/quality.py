@@ -106,9 +106,10 @@ def tune(
     --check b.jsonl --max-kl 0.01 --batches 8,16,32 --out policy.yaml
     """
     with user_errors():
+        from sere_ray.evaluation.budget import Budget
         from sere_ray.evaluation.settings import check_rules
-        from sere_ray.evaluation.tune import Budget, write_policy
         from sere_ray.evaluation.tune import tune as run
+        from sere_ray.evaluation.tune import write_policy
         from sere_ray.evaluation.tune_report import print_report
         from sere_ray.util.results import write_result
 

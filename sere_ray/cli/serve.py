@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sere_ray.cli.common import Out, console, numbers, user_errors
+from sere_ray.cli.common import Out, console, numbers, saver, user_errors
 from sere_ray.util.errors import SereError
 
 Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_ADMIN_TOKEN.")]
@@ -136,11 +136,8 @@ def chaos(
     """
     with user_errors():
         from sere_ray.bench.chaos import run_chaos
-        from sere_ray.util.results import write_result
 
-        run_chaos(
-            kills, streams=streams, save=lambda rows: write_result(out, rows), console=console
-        )
+        run_chaos(kills, streams=streams, save=saver(out), console=console)
     print(out)
 
 
@@ -169,7 +166,6 @@ def serving_overhead(
     """
     with user_errors():
         from sere_ray.bench.serving_overhead import PROXIES, run_serving_overhead
-        from sere_ray.util.results import write_result
 
         run_serving_overhead(
             model,
@@ -178,7 +174,7 @@ def serving_overhead(
             tokens=tokens,
             proxies=[name for name in PROXIES if name in (proxy or PROXIES)],
             compiled=not eager,
-            save=lambda rows: write_result(out, rows),
+            save=saver(out),
             console=console,
         )
     print(out)

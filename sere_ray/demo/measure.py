@@ -17,7 +17,7 @@ from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
 
 THRESHOLD = 0.3
-"""Of the policies that have a threshold."""
+"""Least similarity of a stand-in, in the policies that limit it."""
 
 
 @dataclass(frozen=True)

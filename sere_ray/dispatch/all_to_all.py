@@ -1,4 +1,4 @@
-"""Each row once to every rank that holds one of its experts, and its results back, added up.
+"""Send each row once to every rank that holds one of its experts, and bring back summed results.
 
 Shapes: T rows of this rank, R rows that arrive here, H hidden size, K slots, E experts.
 
@@ -19,11 +19,11 @@ from sere_ray.dispatch.counts import any_flag, count_call, flag_words
 from sere_ray.dispatch.missing_ranks import Greeting, naming_missing_ranks
 
 _ALIGNMENT = 16
-"""Bytes; a row on its way starts at a multiple, so that a kernel may load it in large words."""
+"""Bytes. A row that is sent starts at a multiple, so that a kernel may load it in large words."""
 
 
 class Arrived(NamedTuple):
-    """Rows that are computed here, by source rank and then in its order."""
+    """Rows that arrived to be computed here: by source rank, then in the order of that rank."""
 
     hidden_states: Tensor
     """``[R, H]``."""
@@ -34,18 +34,18 @@ class Arrived(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What the way back needs."""
+    """What :meth:`AllToAll.combine` needs to bring results back."""
 
     rows: Tensor
     """``[sum(sent)]`` int64: row of this rank, by destination."""
     sent: list[int]
-    """Rows to each rank."""
+    """How many rows went to each rank."""
     received: list[int]
-    """Rows from each rank."""
+    """How many rows came from each rank."""
     num_rows: int
     """T."""
     counts: Tensor
-    """See ``DISPATCH_COUNTS``; on the device."""
+    """``[9]`` int64 on the device, in the order of ``DISPATCH_COUNTS``."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ class AllToAll:
 
     @staticmethod
     def row_bytes(hidden_size: int, top_k: int, dtype: torch.dtype) -> dict[str, int]:
-        """What one row takes on its way there (``dispatch``) and back (``combine``)."""
+        """Bytes that one row takes: ``dispatch`` there, ``combine`` back."""
         there = hidden_size * dtype.itemsize + 8 * top_k
         return {
             "dispatch": -(-there // _ALIGNMENT) * _ALIGNMENT,

@@ -1,4 +1,4 @@
-"""Which rank is gone: said by the others, within a bounded time.
+"""Find out which rank is gone: the others say so, within a bounded time.
 
 When a process dies, gloo fails at its peers with an address at most, and where a process hangs,
 after the timeout of the group, with nothing. So the ranks that are left greet each other over a
@@ -27,7 +27,8 @@ class Greeting(NamedTuple):
     group: dist.ProcessGroup
     """A gloo group of the same ranks as the exchanges', used for nothing else at the time."""
     timeout: timedelta
-    """Of the exchanges: some ranks may notice only as their own exchange times out."""
+    """How long to wait for an answer: as long as an exchange, since some ranks notice only when
+    their own exchange times out."""
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Everything that knows vLLM. Nothing outside this package imports vLLM internals."""
+"""The vLLM plugin: everything that patches vLLM. ``patches.py`` is where to start reading."""

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
+from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.policy.policy import Policy
 
 
@@ -14,13 +15,22 @@ class Engine(Protocol):
         ...
 
 
+def calls_of(engine: Engine) -> WorkerCalls[list[Any]]:
+    """Calls of every worker; each returns one answer of each.
+
+    Raises:
+        AttributeError: at the call: the engine runs without the ``sere`` key.
+    """
+    return WorkerCalls(lambda name, arguments: engine.collective_rpc(name, args=arguments))
+
+
 def read_counters(engine: Engine, *, reset: bool = True) -> dict[str, Any]:
     """Counters of the first worker (tensor-parallel workers count the same rows).
 
     Raises:
         AttributeError: the engine runs without the ``sere`` key.
     """
-    counters: dict[str, Any] = engine.collective_rpc("sere_counters", args=(reset,))[0]
+    counters: dict[str, Any] = calls_of(engine).counters(reset=reset)[0]
     return counters
 
 
@@ -29,7 +39,7 @@ def set_policy(engine: Engine, policy: Policy) -> None:
 
     Requests that arrive later never find KV blocks that were computed under the old policy.
     """
-    engine.collective_rpc("sere_set_policy", args=(policy.model_dump(),))
+    calls_of(engine).set_policy(policy.model_dump())
 
 
 def experts_read(counters: dict[str, Any], field: str) -> float:

@@ -1,8 +1,8 @@
 """KV blocks of one policy are never found under another, by whatever is added to ``cache_salt``.
 
-Functions here wrap methods of vLLM's engine core; see the ledger in ``seam.py``. Salts are random
-words, one for each policy of each engine: a number would come again after a restart, and caches
-beside the GPU (``kv_transfer_config``) outlive the engine that filled them.
+Functions here wrap methods of vLLM's engine core; see the ledger in ``patches.py``. Salts are
+random words, one for each policy of each engine: a number would come again after a restart, and
+caches beside the GPU (``kv_transfer_config``) outlive the engine that filled them.
 """
 
 import secrets
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sere_ray.engine.checks import sere_config
+from sere_ray.engine.worker_calls import CHANGES
 from sere_ray.policy.tiers import asks_exact
 
 _MARK = "|sere-"
 _EXACT = "exact"
 """The same blocks under every policy and in every engine."""
-_CHANGES = ("sere_set_policy", "sere_settle")
 
 
 def salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
@@ -27,7 +27,7 @@ def salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
 
 
 def salt_again(original: Callable[..., Any], core: Any, request: Any, *args: Any) -> Any:
-    """``EngineCore.add_request``: between steps; the policy may have changed since the above."""
+    """``EngineCore.add_request``: between steps; the policy may have changed meanwhile."""
     if sere_config(core.vllm_config) is not None:
         _follow_policy(core, request)
     return original(core, request, *args)
@@ -38,7 +38,7 @@ def notice_policy_change(
 ) -> Any:
     """``EngineCore.collective_rpc``: between steps, too."""
     result = original(core, method, *args, **kwargs)
-    if method in _CHANGES:
+    if method in CHANGES:
         core.sere_policy_salt = secrets.token_hex(8)
         for request in core.scheduler.waiting:  # none has blocks: vLLM queues those elsewhere
             _follow_policy(core, request)

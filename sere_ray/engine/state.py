@@ -1,31 +1,32 @@
 """The worker's side of re-routing: one object per engine and process, created once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.engine import gate
+from sere_ray.engine.agreement import Told, Versions
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
 from sere_ray.policy.policy import Policy, Startup, parse_key
-from sere_ray.rules import REROUTABLE, RuleCounts
-from sere_ray.util.errors import PolicyError
+from sere_ray.rules import REROUTABLE, RULES, RuleCounts
+from sere_ray.util.errors import PolicyError, UnsupportedError
 
 DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""
 MIXED = 1
 """Counter row of steps that also compute prompt rows."""
-Routing = tuple[Tensor, Tensor]
-"""``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""
 COUNTERS = (*RuleCounts._fields, "experts_max_rank_before", "experts_max_rank_after")
 """Per layer: those of the rule, then experts of the rank that reads most of them."""
+KIND_NAMES = ("decode_only", "mixed")
+"""Of the two kinds of step in reports, in the order of the counter rows."""
 BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
 """Per layer: what dispatch sends to other ranks, with the gate's ids and with the rule's."""
-Wrap = Callable[[Any, str, Callable[..., Any]], None]
-"""Replaces ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once."""
 
 
 @dataclass
@@ -48,13 +49,17 @@ class EngineState(ABC):
     """Similarity, policy and counters of one engine in this process.
 
     Attributes:
-        policy: what the user wrote, last validated.
-        artifact: the similarity artifact.
+        policy: what the user wrote, the last that was told and is valid.
+        artifact: the similarity artifact that goes with it.
         top_k: K of the model.
         startup: what the engine was started with and keeps.
         layers: decoder layer indices, in the order of the counters.
+        position: of a layer among them.
         attached: decoder layer index -> vLLM's runner of that layer.
         totals: host-side totals by step kind.
+        running: what is computed with; behind ``policy`` while other ranks do not know that.
+        versions: what this rank was told; None = one rank, which runs it at once.
+        without_scores: layer -> why rules cannot read scores from its gate.
     """
 
     policy: Policy
@@ -62,61 +67,67 @@ class EngineState(ABC):
     top_k: int
     startup: Startup = field(default_factory=Startup, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
-    totals: tuple[StepTotals, StepTotals] = field(init=False)
+    without_scores: dict[int, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
         self.layers = sorted(self.artifact.layers)
         self.position = {layer: i for i, layer in enumerate(self.layers)}
         self.totals = (StepTotals(), StepTotals())
-        self.bound = self.policy.for_model(top_k=self.top_k)
+        self.running = Told(self.policy.for_model(top_k=self.top_k), self.artifact)
+        self.versions = Versions(self.running) if self.kind["several_ranks"] else None
+
+    @property
+    @abstractmethod
+    def kind(self) -> EngineKind:
+        """What decides which policies this engine can run."""
+
+    @property
+    def bound(self) -> BoundPolicy:
+        """The numbers of the running policy."""
+        return self.running.bound
+
+    # --- policies ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
-        """``[2, layers, n]``: step kind, layer, the first n of ``COUNTERS`` that are counted."""
+    def run(self, told: Told) -> None:
+        """Compute with this policy and artifact from now on."""
 
-    def read_bytes(self, *, reset: bool) -> list[dict[str, list[int] | None]]:
-        """``BYTES`` of each step kind; None where not counted. One rank sends nothing."""
-        nothing = [0] * len(self.layers)
-        return [dict.fromkeys(BYTES, nothing) for _ in range(2)]
+    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
+        """Replace the policy, and with it the artifact, between two steps.
 
-    def check_supported(self, policy: Policy) -> None:  # noqa: B027
-        """Refuse a policy that this path cannot run.
+        Where there are several ranks all must be told the same in the same order, and the new
+        policy runs from the first pass on before which every rank was told.
+
+        Args:
+            value: the new policy.
+            artifact: content of the file that ``similarity`` names; None keeps the running one.
 
         Raises:
-            UnsupportedError: names the key.
+            PolicyError: it is not valid, or these engines would have to restart for it.
+            UnsupportedError: this engine cannot run it.
+            ArtifactError: the artifact is damaged or of other weights. After any of these all
+                stays as it was.
         """
+        policy = self.check_policy(value, artifact)
+        if artifact is not None:
+            new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
+            new.check_replaces(self.artifact, path=policy.similarity)
+            self.artifact = new
+        self.policy = policy
+        told = Told(policy.for_model(top_k=self.top_k), self.artifact)
+        if self.versions is None:
+            self.run(told)
+        else:
+            self.versions.add(told, artifact)
+        return policy
 
-    def apply_policy(self) -> None:  # noqa: B027  (nothing to do where the policy is read per call)
-        """Make ``self.bound`` the policy of everything that is computed from now on."""
-
-    def loaded(self) -> None:  # noqa: B027
-        """Do what is left to do once the model's weights are loaded."""
-
-    @abstractmethod
-    def apply_artifact(self) -> None:
-        """Make ``self.artifact`` that of everything that is computed from now on."""
-
-    def step_kind(self, kinds: NDArray[np.int8]) -> int:
-        """Counter row of a step with these row kinds."""
-        return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
-
-    def count_step(
-        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
-    ) -> None:
-        """Add a step to the totals; steps without a decode row are not counted."""
-        if decode_rows:
-            self.add_step(kind, decode_rows, rows, seconds)
-
-    def add_step(self, kind: int, decode_rows: int, rows: int, seconds: float | None) -> None:
-        """Add a step to the totals whatever its rows."""
-        totals = self.totals[kind]
-        totals.steps += 1
-        totals.steps_counted += self.bound.mode != "off"
-        totals.rows += rows
-        totals.decode_rows += decode_rows
-        if seconds is not None:
-            totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
+    def run_common(self, lowest: int, highest: int, *, same_checksum: bool) -> None:
+        """Run the newest policy that all ranks were told; as :meth:`Versions.common`."""
+        assert self.versions is not None
+        told = self.versions.common(lowest, highest, same_checksum=same_checksum)
+        if told is not self.running:
+            self.run(told)
 
     def check_policy(self, value: object, artifact: bytes | None = None) -> Policy:
         """Validate a policy for this engine.
@@ -126,9 +137,9 @@ class EngineState(ABC):
             artifact: content of the file that ``similarity`` names; None keeps the running one.
 
         Raises:
-            PolicyError: it is not valid, names another artifact without giving it, or another
-                setting of the start.
-            UnsupportedError: this path cannot run it.
+            PolicyError: it is not valid, names another artifact without giving it, another setting
+                of the start, or what a running engine cannot change to.
+            UnsupportedError: this engine cannot run it.
         """
         policy, startup = parse_key(value)
         for key in startup.model_fields_set:
@@ -143,34 +154,86 @@ class EngineState(ABC):
                 f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
                 f"({self.policy.similarity!r}); send it the new one, or restart it"
             )
-        self.check_supported(policy)
+        if artifact is not None:
+            check_swap(policy.similarity, self.policy.similarity, **self.kind)
+        check_change(policy, self.policy, **self.kind)
+        self.check_scores(policy)
         policy.check_layers(len(self.layers))
         policy.for_model(top_k=self.top_k)
         return policy
 
-    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
-        """Replace the policy, and with it the artifact, between two steps.
+    # --- layers -----------------------------------------------------------------------------------
+
+    def note_gate(self, layer: int, router: Any) -> None:
+        """Take note of what rules can read from a layer's gate.
 
         Args:
-            value: the new policy.
-            artifact: content of the file that ``similarity`` names; None keeps the running one.
+            layer: decoder layer index.
+            router: vLLM's.
 
         Raises:
-            PolicyError: as for :meth:`check_policy`.
-            UnsupportedError: likewise.
-            ArtifactError: the artifact is damaged or of other weights. In any case all stays as
-                it was.
+            UnsupportedError: less than the policy's rule has to.
         """
-        policy = self.check_policy(value, artifact)
-        bound = policy.for_model(top_k=self.top_k)
-        if artifact is not None:
-            new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
-            new.check_replaces(self.artifact, path=policy.similarity)
-            self.artifact = new
-            self.apply_artifact()
-        self.bound, self.policy = bound, policy
-        self.apply_policy()
-        return policy
+        if odd := gate.oddities(router):
+            self.without_scores[layer] = ", ".join(odd)
+        self.check_scores(self.policy)
+
+    def check_scores(self, policy: Policy) -> None:
+        """Refuse a rule that reads scores which a gate here does not choose by.
+
+        Raises:
+            UnsupportedError: names the layer and what its gate has.
+        """
+        if RULES[policy.rule].needs_scores and self.without_scores:
+            layer = min(self.without_scores)
+            raise UnsupportedError(
+                f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax; "
+                f"that of layer {layer} has {self.without_scores[layer]}; use rule = 'sere'"
+            )
+
+    def loaded(self) -> None:  # noqa: B027  (most engines have nothing left to do)
+        """Do what is left to do once the model's weights are loaded."""
+
+    # --- steps and counters -----------------------------------------------------------------------
+
+    def step_kind(self, kinds: NDArray[np.int8]) -> int:
+        """Counter row of a step with these row kinds, ``[rows]``."""
+        return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
+
+    def count_step(
+        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
+    ) -> None:
+        """Add a step to the totals.
+
+        Args:
+            kind: ``DECODE_ONLY`` or ``MIXED``.
+            decode_rows: rows of this rank that may be re-routed.
+            rows: all of its rows.
+            seconds: of the forward pass; None = not measured.
+        """
+        totals = self.totals[kind]
+        totals.steps += 1
+        totals.steps_counted += self.bound.mode != "off"
+        totals.rows += rows
+        totals.decode_rows += decode_rows
+        if seconds is not None:
+            totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
+
+    @abstractmethod
+    def read_layer_counters(self) -> NDArray[np.int64]:
+        """``[2, layers, n]``: step kind, layer, the first n of ``COUNTERS`` that are counted."""
+
+    def read_bytes(self) -> list[dict[str, list[int] | None]]:
+        """``BYTES`` of each step kind; None where not counted. One rank sends nothing."""
+        nothing = [0] * len(self.layers)
+        return [dict.fromkeys(BYTES, nothing) for _ in range(2)]
+
+    def add_to_report(self, report: dict[str, Any]) -> None:  # noqa: B027  (one rank has no more)
+        """Add what only engines of this kind count to what :meth:`read_counters` returns."""
+
+    def reset_counters(self) -> None:
+        """Count from zero again."""
+        self.totals = (StepTotals(), StepTotals())
 
     def read_counters(self, *, reset: bool) -> dict[str, Any]:
         """Counters since the last reset, as plain numbers.
@@ -178,40 +241,50 @@ class EngineState(ABC):
         Returns:
             ``layers``, ``top_k``, ``policy``, and for the two kinds of step ``decode_only`` and
             ``mixed``: the fields of :class:`StepTotals` and, as lists by layer (sums over steps),
-            those of ``COUNTERS`` and ``BYTES``; None where this engine cannot count.
+            those of ``COUNTERS`` and ``BYTES``; None where this engine cannot count. Then what
+            :meth:`add_to_report` adds.
         """
-        counters, sent = self.read_device_counters(reset=reset), self.read_bytes(reset=reset)
+        counters, sent = self.read_layer_counters(), self.read_bytes()
         report: dict[str, Any] = {
             "layers": self.layers,
             "top_k": self.top_k,
             "policy": self.policy.model_dump(),
         }
-        for kind, name in ((DECODE_ONLY, "decode_only"), (MIXED, "mixed")):
+        for kind, name in enumerate(KIND_NAMES):
             report[name] = {
                 **vars(self.totals[kind]),
                 **dict.fromkeys(COUNTERS),
                 **dict(zip(COUNTERS, counters[kind].T.tolist(), strict=False)),
                 **sent[kind],
             }
+        self.add_to_report(report)
         if reset:
-            self.totals = (StepTotals(), StepTotals())
+            self.reset_counters()
         return report
 
 
 _states: dict[int, tuple[Any, EngineState]] = {}
-"""By id() of an engine's VllmConfig, which is kept too: an id is free again once its object is."""
+"""By id() of an engine's ParallelConfig, which is kept too: an id is free again once its object is.
+Of all parts of a configuration it is the one that vLLM also hands to the agreement of ranks."""
 
 
 def add_state(vllm_config: Any, state: EngineState) -> None:
     """Keep the state of the engine with this configuration."""
-    _states[id(vllm_config)] = vllm_config, state
+    parallel = vllm_config.parallel_config
+    _states[id(parallel)] = parallel, state
 
 
 def find_state(vllm_config: Any) -> EngineState | None:
     """The state of the engine with this configuration; None without the ``sere`` key."""
-    return _states.get(id(vllm_config), (None, None))[1]
+    return state_of_ranks(vllm_config.parallel_config)
 
 
-def all_states() -> list[EngineState]:
-    """Of all engines this process has had, in the order of their start."""
-    return [state for _, state in _states.values()]
+def state_of_ranks(parallel_config: Any) -> EngineState | None:
+    """The state of the engine whose configuration has this part; None without the key."""
+    return _states.get(id(parallel_config), (None, None))[1]
+
+
+def states_of_layers(modules: Iterable[Any]) -> list[EngineState]:
+    """The engines that have attached one of these modules, one engine for a whole model."""
+    found = set(modules)
+    return [state for _, state in _states.values() if found.intersection(state.attached.values())]

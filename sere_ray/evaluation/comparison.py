@@ -32,21 +32,27 @@ _EDGE = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """A setting at a batch size."""
+    """What is measured once: the settings of a rule, at a batch size."""
 
     rule: str
-    """Its rule, or ``exact``."""
+    """Name of the rule, or ``exact``."""
     keys: dict[str, Any]
+    """Keys of the policy, without ``similarity``."""
     batch: int
+    """Rows of a decode step."""
     ranks: int | None = None
     """Number of expert-parallel ranks that the rule was told; None where it does not matter."""
 
 
 class Frontier:
-    """One rule at one batch size."""
+    """The best settings of one rule at one batch size.
+
+    Args:
+        reads: ``[n]`` experts read by each setting.
+        kl: ``[n]`` its mean KL to the exact model, nats.
+    """
 
     def __init__(self, reads: Doubles, kl: Doubles) -> None:
-        """Of settings, ``[n]`` each."""
         order = np.lexsort((kl, reads))
         reads, kl = reads[order], kl[order]
         better = np.concatenate(([True], kl[1:] < np.minimum.accumulate(kl)[:-1]))
@@ -54,7 +60,7 @@ class Frontier:
         self.reads, self.log_kl = reads[better], np.log(kl[better])
 
     def kl_at(self, reads: float) -> float:
-        """KL at so many experts; NaN outside of what was measured."""
+        """KL where the rule reads so many experts; NaN outside of what was measured."""
         if not len(self.reads) or not self.reads[0] * (1 - _EDGE) <= reads <= self.reads[-1] * (
             1 + _EDGE
         ):
@@ -62,7 +68,7 @@ class Frontier:
         return float(np.exp(np.interp(reads, self.reads, self.log_kl)))
 
     def reads_at(self, kl: float) -> float:
-        """Experts at this KL; NaN outside of what was measured."""
+        """Experts that the rule reads at this KL; NaN outside of what was measured."""
         level = np.log(kl)
         if not len(self.reads) or not self.log_kl[-1] <= level <= self.log_kl[0]:
             return float("nan")
@@ -77,8 +83,9 @@ Values = dict[str, tuple[Doubles, Doubles]]
 def compare(
     points: list[Point], found: list[Measured], shares: Doubles, ranks: tuple[int, ...] = (1,)
 ) -> list[dict[str, Any]]:
-    """Per batch size and number of ranks: ours against SERE and the best peer at SERE's experts,
-    and anywhere.
+    """Compare ``margin`` with SERE and with the best other rule, by batch size and ranks.
+
+    It is done at the experts that each setting of SERE reads, and where ``margin`` does worst.
 
     Args:
         points: settings at batch sizes.
@@ -136,7 +143,7 @@ Means = dict[str, tuple[Doubles, Doubles]]
 
 
 def _at_sere(frontiers: Frontiers, means: Means, position: int) -> dict[str, float]:
-    """At the experts that one setting of SERE reads."""
+    """The comparison at the experts that one setting of SERE reads."""
     reads, sere_kl = (float(values[position]) for values in means["sere"])
     kl = frontiers[OURS].kl_at(reads)
     _, peer_kl = best_peer(frontiers, reads)

@@ -129,9 +129,10 @@ def _numpy(values: Tensor) -> Floats:
 
 @dataclass
 class Counts:
-    """Experts read, summed over layers: of G batches, mean over their steps."""
+    """Experts read by each of G batches: sums over layers of the mean over steps."""
 
     batches: int
+    """G."""
     ranks: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -146,7 +147,11 @@ class Counts:
             self.busiest[ranks] += torch.stack(of_ranks).amax(dim=0).float().mean(dim=0)
 
     def per_text(self, batch: int, layers: int) -> tuple[Floats, dict[int, Floats]]:
-        """``[N]`` each: a text has the numbers of its batch."""
+        """Means over layers for each text, ``[N]``: every text has the numbers of its batch.
+
+        Returns:
+            Experts read, and by number of ranks those that the busiest rank reads.
+        """
 
         def spread(sums: Tensor) -> Floats:
             values: Floats = (sums / layers).repeat_interleave(batch).cpu().numpy()

@@ -32,7 +32,7 @@ from sere_ray.util.progress import progress
 _AT_ONCE = 64
 """Texts of a forward pass on a CPU."""
 _LOGITS_BYTES = 2 * 2**30
-"""Of a forward pass on a GPU; some five tensors of the size are held."""
+"""Size of the logits of a forward pass on a GPU. Some five tensors of this size are held."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,18 @@ class Evaluator:
         return torch.tensor(windows)
 
     def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
-        """Settings at batch sizes; memory holds the logits of some texts, at least of a batch."""
+        """Measure settings, each at its batch size. Memory holds the logits of a part of the texts.
+
+        Args:
+            points: what to measure.
+            console: where progress goes; None = nowhere.
+
+        Returns:
+            What each point gave, in their order.
+
+        Raises:
+            SereError: a setting does not fit the model.
+        """
         policies = [self.bind(point.keys) for point in points]
         parts: list[list[Measured]] = [[] for _ in points]
         largest = max(point.batch for point in points)
@@ -161,7 +172,7 @@ class Evaluator:
 
 
 def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: str) -> None:
-    """The artifact is of this model: shape, layers, and the gates' own numbers.
+    """Refuse an artifact of another model: its shape, layers or gates differ.
 
     Raises:
         ArtifactError: says what differs.

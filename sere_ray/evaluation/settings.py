@@ -59,7 +59,7 @@ def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[st
 def rank_grid(
     rule: str, ranks: int, *, batch: int, num_experts: int, top_k: int
 ) -> list[dict[str, Any]]:
-    """Further settings of rules that look at where experts lie, for so many ranks."""
+    """Further policy keys of rules that look at where experts lie, for this number of ranks."""
     caps = _budgets(batch, num_experts, top_k, ranks)
     found: dict[str, list[dict[str, Any]]] = {
         "xshare": [{"experts": num_experts, "max_per_rank": cap} for cap in caps],

@@ -22,12 +22,12 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, resampled: Doubles) -> "Estimate":
-        """From the same number of each resample."""
+        """A number with the interval of 95 % of the same number in each resample."""
         low, high = np.percentile(resampled, [2.5, 97.5])
         return cls(float(value), float(low), float(high))
 
     def fields(self, name: str, digits: int) -> dict[str, float | list[float]]:
-        """``name`` and ``name_95`` of a row of a result."""
+        """The fields ``name`` and ``name_95`` of a row of a result, rounded."""
         return {
             name: round(self.value, digits),
             f"{name}_95": [round(self.low, digits), round(self.high, digits)],
@@ -46,13 +46,18 @@ def draws(texts: int, resamples: int = RESAMPLES) -> Doubles:
 
 
 def mean(of_texts: NDArray[np.floating], shares: Doubles) -> Estimate:
-    """Of ``[N]`` or ``[N, D]``, every text as long as each other."""
+    """The mean over N texts, with its interval.
+
+    Args:
+        of_texts: ``[N]``, or ``[N, D]`` with D positions of each text.
+        shares: ``[resamples, N]``, from :func:`draws`.
+    """
     per_text = of_texts.astype(np.float64).reshape(len(of_texts), -1).mean(axis=1)
     return Estimate.of(per_text.mean(), shares @ per_text)
 
 
 def summarise(found: Measured, shares: Doubles) -> dict[str, float | list[float]]:
-    """The fields of a row that do not depend on ranks."""
+    """The fields of a result's row that do not depend on the number of ranks."""
     loss = mean(found.loss, shares)
     perplexity = Estimate(*(float(np.exp(x)) for x in (loss.value, loss.low, loss.high)))
     return {
@@ -65,7 +70,7 @@ def summarise(found: Measured, shares: Doubles) -> dict[str, float | list[float]
 
 
 def percentile99(of_positions: NDArray[np.floating]) -> Estimate:
-    """Of all positions ``[N, D]``."""
+    """The 99th percentile over all positions ``[N, D]``, with its interval over texts."""
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(of_positions), (_RESAMPLES_P99, len(of_positions)))
     resampled = np.array([np.percentile(of_positions[pick], 99) for pick in picks])

@@ -19,10 +19,7 @@ from transformers import Cache, PreTrainedModel
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.kernel.cpu_sere import reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import REROUTABLE
-
-Choice = tuple[Tensor, Tensor]
-"""``topk_ids`` and ``topk_weights``, ``[T, K]`` each."""
+from sere_ray.rules import REROUTABLE, Choice
 
 
 @contextmanager
@@ -174,7 +171,7 @@ class Quality:
     experts_before: float
     """Mean distinct experts per layer and decode step without the rule."""
     experts_read: float
-    """The same with it."""
+    """Mean distinct experts per layer and decode step with the rule."""
 
 
 def score(

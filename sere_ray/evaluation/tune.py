@@ -9,9 +9,7 @@ What is found on one text is checked on a second one, which had no part in the c
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ import yaml
 from rich.console import Console
 
 from sere_ray.calibration.collect import MoEShape
-from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
+from sere_ray.evaluation.budget import Budget, Candidate, Text
 from sere_ray.evaluation.frontier import EvaluationPlan, Evaluator
 from sere_ray.evaluation.settings import grid
-from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
 from sere_ray.policy.row_ranges import MOST_RANGES
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
@@ -38,112 +35,7 @@ _SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (
 """Knobs of ``margin`` that are tried one after the other."""
 _PER_LAYER = (0.5, 2.0)
 """Factors that each layer's tau is tried with."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a setting may cost; one of the two is None."""
-
-    kl: float | None
-    agreement: float | None
-
-    def check(self) -> None:
-        """Refuse both, neither, or a number that cannot be kept.
-
-        Raises:
-            SereError: names the options.
-        """
-        if (self.kl is None) == (self.agreement is None):
-            raise SereError("--max-kl, --min-agreement: give one of the two")
-        if self.kl is not None and self.kl <= 0:
-            raise SereError(f"--max-kl = {self.kl}: must be above 0 nats")
-        if self.agreement is not None and not 0 < self.agreement < 1:
-            raise SereError(f"--min-agreement = {self.agreement}: must be between 0 and 1")
-
-    def spent(self, found: Measured, shares: Doubles) -> Estimate:
-        """The budgeted number of a setting."""
-        return mean(found.kl if self.kl is not None else found.agreement, shares)
-
-    def kept(self, spent: Estimate) -> bool:
-        """Whether the bad end of the interval is within the budget."""
-        if self.kl is not None:
-            return spent.high <= self.kl
-        assert self.agreement is not None
-        return spent.low >= self.agreement
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting and what it did, by batch size."""
-
-    keys: dict[str, Any]
-    found: dict[int, Measured]
-    fits: bool
-
-    @property
-    def reads(self) -> float:
-        """Experts per layer and step, mean over batch sizes."""
-        return float(np.mean([found.reads.mean() for found in self.found.values()]))
-
-    @property
-    def log_kl(self) -> float:
-        """Mean over batch sizes."""
-        kl = [max(float(found.kl.mean()), 1e-9) for found in self.found.values()]
-        return float(np.mean(np.log(kl)))
-
-
 Try = Callable[[dict[str, Any]], Candidate]
-
-
-class Text:
-    """One text: its windows, on which settings are tried."""
-
-    def __init__(self, evaluator: Evaluator, data: str, budget: Budget) -> None:
-        plan = evaluator.plan
-        self.evaluator, self.batches, self.budget = evaluator, plan.batches, budget
-        self.chunks: list[DecodeBatches] = list(
-            evaluator.chunks(evaluator.windows(data), max(plan.batches))
-        )
-        self.shares = draws(plan.sequences)
-        self.known: dict[tuple[str, int], Measured] = {}
-        self.exact = self.measure({"rule": "topk", "select_top_k": evaluator.shape.top_k})
-
-    def measure(
-        self, keys: dict[str, Any], batches: Sequence[int] | None = None
-    ) -> dict[int, Measured]:
-        """A setting at batch sizes, None = all; what was measured before is remembered."""
-        policy, name = self.evaluator.bind(keys), json.dumps(keys, sort_keys=True)
-        found = {}
-        for batch in batches or self.batches:
-            if (name, batch) not in self.known:
-                parts = [chunk.measure(policy, batch) for chunk in self.chunks]
-                self.known[name, batch] = Measured.join(parts)
-            found[batch] = self.known[name, batch]
-        return found
-
-    def attempt(self, keys: dict[str, Any], batches: Sequence[int] | None = None) -> Candidate:
-        """The same, held against the budget."""
-        found = self.measure(keys, batches)
-        spent = [self.budget.spent(of_batch, self.shares) for of_batch in found.values()]
-        return Candidate(keys, found, all(self.budget.kept(number) for number in spent))
-
-    def report(self, found: dict[int, Measured]) -> list[dict[str, Any]]:
-        """Per batch size: share of experts read, and what it costs."""
-        rows = []
-        for batch, of_batch in found.items():
-            exact = self.exact[batch].reads.astype(np.float64)
-            share = Estimate.of(
-                of_batch.reads.mean() / exact.mean(),
-                (self.shares @ of_batch.reads.astype(np.float64)) / (self.shares @ exact),
-            )
-            rows.append(
-                {"batch": batch, "experts_exact": round(float(exact.mean()), 3)}
-                | mean(of_batch.reads, self.shares).fields("experts_read_mean", 3)
-                | share.fields("experts_to_exact", 4)
-                | mean(of_batch.kl, self.shares).fields("kl_mean", 5)
-                | mean(of_batch.agreement, self.shares).fields("top1_agreement", 4)
-            )
-        return rows
 
 
 def tune(
@@ -211,7 +103,7 @@ def write_policy(policy: dict[str, Any], path: Path) -> None:
 
 
 def ranges_between(batches: Sequence[int]) -> list[tuple[int, ...]]:
-    """Both ends of each range of batch sizes; the first holds what is below the smallest, too.
+    """The ranges between batch sizes, each by its two ends; the first also holds smaller batches.
 
     Example:
         >>> ranges_between((16, 4, 8))
@@ -311,7 +203,7 @@ def _slope(attempt: Try, keys: dict[str, Any]) -> float:
 
 
 def _plain(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that are left at null, numbers short enough to read."""
+    """The keys that are not null, with numbers short enough to read."""
 
     def short(value: Any) -> Any:
         if isinstance(value, list):

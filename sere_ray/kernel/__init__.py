@@ -1,1 +1,1 @@
-"""The rule on a GPU: ``kernels/cuda/reroute.cu``, compiled at run time, and its launcher."""
+"""The rules made fast: compiled loops on a CPU, ``kernels/cuda`` compiled at run time on a GPU."""

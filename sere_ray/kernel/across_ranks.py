@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sere_ray.kernel.launcher import Aligned, RuleKernel
+from sere_ray.kernel.alignment import Aligned, empty_alignment
+from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import DeviceLayer
 from sere_ray.kernel.peers import Peers
 
@@ -77,7 +78,7 @@ def reroute_gathered_and_align(
         ``block_expert`` holds local expert ids.
     """
     most_local = -(-kernel.num_experts // placement.num_ranks)
-    aligned, sorted_arguments = kernel.empty_alignment(topk_ids, block_size, experts=most_local)
+    aligned, sorted_arguments = empty_alignment(topk_ids, block_size, most_local)
     rule = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments = rule + _place(placement) + sorted_arguments
     kernel.launch("reroute_gathered_and_align", topk_ids, arguments, early=False)

@@ -3,72 +3,25 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sere_ray.kernel.alignment import Aligned, empty_alignment
 from sere_ray.kernel.compiler import compile_cubin
+from sere_ray.kernel.limits import (
+    FILES,
+    LOGIT_DTYPES,
+    MAX_ALIGNED_ROWS,
+    MAX_EXPERTS,
+    MAX_ROUTED_ROWS,
+    MAX_TOP_K,
+    reads_logits,
+)
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
 from sere_ray.util.errors import UnsupportedError
-
-MAX_EXPERTS = 512
-MAX_TOP_K = 16
-MAX_ALIGNED_ROWS = 512
-"""Most rows of a batch whose slots the kernel also sorts by expert; decode graphs end there."""
-
-MAX_ROUTED_ROWS = 64
-"""Most rows whose top-k the kernel computes, too; more rows need more than one block."""
-MAX_BLOCKS = 8
-"""Of a cluster, on every GPU that has clusters; as in ``kernels/cuda/cluster.cuh``."""
-ROWS_OF_BLOCK = 4
-"""Rows that a block of a cluster has at least: a warp's each, and so many warps run at once."""
-FILES = {
-    "reroute": "reroute.cu",
-    "reroute_and_align": "reroute.cu",
-    "route_and_align": "route.cu",
-    "reroute_gathered": "across_ranks.cu",
-    "reroute_gathered_and_align": "across_ranks.cu",
-    "lowest_slot_orders": "across_ranks.cu",
-    "reroute_by_slot_orders": "across_ranks.cu",
-    "reroute_with_peers": "across_ranks.cu",
-    "ask_of_ranks": "across_ranks.cu",
-    "reroute_by_asked": "across_ranks.cu",
-}
-"""Which file of ``kernels/`` holds a kernel."""
-
-
-LOGIT_DTYPES = (torch.bfloat16, torch.float32)
-"""Of the gate's logits, as the kernels read them."""
-
-
-def reads_logits(logits: Tensor) -> bool:
-    """Whether the kernels can read these."""
-    return logits.dtype in LOGIT_DTYPES and logits.is_contiguous()
-
-
-def blocks_of_margin(rows: int, device: torch.device) -> int:
-    """Blocks that share the rows of a launch under the rule ``margin``: a cluster of them.
-
-    Args:
-        rows: T.
-        device: 1 where its compute capability is below 9.0, as it has no clusters.
-    """
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return 1
-    return min(power_of_two(-(-rows // ROWS_OF_BLOCK)), MAX_BLOCKS)
-
-
-class Aligned(NamedTuple):
-    """Slots sorted by expert, as vLLM's Triton expert GEMM reads them."""
-
-    sorted_slots: Tensor
-    """``[capacity]`` int32: slot indices, each expert's padded with ``T * K`` to whole blocks."""
-    block_expert: Tensor
-    """``[capacity / block_size]`` int32: the expert of each block."""
-    padded_slots: Tensor
-    """``[1]`` int32: how much of ``sorted_slots`` is used."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +131,7 @@ class RuleKernel:
             logits: as for :meth:`reroute`.
             blocks: as for :meth:`reroute`.
         """
-        aligned, sorted_arguments = self.empty_alignment(topk_ids, block_size)
+        aligned, sorted_arguments = empty_alignment(topk_ids, block_size, self.num_experts)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
         arguments += self.logit_arguments(logits)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
@@ -217,7 +170,7 @@ class RuleKernel:
                 f"logits must be contiguous {self.logit_dtype} of 32 to 256 experts, a power of "
                 f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
             )
-        aligned, sorted_arguments = self.empty_alignment(new_ids, block_size)
+        aligned, sorted_arguments = empty_alignment(new_ids, block_size, self.num_experts)
         rule = self.arguments(new_ids, new_ids, topk_weights, layer)
         routing = (
             logits.data_ptr(),
@@ -229,33 +182,6 @@ class RuleKernel:
         arguments = routing + rule[1:] + sorted_arguments
         self.launch("route_and_align", new_ids, arguments, blocks=blocks)
         return aligned
-
-    def empty_alignment(
-        self, ids: Tensor, block_size: int, *, experts: int | None = None
-    ) -> tuple[Aligned, tuple[Any, ...]]:
-        """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it.
-
-        Args:
-            ids: ``[T, K]``.
-            block_size: rows of the expert GEMM's tile.
-            experts: how many there are at most; None = E. The GEMM's grid grows with it.
-        """
-        slots = ids.numel()
-        # Each expert that is named wastes at most block_size - 1 places of its last block.
-        capacity = slots + min(slots, experts or self.num_experts) * (block_size - 1)
-        blocks = -(-capacity // block_size)
-
-        def empty(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=ids.device)
-
-        aligned = Aligned(empty(blocks * block_size), empty(blocks), empty(1))
-        return aligned, (
-            np.int32(block_size.bit_length() - 1),
-            aligned.sorted_slots.data_ptr(),
-            np.int32(aligned.sorted_slots.numel()),
-            aligned.block_expert.data_ptr(),
-            aligned.padded_slots.data_ptr(),
-        )
 
     def arguments(
         self,

@@ -37,7 +37,7 @@ class Limits:
     stall: float = 30.0
     """The longest pause between two bytes of an answer."""
     total: float = 600.0
-    """For a request as a whole."""
+    """The longest that a request may take as a whole."""
 
 
 @dataclass

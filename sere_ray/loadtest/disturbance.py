@@ -38,7 +38,7 @@ _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
 
 @dataclass
 class SoakLog:
-    """What the disturbing side did and saw."""
+    """What was done to the deployment during a soak, and what was seen of it."""
 
     policy_changes: int = 0
     policy_changes_refused: int = 0

@@ -1,4 +1,4 @@
-"""From what became of every request to the figures of a report.
+"""The figures of a report, computed from what became of every request.
 
 A load of ours keeps every request (:class:`Sample`). Locust's workers only count
 (:class:`Collector`), and the master adds up what they counted.

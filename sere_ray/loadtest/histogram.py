@@ -52,12 +52,12 @@ class Histogram:
         return math.nan
 
     def to_dict(self) -> dict[str, int]:
-        """For a message to another process."""
+        """The counts as JSON, for a message to another process."""
         return {str(number): count for number, count in self._bins.items()}
 
     @classmethod
     def from_dict(cls, bins: dict[str, int]) -> "Histogram":
-        """What :meth:`to_dict` wrote."""
+        """The histogram that :meth:`to_dict` wrote."""
         histogram = cls()
         histogram._bins = {int(number): int(count) for number, count in bins.items()}
         return histogram

@@ -1,4 +1,4 @@
-"""From the options of the command line to plans of loads, and the checks that come first."""
+"""Turn options of the command line into plans of loads, and check the endpoint first."""
 
 import json
 import os

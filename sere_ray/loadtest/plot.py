@@ -86,7 +86,7 @@ def _draw_by_policy(axes: Any, rows: Rows, name: str) -> None:
 
 
 def _draw_blocks(axes: Any, rows: Rows, blocks: Rows) -> None:
-    """In the order in which they ran: drift of the machine shows as a slope of all."""
+    """Blocks in the order in which they ran: if the machine drifts, all policies slope."""
     for number, policy in enumerate(policies(rows)):
         points = [(i, b["tpot_ms_p50"]) for i, b in enumerate(blocks, 1) if b["policy"] == policy]
         axes.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=policy)

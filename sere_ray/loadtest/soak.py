@@ -27,9 +27,9 @@ from sere_ray.util.errors import SereError
 STREAMS = 4
 """Closed-loop users of each half of the load: exact tier, and default tier."""
 GROWTH = 0.05
-"""Of memory and handles, from the first third's mean to the last third's."""
+"""How much memory and open files may grow, from the mean of the first third to that of the last."""
 _CLEAN_SECONDS = 10.0
-"""Without a failure, after which a gang counts as replaced."""
+"""Seconds without a failure after which a killed gang counts as replaced."""
 
 
 def run_soak(

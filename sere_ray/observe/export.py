@@ -100,7 +100,8 @@ class EngineExporter:
         self._export_info(metrics.ARTIFACT_INFO, {"sha256": sha256[:HASH_DIGITS]})
 
     def _export_info(self, metric: Metric, labels: dict[str, str]) -> None:
-        """1 for these labels; 0 for the former ones, which Ray would go on exporting."""
+        """Set a metric to 1 for these labels, and to 0 for the last ones: Ray goes on exporting a
+        series that is not set anew."""
         former = self._info.get(metric.name, labels)
         if former != labels:
             self._sink.record(metric, 0, **former)

@@ -215,10 +215,10 @@ def policy_marks(entries: list[Mapping[str, Any]]) -> list[Mark]:
 
 
 def milliseconds(time: str) -> int:
-    """Of an ISO 8601 time with its zone.
+    """Milliseconds since 1970 of an ISO 8601 time with its zone.
 
     Raises:
-        SereError: it is not one.
+        SereError: the text is not such a time.
     """
     try:
         moment = datetime.fromisoformat(time)

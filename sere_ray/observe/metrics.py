@@ -231,7 +231,7 @@ REFUSED = Metric(
 )
 
 METRICS: tuple[Metric, ...] = tuple(v for v in list(globals().values()) if isinstance(v, Metric))
-"""All of the above, in that order."""
+"""Every metric of sere-ray."""
 
 PER_KIND = {
     "steps": STEPS,

@@ -57,7 +57,7 @@ def write(folder: Path, rank_hour_price: float = RANK_HOUR_PRICE) -> list[Path]:
 
 
 def metrics_table() -> str:
-    """The table of ``docs/metrics.md``."""
+    """The table of ``docs/operate.md``."""
     lines = ["| metric | type, unit | labels | from | what it counts |", "|---|---|---|---|---|"]
     lines += [
         f"| `{metric.exported}` | {metric.kind}, {metric.unit} | {', '.join(metric.labels)} "

@@ -48,7 +48,7 @@ class Alert:
 
     @property
     def anchor(self) -> str:
-        """Where the runbook explains it."""
+        """The place of the runbook that explains the alert."""
         return f"{RUNBOOK}#{self.name.lower()}"
 
 

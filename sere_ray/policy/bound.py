@@ -17,13 +17,17 @@ OWN_FIELDS = ("select_top_k", "threshold", "min_primary_experts")
 
 
 class BoundPolicy(BaseModel):
-    """See the module."""
+    """A policy with the numbers that it has for one model, defaults filled in.
+
+    The fields are the keys of the policy. Where it does not give them, ``select_top_k`` and
+    ``min_primary_experts`` are K of the model.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode
     rule: str = "sere"
-    """Of :data:`sere_ray.rules.RULES`; engines serve those of ``policy.RuleName``."""
+    """A key of :data:`sere_ray.rules.RULES`; engines serve those of ``policy.RuleName``."""
     select_top_k: int
     threshold: float | None
     min_primary_experts: int
@@ -31,7 +35,7 @@ class BoundPolicy(BaseModel):
     knobs: tuple[tuple[str, Any], ...] = ()
     """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
     by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()
-    """Most re-routable rows of a step, and its numbers; from small steps to large ones."""
+    """``(most re-routable rows of a step, its numbers)``, from small steps to large ones."""
 
     def for_rows(self, rows: int) -> "BoundPolicy":
         """The numbers of a step.
@@ -48,7 +52,7 @@ class BoundPolicy(BaseModel):
         similarity: Tensor | None,
         owner: Tensor | None = None,
     ) -> Layer:
-        """What the rule is given in one layer.
+        """What the rule is called with in one layer.
 
         Args:
             position: of the layer among the MoE layers, from 0.

@@ -40,11 +40,11 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
 def check_change(
     policy: Policy, running: Policy, *, on_gpu: bool, several_ranks: bool, where: str = "sere"
 ) -> None:
-    """Refuse a policy that running engines cannot change to; as :func:`check_policy`, and more.
+    """Refuse a policy that engines of this kind cannot run, or cannot change to while they run.
 
     Args:
-        policy: the new one, valid for the model.
-        running: the one before it.
+        policy: the new one; valid for the model.
+        running: the one that they run.
         on_gpu: whether a rank computes on a GPU.
         several_ranks: whether there is more than one data-parallel rank.
         where: name of the policy in error messages.

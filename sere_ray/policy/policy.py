@@ -1,8 +1,9 @@
 """The re-routing policy: one validated description, the same everywhere it is written.
 
 It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
-a result file. Key names and defaults are those of the specification (docs/rule.md). Beside the
-policy, vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
+a result file; instead of it there may be the path of a YAML file of these keys, such as
+`sere-ray tune` writes. Key names and defaults are those of docs/quality.md. Beside the policy,
+vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -60,7 +62,8 @@ class Policy(BaseModel):
 
     similarity: str = Field(min_length=1, description="path of the similarity artifact")
     rule: RuleName = Field(
-        "sere", description="which rule re-routes; `sere-ray evaluate` alone has others"
+        "sere",
+        description="which rule re-routes; others are compared by `sere-ray evaluate` only",
     )
     select_top_k: int | None = Field(
         None, ge=1, description="S: slots of a row that are never re-routed; <= K"
@@ -225,12 +228,35 @@ class Startup(BaseModel):
     )
 
 
+def read_key_file(value: object, *, where: str = "sere") -> object:
+    """The content of the YAML file that a string names; any other value as it is.
+
+    Raises:
+        PolicyError: the file cannot be read, or is not YAML.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a YAML file of text"
+        raise PolicyError(
+            f"{where} = {value!r}: {reason}; name a file of policy keys such as `sere-ray tune` "
+            "writes, or write the keys here"
+        ) from None
+
+
 def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     """Validate the value of vLLM's ``sere`` key: a policy, and what an engine takes at its start.
 
+    Args:
+        value: a mapping of keys, or the path of a YAML file that holds one.
+        where: name of the key in error messages.
+
     Raises:
-        PolicyError: as for :meth:`Policy.parse`.
+        PolicyError: as for :meth:`Policy.parse`; the file cannot be read.
     """
+    value = read_key_file(value, where=where)
     if not isinstance(value, Mapping):
         return Policy.parse(value, where=where), Startup()
     given = {key: value[key] for key in Startup.model_fields if key in value}

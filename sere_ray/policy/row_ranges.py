@@ -20,9 +20,10 @@ _EXAMPLE = "{up_to: 8, tau: 0.01}"
 
 
 class RowRange(NamedTuple):
-    """An entry: keys for steps of at most ``up_to`` re-routable rows, and more than the one before.
+    """One entry of ``by_rows``: the rule's keys for steps of at most ``up_to`` re-routable rows.
 
-    The rows are those that the kept experts are chosen over: with several ranks those of all.
+    It holds from one row more than the entry before. Rows are those that the kept experts are
+    chosen over: with several ranks and a global union, those of all ranks.
     """
 
     up_to: int
@@ -36,7 +37,7 @@ def refuse(path: str, value: object, message: str) -> PydanticCustomError:
 
 
 def _as_ranges(value: object) -> tuple[RowRange, ...] | None:
-    """From a list of mappings; which keys the rule has is checked by the policy."""
+    """Check and convert a list of mappings. Which keys the rule has, the policy checks."""
     if value is None:
         return None
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_RANGES:

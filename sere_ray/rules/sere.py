@@ -1,6 +1,6 @@
 """The rule ``sere`` (arXiv 2602.07616) for a continuous-batching server: the reference.
 
-This file is the specification in torch; docs/rule.md has its five steps in words. Every other
+This file is the specification in torch; docs/quality.md has its five steps in words. Every other
 implementation must give the same integers. T rows (tokens), K slots of a row, E logical experts.
 The *slot order* of a slot is its place among those of its row, 0 for the largest weight.
 

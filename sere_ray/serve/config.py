@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.policy.policy import Policy, Startup, parse_key, read_key_file
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig
 from sere_ray.util.errors import SereError
@@ -39,7 +39,9 @@ class ServeConfig(BaseModel):
         1, ge=1, le=64, description="ranks of a gang; each holds its shard of the experts"
     )
     num_replicas: int = Field(1, ge=1, le=64, description="gangs; each holds the whole model")
-    sere: Policy | None = Field(None, description="re-routing policy; null = stock vLLM")
+    sere: Policy | None = Field(
+        None, description="re-routing policy, or the path of its YAML file; null = stock vLLM"
+    )
     auto: AutoConfig | None = Field(None, description="target and levels of the mode `auto`")
     starts_auto: bool = Field(False, description="`mode: auto` of `sere`")
     startup: Startup = Field(
@@ -92,9 +94,11 @@ class ServeConfig(BaseModel):
             raise ValueError("starts_auto: write `mode: auto` under `sere`")
         if value.get("sere") is None:
             return value
-        key = value["sere"]
-        starts_auto = isinstance(key, Mapping) and key.get("mode") == AUTO
-        policy, startup = parse_key({**key, "mode": "off"} if starts_auto else key)
+        key = read_key_file(value["sere"])
+        starts_auto = False
+        if isinstance(key, Mapping) and key.get("mode") == AUTO:
+            starts_auto, key = True, {**key, "mode": "off"}
+        policy, startup = parse_key(key)
         return {**value, "sere": policy, "startup": startup, "starts_auto": starts_auto}
 
     @model_validator(mode="after")

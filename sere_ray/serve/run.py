@@ -138,7 +138,9 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SereError(f"{path}: {error.strerror}") from None
+        raise SereError(
+            f"{path}: {error.strerror}; `sere-ray examples --out .` copies files to start from"
+        ) from None
     except yaml.YAMLError as error:
         raise SereError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     from pydantic import ValidationError

@@ -9,9 +9,9 @@ ENGINE = "VLLM::EngineCore"
 
 
 def processes(root: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
-    """A process and all below it, each with its title: what Ray or vLLM set, or its program.
+    """A process and all its descendants, each with its title: what Ray or vLLM set, or its program.
 
-    Left out are those that end meanwhile.
+    Processes that end meanwhile are left out.
 
     Raises:
         psutil.NoSuchProcess: the root has ended.
@@ -22,5 +22,5 @@ def processes(root: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def processes_named(root: psutil.Process, start: str) -> list[psutil.Process]:
-    """Those whose title starts with ``start``."""
+    """A process and its descendants, as far as their title begins with ``start``."""
     return [process for title, process in processes(root) if title.startswith(start)]

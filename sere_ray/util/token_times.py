@@ -1,14 +1,14 @@
-"""Times per output token, counted in buckets: bounded, and sums of ranks are sums."""
+"""Times per output token, counted in buckets. They take little room, and counts of ranks add up."""
 
 import bisect
 from collections.abc import Sequence
 from itertools import accumulate
 
 SHORTEST_SECONDS, RATIO, BUCKETS = 1e-4, 1.1, 140
-"""Bucket i holds times up to ``SHORTEST_SECONDS * RATIO**i``, the last one all above 51 s."""
+"""Bucket i holds times up to ``SHORTEST_SECONDS * RATIO**i``; the last one holds all above 51 s."""
 BOUNDS = [SHORTEST_SECONDS * RATIO**i for i in range(BUCKETS - 1)]
 SLICE_SECONDS = 1.0
-"""Over which a request's time per output token is taken."""
+"""Length of the interval over which a request's time per output token is taken."""
 
 
 def bucket_of(seconds: float) -> int:
@@ -17,10 +17,10 @@ def bucket_of(seconds: float) -> int:
 
 
 def quantile_ms(counts: Sequence[int], share: float) -> float | None:
-    """Milliseconds per token that this share of tokens kept; None without tokens.
+    """Milliseconds per token that this share of tokens did not exceed; None without tokens.
 
-    At most 10 % off: tokens of a bucket are taken as evenly spread. Nothing above 51 s is told
-    apart.
+    It is at most 10 % off, since tokens of a bucket are taken as evenly spread over it. Times above
+    51 s count as 51 s.
 
     Args:
         counts: ``[BUCKETS]`` tokens.

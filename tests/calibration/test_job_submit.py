@@ -1,4 +1,4 @@
-"""`ray job submit` of calibration/job.py, as docs/calibration.md has it, on a local cluster."""
+"""`ray job submit` of calibration/job.py, as docs/quality.md has it, on a local cluster."""
 
 import dataclasses
 import os

@@ -68,11 +68,11 @@ def running_engine(folder, sere=None, **options):
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.triton_utils import dispatcher
 
-    from sere_ray.engine import patches as seam
-    from sere_ray.engine.cpu import patches as cpu_seam
+    from sere_ray.engine import patches
+    from sere_ray.engine.cpu.patches import hide_llvmlite
 
     # A stock engine may follow one that loaded numba into this process: see the ledger.
-    seam._wrap(dispatcher, "_rebind_kernels", cpu_seam.hide_llvmlite)
+    patches._wrap(dispatcher, "_rebind_kernels", hide_llvmlite)
     defaults = {
         "max_model_len": 512,
         "max_num_seqs": 16,
@@ -113,6 +113,13 @@ def _frozen_heap():
             yield
     finally:
         gc.unfreeze()
+
+
+def state_of(engine):
+    """The state of an engine in this process, of its first worker."""
+    from sere_ray.engine.state import find_state
+
+    return engine.collective_rpc(lambda worker: find_state(worker.vllm_config))[0]
 
 
 def sere_key(folder, **keys):

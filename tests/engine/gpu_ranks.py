@@ -43,7 +43,7 @@ def engine_of(folder, key, port, *, before=False, **options):
     """An engine of this rank, on ports of its own: a second one would meet an old store."""
     from vllm import envs
 
-    from sere_ray.engine.gpu.union_patches import before_dispatch
+    from sere_ray.bench.rank_engines import before_dispatch
     from tests.engine.conftest import running_engine
 
     envs.disable_envs_cache()
@@ -79,19 +79,19 @@ class Recorder:
         self.buffers, self.passes, self.running, self.full = {}, [], None, True
 
     def install(self):
-        from sere_ray.engine.gpu.union import UnionCudaState
+        from sere_ray.engine.gpu.state import CudaState
         from sere_ray.kernel import across_ranks
 
         for name in ("reroute_gathered", "reroute_gathered_and_align"):
             setattr(across_ranks, name, self.around(getattr(across_ranks, name)))
-        begin = UnionCudaState.begin_pass
+        begin = CudaState.begin_pass
 
         def begin_pass(state, table, sizes):
             self.finish()
             begin(state, table, sizes)
             self.running = state, state.bound.model_dump(), table.copy(), list(sizes)
 
-        UnionCudaState.begin_pass = begin_pass
+        CudaState.begin_pass = begin_pass
 
     def around(self, launch):
         def recorded(kernel, ids, weights, layer, placement, **options):
@@ -118,7 +118,7 @@ class Recorder:
         (state, policy, table, sizes), self.running = self.running, None
         rows, taken, sums = sum(sizes), {}, []
         for layer in state.layers:
-            buffers = self.buffers.get(state.tables[layer].neighbours.data_ptr())
+            buffers = self.buffers.get(state.rule.tables[layer].neighbours.data_ptr())
             if buffers is None:
                 return  # another engine's, or the profile pass
             after = buffers[2][:rows].long()
@@ -158,10 +158,10 @@ def reports_of(exercise, checkpoint, *, engines, time_limit):
 
 def under(engine, policy, requests, tokens):
     """What an engine answers under a policy, and what it counts meanwhile."""
-    from sere_ray.engine.control import read_counters
+    from sere_ray.engine.control import calls_of, read_counters
     from tests.engine.conftest import generate
 
-    engine.collective_rpc("sere_set_policy", args=(policy,))
+    calls_of(engine).set_policy(policy)
     read_counters(engine, reset=True)
     return generate(engine, requests, tokens=tokens)[0], read_counters(engine)
 
@@ -169,8 +169,7 @@ def under(engine, policy, requests, tokens):
 def exercise(rank, ports, folder, key, requests, tokens):
     """Engines one after the other; what each answered and counted, and passes of some."""
     choose_rank(rank)
-    from sere_ray.engine.state import all_states
-    from tests.engine.conftest import generate
+    from tests.engine.conftest import generate, state_of
 
     recorder, report = Recorder(), {}
 
@@ -199,8 +198,9 @@ def exercise(rank, ports, folder, key, requests, tokens):
     recorder.full = True
     with engine_of(folder, key, ports[2], before=True) as engine:
         answers(engine, "before", key)
-        (state,) = (s for s in all_states() if getattr(s, "way", None) == "before")
-        report["before"]["exchanges"] = int(state.peers.number) if state.peers else 0
+        union = state_of(engine).union
+        assert union.way == "before"
+        report["before"]["exchanges"] = int(union.peers.number) if union.peers else 0
     with own_gemms(), engine_of(folder, key, ports[4]) as engine:
         answers(engine, "S=K, own GEMMs", {**key, "select_top_k": 4})
         answers(engine, "S=1, own GEMMs", key)
@@ -269,6 +269,7 @@ def switch_policies(engine, rank, key, switches=1000):
     """Each rank sets the same policies in the same order, at steps of its own."""
     from vllm import SamplingParams
 
+    from sere_ray.engine.control import calls_of
     from tests.engine.conftest import prompts
 
     changes = [{}, {"select_top_k": 2}, {"threshold": 0.9}, {"mode": "off"}, {"select_top_k": 4}]
@@ -281,6 +282,6 @@ def switch_policies(engine, rank, key, switches=1000):
             core.step()
             for _ in range(min(rng.randint(0, 2), switches - done)):
                 policy = {**key, **changes[done % len(changes)]}
-                engine.collective_rpc("sere_set_policy", args=(policy,))
+                calls_of(engine).set_policy(policy)
                 done += 1
     assert done == switches

@@ -121,14 +121,14 @@ def run_rounds(rank, port, folder, options, rounds):
         weights, kinds, new ids).
     """
     _choose_rank(rank, port)
-    from sere_ray.engine.control import read_counters
+    from sere_ray.engine.control import calls_of, read_counters
     from tests.engine.conftest import generate, running_engine
 
     calls = _record()
     report = []
     with running_engine(folder, **options) as engine:
         for task in rounds:
-            engine.collective_rpc("sere_set_policy", args=(task["policy"],))
+            calls_of(engine).set_policy(task["policy"])
             read_counters(engine, reset=True)
             calls.clear()
             answers, _ = generate(engine, task["requests"][rank], tokens=task["tokens"][rank])
@@ -154,13 +154,14 @@ def run_forced(rank, port, folder, options, policies, requests, answers):
         ``[requests, positions, vocabulary]`` float32 arrays.
     """
     _choose_rank(rank, port)
+    from sere_ray.engine.control import calls_of
     from tests.engine import forced
     from tests.engine.conftest import running_engine
 
     found = []
     with running_engine(folder, **{**options, **forced.OPTIONS}) as engine:
         for policy in policies:
-            engine.collective_rpc("sere_set_policy", args=(policy,))
+            calls_of(engine).set_policy(policy)
             found.append(forced.log_probs(engine, requests[rank], answers[rank]).numpy())
     return found
 
@@ -205,16 +206,16 @@ def _choose_rank(rank, port):
 
 
 def _record():
-    from sere_ray.engine.cpu.union import UnionCpuState
+    from sere_ray.engine.cpu.state import CpuState
 
     calls = []
-    reroute = UnionCpuState.reroute
+    choose = CpuState.choose
 
-    def record(self, layer, topk_ids, topk_weights):
-        new_ids = reroute(self, layer, topk_ids, topk_weights)
+    def record(self, layer, topk_ids, topk_weights, router_logits):
+        new_ids, new_weights = choose(self, layer, topk_ids, topk_weights, router_logits)
         kinds = self.row_kind[: topk_ids.shape[0]].tolist()
         calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
-        return new_ids
+        return new_ids, new_weights
 
-    UnionCpuState.reroute = record
+    CpuState.choose = record
     return calls

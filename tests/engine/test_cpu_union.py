@@ -11,13 +11,13 @@ import torch
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine.cpu.expert_parallel import (
     _drop_foreign_slots,
-    expert_owner,
     gather_rows,
     gather_together,
     reduce_rows,
 )
 from sere_ray.engine.cpu.state import CpuState
-from sere_ray.engine.cpu.union import UnionCpuState
+from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.engine.placement import expert_owner
 from sere_ray.policy.policy import Policy, Startup
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
 from sere_ray.util.errors import ArtifactError, PolicyError, SereError
@@ -151,7 +151,8 @@ def artifact_bytes(folder, **kwargs):
 def make_state(group, similarity_seed=0, **startup):
     policy = Policy.parse({"similarity": "a.safetensors", "select_top_k": 1})
     artifact, startup = make_artifact(similarity_seed), Startup(**startup)
-    return UnionCpuState(policy, artifact, TOP_K, 64, group, startup=startup)
+    union = UnionOfRanks(group, compares=startup.check_ranks)
+    return CpuState(policy, artifact, TOP_K, 64, startup=startup, union=union)
 
 
 def switching_policies():
@@ -202,8 +203,8 @@ def switch_under_load(rank, port, folder):
                 kind = state.row_kind[: len(ids)].clone()
                 seed = seeds[state.similarity[0][0, 1].item()]
                 calls.append((state.bound, seed, ids, weights, kind, new_ids.long()))
-    assert list(state.staged) == [SWITCHES]
-    assert state.staged[SWITCHES].bound == state.bound
+    assert list(state.versions.told) == [SWITCHES]
+    assert state.versions.told[SWITCHES] is state.running
     return [
         ({**bound.model_dump(), "seed": seed}, *(t.tolist() for t in call))
         for bound, seed, *call in calls
@@ -402,6 +403,6 @@ def test_a_wrong_policy_or_artifact_leaves_the_rank_as_it_was(tmp_path, has_word
         state.set_policy(policy, b"not an artifact")
     with pytest.raises(PolicyError):
         state.set_policy({**policy, "similarity": "b.safetensors"})
-    assert (state.version, len(state.staged)) == (0, 1)
+    assert (state.versions.newest, len(state.versions.told)) == (0, 1)
     assert state.artifact is artifact
     assert state.similarity is similarity

@@ -6,15 +6,17 @@ Two ranks take turns at what vLLM lets them do in a pass. The engines themselves
 
 import functools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.engine.gpu import state as cuda_state
+from sere_ray.engine.gpu import device_rule
 from sere_ray.engine.gpu.rank_words import read_words, write_words
-from sere_ray.engine.gpu.union import NO_ROWS, UnionCudaState
+from sere_ray.engine.gpu.state import CudaState
+from sere_ray.engine.gpu.union import NO_ROWS, RankGroup
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
@@ -133,7 +135,7 @@ def emulated(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(RuleKernel, "launch", run)
     monkeypatch.setattr(RuleKernel, "arguments", arguments)
     monkeypatch.setattr(RuleKernel, "load", lambda kernel, device, names: None)
-    monkeypatch.setattr(cuda_state, "blocks_of_margin", lambda rows, device: 2)
+    monkeypatch.setattr(device_rule, "blocks_of_margin", lambda rows, device: 2)
 
 
 class Group:
@@ -154,19 +156,21 @@ class Group:
         self.key = {"similarity": "f", "select_top_k": 1, "min_primary_experts": 0, **keys}
         self.barrier, self.vectors = threading.Barrier(RANKS, timeout=60), {}
         self.states = [
-            UnionCudaState(
+            CudaState(
                 Policy.parse({**self.key, **copies[rank]}),
                 SimilarityArtifact(self.similarity, metadata),
                 K,
                 E,
                 MAX_ROWS,
                 torch.device("cpu"),
-                rank=rank,
-                num_ranks=RANKS,
-                exchange=functools.partial(self.exchange, rank, torch.minimum),
-                add_up=functools.partial(self.exchange, rank, torch.add),
-                connect=lambda: None,
-                before_dispatch=before_dispatch,
+                ranks=RankGroup(
+                    rank=rank,
+                    num_ranks=RANKS,
+                    exchange=functools.partial(self.exchange, rank, torch.minimum),
+                    add_up=functools.partial(self.exchange, rank, torch.add),
+                    connect=lambda: None,
+                    before_dispatch=before_dispatch,
+                ),
             )
             for rank in range(RANKS)
         ]
@@ -187,7 +191,7 @@ class Group:
     def run_pass(self, kinds, sizes, *, seed=0, block=16, gathers=True):
         """Returns per layer: gathered ids before, weights, ids after (of each rank)."""
         for state, of_rank in zip(self.states, kinds, strict=True):
-            state.next_kinds = np.array(of_rank, dtype=np.int8)
+            state.union.next_kinds = np.array(of_rank, dtype=np.int8)
         table = np.stack([state.words() for state in self.states], axis=1)
         for state in self.states:
             state.begin_pass(table, list(sizes))
@@ -382,9 +386,9 @@ def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, ga
             torch.testing.assert_close(weights[rows][known], new_weights[known])
         for of_rank in after:
             assert torch.equal(of_rank, torch.cat(wanted))
-        found = np.array([state.counters.sum(0)[1].tolist() for state in group.states])
+        found = np.array([state.own.counters.sum(0)[1].tolist() for state in group.states])
         for state in group.states:
-            state.counters.zero_()
+            state.own.counters.zero_()
         of_ranks = np.array(of_ranks)
         assert (found[:, :2] == of_ranks[:, :2]).all()
         assert found[:, 2].sum() == of_ranks[:, 2].sum()
@@ -397,14 +401,15 @@ def test_a_gate_without_scores_refuses_margin(emulated, has_words):
     state = Group(union="local").states[0]
     margin = {"similarity": "f", "rule": "margin", "tau": 0.1, "union": "local"}
     logits = torch.zeros(3, E)
-    assert state.scores_of(0, logits, is_softmax=True) is logits
-    assert state.scores_of(0, logits, is_softmax=False) is None
+    assert state.scores_of(0, logits) is logits
+    state.note_gate(0, SimpleNamespace(scoring_func="sigmoid"))
+    assert state.scores_of(0, logits) is None
     with pytest.raises(UnsupportedError) as caught:
         state.set_policy(margin)
     has_words(str(caught.value), "sere.rule = 'margin'", "softmax", "layer 0", "rule = 'sere'")
     running = Group(union="local", rule="margin", select_top_k=None, tau=0.1).states[0]
     with pytest.raises(UnsupportedError, match="needs a gate"):
-        running.scores_of(2, logits.half(), is_softmax=True)
+        running.scores_of(2, logits.half())
 
 
 @needs_compiler
@@ -420,7 +425,7 @@ def test_policies_switch_in_the_same_pass_on_all_ranks(emulated):
     for before, _, after in group.run_pass(kinds, sizes).values():
         for of_rank in after:
             assert torch.equal(of_rank, before)
-    assert [len(state.policies) for state in group.states] == [1, 1]
+    assert [list(state.versions.told) for state in group.states] == [[1], [1]]
 
 
 @needs_compiler
@@ -428,16 +433,16 @@ def test_a_step_of_one_rank_has_the_numbers_for_its_rows(emulated):
     group = Group()
     artifact, key = group.states[0].artifact, {**group.key, "by_rows": BY_ROWS}
     rest = (artifact, K, E, MAX_ROWS, torch.device("cpu"))
-    state = cuda_state.CudaState(Policy.parse(key), *rest)
+    state = CudaState(Policy.parse(key), *rest)
     for kinds in ([D] * 3 + [X] * 20, [D] * 9, [D] * 20, [D], [X]):
         state.begin_step(np.array(kinds, dtype=np.int8))
         rule = rule_of(key, kinds.count(D))
-        expected = cuda_state.CudaState(Policy.parse({**group.key, **rule}), *rest)
-        assert torch.equal(state.settings.buffer, expected.settings.buffer)
+        expected = CudaState(Policy.parse({**group.key, **rule}), *rest)
+        assert torch.equal(state.rule.settings.buffer, expected.rule.settings.buffer)
     state.set_policy({**group.key, "by_rows": [{"up_to": 40, "select_top_k": 3}]})
     state.begin_step(np.array([D], dtype=np.int8))
-    expected = cuda_state.CudaState(Policy.parse({**group.key, "select_top_k": 3}), *rest)
-    assert torch.equal(state.settings.buffer, expected.settings.buffer)
+    expected = CudaState(Policy.parse({**group.key, "select_top_k": 3}), *rest)
+    assert torch.equal(state.rule.settings.buffer, expected.rule.settings.buffer)
 
 
 @needs_compiler
@@ -466,7 +471,7 @@ def test_refusals_of_a_running_engine(emulated):
     state = group.states[0]
     with pytest.raises(PolicyError, match=r"sere.union = 'local': captured graphs hold 'global'"):
         state.set_policy({**group.key, "union": "local"})
-    assert state.version == 0
+    assert state.versions.newest == 0
     group.run_pass(*PASSES["full"])
     ids, weights = torch.zeros((1, K), dtype=torch.int32), torch.ones((1, K))
     placement = group.placements[0]

@@ -23,11 +23,11 @@ from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from sere_ray.engine import patches as seam
+from sere_ray.engine.patches import _MARK
 
 
 def original(function):
-    return getattr(function, seam._MARK, function)
+    return getattr(function, _MARK, function)
 
 
 def parameters(function):
@@ -53,7 +53,7 @@ def test_runner_holds_a_router_whose_routing_is_a_template_method():
     assert [template.index(step) for step in steps] == sorted(template.index(s) for s in steps)
 
 
-def test_step_seam():
+def test_row_kinds_are_known_around_a_forward_pass():
     runner = gpu_model_runner.GPUModelRunner
     assert "self._model_forward(" in source(runner.execute_model)
     assert "self._model_forward(" not in source(runner._dummy_run)
@@ -78,7 +78,7 @@ def test_kernels_are_rebound_by_module_global_name():
     assert "list(sys.modules.values())" in source(dispatcher._rebind_kernels)
 
 
-def test_engine_core_seams():
+def test_requests_and_calls_pass_through_the_engine_core():
     assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
     assert parameters(EngineCore.add_request)[:2] == ["self", "request"]
     assert parameters(EngineCore.collective_rpc)[:2] == ["self", "method"]
@@ -141,7 +141,7 @@ def test_cpu_layers_are_called_through_a_replaceable_entry():
 
 
 def test_kernels_are_made_of_a_back_end_and_experts():
-    """`dispatch.py` puts its own back end beside the same experts."""
+    """`cpu/dispatch.py` puts its own back end beside the same experts."""
     from vllm.model_executor.layers.fused_moe import all2all_utils, modular_kernel
 
     kernel = modular_kernel.FusedMoEKernel
@@ -176,7 +176,7 @@ def test_kernels_are_made_of_a_back_end_and_experts():
 
 
 def test_a_pass_runs_on_all_ranks_or_on_none():
-    """What the exchange of `cpu_union` counts on: passes are agreed on before layers are."""
+    """What the exchange of `cpu/union.py` counts on: passes are agreed on before layers are."""
     runner = gpu_model_runner.GPUModelRunner
     agree = "self._determine_batch_execution_and_padding("
     for function, forward in (
@@ -196,10 +196,10 @@ def test_observers_are_installed_once_and_call_the_original():
     first = VllmConfig.__post_init__
     register()
     assert VllmConfig.__post_init__ is first
-    assert not hasattr(original(first), seam._MARK)
+    assert not hasattr(original(first), _MARK)
 
 
-# --- seams of the GPU: read, not imported, as parts need Triton ---------------------------------
+# --- what the GPU back end patches: read, not imported, as parts need Triton ----------------------
 
 
 def text_of(module):
@@ -283,7 +283,7 @@ def test_plain_gate_is_a_softmax_and_a_top_k():
 
 
 def test_routing_without_parallelism_hands_ids_on_as_they_are():
-    """`CudaState.defer` counts on the experts sorting the tensor that the router returned."""
+    """`OwnRows.defer` counts on the experts sorting the tensor that the router returned."""
     _, prepare = function_of("model_executor.layers.fused_moe.prepare_finalize.no_dp_ep", "prepare")
     assert "return (a1q, a1q_scale, None, None, None)" in prepare
     kernel = "model_executor.layers.fused_moe.modular_kernel"
@@ -295,7 +295,7 @@ def test_routing_without_parallelism_hands_ids_on_as_they_are():
 
 
 def test_a_pass_of_v2_is_agreed_on_by_one_sum_after_its_requests_are_known():
-    """What `cuda_union_seam` counts on: kinds first, then the sum, then everything of the pass."""
+    """What `gpu/union_patches.py` counts on: kinds, then the sum, then everything of the pass."""
     from vllm.v1.worker.gpu import dp_utils, model_runner
 
     runner = model_runner.GPUModelRunner
@@ -312,7 +312,13 @@ def test_a_pass_of_v2_is_agreed_on_by_one_sum_after_its_requests_are_known():
     gather = source(runner.gather_batch_req_state)
     for name in ("req_ids=", "num_scheduled_tokens=", "is_prefilling_np="):
         assert name in gather
-    assert "return sync_cudagraph_and_dp_padding(" in source(dp_utils.dispatch_cg_and_sync_dp)
+    assert "self.parallel_config = vllm_config.parallel_config" in source(runner.__init__)
+    assert "parallel_config=self.parallel_config," in run
+    dispatch = source(dp_utils.dispatch_cg_and_sync_dp)
+    assert (
+        "parallel_config=parallel_config,"
+        in dispatch.partition("return sync_cudagraph_and_dp_padding(")[2]
+    )
     sync = source(dp_utils.sync_cudagraph_and_dp_padding)
     assert sync.count("dist.") == 1
     assert "dist.all_reduce(tensor, group=group)" in sync

@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 
-from sere_ray.engine.control import set_policy
+from sere_ray.engine.control import calls_of, set_policy
 from sere_ray.engine.state import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
@@ -86,7 +86,7 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
             set_policy(engine, Policy.parse(policy))
             assert generate(engine, prompts())[0] == answers
         placed = engine.collective_rpc(owners)
-        counters = engine.collective_rpc("sere_counters", args=(True,))
+        counters = calls_of(engine).counters(reset=True)
     assert placed == [{layer: [0] * 8 + [1] * 8 for layer in MOE_LAYERS[architecture]}] * RANKS
     for of_rank in counters:
         for kind in ("decode_only", "mixed"):

@@ -8,12 +8,12 @@ import torch
 
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import read_counters, set_policy
+from sere_ray.engine.gpu.own_rows import OwnRows
 from sere_ray.engine.gpu.state import CudaState
-from sere_ray.engine.state import all_states
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import PADDING, REROUTABLE, count, sere
 from sere_ray.util.errors import UnsupportedError
-from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
 from tests.kernel.margin_cases import by_reference, gpu_exp
 from tests.models import TOP_K
 
@@ -162,15 +162,15 @@ class Recorder:
     def around(self, original):
         from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
 
-        def recorded(state, *args):
+        def recorded(owner, *args):
             if original.__name__ == "align":
-                held = state.deferred
+                held, rule = owner.deferred, owner.rule
                 if held is None:
-                    return original(state, *args)
+                    return original(owner, *args)
                 layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
                 logits = held.logits
             else:
-                held, (layer, ids, weights, logits) = None, args
+                held, rule, (layer, ids, weights, logits) = None, owner.rule, args
             rows = ids.shape[0]
             if layer not in self.buffers:
                 shape = (self.rows, ids.shape[1])
@@ -178,7 +178,7 @@ class Recorder:
                     torch.full(shape, -9, dtype=kind, device=ids.device)
                     for kind in (torch.int32, torch.float32, torch.int32, torch.float32)
                 )
-                shape = (self.rows, state.num_experts)
+                shape = (self.rows, rule.num_experts)
                 scores = torch.zeros(shape, dtype=torch.float32, device=ids.device)
                 self.buffers[layer] += (scores,)
             before, weight, after, weight_after, scores = self.buffers[layer]
@@ -193,7 +193,7 @@ class Recorder:
             else:
                 before[:rows].copy_(ids)
                 weight[:rows].copy_(weights)
-            result = original(state, *args)
+            result = original(owner, *args)
             after[:rows].copy_(ids)
             weight_after[:rows].copy_(weights)
             return result
@@ -221,8 +221,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
-    for name in ("align", "reroute_inplace"):
-        monkeypatch.setattr(CudaState, name, recorder.around(getattr(CudaState, name)))
+    for owner, name in ((CudaState, "align"), (OwnRows, "reroute")):
+        monkeypatch.setattr(owner, name, recorder.around(getattr(owner, name)))
     monkeypatch.setattr(CudaState, "begin_step", recorder.begin(CudaState.begin_step))
     return recorder
 
@@ -276,7 +276,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
     key = sere_key(folder, select_top_k=2, threshold=0.9, min_primary_experts=3)
     options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
     with running_engine(folder, key, **options) as engine:
-        state = all_states()[-1]  # earlier engines of this process are there, too
+        state = state_of(engine)
         recorder.finish()
         read_counters(engine, reset=True)
         recorder.steps.clear()

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.engine import patches as seam
-from sere_ray.engine.cpu import patches as cpu_seam
+from sere_ray.engine import patches
+from sere_ray.engine.cpu.back_end import CpuBackEnd
+from sere_ray.engine.cpu.patches import define_op
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, reroute
@@ -82,7 +83,7 @@ def test_the_balancer_gets_rerouted_logical_ids(state, similarity, mode, monkeyp
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     monkeypatch.setattr(base_router, "eplb_map_to_physical_and_record", map_and_record)
-    cpu_seam.define_op()
+    define_op()
 
     class Gate(BaseRouter):
         """vLLM's template around a plain top-k."""
@@ -96,7 +97,7 @@ def test_the_balancer_gets_rerouted_logical_ids(state, similarity, mode, monkeyp
     layer = balanced()
     router = Gate(TOP_K, EXPERTS + REDUNDANT, layer)
     router.sere_layer = 0
-    router.__class__ = seam._rerouting_class(Gate, cpu_seam.route)
+    router.__class__ = patches._rerouting_class(Gate, CpuBackEnd.route)
     captured = []
     router.set_capture_fn(lambda ids: captured.append(ids.clone()))
     state.set_policy({**state.policy.model_dump(), "mode": mode})

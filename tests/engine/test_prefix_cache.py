@@ -78,6 +78,7 @@ def test_an_exact_second_turn_has_the_log_probabilities_of_stock(turns, when):
 def test_a_salt_is_of_one_engine_and_one_policy():
     """A cache beside the GPU outlives the engine that filled it."""
     from sere_ray.engine.kv_salt import notice_policy_change, salt_again, salt_request
+    from sere_ray.engine.worker_calls import SET_POLICY
 
     def engine():
         return SimpleNamespace(
@@ -97,7 +98,7 @@ def test_a_salt_is_of_one_engine_and_one_policy():
     assert exact.cache_salt == arrive(other, **{"sere_tier": "exact"}).cache_salt
     one.scheduler.waiting = [first, exact]
     late = arrive(one)  # on its way to the scheduler while the policy changes
-    notice_policy_change(lambda *_: [], one, "sere_set_policy")
+    notice_policy_change(lambda *_: [], one, SET_POLICY)
     salt_again(lambda *_: None, one, late)
     assert first.cache_salt == late.cache_salt == arrive(one).cache_salt
     assert first.cache_salt.startswith("mine|sere-")

@@ -310,7 +310,7 @@ def test_a_layer_that_routes_inside_its_kernel(has_words):
 
 @pytest.mark.engine
 def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_words):
-    from sere_ray.engine.control import read_counters
+    from sere_ray.engine.control import calls_of, read_counters
 
     with running_engine(moe, sere_key(moe)) as engine:
         for policy, words in (
@@ -320,7 +320,7 @@ def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_wo
             (sere_key(moe, dispatch="all_to_all"), ["'all_to_all'", "'allgather'", "restart it"]),
         ):
             with pytest.raises(PolicyError) as error:
-                engine.collective_rpc("sere_set_policy", args=(policy,))
+                calls_of(engine).set_policy(policy)
             has_words(str(error.value), *words)
         assert read_counters(engine)["policy"]["select_top_k"] == 1
-        engine.collective_rpc("sere_set_policy", args=(sere_key(moe, dispatch="allgather"),))
+        calls_of(engine).set_policy(sere_key(moe, dispatch="allgather"))

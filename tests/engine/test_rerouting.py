@@ -76,15 +76,15 @@ def test_off_counts_steps_only(compared):
 def recorded(monkeypatch):
     """Every call of the rule inside the engine: ids before and after, weights, row kinds."""
     calls = []
-    original = CpuState.reroute
+    original = CpuState.choose
 
-    def record(self, layer, topk_ids, topk_weights):
-        new_ids = original(self, layer, topk_ids, topk_weights)
+    def record(self, layer, topk_ids, topk_weights, router_logits):
+        new_ids, new_weights = original(self, layer, topk_ids, topk_weights, router_logits)
         kinds = self.row_kind[: topk_ids.shape[0]].tolist()
         calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
-        return new_ids
+        return new_ids, new_weights
 
-    monkeypatch.setattr(CpuState, "reroute", record)
+    monkeypatch.setattr(CpuState, "choose", record)
     return calls
 
 
@@ -133,9 +133,9 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
 
 
 def _similarity(worker, layer):
-    from sere_ray.engine import patches as seam
+    from sere_ray.engine.state import find_state
 
-    return seam._get_state(worker.vllm_config).similarity[layer].tolist()
+    return find_state(worker.vllm_config).similarity[layer].tolist()
 
 
 def test_preempted_requests_recompute_exactly(checkpoint, recorded):

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sere_ray.kernel import alignment
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.launcher import FILES, Aligned, RuleKernel
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import FILES
 from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.kernel.peers import Peers, inbox_words
 from sere_ray.policy.bound import BoundPolicy
@@ -138,7 +141,7 @@ def empty_alignment(
     kernel: RuleKernel, ids: Tensor, block: int, experts: int | None = None
 ) -> tuple[Aligned, list[object]]:
     """Buffers of the size the launcher gives them, filled with -7, and the emulator's arguments."""
-    aligned, _ = kernel.empty_alignment(ids, block, experts=experts)
+    aligned, _ = alignment.empty_alignment(ids, block, experts or kernel.num_experts)
     for tensor in aligned:
         tensor.fill_(-7)
     bits, capacity = block.bit_length() - 1, aligned.sorted_slots.numel()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sere_ray.kernel.launcher import RuleKernel, blocks_of_margin
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import blocks_of_margin
 
 GPU = torch.device("cuda", 0)
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.kernel.across_ranks import ask_of_ranks, reroute_by_asked
-from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import MAX_ROUTED_ROWS
 from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import sere

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sere_ray.kernel.launcher import MAX_ROUTED_ROWS, RuleKernel
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import MAX_ROUTED_ROWS
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
 from .gpu_launches import BLOCKS, GPU, route, vllm_top_k

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import matplotlib
 
-from sere_ray.observe.dashboards import COST, EXPERTS, POLICY, QUALITY, SERVING, STEPS, TROUBLE
 from sere_ray.observe.prometheus import Prometheus
+from sere_ray.observe.rows_rerouting import EXPERTS, POLICY, QUALITY, STEPS
+from sere_ray.observe.rows_serving import COST, SERVING, TROUBLE
 
 matplotlib.use("Agg")
 COLUMNS = 4

@@ -82,7 +82,7 @@ def test_rows_hold_intervals_and_ratios(result):
 
 @pytest.mark.parametrize(("rounds", "share"), [(2, 0.50), (3, 0.76), (4, 0.80), (10, 0.90)])
 def test_how_often_an_interval_of_few_rounds_holds_the_true_value(rounds, share):
-    """As the page and docs/loadtest.md say it; rounds that vary as normal noise does."""
+    """As the page and docs/limits.md say it; rounds that vary as normal noise does."""
     draw = np.random.default_rng(1)
     noise = draw.normal(size=(4000, rounds))
     chosen = draw.integers(rounds, size=(ab._RESAMPLES, rounds))

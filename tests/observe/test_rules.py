@@ -57,7 +57,7 @@ def test_the_price_is_a_parameter():
 
 
 def test_the_table_of_the_docs_is_made_from_the_list():
-    assert metrics_table() in (ROOT / "docs" / "metrics.md").read_text(), (
+    assert metrics_table() in (ROOT / "docs" / "operate.md").read_text(), (
         "paste what sere_ray.observe.render.metrics_table() returns"
     )
 

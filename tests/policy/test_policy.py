@@ -191,8 +191,8 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
         ("rule", "SERE", "'sere'", "which rule re-routes"),
         ("rule", None, "'sere'", "which rule re-routes"),
-        ("rule", "topk", "'sere' or 'margin'", "`sere-ray evaluate` alone has others"),
-        ("rule", "oea", "'sere' or 'margin'", "`sere-ray evaluate` alone has others"),
+        ("rule", "topk", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
+        ("rule", "oea", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
     ],
@@ -487,6 +487,37 @@ def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:
     assert parse_key(SMALLEST) == (Policy.parse(SMALLEST), Startup())
     assert parse_key(Policy.parse(SMALLEST))[1].dispatch == "allgather"
     assert not set(Startup.model_fields) & set(Policy.model_fields)
+
+
+def test_the_key_may_name_a_file_of_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("similarity: a.safetensors\nselect_top_k: 2\ndispatch: all_to_all\n")
+    assert parse_key(str(file)) == parse_key(
+        {"similarity": "a.safetensors", "select_top_k": 2, "dispatch": "all_to_all"}
+    )
+    file.write_text("select_top_k: 2")
+    with pytest.raises(PolicyError, match="similarity is missing"):
+        parse_key(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"a: [", "not a YAML file"),
+        (b"\xff", "not a YAML file"),
+        (b"", "must be a mapping"),
+    ],
+)
+def test_a_file_that_holds_no_policy_is_refused(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "policy.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(PolicyError, match=words) as caught:
+        parse_key(str(file))
+    assert str(caught.value).startswith("sere = ")
 
 
 def test_a_wrong_startup_value_names_what_is_allowed() -> None:

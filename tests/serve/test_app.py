@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 
 from sere_ray import assets
+from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import engine_arguments, llm_config
@@ -31,6 +32,20 @@ def test_the_key_of_a_file_may_hold_what_an_engine_takes_at_its_start():
     config = ServeConfig.parse({**VALID, "sere": key})
     assert config.sere == Policy.parse({k: v for k, v in key.items() if k != "dispatch"})
     assert engine_arguments(config)["additional_config"]["sere"]["dispatch"] == "all_to_all"
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_the_policy_may_be_a_file_as_tune_writes_it(tmp_path, mode):
+    policy = {"similarity": "a.safetensors", "rule": "margin", "tau": [0.1, 0.2]}
+    file = tmp_path / "policy.yaml"
+    write_policy(policy, file)
+    if mode == "auto":
+        file.write_text("similarity: a.safetensors\nselect_top_k: 2\nmode: auto\n")
+        policy = {"similarity": "a.safetensors", "select_top_k": 2, "mode": "off"}
+        auto = {"auto": {"tpot_ms": 12, "levels": [{"select_top_k": 1}]}}
+    config = ServeConfig.parse({**VALID, "sere": str(file), **(auto if mode == "auto" else {})})
+    assert config.sere == Policy.parse(policy)
+    assert config.starts_auto == (mode == "auto")
 
 
 def test_without_a_policy_the_engine_is_stock():
@@ -90,10 +105,12 @@ def test_no_message_shows_the_environment_of_the_engines(changes):
     assert "secret" not in str(caught.value)
 
 
-def test_deployment_files_are_valid():
+def test_deployment_files_are_valid(tmp_path, monkeypatch):
     from ray.serve.schema import ServeDeploySchema
 
     root = Path(__file__).parents[2]
+    monkeypatch.chdir(tmp_path)  # where `sere-ray tune` has written the policy that some name
+    write_policy({"similarity": "model.safetensors", "select_top_k": 2}, Path("policy.yaml"))
     files = sorted((root / "deploy").glob("*.yaml"))
     assert files
     for file in files:
@@ -134,7 +151,7 @@ def test_mistakes_in_a_deployment_file(tmp_path, has_words, text, words):
     has_words(str(caught.value), *words)
     with pytest.raises(SereError) as caught:
         load_file(tmp_path / "missing.yaml")
-    has_words(str(caught.value), "missing.yaml", "No such file")
+    has_words(str(caught.value), "missing.yaml", "No such file", "sere-ray examples")
 
 
 def test_an_artifact_that_is_not_here_is_said_before_anything_starts(tmp_path, has_words):

@@ -13,7 +13,6 @@ quant_method.moe_kernel of each layer  Built again of the same experts and the b
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, Greeting
+from sere_ray.engine.cpu.sent import Counter
+from sere_ray.engine.state import KIND_NAMES
+from sere_ray.rules import PADDING
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -32,8 +34,8 @@ class Routed(NamedTuple):
     """``[T, K]``, before the rule."""
     is_padding: Tensor
     """``[T]`` bool: rows nobody asked for, which stay where they are."""
-    counter: tuple[int, int] | None
-    """Step kind and layer position that the call is counted under; None = it is not counted."""
+    counter: Counter | None
+    """What the call is counted under; None = it is not counted."""
 
 
 @dataclass
@@ -42,11 +44,9 @@ class DispatchMeter:
 
     Attributes:
         num_layers: MoE layers of the model.
-        device: where counts are kept.
     """
 
     num_layers: int
-    device: torch.device
     ranks: int = field(default=0, init=False)
     row_bytes: dict[str, int] = field(default_factory=dict, init=False)
     routed: Routed | None = field(default=None, init=False)
@@ -54,8 +54,18 @@ class DispatchMeter:
     def __post_init__(self) -> None:
         """Start at zero."""
         shape = (2, self.num_layers, len(DISPATCH_COUNTS))
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device="cpu")
         self.calls = np.zeros((2, self.num_layers), dtype=np.int64)
+
+    def begin_layer(self, gate_ids: Tensor, row_kind: Tensor, counter: Counter | None) -> None:
+        """Keep what the dispatch of this layer's rows asks for: :meth:`take_routed`.
+
+        Args:
+            gate_ids: ``[T, K]``, before the rule.
+            row_kind: ``[T]`` int8.
+            counter: what is counted under; None = it is not counted.
+        """
+        self.routed = Routed(gate_ids, row_kind == PADDING, counter)
 
     def take_routed(self) -> Routed | None:
         """What the rule of this layer left, once; None outside a step (warm-up, drafts)."""
@@ -68,18 +78,42 @@ class DispatchMeter:
             self.counts[routed.counter] += counts
             self.calls[routed.counter] += 1
 
-    def read(self, *, reset: bool) -> list[dict[str, Any]]:
-        """Sums per step kind: ``calls`` and every field of ``DISPATCH_COUNTS``, a list by layer."""
+    def add_gathered(self, size: int) -> None:
+        """Nothing: no row is gathered."""
+
+    def read_bytes(self) -> list[dict[str, list[int] | None]]:
+        """Of the rows that were sent to other ranks, not of the sums that came back."""
+        row = self.row_bytes["dispatch"]
+        return [
+            {
+                f"bytes_dispatched_{when}": [n * row for n in of_kind[f"rows_sent_{when}"]]
+                for when in ("before", "after")
+            }
+            for of_kind in self._read()
+        ]
+
+    def add_to_report(self, report: dict[str, Any]) -> None:
+        """Add ``"dispatch"``, what was moved.
+
+        At the top ``ranks`` and ``row_bytes``; under each step kind sums by layer: ``calls`` and
+        every field of ``DISPATCH_COUNTS``, of the steps that the kind's other counters count.
+        """
+        report["dispatch"] = {"ranks": self.ranks, "row_bytes": self.row_bytes}
+        for name, of_kind in zip(KIND_NAMES, self._read(), strict=True):
+            report[name]["dispatch"] = of_kind
+
+    def _read(self) -> list[dict[str, Any]]:
         sums = self.counts.cpu().numpy()
-        report = [
+        return [
             {"calls": self.calls[kind].tolist()}
             | dict(zip(DISPATCH_COUNTS, sums[kind].T.tolist(), strict=True))
             for kind in range(2)
         ]
-        if reset:
-            self.counts.zero_()
-            self.calls[:] = 0
-        return report
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self.counts.zero_()
+        self.calls[:] = 0
 
 
 def replace_dispatch(
@@ -116,15 +150,8 @@ def replace_dispatch(
                 f"sere.dispatch = 'all_to_all': layer {runner.layer_name!r} dispatches by "
                 f"{type(stock).__name__}, which it cannot take the place of; leave it out"
             )
-        exchange = AllToAll(owners[layer].to(meter.device), group, greeting)
+        exchange = AllToAll(owners[layer], group, greeting)
         meter.ranks = exchange.ranks
         meter.row_bytes = exchange.row_bytes(moe.hidden_dim, moe.experts_per_token, moe.in_dtype)
         backend = AllToAllPrepareAndFinalize(exchange, meter)
         method.moe_kernel = FusedMoEKernel(backend, method.moe_kernel.fused_experts)
-
-
-def group_timeout(vllm_config: Any) -> timedelta:
-    """Of the engine's exchanges: vLLM's ``distributed_timeout_seconds``, else torch's default."""
-    seconds = vllm_config.parallel_config.distributed_timeout_seconds
-    default: timedelta = dist.default_pg_timeout
-    return default if seconds is None else timedelta(seconds=seconds)

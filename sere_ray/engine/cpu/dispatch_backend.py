@@ -1,4 +1,7 @@
-"""The back end itself. Imports vLLM, so it is imported where an engine asks for it, not before."""
+"""The all-to-all as a back end of vLLM's MoE kernels.
+
+Imports vLLM, so it is imported where an engine asks for it, not before.
+"""
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk

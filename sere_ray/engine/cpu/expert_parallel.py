@@ -16,7 +16,7 @@ CpuCommunicator.reduce_scatterv        exchange them through gloo. Why: stock ra
 MoERunner._forward_entry               Call the layer through vLLM's own opaque op, as on GPUs.
                                        Why: a CPU layer is traced into the compiled graph, which
                                        can hold neither a number of owned slots nor the row counts
-                                       of other ranks. Remove: as the three above.
+                                       of other ranks. Remove: with the other three.
 =====================================  ==========================================================
 """
 
@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.cpu.state import active_state
-from sere_ray.engine.state import Wrap
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -64,25 +64,6 @@ def prepare_layer(runner: Any, backend: Any) -> None:
     runner._forward_entry = (
         ops.moe_forward if runner.shared_experts is None else ops.moe_forward_shared
     )
-
-
-def expert_owner(runner: Any) -> Tensor:
-    """The expert-parallel rank that holds each expert of a layer, ``[E]`` int64.
-
-    Asked of vLLM, which falls back to linear placement where it lacks another one.
-    """
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
-
-    manager = runner.routed_experts.expert_map_manager
-    num_experts = manager.global_num_experts
-    owner = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
-    for rank in range(manager.ep_size):
-        _, local_ids, _ = determine_expert_map(
-            manager.ep_size, rank, num_experts, manager.placement_strategy
-        )
-        if local_ids is not None:  # None: one rank
-            owner[local_ids.cpu() >= 0] = rank
-    return owner
 
 
 def _drop_foreign_slots(
@@ -147,9 +128,9 @@ def _all_gatherv(
     """Rows of all ranks in rank order; ``sizes`` holds the number of rows of each rank."""
     assert dim == 0
     group = communicator.device_group
-    if (state := active_state()) is not None:
+    if (state := active_state()) is not None and state.sent is not None:
         tensors = input_ if isinstance(input_, list) else [input_]
-        state.count_sent(sum(x.nbytes for x in tensors) * (group.size() - 1))
+        state.sent.add_gathered(sum(x.nbytes for x in tensors) * (group.size() - 1))
     if isinstance(input_, list):
         return gather_together(input_, sizes, group)
     return gather_rows(input_, sizes, group)
@@ -162,7 +143,7 @@ def _reduce_scatterv(
     dim: int = -1,
     sizes: list[int] | None = None,
 ) -> Tensor:
-    """Sum over ranks of this rank's rows; ``sizes`` as above."""
+    """Sum over ranks of this rank's rows; ``sizes`` holds the number of rows of each rank."""
     assert dim == 0
     return reduce_rows(input_, sizes, communicator.device_group)
 
@@ -175,8 +156,8 @@ def gather_together(
 
     Args:
         tensors: each ``[n, ...]``, of any type.
-        sizes: see :func:`gather_rows`.
-        group: likewise.
+        sizes: n of every rank; None = the same everywhere.
+        group: a gloo group.
     """
     parts = [x.contiguous().flatten(1).view(torch.uint8) for x in tensors]
     gathered = gather_rows(torch.cat(parts, dim=1), sizes, group)

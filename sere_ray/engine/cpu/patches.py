@@ -1,5 +1,7 @@
-"""What an engine on a CPU (V1 model runner) changes beside ``seam.py``, and the ledger of it.
+"""What an engine on a CPU (V1 model runner) changes beside ``engine/patches.py``: the ledger of it.
 
+=====================================  ==========================================================
+target                                 what, why, remove when
 =====================================  ==========================================================
 GPUModelRunner._model_forward          Row kinds and step totals around the forward pass (warm-up
                                        calls the model directly and so stays exact). Remove: vLLM
@@ -8,54 +10,49 @@ dispatcher._rebind_kernels             A second engine in one process: vLLM look
                                        loaded module for kernels and stumbles over llvmlite's
                                        library object, which the compiled rule brings in (numba).
                                        Remove: vLLM reads ``__dict__`` with a type check.
+GPUModelRunner._dummy_run              With ``enable_expert_parallel``: take part in the exchange
+                                       of data-parallel ranks. Why: a dummy pass calls the model
+                                       directly, past ``_model_forward``. Remove: as for
+                                       GPUModelRunner._model_forward.
 =====================================  ==========================================================
 
-With ``enable_expert_parallel`` also those of ``cpu_expert_parallel.py`` and ``cpu_union_seam.py``.
+With ``enable_expert_parallel`` also those of ``expert_parallel.py``, with ``dispatch: all_to_all``
+that of ``dispatch.py``.
 """
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sere_ray.engine.cpu import expert_parallel as cpu_expert_parallel
-from sere_ray.engine.cpu import union_patches as cpu_union_seam
+from sere_ray.engine.back_end import Wrap
+from sere_ray.engine.cpu import expert_parallel
 from sere_ray.engine.cpu.state import CpuState, active_state
 from sere_ray.engine.row_kinds import request_kinds, row_kinds
-from sere_ray.engine.state import Routing, Wrap, find_state
+from sere_ray.engine.state import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT, Choice
 
 
-def install(wrap: Wrap, vllm_config: Any) -> None:
-    """Put the patches in place; calling it again does nothing."""
+def install(wrap: Wrap, *, across_ranks: bool) -> None:
+    """Put the patches in place; calling it again does nothing.
+
+    Args:
+        wrap: see :data:`sere_ray.engine.back_end.Wrap`.
+        across_ranks: whether vLLM's ``enable_expert_parallel`` is set.
+    """
     from vllm.triton_utils import dispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "_model_forward", _run_step)
     wrap(dispatcher, "_rebind_kernels", hide_llvmlite)
-    if vllm_config.parallel_config.enable_expert_parallel:
-        cpu_expert_parallel.install(wrap)
-        cpu_union_seam.install(wrap)
-
-
-def route(
-    router: Any,
-    original: Callable[..., Routing],
-    hidden_states: Tensor,
-    router_logits: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Routing:
-    """The gate's choice, re-routed."""
-    topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
-    new_ids, new_weights = torch.ops.sere_ray.choose(
-        topk_ids, topk_weights, router_logits, router.sere_layer
-    )
-    return new_weights, new_ids
+    if across_ranks:
+        expert_parallel.install(wrap)
+        wrap(GPUModelRunner, "_dummy_run", _run_dummy)
 
 
 @functools.cache
@@ -94,9 +91,13 @@ def hide_llvmlite(original: Callable[..., Any], *args: Any) -> Any:
         sys.modules.update(hidden)
 
 
+def _state_of_runner(runner: Any) -> CpuState | None:
+    return cast(CpuState | None, find_state(runner.vllm_config))
+
+
 def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    state = find_state(runner.vllm_config)
-    if not isinstance(state, CpuState):
+    state = _state_of_runner(runner)
+    if state is None:
         return original(runner, *args, **kwargs)
     batch, count = runner.input_batch, runner.input_batch.num_reqs
     kinds = request_kinds(
@@ -108,4 +109,12 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
         if asks_exact(runner.requests[request].sampling_params):
             kinds[i] = EXACT
     with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
+        return original(runner, *args, **kwargs)
+
+
+def _run_dummy(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    state = _state_of_runner(runner)
+    if state is None or state.union is None:
+        return original(runner, *args, **kwargs)
+    with state.step(np.zeros(0, dtype=np.int8)):  # all rows are padding
         return original(runner, *args, **kwargs)

@@ -1,87 +1,146 @@
-"""The rule ``margin`` in a CPU engine: the torch rule itself, on what the gate computed."""
+"""The rules of a CPU engine in one layer: kept experts from the rows of all ranks, then new ids."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sere_ray.kernel.cpu_sere import StepCounts
-from sere_ray.policy.policy import Policy
-from sere_ray.rules import PADDING, RULES, Choice, Layer, margin, name_dropped
-from sere_ray.util.errors import UnsupportedError
+from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.kernel.cpu_sere import (
+    StepCounts,
+    lowest_slot_orders,
+    reroute_and_count,
+    reroute_by_slot_orders,
+)
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.rules import PADDING, REROUTABLE, Choice, margin, name_dropped
 
 
-def margin_and_count(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    router_logits: Tensor,
-    row_kind: Tensor,
-    layer: Layer,
-    keep: Callable[[Tensor], Tensor],
+class LayerOfStep(NamedTuple):
+    """What a rule is told of one layer of the running step."""
+
+    layer: int
+    """Decoder layer index."""
+    position: int
+    """Of the layer among the MoE layers, from 0."""
+    topk_ids: Tensor
+    """``[T, K]``, the gate's."""
+    topk_weights: Tensor
+    """``[T, K]``."""
+    router_logits: Tensor
+    """``[T, E]``; a softmax makes them the scores."""
+    row_kind: Tensor
+    """``[T]`` int8."""
+    similarity: Tensor
+    """``[E, E]`` float32."""
+    owner: Tensor | None
+    """``[E]`` int64, rank of every expert; None = one rank holds them all."""
+
+
+def apply_rule(
+    bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
-    """Apply the rule to one layer of a step.
-
-    vLLM's CPU experts take no id of -1: a dropped slot names the row's best expert, with weight 0.
+    """New ids and weights of a layer, and what changed.
 
     Args:
-        topk_ids: ``[T, K]``, the gate's.
-        topk_weights: ``[T, K]``.
-        router_logits: ``[T, E]``; a softmax makes them the scores.
-        row_kind: ``[T]`` int8.
-        layer: what the rule knows of it; ``owner`` is counted with, too.
-        keep: from what these rows ask of each expert, ``[E]`` int64, which becomes what all ranks
-            ask, to the experts that are kept, ``[E]`` bool.
+        bound: the policy's numbers for this step.
+        of_step: the layer.
+        union: the ranks whose rows the kept experts are chosen over; None = these rows alone.
+
+    Returns:
+        ``[T, K]`` ids and weights, both new tensors. Of the counts experts are those of all ranks
+        of the union, slots those of these rows.
     """
-    scores = router_logits.float().softmax(dim=-1)
-    asked = margin.ask(topk_ids, topk_weights, scores, row_kind, layer)
-    kept = keep(asked)
-    new_ids, new_weights = margin.refill_rows(kept, topk_ids, topk_weights, scores, row_kind, layer)
+    rule = _apply_sere if bound.rule == "sere" else _apply_margin
+    return rule(bound, of_step, union)
+
+
+def _apply_sere(
+    bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
+) -> tuple[Choice, StepCounts]:
+    ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
+    similarity = of_step.similarity
+    numbers: dict[str, Any] = {
+        "select_top_k": bound.select_top_k,
+        "threshold": bound.threshold,
+        "min_primary_experts": bound.min_primary_experts,
+        "owner": of_step.owner,
+    }
+    if union is None:
+        new_ids, counts = reroute_and_count(ids, weights, similarity, kinds, **numbers)
+    else:
+        orders = lowest_slot_orders(ids, weights, kinds, len(similarity))
+        union.take_minimum(orders)
+        if union.compares:
+            union.compare(of_step.layer, _targets(orders, similarity, ids.shape[1], numbers))
+        new_ids, counts = reroute_by_slot_orders(ids, orders, similarity, kinds, **numbers)
+    return (new_ids, weights.clone()), counts
+
+
+def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
+    """Where slots of each expert go: new ids of rows that name every expert once.
+
+    Args:
+        orders: ``[E]`` uint8, the lowest slot order in which a row names each expert.
+        similarity: ``[E, E]`` float32.
+        top_k: K.
+        numbers: as the rule takes them.
+    """
+    count = len(orders)
+    rows = -(-count // top_k)
+    slots = torch.full((rows * top_k,), -1, dtype=torch.int32, device="cpu")
+    slots[:count] = torch.arange(count, dtype=torch.int32, device="cpu")
+    kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8, device="cpu")
+    targets, _ = reroute_by_slot_orders(
+        slots.view(rows, top_k), orders, similarity, kinds, **numbers
+    )
+    return targets
+
+
+def _apply_margin(
+    bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
+) -> tuple[Choice, StepCounts]:
+    """The torch rule itself.
+
+    vLLM's CPU experts take no id of -1: a dropped slot names the row's best expert, with weight 0.
+    """
+    ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
+    scores = of_step.router_logits.float().softmax(dim=-1)
+    num_experts, owner = scores.shape[1], of_step.owner
+    knobs = bound.of_layer(of_step.position, num_experts, of_step.similarity, owner)
+    asked = margin.ask(ids, weights, scores, kinds, knobs)
+    if union is not None:
+        union.add_up(asked)
+    kept = margin.keep(asked, knobs)
+    if union is not None and union.compares:
+        union.compare(of_step.layer, kept)
+    new_ids, new_weights = margin.refill_rows(kept, ids, weights, scores, kinds, knobs)
     named = margin.is_named(asked)
-    changed = (new_ids != topk_ids).any(dim=1) & (row_kind != PADDING)
+    changed = (new_ids != ids).any(dim=1) & (kinds != PADDING)
     counts = StepCounts(
         experts_before=int(named.sum()),
         experts_after=int(kept.sum()),
-        slots_rerouted=_slots_changed(topk_ids[changed], new_ids[changed]),
+        slots_rerouted=_slots_changed(ids[changed], new_ids[changed]),
         critical_kept=0,
-        experts_max_rank_before=_busiest(named, layer.owner),
-        experts_max_rank_after=_busiest(kept, layer.owner),
+        experts_max_rank_before=_busiest(named, owner),
+        experts_max_rank_after=_busiest(kept, owner),
     )
-    return (name_dropped(new_ids, topk_ids), new_weights), counts
+    return (name_dropped(new_ids, ids), new_weights), counts
 
 
 def _slots_changed(before: Tensor, after: Tensor) -> int:
-    """Slots whose expert the row did not have before, or that are dropped; order does not count."""
+    """Slots whose expert the row did not have before, or that are dropped; order does not count.
+
+    Args:
+        before: ``[rows, K]`` ids.
+        after: ``[rows, K]`` ids; -1 = dropped.
+    """
     stayed = (after[:, :, None] == before[:, None, :]).any(dim=2)
     return int((~stayed).sum())
 
 
 def _busiest(named: Tensor, owner: Tensor | None) -> int:
+    """Experts of the rank that holds most of those that are ``named``, ``[E]`` bool."""
     if owner is None or not named.any():
         return int(named.sum())
     return int(torch.bincount(owner[named]).max())
-
-
-def check_gate(policy: Policy, router: Any) -> None:
-    """Refuse a rule that reads scores which this gate does not choose by.
-
-    Raises:
-        UnsupportedError: the gate has groups, a bias or another function than softmax.
-    """
-    odd = [
-        name
-        for name in (
-            "use_grouped_topk",
-            "custom_routing_function",
-            "e_score_correction_bias",
-            "_hash_indices_table",
-        )
-        if getattr(router, name, None) is not None and getattr(router, name) is not False
-    ]
-    if getattr(router, "scoring_func", "softmax") != "softmax":
-        odd.append(f"scoring_func = {router.scoring_func}")
-    if odd and RULES[policy.rule].needs_scores:
-        raise UnsupportedError(
-            f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax; this "
-            f"model's has {', '.join(odd)}; use rule = 'sere'"
-        )

@@ -1,6 +1,5 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
-import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.cpu.rules import check_gate, margin_and_count
-from sere_ray.engine.state import DECODE_ONLY, EngineState
+from sere_ray.engine.agreement import Told
+from sere_ray.engine.cpu.dispatch import DispatchMeter, replace_dispatch
+from sere_ray.engine.cpu.rules import LayerOfStep, apply_rule
+from sere_ray.engine.cpu.sent import GatheredBytes, Sent
+from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.engine.state import DECODE_ONLY, MIXED, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
-from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.policy import Policy
-from sere_ray.rules import REROUTABLE, Choice, Layer, margin
+from sere_ray.policy.capabilities import EngineKind
+from sere_ray.rules import EXACT, REROUTABLE, Choice, RuleCounts
 
 
 @dataclass
@@ -27,27 +29,63 @@ class CpuState(EngineState):
 
     Attributes:
         max_rows: most rows of a forward pass.
+        union: the other data-parallel ranks; None = there are none.
         owner: decoder layer index -> ``[E]`` int64, the rank that holds each expert; no entry
             where one rank holds them all.
-        union_rows: re-routable rows of the running step that experts are chosen over.
+        similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
+        sent: counts what goes to other ranks; None = nothing does.
+        meter: the same, where it goes by the all-to-all.
+        row_kind: ``[max_rows]`` int8 of the running step.
+        counters: ``[2, layers, 6]`` by step kind, fields of ``StepCounts``.
+        decode_rows: re-routable rows of this rank in the running step.
+        union_rows: re-routable rows that experts are chosen over.
+        decodes: whether there are any: else the step is left alone, and not counted.
     """
 
     max_rows: int
+    union: UnionOfRanks | None = field(default=None, kw_only=True)
     owner: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Allocate everything a step writes to, and compile the rule."""
         super().__post_init__()
-        self.apply_artifact()
+        self._take_matrices()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.decode_rows = self.union_rows = 0
+        self.decodes = self.has_exact_row = self.agreed = False
+        self.meter: DispatchMeter | None = None
+        self.sent: Sent | None = None
+        if self.union is not None and self.startup.dispatch == "all_to_all":
+            self.sent = self.meter = DispatchMeter(len(self.layers))
+        elif self.union is not None:
+            self.sent = GatheredBytes(len(self.layers))
         _compile_rule(self.top_k)
 
-    def apply_artifact(self) -> None:
-        """See the base class."""
-        self.similarity = {layer: self.artifact.layers[layer].cpu() for layer in self.layers}
+    @property
+    def kind(self) -> EngineKind:
+        """On a CPU."""
+        return {"on_gpu": False, "several_ranks": self.union is not None}
+
+    def run(self, told: Told) -> None:
+        """Read policy and matrices from now on; nothing that runs points to the former ones."""
+        is_new = told.artifact is not self.running.artifact
+        self.running = told
+        if is_new:
+            self._take_matrices()
+
+    def _take_matrices(self) -> None:
+        matrices = self.running.artifact.layers
+        self.similarity = {layer: matrices[layer].cpu() for layer in self.layers}
+
+    def loaded(self) -> None:
+        """Put the all-to-all in, where it was asked for."""
+        if self.meter is not None and self.union is not None:
+            ranks = self.union
+            replace_dispatch(self.attached, self.owner, self.meter, ranks.group, ranks.greeting)
+
+    # --- a step -----------------------------------------------------------------------------------
 
     @contextmanager
     def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:
@@ -64,99 +102,100 @@ class CpuState(EngineState):
         finally:
             _active.reset(token)
             self.row_kind[: len(kinds)] = 0
-        seconds = time.perf_counter() - start
-        self.count_step(self.current_kind, self.decode_rows, len(kinds), seconds)
+        if self.decodes:
+            seconds = time.perf_counter() - start
+            self.count_step(self.current_kind, self.decode_rows, len(kinds), seconds)
 
     def begin(self, kinds: NDArray[np.int8]) -> None:
-        """Take over the row kinds of a pass; ``[rows]`` int8."""
+        """Take over the row kinds of a pass, ``[rows]`` int8.
+
+        Ranks talk later, in the first layer, where all are in step.
+        """
         self.decode_rows = self.union_rows = int((kinds == REROUTABLE).sum())
+        self.decodes, self.has_exact_row = self.decode_rows > 0, bool((kinds == EXACT).any())
         self.current_kind = self.step_kind(kinds)
         self.row_kind[: len(kinds)] = torch.from_numpy(kinds)
+        self.agreed = self.union is None
 
-    @property
-    def running(self) -> BoundPolicy:
-        """The policy's numbers for the running step."""
-        return self.bound.for_rows(self.union_rows)
+    def _agree(self, union: UnionOfRanks) -> None:
+        """The policy of this pass, and which rows it has anywhere; a collective call."""
+        assert self.versions is not None
+        newest, checksum = self.versions.newest, self.versions.checksum
+        found = union.agree(newest, checksum, self.decode_rows, has_exact_row=self.has_exact_row)
+        self.run_common(
+            found.lowest_version, found.highest_version, same_checksum=found.same_checksum
+        )
+        if self.bound.union == "global":
+            self.decodes, self.union_rows = found.decodes, found.decode_rows
+            self.current_kind = MIXED if found.is_mixed else DECODE_ONLY
+        self.agreed = True
 
-    def check_supported(self, policy: Policy) -> None:
-        """See the base class."""
-        for runner in self.attached.values():
-            check_gate(policy, runner.router)
+    # --- a layer ----------------------------------------------------------------------------------
 
     def choose(
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> Choice:
-        """Apply the policy's rule to one layer of the running step and count; ``[T, K]`` each."""
-        self.before_layer(layer, topk_ids)
-        if self.bound.rule == "sere":
-            return self.reroute(layer, topk_ids, topk_weights), topk_weights.clone()
-        old = topk_ids.clone(), topk_weights.clone()
-        if self.bound.mode == "off" or not self.has_decode_row():
-            return old
-        new, counts = self.apply_margin(layer, topk_ids, topk_weights, router_logits)
-        self.counters[self.current_kind, self.position[layer]] += counts
-        return new if self.bound.mode == "on" else old
+        """Apply the policy to one layer of the running step and count.
 
-    def apply_margin(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
-    ) -> tuple[Choice, StepCounts]:
-        """What the rule ``margin`` chooses for a layer, and what changed."""
-        kinds, knobs = self.row_kind[: topk_ids.shape[0]], self.knobs(layer)
-        keep = functools.partial(self.keep, layer, knobs)
-        return margin_and_count(topk_ids, topk_weights, router_logits, kinds, knobs, keep)
+        The way down: the rule, in between its exchange with other ranks, then the compiled loops.
 
-    def keep(self, layer: int, knobs: Layer, asked: Tensor) -> Tensor:
-        """The experts that are kept, ``[E]`` bool, of what the rows ask for, ``[E]`` int64."""
-        return margin.keep(asked, knobs)
+        Args:
+            layer: decoder layer index.
+            topk_ids: ``[T, K]``.
+            topk_weights: ``[T, K]``.
+            router_logits: ``[T, E]``.
 
-    def knobs(self, layer: int) -> Layer:
-        """What a rule is given beside the rows of a layer."""
-        matrix = self.similarity[layer]
-        position, owner = self.position[layer], self.owner.get(layer)
-        return self.running.of_layer(position, len(matrix), matrix, owner)
+        Returns:
+            New ids and weights, ``[T, K]`` each; never the given tensors.
+        """
+        if self.union is not None and not self.agreed:
+            self._agree(self.union)
+        position, kinds = self.position[layer], self.row_kind[: topk_ids.shape[0]]
+        if self.sent is not None:
+            counter = (self.current_kind, position) if self.decodes else None
+            self.sent.begin_layer(topk_ids, kinds, counter)
+        if self.bound.mode == "off" or not self.decodes:
+            return topk_ids.clone(), topk_weights.clone()
+        new, counts = apply_rule(
+            self.bound.for_rows(self.union_rows),
+            LayerOfStep(
+                layer,
+                position,
+                topk_ids,
+                topk_weights,
+                router_logits,
+                kinds,
+                self.similarity[layer],
+                self.owner.get(layer),
+            ),
+            self.union if self.bound.union == "global" else None,
+        )
+        self.counters[self.current_kind, position] += counts
+        return new if self.bound.mode == "on" else (topk_ids.clone(), topk_weights.clone())
 
-    def before_layer(self, layer: int, topk_ids: Tensor) -> None:
-        """Do what comes before the rule in a layer; one rank has nothing to do."""
+    # --- counters ---------------------------------------------------------------------------------
 
-    def reroute(self, layer: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The same for the rule ``sere``: new ids alone."""
-        if self.bound.mode == "off" or not self.has_decode_row():
-            return topk_ids.clone()
-        kinds = self.row_kind[: topk_ids.shape[0]]
-        new_ids, counts = self.apply_rule(layer, topk_ids, topk_weights, kinds)
-        self.counters[self.current_kind, self.position[layer]] += counts
-        return new_ids if self.bound.mode == "on" else topk_ids.clone()
+    def read_layer_counters(self) -> NDArray[np.int64]:
+        """Under ``union: local`` no rank knows what others read."""
+        if self.union is not None and self.bound.union == "local":
+            return self.counters[:, :, : len(RuleCounts._fields)]
+        return self.counters
 
-    def count_sent(self, size: int) -> None:
-        """Take note of bytes that vLLM sends to other ranks; here there are none that dispatch."""
+    def read_bytes(self) -> list[dict[str, list[int] | None]]:
+        """What goes to other ranks, with the gate's ids and with the rule's."""
+        return super().read_bytes() if self.sent is None else self.sent.read_bytes()
 
-    def has_decode_row(self) -> bool:
-        """Whether the running step has a row that may be re-routed."""
-        return self.decode_rows > 0
+    def add_to_report(self, report: dict[str, Any]) -> None:
+        """With ``dispatch: all_to_all`` also what it moved: :meth:`DispatchMeter.add_to_report`."""
+        if self.sent is not None:
+            self.sent.add_to_report(report)
 
-    def apply_rule(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, kinds: Tensor
-    ) -> tuple[Tensor, StepCounts]:
-        """New ids of a layer, and what changed."""
-        arguments = self.rule_arguments(layer)
-        return reroute_and_count(topk_ids, topk_weights, self.similarity[layer], kinds, **arguments)
-
-    def rule_arguments(self, layer: int) -> dict[str, Any]:
-        """The policy as the rule takes it for this layer."""
-        running = self.running
-        return {
-            "select_top_k": running.select_top_k,
-            "threshold": running.threshold,
-            "min_primary_experts": running.min_primary_experts,
-            "owner": self.owner.get(layer),
-        }
-
-    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
-        """See the base class."""
-        counters = self.counters.copy()
-        if reset:
-            self.counters[:] = 0
-        return counters
+    def reset_counters(self) -> None:
+        """Also those by layer."""
+        super().reset_counters()
+        self.counters[:] = 0
+        if self.sent is not None:
+            self.sent.reset()
 
 
 _active: ContextVar[CpuState | None] = ContextVar("sere_ray_active_state", default=None)

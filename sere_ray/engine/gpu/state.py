@@ -1,189 +1,169 @@
-"""Re-routing on a GPU: one kernel launch per layer, in eager passes and in captured graphs alike.
+"""Re-routing on a GPU: one launch per layer, in eager passes and in captured graphs alike."""
 
-Where vLLM's Triton experts sort the slots by expert right after routing, the launch does that
-too and so replaces vLLM's two: :meth:`CudaState.defer` holds the layer's ids until then. In small
-batches it also computes the gate's top-k: :meth:`CudaState.defer_routing` holds the logits.
-"""
-
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.state import EngineState, Routing
-from sere_ray.kernel.launcher import (
-    LOGIT_DTYPES,
-    MAX_ALIGNED_ROWS,
-    MAX_ROUTED_ROWS,
-    Aligned,
-    RuleKernel,
-    blocks_of_margin,
-    reads_logits,
-)
-from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
-from sere_ray.policy.capabilities import check_policy
-from sere_ray.policy.policy import Policy
-from sere_ray.rules import RULES, RuleCounts
+from sere_ray.engine.agreement import Told
+from sere_ray.engine.back_end import Routing
+from sere_ray.engine.gpu.device_rule import DeviceRule
+from sere_ray.engine.gpu.own_rows import Deferred, OwnRows
+from sere_ray.engine.gpu.rank_words import read_words, write_words
+from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
+from sere_ray.engine.state import BYTES, EngineState
+from sere_ray.kernel.across_ranks import Placement
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.limits import LOGIT_DTYPES, MAX_ALIGNED_ROWS, reads_logits
+from sere_ray.policy.capabilities import EngineKind
+from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import UnsupportedError
-
-MAX_ROUTED_LOGITS = 4096
-"""Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses
-more slowly than vLLM's many (`added_with_top_k_us` in docs/results/kernel-h200.json)."""
-
-
-class Deferred(NamedTuple):
-    """A layer whose ids are still the gate's, or not even chosen."""
-
-    layer: int
-    topk_ids: Tensor
-    topk_weights: Tensor
-    logits: Tensor | None = None
-    chooses: bool = False
-    """The ids are still to be chosen from the logits, as the fields below say."""
-    is_padding: Tensor | None = None
-    renormalize: bool = False
 
 
 @dataclass
 class CudaState(EngineState):
-    """Tables, settings, row kinds and counters in device memory, never moved once made.
+    """Policies, steps and layers of one engine; rows are in device memory.
 
     Attributes:
         num_experts: E, logical experts.
         max_rows: most rows of a forward pass.
         device: of this worker.
+        ranks: the data-parallel ranks of the engine; None = one.
+        rule: matrices and the running policy's numbers.
+        own: this rank's rows.
+        union: the rows of all ranks; None = there is one.
+        deferred: the layer that is computed now, if its ids are re-routed when they are sorted.
+        exact_requests: running requests that ask for exact routing.
     """
 
     num_experts: int
     max_rows: int
     device: torch.device
+    ranks: RankGroup | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Allocate everything graphs will point to; compile the kernel."""
+        """Allocate everything graphs will point to; compile the kernels."""
         super().__post_init__()
-        self.tables = {
-            layer: LayerTables.build(self.artifact.layers[layer], self.device)
-            for layer in self.layers
-        }
-        self.settings = Settings(self.device, len(self.layers))
-        self.step_input = StepInput(self.max_rows, self.device)
-        shape = (2, len(self.layers), len(RuleCounts._fields))
-        self.counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        matrices = {layer: self.artifact.layers[layer] for layer in self.layers}
+        self.rule = DeviceRule(matrices, self.top_k, self.num_experts, self.device, self.bound)
+        self.own = OwnRows(self.rule, self.max_rows)
+        self.union: UnionOfRanks | None = None
+        if self.ranks is not None:
+            self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows)
         self.deferred: Deferred | None = None
-        self.without_scores: set[int] = set()
         self.exact_requests: set[str] = set()
-        self.kernel(torch.int32).load(self.device, ("reroute", "reroute_and_align"))
-        for logits in (torch.bfloat16, torch.float32):
-            self.kernel(torch.int32, logits).load(self.device, ("route_and_align",))
-        self.apply_policy()
 
-    def kernel(
-        self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
-    ) -> RuleKernel:
-        """The kernel for ids of this type; where it chooses them, from logits of that type."""
-        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
+    @property
+    def kind(self) -> EngineKind:
+        """On a GPU."""
+        return {"on_gpu": True, "several_ranks": self.ranks is not None}
 
-    def check_supported(self, policy: Policy) -> None:
-        """See the base class."""
-        check_policy(policy, on_gpu=True)
-        self.check_scores(policy)
+    def run(self, told: Told) -> None:
+        """Copy what changes to where captured graphs read it, behind every step launched so far."""
+        if told.artifact is not self.running.artifact:
+            self.rule.write_matrices(told.artifact.layers)
+        self.running = told
+        self.rule.write(told.bound)
 
-    def check_scores(self, policy: Policy) -> None:
-        """Refuse a rule that reads scores which a gate here does not give.
-
-        Raises:
-            UnsupportedError: the gate has groups, a bias, another function than softmax, or logits
-                of a type that the kernels do not read.
-        """
-        if RULES[policy.rule].needs_scores and self.without_scores:
-            raise UnsupportedError(
-                f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax "
-                f"of {' or '.join(str(dtype) for dtype in LOGIT_DTYPES)}; that of layer "
-                f"{min(self.without_scores)} does not; use rule = 'sere'"
-            )
-
-    def scores_of(self, layer: int, logits: Tensor, *, is_softmax: bool) -> Tensor | None:
+    def scores_of(self, layer: int, logits: Tensor) -> Tensor | None:
         """A gate's logits, if rules can read scores from them.
 
         Args:
-            layer: decoder layer.
+            layer: decoder layer index.
             logits: ``[T, E]``.
-            is_softmax: whether the gate chooses the K best of their softmax.
 
         Raises:
             UnsupportedError: they cannot, and the running rule does.
         """
-        if is_softmax and reads_logits(logits):
-            return logits
-        self.without_scores.add(layer)
+        if layer not in self.without_scores and not reads_logits(logits):
+            self.without_scores[layer] = (
+                f"logits of {logits.dtype} with strides {logits.stride()}, where the kernels read "
+                f"contiguous {' or '.join(str(dtype) for dtype in LOGIT_DTYPES)}"
+            )
         self.check_scores(self.policy)
-        return None
+        return None if layer in self.without_scores else logits
 
-    def apply_policy(self) -> None:
-        """Copy the policy's numbers to the device, behind every step launched so far."""
-        self.settings.write(self.bound, top_k=self.top_k, num_experts=self.num_experts)
-
-    def apply_artifact(self) -> None:
-        """Copy the matrices to where captured graphs read them, behind every step launched."""
-        for layer, tables in self.tables.items():
-            new = LayerTables.build(self.artifact.layers[layer], self.device)
-            for old_values, values in zip(tables, new, strict=True):
-                old_values.copy_(values)
+    # --- a step -----------------------------------------------------------------------------------
 
     def begin_step(self, kinds: NDArray[np.int8]) -> None:
-        """Row kinds of the pass that is launched next on this stream.
+        """Take over the row kinds of a step that this rank re-routes alone.
 
         Args:
-            kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
+            kinds: ``[rows]`` int8 of the step that is launched next on this stream; rows of the
+                pass beyond it are padding.
         """
         kind = self.step_kind(kinds)
-        reroutable = self.step_input.write(kinds, kind)
-        self.settings.follow(reroutable)
-        self.count_step(kind, reroutable, len(kinds))
+        reroutable = self.own.step_input.write(kinds, kind)
+        self.rule.settings.follow(reroutable)
+        if reroutable:
+            self.count_step(kind, reroutable, len(kinds))
 
     def begin_dummy_step(self) -> None:
         """The next pass computes nobody's rows: leave it alone."""
-        self.step_input.clear()
+        self.own.step_input.clear()
 
-    def reroute_inplace(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None = None
-    ) -> None:
-        """Apply the policy to one layer of the running step and count.
+    def words(self) -> NDArray[np.int32]:
+        """What this rank tells the others before the pass that it is about to run."""
+        versions, union = self.versions, self.union
+        assert versions is not None
+        assert union is not None
+        self.check_nothing_deferred()
+        return write_words(versions.newest, versions.checksum, union.next_kinds, self.max_rows)
+
+    def begin_pass(self, table: NDArray[np.int32], sizes: list[int]) -> None:
+        """Take over the row kinds of the pass that all ranks launch next.
 
         Args:
-            layer: decoder layer.
+            table: ``[words, ranks]``: what each rank told.
+            sizes: ``[ranks]`` rows of each rank in the pass, with padding.
+
+        Raises:
+            PolicyError: ranks were told different policies; on every rank alike.
+        """
+        assert self.union is not None
+        ranks = [read_words(column) for column in table.T]
+        versions = [of_rank.version for of_rank in ranks]
+        same_checksum = len({of_rank.checksum for of_rank in ranks}) == 1
+        self.run_common(min(versions), max(versions), same_checksum=same_checksum)
+        kind, reroutable = self.union.begin_pass([of_rank.kinds for of_rank in ranks], sizes)
+        mine = ranks[self.union.rank].kinds
+        if self.bound.union == "local":
+            self.begin_step(mine)
+            return
+        self.rule.settings.follow(reroutable)
+        if reroutable:
+            self.count_step(kind, int(np.count_nonzero(mine == REROUTABLE)), len(mine))
+        if self.union.way != "gathered":
+            self.own.step_input.write(mine, kind, reroutable=reroutable)
+
+    # --- a layer ----------------------------------------------------------------------------------
+
+    def reroute(
+        self,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        logits: Tensor | None,
+        *,
+        sorts: bool,
+    ) -> None:
+        """Re-route the rows of the only rank in place: now, or when the experts sort them.
+
+        Args:
+            layer: decoder layer index.
             topk_ids: ``[T, K]``.
             topk_weights: ``[T, K]``.
             logits: of :meth:`scores_of`.
+            sorts: whether the experts sort these very ids.
         """
-        kernel = self.kernel(topk_ids.dtype)
-        kernel.reroute(
-            topk_ids,
-            topk_ids,
-            topk_weights,
-            self.layer(layer),
-            logits=logits,
-            blocks=self.blocks(topk_ids.shape[0]),
-        )
-
-    def defer(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None = None
-    ) -> None:
-        """Re-route when the experts sort these ids: :meth:`align`; as :meth:`reroute_inplace`."""
-        if topk_ids.shape[0] > MAX_ALIGNED_ROWS:
-            self.reroute_inplace(layer, topk_ids, topk_weights, logits)
+        if sorts and topk_ids.shape[0] <= MAX_ALIGNED_ROWS:
+            self.deferred = self.own.defer(layer, topk_ids, topk_weights, logits)
         else:
-            self.deferred = Deferred(layer, topk_ids, topk_weights, logits)
-
-    def can_route(self, logits: Tensor) -> bool:
-        """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
-        kernel, (rows, experts) = self.kernel(torch.int32, logits.dtype), logits.shape
-        fits = rows <= MAX_ROUTED_ROWS and rows * experts <= MAX_ROUTED_LOGITS
-        fits = fits and experts == self.num_experts
-        return kernel.can_route and fits and logits.is_contiguous()
+            self.own.reroute(layer, topk_ids, topk_weights, logits)
 
     def defer_routing(
         self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
@@ -191,67 +171,90 @@ class CudaState(EngineState):
         """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
 
         Args:
-            layer: decoder layer.
-            logits: the gate's, ``[T, E]``.
+            layer: decoder layer index.
+            logits: the gate's, ``[T, E]``, of which :meth:`OwnRows.can_route` is true.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
 
         Returns:
             ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
         """
-        shape = (logits.shape[0], self.top_k)
-        weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-        self.deferred = Deferred(layer, ids, weights, logits, True, is_padding, renormalize)
-        return weights, ids
+        held = self.own.defer_routing(layer, logits, is_padding, renormalize=renormalize)
+        self.deferred = held
+        return held.topk_weights, held.topk_ids
+
+    def route_layer(
+        self,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        placement: Placement | None,
+        sorts: bool,
+        logits: Tensor | None = None,
+    ) -> None:
+        """Where there are several ranks: re-route now, or when the ids of all are gathered.
+
+        Args:
+            layer: decoder layer index.
+            topk_ids: ``[T, K]`` of this rank's rows.
+            topk_weights: ``[T, K]``.
+            placement: where experts are if ids will be gathered; None if they will not.
+            sorts: whether the experts may be given gathered ids sorted.
+            logits: of :meth:`scores_of`.
+
+        Raises:
+            UnsupportedError: other layers dispatch their rows in another way.
+        """
+        assert self.union is not None
+        way = self.union.choose_way(layer, self.bound, gathers=placement is not None)
+        if way == "before":
+            own = self.own.layer(layer)
+            self.union.reroute_before_dispatch(self.bound, own, topk_ids, topk_weights, logits)
+        elif way == "local":
+            self.own.reroute(layer, topk_ids, topk_weights, logits)
+        if placement is not None:
+            self.union.expect_ids(layer, placement, sorts=sorts)
+
+    def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """Re-route the rows of all ranks: now, or when the experts ask for them sorted.
+
+        Args:
+            topk_ids: ``[T, K]`` of all ranks, in rank order.
+            topk_weights: ``[T, K]``.
+        """
+        assert self.union is not None
+        gathered = self.union.take_gathered(topk_ids, topk_weights)
+        if gathered.sorts and topk_ids.shape[0] <= MAX_ALIGNED_ROWS:
+            sort = partial(self.union.align, gathered)
+            self.deferred = Deferred(gathered.layer, topk_ids, topk_weights, sort)
+        else:
+            self.union.reroute(gathered)
 
     def align(
         self, topk_ids: Tensor, block_size: int, skips_foreign: bool = False
     ) -> Aligned | None:
-        """Re-route the deferred ids in place and sort them; None if these are not deferred.
+        """Re-route the deferred ids in place and sort them.
 
         Args:
             topk_ids: ``[T, K]``.
             block_size: rows of the expert GEMM's tile.
-            skips_foreign: slots of other ranks' experts are left out. Here there are none.
+            skips_foreign: slots of other ranks' experts are left out; one rank has none.
+
+        Returns:
+            None where vLLM has to sort: these ids are not deferred, or re-routed only.
         """
         held = self.deferred
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
-        if held.chooses and held.logits is not None:
-            return self.kernel(topk_ids.dtype, held.logits.dtype).route_and_align(
-                held.logits,
-                topk_ids,
-                held.topk_weights,
-                self.layer(held.layer),
-                is_padding=held.is_padding,
-                renormalize=held.renormalize,
-                block_size=block_size,
-                blocks=self.blocks(topk_ids.shape[0]),
-            )
-        return self.kernel(topk_ids.dtype).reroute_and_align(
-            topk_ids,
-            topk_ids,
-            held.topk_weights,
-            self.layer(held.layer),
-            block_size=block_size,
-            logits=held.logits,
-            blocks=self.blocks(topk_ids.shape[0]),
-        )
-
-    def blocks(self, rows: int) -> int:
-        """Blocks of a launch: for the rule that runs now, so a graph keeps those of its capture.
-
-        A cluster of blocks waits for as many free multiprocessors, so ``sere`` does without it.
-        """
-        return blocks_of_margin(rows, self.device) if self.policy.rule == "margin" else 1
+        return held.sort(block_size, skips_foreign)
 
     def check_nothing_deferred(self) -> None:
         """Whatever was deferred must have been sorted: else experts ran on the gate's ids.
 
         Raises:
-            UnsupportedError: this vLLM sorts elsewhere.
+            UnsupportedError: this vLLM sorts or gathers elsewhere.
         """
         if self.deferred is not None:
             raise UnsupportedError(
@@ -259,18 +262,35 @@ class CudaState(EngineState):
                 "experts did not sort its ids where this version expects it; report this with "
                 "the model's name"
             )
+        if self.union is not None:
+            self.union.check_nothing_expected()
 
-    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
-        """See the base class; waits for the device."""
-        counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
-        if reset:
-            self.counters.zero_()
+    # --- counters ---------------------------------------------------------------------------------
+
+    def read_layer_counters(self) -> NDArray[np.int64]:
+        """Wait for the device; experts are those of all ranks, slots those of this rank's rows."""
+        counters: NDArray[np.int64] = self.own.counters.to("cpu", copy=True).numpy()
+        if self.union is not None:
+            gathered = self.union.way == "gathered"
+            return self.union.read_counters() if gathered else counters
         if all(runner.moe_config.ep_size == 1 for runner in self.attached.values()):
             return np.concatenate([counters, counters[:, :, :2]], axis=2)  # each rank reads all
         return counters
 
-    def layer(self, layer: int) -> DeviceLayer:
-        """What a launch reads and writes of a decoder layer."""
-        position = self.position[layer]
-        counters, settings = self.counters[:, position], self.settings.buffer[position]
-        return DeviceLayer(self.tables[layer], settings, self.step_input, counters)
+    def read_bytes(self) -> list[dict[str, list[int] | None]]:
+        """With several ranks not counted: vLLM sends inside captured graphs."""
+        if self.union is None:
+            return super().read_bytes()
+        return [dict.fromkeys(BYTES) for _ in range(2)]
+
+    def add_to_report(self, report: dict[str, Any]) -> None:
+        """With several ranks ``"gathered"``: see :meth:`UnionOfRanks.report`."""
+        if self.union is not None:
+            report["gathered"] = self.union.report()
+
+    def reset_counters(self) -> None:
+        """Also those on the device, behind every step launched so far."""
+        super().reset_counters()
+        self.own.counters.zero_()
+        if self.union is not None:
+            self.union.reset_counters()

@@ -17,34 +17,30 @@ In every layer, one of three ways, which the captured graphs hold from the start
   And the rule ``margin`` with any back end, a SUM of an integer an expert: scores are not gathered.
 - ``local``: ``union: local``, for comparison: each rank its own rows.
 
-Where vLLM is changed for it: ``cuda_union_seam.py``.
+Where vLLM is changed for it: ``union_patches.py``.
 """
 
 import logging
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.engine.gpu.rank_words import RankWords, read_words, write_words
-from sere_ray.engine.gpu.state import CudaState, Deferred
-from sere_ray.engine.state import BYTES, DECODE_ONLY, MIXED
+from sere_ray.engine.gpu.device_rule import DeviceRule
+from sere_ray.engine.state import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
-from sere_ray.kernel.launcher import MAX_ALIGNED_ROWS, Aligned
-from sere_ray.kernel.memory import DeviceLayer, Settings, StepInput
+from sere_ray.kernel.alignment import Aligned
+from sere_ray.kernel.memory import DeviceLayer, StepInput
 from sere_ray.kernel.peers import Peers
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.capabilities import check_change, check_swap
-from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, REROUTABLE
-from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.rules import EXACT
+from sere_ray.util.errors import UnsupportedError
 
 Way = Literal["gathered", "before", "local"]
 logger = logging.getLogger("vllm.sere_ray")
@@ -52,15 +48,15 @@ NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
 """Row kinds of a dummy pass."""
 
 
-@dataclass
-class UnionCudaState(CudaState):
-    """Row kinds of all ranks, and policies that switch between two passes.
+@dataclass(frozen=True)
+class RankGroup:
+    """The data-parallel ranks of an engine, as one of them reaches the others.
 
     Attributes:
-        rank: of this worker among the data-parallel ranks.
-        num_ranks: data-parallel ranks.
+        rank: of this worker.
+        num_ranks: how many there are.
         exchange: the minimum over ranks of a uint8 tensor, in place, on the current stream.
-        add_up: likewise the sum of an int64 tensor.
+        add_up: the sum over ranks of an int64 tensor, in place, on the current stream.
         connect: gives what a kernel needs to exchange by itself, None where it cannot; a collective
             call, made in the first layer that needs it.
         before_dispatch: take the way ``before`` also where vLLM gathers; for measurements.
@@ -73,140 +69,84 @@ class UnionCudaState(CudaState):
     connect: Callable[[], Peers | None]
     before_dispatch: bool = False
 
-    def __post_init__(self) -> None:
-        """Allocate everything graphs will point to; number the first policy 0."""
-        shape = (2, len(self.artifact.layers), NUM_COUNTERS)
-        self.gathered_counters = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self.gathered_step = StepInput(self.max_rows * self.num_ranks, self.device)
-        self.identity = Settings(self.device)  # of every layer
-        self.slot_orders = torch.zeros(self.num_experts, dtype=torch.uint8, device=self.device)
-        self.asked = torch.zeros(self.num_experts, dtype=torch.int64, device=self.device)
-        self.version = 0
-        super().__post_init__()
-        self.policies = {0: self.bound}
-        text = f"{self.bound.model_dump_json()} {_checksum_of(self.artifact.layers)}"
-        self.checksum = zlib.crc32(text.encode())
+
+class Gathered(NamedTuple):
+    """A layer's ids of all ranks, before they are re-routed."""
+
+    layer: int
+    topk_ids: Tensor
+    """``[T, K]``, in rank order."""
+    topk_weights: Tensor
+    """``[T, K]``."""
+    sorts: bool
+    """Whether the experts may be given them sorted."""
+
+
+class UnionOfRanks:
+    """What a rank knows of the rows of all ranks, and how a layer is re-routed over them.
+
+    Args:
+        group: the ranks.
+        rule: of the engine.
+        max_rows: most rows of a forward pass of one rank.
+    """
+
+    def __init__(self, group: RankGroup, rule: DeviceRule, max_rows: int) -> None:
+        self.group, self.rule, self.rank = group, rule, group.rank
+        device, shape = rule.device, (2, len(rule.tables), NUM_COUNTERS)
+        self.counters = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.step_input = StepInput(max_rows * group.num_ranks, device)
+        self.slot_orders = torch.zeros(rule.num_experts, dtype=torch.uint8, device=device)
+        self.asked = torch.zeros(rule.num_experts, dtype=torch.int64, device=device)
         self.way: Way | None = None
         self.next_kinds = NO_ROWS
+        """Row kinds of the pass that ranks are about to agree on, of this rank."""
         self.placements: dict[int, Placement] = {}
-        self.awaited: tuple[int, bool] | None = None  # layer, and whether its experts may be sorted
-        self.gathered_steps = [0, 0]
-        self.kernel(torch.int32).load(self.device, across_ranks.KERNELS)
-
-    # --- policies ---------------------------------------------------------------------------------
-
-    def apply_policy(self) -> None:
-        """Copy the running policy to the device, behind every step launched so far."""
-        super().apply_policy()
-        sorts_only = BoundPolicy(
-            mode="off" if self.bound.mode == "off" else "observe",
-            select_top_k=self.top_k,
-            threshold=None,
-            min_primary_experts=0,
-        )
-        self.identity.write(sorts_only, top_k=self.top_k, num_experts=self.num_experts)
-
-    def set_policy(self, value: object, artifact: bytes | None = None) -> Policy:
-        """Set the policy from the first pass on before which every rank was told.
-
-        All ranks must be told the same policies in the same order.
-
-        Raises:
-            PolicyError: the new policy is not valid, changes ``union`` (graphs hold where it is
-                taken) or comes with an artifact. The rank then keeps what it has.
-        """
-        policy = self.check_policy(value, artifact)
-        if artifact is not None:
-            check_swap(policy.similarity, self.policy.similarity, on_gpu=True, several_ranks=True)
-        check_change(policy, self.policy, on_gpu=True, several_ranks=True)
-        self.version += 1
-        self.policies[self.version] = policy.for_model(top_k=self.top_k)
-        self.policy = policy
-        text = self.policies[self.version].model_dump_json()
-        self.checksum = zlib.crc32(text.encode(), self.checksum)
-        return policy
-
-    def _agree(self, ranks: list[RankWords]) -> None:
-        """Run the newest policy that all ranks know. Raises on every rank alike."""
-        versions = {of_rank.version for of_rank in ranks}
-        if len(versions) == 1 and len({of_rank.checksum for of_rank in ranks}) > 1:
-            raise PolicyError(
-                f"sere: data-parallel ranks differ in their policies (number {min(versions)}) or "
-                "in their similarity artifact; start all ranks with the same 'sere' key and set "
-                "the same policies on all of them, in the same order"
-            )
-        common = min(versions)
-        self.policies = {v: p for v, p in self.policies.items() if v >= common}
-        if self.policies[common] is not self.bound:
-            self.bound = self.policies[common]
-            self.apply_policy()
+        self.steps = [0, 0]
+        self._expected: tuple[int, bool] | None = None  # layer, and whether its experts sort
+        rule.kernel(torch.int32).load(device, across_ranks.KERNELS)
 
     # --- a pass -----------------------------------------------------------------------------------
 
-    def begin_step(self, kinds: NDArray[np.int8]) -> None:
-        """Nothing: a pass begins when all ranks have agreed on it, in :meth:`begin_pass`."""
-
-    def begin_dummy_step(self) -> None:
-        """Nothing, as for :meth:`begin_step`: other ranks may have rows in it."""
-
-    def words(self) -> NDArray[np.int32]:
-        """What this rank tells the others before the pass it is about to run."""
-        self.check_nothing_deferred()
-        return write_words(self.version, self.checksum, self.next_kinds, self.max_rows)
-
-    def begin_pass(self, table: NDArray[np.int32], sizes: list[int]) -> None:
-        """Row kinds of the pass that all ranks launch next.
+    def begin_pass(
+        self, kinds_of_ranks: Sequence[NDArray[np.int8]], sizes: Sequence[int]
+    ) -> tuple[int, int]:
+        """Take over the row kinds of all ranks, in the layout in which vLLM gathers rows.
 
         Args:
-            table: ``[words, ranks]``: what each rank told.
-            sizes: ``[ranks]`` rows of each rank in the pass, with padding.
+            kinds_of_ranks: of each rank, ``[rows]`` int8.
+            sizes: rows of each rank in the pass, with padding.
+
+        Returns:
+            The step's kind, and how many rows are re-routable on all ranks.
         """
-        ranks = [read_words(column) for column in table.T]
-        self._agree(ranks)
         kinds = np.zeros(sum(sizes), dtype=np.int8)
         first = np.cumsum([0, *sizes])
-        for start, of_rank in zip(first, ranks, strict=False):
-            kinds[start : start + len(of_rank.kinds)] = of_rank.kinds
+        for start, of_rank in zip(first, kinds_of_ranks, strict=False):
+            kinds[start : start + len(of_rank)] = of_rank
         own = range(int(first[self.rank]), int(first[self.rank + 1]))
         kind = MIXED if bool((kinds == EXACT).any()) else DECODE_ONLY
-        reroutable = self.gathered_step.write(kinds, kind, own=own)
-        mine = ranks[self.rank].kinds
-        own_rows = int(np.count_nonzero(mine == REROUTABLE))
-        self.gathered_steps[kind] += bool(reroutable)
-        if self.bound.union == "local":
-            return super().begin_step(mine)
-        self.settings.follow(reroutable)
-        if reroutable:
-            self.add_step(kind, own_rows, len(mine), None)
-        if self.way != "gathered":
-            self.step_input.write(mine, kind, reroutable=reroutable)
+        reroutable = self.step_input.write(kinds, kind, own=own)
+        self.steps[kind] += bool(reroutable)
+        return kind, reroutable
 
-    # --- a layer ----------------------------------------------------------------------------------
+    # --- a layer, before its rows are sent --------------------------------------------------------
 
-    def route_layer(
-        self,
-        layer: int,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        *,
-        placement: Placement | None,
-        sorts: bool,
-        logits: Tensor | None = None,
-    ) -> None:
-        """Re-route a layer's ids in place, or arrange for it to happen when they are gathered.
+    def choose_way(self, layer: int, bound: BoundPolicy, *, gathers: bool) -> Way:
+        """The way of a layer, the same for all of them.
 
         Args:
             layer: decoder layer index.
-            topk_ids: ``[T, K]`` of this rank's rows.
-            topk_weights: ``[T, K]``.
-            placement: where experts are if ids will be gathered; None if they will not.
-            sorts: whether the experts may be given gathered ids sorted.
-            logits: of :meth:`scores_of`.
+            bound: the running policy.
+            gathers: whether vLLM gathers the ids of all ranks.
+
+        Raises:
+            UnsupportedError: layers before it took another one.
         """
-        gathers = placement is not None
-        by_scores = self.bound.rule == "margin"
-        way: Way = "gathered" if gathers and not (self.before_dispatch or by_scores) else "before"
-        if self.bound.union == "local":
+        by_scores = bound.rule == "margin"
+        early = self.group.before_dispatch or by_scores
+        way: Way = "gathered" if gathers and not early else "before"
+        if bound.union == "local":
             way = "local"
         if self.way not in (None, way):
             raise UnsupportedError(
@@ -214,128 +154,147 @@ class UnionCudaState(CudaState):
                 "this model cannot be re-routed over several ranks: remove the 'sere' key"
             )
         self.way = way
-        if way == "before":
-            self.reroute_before_dispatch(layer, topk_ids, topk_weights, logits)
-        elif way == "local":
-            self.reroute_inplace(layer, topk_ids, topk_weights, logits)
-        if placement is not None:
-            self.placements[layer] = placement
-            self.awaited = layer, sorts
+        return way
 
     def reroute_before_dispatch(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None
+        self,
+        bound: BoundPolicy,
+        own: DeviceLayer,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        logits: Tensor | None,
     ) -> None:
-        """Re-route this rank's rows by what all ranks name; a collective call."""
-        of_layer = self.kernel(topk_ids.dtype), topk_ids, topk_weights, self.layer(layer)
-        if self.bound.rule == "margin":
-            assert logits is not None  # or scores_of() had refused the rule
+        """Re-route this rank's rows by what all ranks name; a collective call.
+
+        Args:
+            bound: the running policy.
+            own: what launches over this rank's rows read and write.
+            topk_ids: ``[T, K]``, changed in place.
+            topk_weights: ``[T, K]``, changed in place under ``margin``.
+            logits: ``[T, E]``; None only under ``sere``.
+        """
+        of_layer = self.rule.kernel(topk_ids.dtype), topk_ids, topk_weights, own
+        if bound.rule == "margin":
+            assert logits is not None  # or CudaState.scores_of() had refused the rule
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
-            self.add_up(self.asked)
+            self.group.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
             return
         if self.peers:
             across_ranks.reroute_with_peers(*of_layer, self.peers)
         else:
             across_ranks.lowest_slot_orders(*of_layer, self.slot_orders)
-            self.exchange(self.slot_orders)
+            self.group.exchange(self.slot_orders)
             across_ranks.reroute_by_slot_orders(*of_layer, self.slot_orders)
 
     @cached_property
     def peers(self) -> Peers | None:
         """Connected in the first pass, which no graph captures."""
-        peers = self.connect()
+        peers = self.group.connect()
         how = "inside the kernel" if peers else "by an all-reduce in each layer"
-        logger.info("sere-ray: %d ranks exchange their union %s", self.num_ranks, how)
+        logger.info("sere-ray: %d ranks exchange their union %s", self.group.num_ranks, how)
         return peers
 
-    def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Re-route the rows of all ranks: now, or when the experts ask for them sorted."""
-        assert self.awaited is not None
-        (layer, sorts), self.awaited = self.awaited, None
-        if sorts and topk_ids.shape[0] <= MAX_ALIGNED_ROWS:
-            self.deferred = Deferred(layer, topk_ids, topk_weights)
-        else:
-            self._reroute_gathered(Deferred(layer, topk_ids, topk_weights))
+    # --- a layer, when the ids of all ranks are gathered ------------------------------------------
 
-    def align(
-        self, topk_ids: Tensor, block_size: int, skips_foreign: bool = False
-    ) -> Aligned | None:
-        """See the base class; in the way ``before`` and ``local`` ids are only sorted, and counted.
+    def expect_ids(self, layer: int, placement: Placement, *, sorts: bool) -> None:
+        """The ids of a layer are gathered next.
 
-        Where the experts want blocks of other ranks' experts, too, vLLM sorts.
+        Args:
+            layer: decoder layer index.
+            placement: where its experts are.
+            sorts: whether they may be given the ids sorted.
         """
-        held = self.deferred
-        if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
-            return None
-        self.deferred = None
-        if not skips_foreign:
-            self._reroute_gathered(held)
-            return None
-        return across_ranks.reroute_gathered_and_align(
-            *self._gathered_arguments(held), block_size=block_size
-        )
+        self.placements[layer] = placement
+        self._expected = layer, sorts
 
-    def _reroute_gathered(self, held: Deferred) -> None:
-        across_ranks.reroute_gathered(*self._gathered_arguments(held))
+    @property
+    def expects_ids(self) -> bool:
+        """Whether the ids of a layer are gathered next."""
+        return self._expected is not None
 
-    def _gathered_arguments(self, held: Deferred) -> tuple[Any, ...]:
-        position = self.position[held.layer]
-        rows = (self.settings.buffer[position], self.identity.buffer[0])
-        settings = rows[self.way != "gathered"]
-        counters = self.gathered_counters[:, position]
-        layer = DeviceLayer(self.tables[held.layer], settings, self.gathered_step, counters)
-        kernel = self.kernel(held.topk_ids.dtype)
-        return kernel, held.topk_ids, held.topk_weights, layer, self.placements[held.layer]
+    def check_nothing_expected(self) -> None:
+        """What was to be gathered must have been.
 
-    def check_nothing_deferred(self) -> None:
-        """See the base class; what was to be gathered must have been."""
-        super().check_nothing_deferred()
-        if self.awaited is not None:
+        Raises:
+            UnsupportedError: this vLLM gathers elsewhere.
+        """
+        if self._expected is not None:
             raise UnsupportedError(
-                f"sere: the ids of layer {self.awaited[0]} were not gathered where this version "
+                f"sere: the ids of layer {self._expected[0]} were not gathered where this version "
                 "expects it; report this with the model's name and --all2all-backend"
             )
 
+    def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> Gathered:
+        """The ids that were expected, ``[T, K]``, with their weights."""
+        assert self._expected is not None
+        (layer, sorts), self._expected = self._expected, None
+        return Gathered(layer, topk_ids, topk_weights, sorts)
+
+    def reroute(self, gathered: Gathered) -> None:
+        """Re-route the rows of all ranks in place.
+
+        In the ways ``before`` and ``local`` the ids are final, and only counted.
+        """
+        across_ranks.reroute_gathered(*self._arguments(gathered))
+
+    def align(self, gathered: Gathered, block_size: int, skips_foreign: bool) -> Aligned | None:
+        """Re-route the rows of all ranks in place, and sort the slots of this rank's experts.
+
+        Args:
+            gathered: of the layer.
+            block_size: rows of the expert GEMM's tile.
+            skips_foreign: whether the experts leave out slots of other ranks' experts.
+
+        Returns:
+            None where the experts want blocks of other ranks' experts, too: then vLLM sorts.
+        """
+        if not skips_foreign:
+            self.reroute(gathered)
+            return None
+        return across_ranks.reroute_gathered_and_align(
+            *self._arguments(gathered), block_size=block_size
+        )
+
+    def _arguments(self, gathered: Gathered) -> tuple[Any, ...]:
+        layer, rule = gathered.layer, self.rule
+        position = rule.position[layer]
+        final = self.way != "gathered"
+        settings = rule.identity.buffer[0] if final else rule.settings.buffer[position]
+        counters = self.counters[:, position]
+        of_layer = DeviceLayer(rule.tables[layer], settings, self.step_input, counters)
+        kernel = rule.kernel(gathered.topk_ids.dtype)
+        ids, weights = gathered.topk_ids, gathered.topk_weights
+        return kernel, ids, weights, of_layer, self.placements[layer]
+
     # --- counters ---------------------------------------------------------------------------------
 
-    def read_device_counters(self, *, reset: bool) -> NDArray[np.int64]:
-        """See the base class; experts are those of all ranks, slots those of this rank's rows."""
-        own = super().read_device_counters(reset=reset)
-        counters: NDArray[np.int64] = self.gathered_counters.to("cpu", copy=True).numpy()
-        if reset:
-            self.gathered_counters.zero_()
-        self._read = counters
-        return counters if self.way == "gathered" else own[:, :, : self.counters.shape[2]]
+    def read_counters(self) -> NDArray[np.int64]:
+        """``[2, layers, 6]``, all zero where vLLM does not gather ids; waits for the device."""
+        counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
+        return counters
 
-    def read_bytes(self, *, reset: bool) -> list[dict[str, list[int] | None]]:
-        """See the base class; vLLM sends inside captured graphs, where nobody counts."""
-        return [dict.fromkeys(BYTES) for _ in range(2)]
+    def report(self) -> dict[str, Any]:
+        """Where ids are gathered, what the experts of all ranks were asked for.
 
-    def read_counters(self, *, reset: bool) -> dict[str, Any]:
-        """See the base class; under ``gathered``, what the experts of all ranks were asked for.
-
-        For either kind of step: ``steps``, and per layer, summed over steps, ``experts_before`` and
-        ``experts_read`` (distinct, over all ranks), ``busiest_before`` and ``busiest_read`` (of the
-        rank that reads the most in that layer and step).
+        Returns:
+            For either kind of step: ``steps``, and per layer, summed over steps, ``experts_before``
+            and ``experts_read`` (distinct, over all ranks), ``busiest_before`` and ``busiest_read``
+            (of the rank that reads the most in that layer and step).
         """
-        report = super().read_counters(reset=reset)
-        report["gathered"] = {}
-        for kind, name in ((DECODE_ONLY, "decode_only"), (MIXED, "mixed")):
-            before, read, _, _, busiest_before, busiest_read = self._read[kind].T.tolist()
-            report["gathered"][name] = {
-                "steps": self.gathered_steps[kind],
+        found, report = self.read_counters(), {}
+        for kind, name in enumerate(KIND_NAMES):
+            before, read, _, _, busiest_before, busiest_read = found[kind].T.tolist()
+            report[name] = {
+                "steps": self.steps[kind],
                 "experts_before": before,
                 "experts_read": read,
                 "busiest_before": busiest_before,
                 "busiest_read": busiest_read,
             }
-        if reset:
-            self.gathered_steps = [0, 0]
         return report
 
-
-def _checksum_of(layers: Mapping[int, Tensor]) -> int:
-    value = 0
-    for _, matrix in sorted(layers.items()):
-        value = zlib.crc32(matrix.contiguous().cpu().numpy().tobytes(), value)
-    return value
+    def reset_counters(self) -> None:
+        """Count from zero again, behind every step launched so far."""
+        self.counters.zero_()
+        self.steps = [0, 0]

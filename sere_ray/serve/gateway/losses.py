@@ -9,6 +9,7 @@ answers, and :class:`LossLayer` puts the wording of this module in place of its 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, MutableMapping
 from typing import Any
 
+from sere_ray.engine.vllm_internals import engine_dead_error
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
 _ERROR_EVENT = 'data: {"error"'
@@ -49,14 +50,13 @@ async def raise_at_loss(
     Raises:
         EngineLostError: the engine is gone.
     """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
+    dead = engine_dead_error()
     try:
         async for response in responses:
             if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
-                raise EngineDeadError
+                raise dead
             yield response
-    except EngineDeadError as error:
+    except dead as error:
         raise EngineLostError(str(error)) from None
 
 

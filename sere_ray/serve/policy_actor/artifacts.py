@@ -15,7 +15,7 @@ class ArtifactFile:
     """The content of an artifact's file."""
 
     name: str
-    """Its path, as the policy's key ``similarity`` gives it."""
+    """Path of the file, as the policy's key ``similarity`` gives it."""
     sha256: str
     content: bytes
 
@@ -29,7 +29,7 @@ class ArtifactFile:
 
 
 def path_in(folder: Path | None, name: str) -> Path:
-    """Where an artifact of the configured folder lies.
+    """The path of an artifact in the configured folder.
 
     Raises:
         ArtifactError: there is no folder, or the name is not that of a file in it.

@@ -3,9 +3,15 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
+from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
+from sere_ray.engine.vllm_internals import compute_in_engine_process
 from sere_ray.serve.gateway.losses import raise_at_loss
+
+__all__ = ["CompletionResponse", "LLMEngine", "SereEngine"]
+"""The first two are Ray's: what an engine of a replica is, and answers (for stand-ins)."""
 
 
 class SereEngine(VLLMEngine):  # type: ignore[misc]
@@ -23,19 +29,23 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
         return self._engine_client is not None and bool(self._engine_client.errored)
 
     def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """See the base class; raises where its stream would tell of a lost engine."""
+        """The responses to a chat request.
+
+        Raises:
+            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
+        """
         return raise_at_loss(super().chat(*args, **kwargs), lambda: self.is_lost)
 
     def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """See :meth:`chat`."""
+        """The responses to a completion request.
+
+        Raises:
+            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
+        """
         return raise_at_loss(super().completions(*args, **kwargs), lambda: self.is_lost)
 
     def _start_async_llm_engine(
         self, engine_args: Any, engine_config: Any, placement_group: Any
     ) -> Any:
-        from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-        parallel = engine_config.parallel_config
-        if parallel.world_size == 1:
-            parallel.distributed_executor_backend = UniProcExecutor
+        compute_in_engine_process(engine_config)
         return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

@@ -4,11 +4,13 @@ import asyncio
 import logging
 import tempfile
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
+from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.policy_actor.artifacts import keep_artifact
 from sere_ray.serve.policy_actor.locate import ACTOR
@@ -110,7 +112,7 @@ class Follower:
         while self.failure is None:
             try:
                 start = time.perf_counter()
-                counters = (await _call(engine, "sere_counters", False))[0]
+                counters = (await _calls(engine).counters(reset=False))[0]
                 exporter.export_counters(counters, time.perf_counter() - start)
                 assert self._newest is not None
                 exporter.export_policy(
@@ -146,10 +148,10 @@ class Follower:
             for update in order.updates:
                 await self._stage(engine, update)
             if order.settle:
-                await _call(engine, "sere_settle")
+                await _calls(engine).settle()
                 self._settled = order.settle
             if order.report:
-                (counters, *_) = await _call(engine, "sere_counters", False)
+                (counters, *_) = await _calls(engine).counters(reset=False)
                 self._counters = {**counters, "token_times": self._token_times.read()}
         except Exception as error:
             # The actor has validated it, so engine and actor disagree: start anew.
@@ -162,7 +164,7 @@ class Follower:
         if content is not None:
             self._similarity = f"{update.sha256}.safetensors"
         policy = {**update.policy, "similarity": self._similarity}
-        await _call(engine, "sere_set_policy", policy, content)
+        await _calls(engine).set_policy(policy, content)
         self._staged = update.version
         self._newest = update
 
@@ -171,9 +173,13 @@ def _policy_actor() -> Any:
     return serve.get_deployment_actor(ACTOR)
 
 
-async def _call(engine: Any, method: str, *args: Any) -> list[Any]:
-    results: list[Any] = await engine.collective_rpc(method=method, timeout=RPC_SECONDS, args=args)
-    return results
+def _calls(engine: Any) -> WorkerCalls[Awaitable[list[Any]]]:
+    """Calls of the workers of a replica's engine; each awaits one answer of each worker."""
+    return WorkerCalls(
+        lambda name, arguments: engine.collective_rpc(
+            method=name, timeout=RPC_SECONDS, args=arguments
+        )
+    )
 
 
 def own_follower(model_id: str) -> Follower:

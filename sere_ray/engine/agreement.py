@@ -1,0 +1,73 @@
+"""Which policy all ranks of an engine run: the newest one that each of them was told.
+
+A policy reaches the ranks one after the other, while passes go on. So a rank numbers what it is
+told and keeps it, and before every pass ranks exchange the number of their newest policy and a
+checksum of all of them. From the first pass on before which every rank was told, all switch.
+"""
+
+import zlib
+from typing import NamedTuple
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.util.errors import PolicyError
+
+
+class Told(NamedTuple):
+    """What an engine is told to run."""
+
+    bound: BoundPolicy
+    artifact: SimilarityArtifact
+
+
+class Versions:
+    """What a rank was told, by number, from the version on that all ranks run.
+
+    All ranks must be told the same in the same order.
+
+    Attributes:
+        newest: number of the last one; the first is 0.
+        told: by number; earlier ones than all ranks know are gone.
+        checksum: 32 bits, of the first artifact and of all that was told.
+    """
+
+    def __init__(self, first: Told) -> None:
+        self.newest = 0
+        self.told = {0: first}
+        self.checksum = zlib.crc32(first.bound.model_dump_json().encode())
+        for _, matrix in sorted(first.artifact.layers.items()):
+            content = matrix.contiguous().cpu().numpy().tobytes()
+            self.checksum = zlib.crc32(content, self.checksum)
+
+    def add(self, told: Told, artifact: bytes | None) -> None:
+        """Number what this rank is told.
+
+        Args:
+            told: to run, once all ranks know it.
+            artifact: the file that it came with; None = the artifact stayed.
+        """
+        self.newest += 1
+        self.told[self.newest] = told
+        self.checksum = zlib.crc32(told.bound.model_dump_json().encode(), self.checksum)
+        self.checksum = zlib.crc32(artifact or b"", self.checksum)
+
+    def common(self, lowest: int, highest: int, *, same_checksum: bool) -> Told:
+        """The newest that all ranks were told.
+
+        Args:
+            lowest: of the ranks' ``newest``.
+            highest: of them.
+            same_checksum: whether ``checksum`` is the same on all ranks.
+
+        Raises:
+            PolicyError: ranks were told as many, but not the same. It is raised on every rank
+                alike, so that none is left waiting.
+        """
+        if lowest == highest and not same_checksum:
+            raise PolicyError(
+                f"sere: data-parallel ranks differ in their policies (number {lowest}) or "
+                "in their similarity artifact; start all ranks with the same 'sere' key and set "
+                "the same policies on all of them, in the same order"
+            )
+        self.told = {number: told for number, told in self.told.items() if number >= lowest}
+        return self.told[lowest]

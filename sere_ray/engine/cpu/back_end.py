@@ -1,0 +1,70 @@
+"""The back end of engines on a CPU."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.dispatch import Greeting
+from sere_ray.engine.back_end import Routing, Wrap, expert_kernel
+from sere_ray.engine.cpu import expert_parallel, patches
+from sere_ray.engine.cpu.state import CpuState
+from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.engine.placement import expert_owner
+from sere_ray.engine.state import EngineState
+from sere_ray.engine.timeout import group_timeout
+from sere_ray.policy.policy import Policy, Startup
+
+logger = logging.getLogger("vllm.sere_ray")
+
+
+class CpuBackEnd:
+    """Re-routing by compiled loops, with vLLM's model runner V1."""
+
+    def make_state(
+        self, vllm_config: Any, policy: Policy, startup: Startup, artifact: SimilarityArtifact
+    ) -> CpuState:
+        """With tensor parallelism alone every rank sees every row, so no union is needed."""
+        logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
+        top_k = vllm_config.model_config.get_num_experts_per_tok()
+        max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        union = None
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            from vllm.distributed import get_ep_group
+
+            ranks = get_ep_group()
+            greeting = Greeting(ranks.cpu_group, group_timeout(vllm_config))
+            union = UnionOfRanks(ranks.device_group, greeting, startup.check_ranks)
+        return CpuState(policy, artifact, top_k, max_rows, startup=startup, union=union)
+
+    def install(self, wrap: Wrap, vllm_config: Any) -> None:
+        """Those of ``patches.py``, and the op that layers call."""
+        patches.define_op()
+        patches.install(wrap, across_ranks=vllm_config.parallel_config.enable_expert_parallel)
+
+    def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
+        """Under expert parallelism vLLM lacks something in each layer, and ranks own experts."""
+        assert isinstance(state, CpuState)
+        if vllm_config.parallel_config.enable_expert_parallel:
+            expert_parallel.prepare_layer(runner, expert_kernel(runner))
+            state.owner[runner.layer_id] = expert_owner(runner)
+        state.note_gate(runner.layer_id, runner.router)
+
+    @staticmethod
+    def route(
+        router: Any,
+        original: Callable[..., Routing],
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Routing:
+        """The gate's choice, re-routed by the op ``sere_ray::choose``."""
+        topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
+        new_ids, new_weights = torch.ops.sere_ray.choose(
+            topk_ids, topk_weights, router_logits, router.sere_layer
+        )
+        return new_weights, new_ids

@@ -1,0 +1,67 @@
+"""The back end of engines on a GPU."""
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.engine.back_end import Routing, Wrap
+from sere_ray.engine.gpu import patches, routing, union_patches
+from sere_ray.engine.gpu.ranks import ranks_of_engine
+from sere_ray.engine.gpu.state import CudaState
+from sere_ray.engine.state import EngineState
+from sere_ray.policy.policy import Policy, Startup
+
+logger = logging.getLogger("vllm.sere_ray")
+
+
+class GpuBackEnd:
+    """Re-routing by one launch a layer, with vLLM's model runner V2."""
+
+    def make_state(
+        self, vllm_config: Any, policy: Policy, startup: Startup, artifact: SimilarityArtifact
+    ) -> CudaState:
+        """On the current device; with data parallelism it meets the other ranks later."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
+        model, num_experts = vllm_config.model_config, vllm_config.model_config.get_num_experts()
+        several_ranks = vllm_config.parallel_config.data_parallel_size > 1
+        return CudaState(
+            policy,
+            artifact,
+            model.get_num_experts_per_tok(),
+            num_experts,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            device,
+            startup=startup,
+            ranks=ranks_of_engine(vllm_config, num_experts, device) if several_ranks else None,
+        )
+
+    def install(self, wrap: Wrap, vllm_config: Any) -> None:
+        """Those of ``patches.py``, with data parallelism those of ``union_patches.py``, too."""
+        patches.install(wrap)
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            union_patches.install(wrap)
+
+    def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
+        """The router finds its state and its layer's kernels, which are made after loading."""
+        router = runner.router
+        router.sere_state, router.sere_runner = state, weakref.ref(runner)
+        state.note_gate(router.sere_layer, router)
+
+    @staticmethod
+    def route(
+        router: Any,
+        original: Callable[..., Routing],
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Routing:
+        """In every eager pass, and once for each captured graph: a layer is opaque to Dynamo."""
+        route = routing.route if router.sere_state.union is None else routing.route_among_ranks
+        return route(router, original, hidden_states, router_logits, *args, **kwargs)

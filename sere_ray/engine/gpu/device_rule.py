@@ -1,0 +1,79 @@
+"""What every launch of an engine reads: matrices and the policy's numbers, in device memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import blocks_of_margin
+from sere_ray.kernel.memory import LayerTables, Settings
+from sere_ray.policy.bound import BoundPolicy
+
+
+class DeviceRule:
+    """Never moved once made, since captured graphs point to it.
+
+    Args:
+        layers: decoder layer index -> ``[E, E]`` float32, in the order of the counters.
+        top_k: K.
+        num_experts: E, logical experts.
+        device: of this worker.
+        bound: the first policy.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Tensor],
+        top_k: int,
+        num_experts: int,
+        device: torch.device,
+        bound: BoundPolicy,
+    ) -> None:
+        self.top_k, self.num_experts, self.device = top_k, num_experts, device
+        self.position = {layer: i for i, layer in enumerate(layers)}
+        self.tables = {layer: LayerTables.build(matrix, device) for layer, matrix in layers.items()}
+        self.settings = Settings(device, len(layers))
+        self.identity = Settings(device)
+        """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""
+        self.write(bound)
+
+    def kernel(
+        self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
+    ) -> RuleKernel:
+        """The kernel for ids of this type; where it chooses them, from logits of that type."""
+        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
+
+    def blocks(self, rows: int) -> int:
+        """Blocks of a launch: for the rule that runs now, so a graph keeps those of its capture.
+
+        A cluster of blocks waits for as many free multiprocessors, so ``sere`` does without it.
+
+        Args:
+            rows: T.
+        """
+        return blocks_of_margin(rows, self.device) if self.rule == "margin" else 1
+
+    def write(self, bound: BoundPolicy) -> None:
+        """Have a policy's numbers, behind every step launched so far."""
+        self.rule = bound.rule
+        shape = {"top_k": self.top_k, "num_experts": self.num_experts}
+        self.settings.write(bound, **shape)
+        sorts_only = BoundPolicy(
+            mode="off" if bound.mode == "off" else "observe",
+            select_top_k=self.top_k,
+            threshold=None,
+            min_primary_experts=0,
+        )
+        self.identity.write(sorts_only, **shape)
+
+    def write_matrices(self, layers: Mapping[int, Tensor]) -> None:
+        """Copy other matrices to where graphs read them, behind every step launched so far.
+
+        Args:
+            layers: decoder layer index -> ``[E, E]`` float32, of all layers.
+        """
+        for layer, tables in self.tables.items():
+            new = LayerTables.build(layers[layer], self.device)
+            for old_values, values in zip(tables, new, strict=True):
+                old_values.copy_(values)

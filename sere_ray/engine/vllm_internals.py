@@ -1,0 +1,55 @@
+"""What other rooms need of vLLM beyond its public names: each with why, and when it can go.
+
+Public are the names of ``vllm`` itself and ``vllm.sampling_params``. vLLM is imported when a
+function is called: a process that only builds or routes does not have it.
+
+==========================  =====================================================================
+function                    why, remove when
+==========================  =====================================================================
+engine_dead_error           A lost engine is told from a bad request by this class alone. Remove:
+                            vLLM exports it.
+compute_in_engine_process   Ray's wrapper sets an executor that starts a worker process, also for
+                            one worker. Remove: Ray leaves that choice to vLLM.
+workspace_manager           Two engines of one process (step-time benchmark): the first one's
+                            graphs write to memory that the second frees. Remove: vLLM keeps one
+                            manager an engine.
+forget_environment          vLLM keeps what it read of the environment, and each engine of one
+                            process needs a port of its own. Remove: the port is an argument.
+==========================  =====================================================================
+"""
+
+from typing import Any
+
+
+def engine_dead_error() -> type[Exception]:
+    """What vLLM raises for every request of an engine that has died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError  # type: ignore[no-any-return]
+
+
+def compute_in_engine_process(engine_config: Any) -> None:
+    """Let an engine of one worker compute in its own process; one of several is left as it is.
+
+    Args:
+        engine_config: a ``VllmConfig`` before its engine starts; changed in place.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    parallel = engine_config.parallel_config
+    if parallel.world_size == 1:
+        parallel.distributed_executor_backend = UniProcExecutor
+
+
+def workspace_manager() -> Any:
+    """The scratch memory of this process's newest engine: hold it as long as that engine."""
+    from vllm.v1.worker import workspace
+
+    return workspace._manager
+
+
+def forget_environment() -> None:
+    """Let vLLM read environment variables anew, for the next engine of this process."""
+    from vllm import envs
+
+    envs.disable_envs_cache()

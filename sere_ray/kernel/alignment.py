@@ -1,0 +1,44 @@
+"""Slots sorted by expert: what a launch writes for the expert GEMMs."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Aligned(NamedTuple):
+    """Slots sorted by expert, as vLLM's Triton expert GEMM reads them."""
+
+    sorted_slots: Tensor
+    """``[capacity]`` int32: slot indices, each expert's padded with ``T * K`` to whole blocks."""
+    block_expert: Tensor
+    """``[capacity / block_size]`` int32: the expert of each block."""
+    padded_slots: Tensor
+    """``[1]`` int32: how much of ``sorted_slots`` is used."""
+
+
+def empty_alignment(ids: Tensor, block_size: int, experts: int) -> tuple[Aligned, tuple[Any, ...]]:
+    """Room for the sorted slots of ``[T, K]`` ids, and the launch's arguments for it.
+
+    Args:
+        ids: ``[T, K]``.
+        block_size: rows of the expert GEMM's tile.
+        experts: how many they name at most. The GEMM's grid grows with it.
+    """
+    slots = ids.numel()
+    # Each expert that is named wastes at most block_size - 1 places of its last block.
+    capacity = slots + min(slots, experts) * (block_size - 1)
+    blocks = -(-capacity // block_size)
+
+    def empty(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=ids.device)
+
+    aligned = Aligned(empty(blocks * block_size), empty(blocks), empty(1))
+    return aligned, (
+        np.int32(block_size.bit_length() - 1),
+        aligned.sorted_slots.data_ptr(),
+        np.int32(aligned.sorted_slots.numel()),
+        aligned.block_expert.data_ptr(),
+        aligned.padded_slots.data_ptr(),
+    )

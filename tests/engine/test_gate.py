@@ -1,0 +1,46 @@
+"""Which of vLLM's gates are a softmax and a top-k, and nothing more."""
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+
+from sere_ray.engine.gate import oddities
+from sere_ray.engine.patches import _rerouting_class
+
+SIZES = {"top_k": 2, "global_num_experts": 4}
+
+
+class Renamed(FusedTopKRouter):
+    """Of another model, with another choice perhaps."""
+
+
+@pytest.mark.parametrize("rerouted", [False, True])
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        (CPURouter(**SIZES), []),
+        (FusedTopKRouter(**SIZES), []),
+        (CPURouter(**SIZES, use_grouped_topk=True, num_expert_group=2), ["use_grouped_topk"]),
+        (
+            CPURouter(**SIZES, scoring_func="sigmoid", e_score_correction_bias=torch.zeros(4)),
+            ["e_score_correction_bias", "scoring_func = sigmoid"],
+        ),
+        (
+            CPURouter(**SIZES, custom_routing_function=lambda **_: None),
+            ["custom_routing_function"],
+        ),
+        (FusedTopKRouter(**SIZES, scoring_func="sigmoid"), ["scoring_func = sigmoid"]),
+        (Renamed(**SIZES), ["router = Renamed"]),
+        (
+            FusedTopKBiasRouter(**SIZES, e_score_correction_bias=torch.zeros(4)),
+            ["router = FusedTopKBiasRouter", "e_score_correction_bias"],
+        ),
+    ],
+)
+def test_what_is_odd_about_a_gate(router, expected, rerouted):
+    if rerouted:
+        router.__class__ = _rerouting_class(router.__class__, lambda *_: None)
+    assert oddities(router) == expected
+    router.__class__ = getattr(router, "sere_gate", type(router))

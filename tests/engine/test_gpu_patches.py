@@ -1,0 +1,117 @@
+"""How patches of a GPU engine find its state, on fakes of what vLLM hands them; no GPU."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.v1.worker.gpu import dp_utils
+
+from sere_ray.engine import state as states
+from sere_ray.engine.gpu import patches, union_patches
+from sere_ray.engine.gpu.rank_words import read_words, write_words
+from sere_ray.rules import REROUTABLE
+
+IDS = torch.zeros((2, 4), dtype=torch.int32)
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """What vLLM sorts by, and the experts' `apply`, which calls it by its module-global name."""
+
+    def sort(topk_ids, config, *rest, **options):
+        return "sorted by vLLM"
+
+    def apply(experts, *args, **call):
+        arguments = (IDS, {"BLOCK_SIZE_M": 16}, 2)
+        return triton_moe._prepare_expert_assignment(*arguments, ignore_invalid_experts=True)
+
+    monkeypatch.setattr(triton_moe, "_prepare_expert_assignment", sort)
+    monkeypatch.setattr(patches, "apply_experts", lambda original, experts, **call: apply(experts))
+    return SimpleNamespace(sort=sort, apply=apply)
+
+
+def deferring(answer):
+    asked = []
+
+    def align(topk_ids, block_size, skips_foreign):
+        asked.append((topk_ids, block_size, skips_foreign))
+        return answer
+
+    return SimpleNamespace(deferred=True, align=align, asked=asked)
+
+
+@pytest.mark.parametrize("args", [(), (1,)])
+@pytest.mark.parametrize(("answer", "expected"), [("ours", "ours"), (None, "sorted by vLLM")])
+def test_experts_of_a_deferred_layer_have_their_slots_sorted_by_its_state(
+    stock, args, answer, expected
+):
+    state = deferring(answer)
+    experts = SimpleNamespace(sere_state=state)
+    assert patches._compute_experts(stock.apply, experts, *args) == expected
+    assert state.asked == [(IDS, 16, True)]
+    assert triton_moe._prepare_expert_assignment is stock.sort
+
+
+def test_other_experts_are_left_to_vllm(stock):
+    idle = SimpleNamespace(deferred=None)
+    for experts in (SimpleNamespace(), SimpleNamespace(sere_state=idle)):
+        assert patches._compute_experts(stock.apply, experts) == "sorted by vLLM"
+
+
+def test_vllm_sorts_again_after_a_failure(stock):
+    def fail(experts, *args, **call):
+        raise RuntimeError("out of memory")
+
+    experts = SimpleNamespace(sere_state=deferring("ours"))
+    with pytest.raises(RuntimeError):
+        patches._compute_experts(fail, experts, 1)
+    assert triton_moe._prepare_expert_assignment is stock.sort
+
+
+def test_gathered_ids_go_to_the_state_that_expects_them():
+    def prepare(back_end, *arguments):
+        return "rows", None, None, "ids", "weights"
+
+    taken = []
+    union = SimpleNamespace(expects_ids=True)
+    state = SimpleNamespace(union=union, take_gathered=lambda **of: taken.append(of))
+    for back_end in (SimpleNamespace(), SimpleNamespace(sere_state=state)):
+        assert union_patches._prepare(prepare, back_end, 1)[3] == "ids"
+    assert taken == [{"topk_ids": "ids", "topk_weights": "weights"}]
+    union.expects_ids = False
+    union_patches._prepare(prepare, SimpleNamespace(sere_state=state), 1)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("has_work", [True, False])
+def test_the_engine_of_a_pass_is_that_of_its_parallel_configuration(monkeypatch, has_work):
+    parallel, other = SimpleNamespace(), SimpleNamespace()
+    words, begun = write_words(3, 5, np.full(2, REROUTABLE, np.int8), 32), []
+    state = SimpleNamespace(
+        union=SimpleNamespace(rank=1),
+        words=lambda: words,
+        begin_pass=lambda table, sizes: begun.append((table, sizes)),
+    )
+    monkeypatch.setattr(states, "_states", {})
+    states.add_state(SimpleNamespace(parallel_config=parallel), state)
+    tables = []
+    dist = SimpleNamespace(all_reduce=lambda table, group: tables.append(table.clone()))
+    monkeypatch.setattr(dp_utils, "dist", dist)
+
+    def sync(batch, parallel_config):
+        dp_utils.dist.all_reduce(torch.zeros((6, 2), dtype=torch.int32), group=None)
+        agreed = SimpleNamespace(num_tokens_across_dp=torch.tensor([1, 2]))
+        return batch, agreed if has_work else None
+
+    for configuration in (other, None, parallel):
+        assert union_patches._sync(sync, "batch", parallel_config=configuration)[0] == "batch"
+    assert [len(table) for table in tables] == [6, 6, 6 + len(words)]
+    if not has_work:
+        assert begun == []
+        return
+    ((table, sizes),) = begun
+    assert sizes == [1, 2]
+    assert read_words(table[:, 1]).kinds.tolist() == [REROUTABLE] * 2
+    assert dp_utils.dist is dist

@@ -1,0 +1,58 @@
+"""What other rooms borrow of vLLM is there in the installed version, and does what they need."""
+
+import ast
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sere_ray.engine import vllm_internals
+
+
+def test_the_ledger_has_every_function():
+    source = Path(vllm_internals.__file__).read_text()
+    functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    table = vllm_internals.__doc__
+    listed = [line.split()[0] for line in table.splitlines() if line[:1].isalpha() and "_" in line]
+    assert set(functions) <= set(listed)
+    assert table.count("Remove:") == len(functions)
+
+
+def test_the_error_of_a_lost_engine_is_what_the_engine_client_raises():
+    from vllm.v1.engine import core_client
+
+    assert vllm_internals.engine_dead_error() is core_client.EngineDeadError
+
+
+@pytest.mark.parametrize(("workers", "is_changed"), [(1, True), (2, False)])
+def test_one_worker_computes_in_the_engine_process(workers, is_changed):
+    from vllm.v1.executor.abstract import Executor
+
+    parallel = SimpleNamespace(world_size=workers, distributed_executor_backend="mp")
+    config = SimpleNamespace(parallel_config=parallel)
+    before = Executor.get_class(config)
+    vllm_internals.compute_in_engine_process(config)
+    assert (Executor.get_class(config) is not before) == is_changed
+    assert (Executor.get_class(config).__name__ == "UniProcExecutor") == is_changed
+
+
+def test_the_workspace_manager_is_the_one_that_engines_use(monkeypatch):
+    from vllm.v1.worker import workspace
+
+    mine = object()
+    monkeypatch.setattr(workspace, "_manager", mine)
+    assert workspace.current_workspace_manager() is mine
+    assert vllm_internals.workspace_manager() is mine
+
+
+def test_a_changed_environment_is_read_again(monkeypatch):
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_DP_MASTER_PORT", "4001")
+    envs.enable_envs_cache()
+    assert envs.VLLM_DP_MASTER_PORT == 4001
+    os.environ["VLLM_DP_MASTER_PORT"] = "4002"
+    assert envs.VLLM_DP_MASTER_PORT == 4001
+    vllm_internals.forget_environment()
+    assert envs.VLLM_DP_MASTER_PORT == 4002

@@ -49,6 +49,12 @@ def _turn(item):
     return 1 if item.nodeid.startswith("tests/engine/") else 2
 
 
+def pytest_sessionfinish(session):
+    """What a worker printed outside of its tests would be shown after the run's closing line."""
+    if hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.getplugin("capturemanager").read_global_capture()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """As ``loadgroup``, but a test without a group goes with its file."""

@@ -33,7 +33,7 @@ def sere(
         topk_ids,
         topk_weights,
         layer.similarity,
-        row_kind=row_kind,
+        row_kind=row_kind.expand(topk_ids.shape[:-1]),
         select_top_k=layer.select_top_k,
         threshold=layer.threshold,
         min_primary_experts=layer.min_primary_experts,

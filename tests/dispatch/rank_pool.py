@@ -2,9 +2,10 @@
 
 import faulthandler
 import importlib
-import multiprocessing
 import traceback
 from datetime import timedelta
+
+from tests.engine.ranks import process_context
 
 TIME_LIMIT = 100
 """Seconds until a rank that hangs writes where, and dies."""
@@ -16,7 +17,7 @@ class RankPool:
     """``ranks`` processes with a gloo group; functions are named, as processes are new ones."""
 
     def __init__(self, ranks, port):
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()

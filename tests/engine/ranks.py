@@ -38,7 +38,7 @@ def run_ranks(target, *arguments, time_limit=TIME_LIMIT, lost=()):
     Returns:
         What each call returns, by rank. Fails if one raises or hangs.
     """
-    context = _context()
+    context = process_context()
     results = context.Queue()
     processes = [
         context.Process(target=_run, args=(target, rank, arguments, results, time_limit))
@@ -65,7 +65,9 @@ def run_ranks(target, *arguments, time_limit=TIME_LIMIT, lost=()):
     return [found[rank] for rank in sorted(found)]
 
 
-def _context():
+def process_context():
+    """Of processes that are new and have imported vLLM already; one server of them for each test
+    process, as Python has no more."""
     import torch
 
     if torch.cuda.is_available():  # where forks have not been tried
@@ -81,7 +83,7 @@ def fork_workers():
     """A patch: vLLM's executor starts the workers of an engine as ranks are started here."""
     from vllm.v1.executor import multiproc_executor
 
-    return mock.patch.object(multiproc_executor, "get_mp_context", _context)
+    return mock.patch.object(multiproc_executor, "get_mp_context", process_context)
 
 
 def _run(target, rank, arguments, results, time_limit):

@@ -102,7 +102,6 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
             torch.arange(slots, 0, -1, dtype=torch.float32).expand(rows, slots).contiguous(),
             case.similarity,
             case.row_kind,
-            None,
             case.select_top_k,
             case.threshold,
             case.floor,

@@ -52,7 +52,6 @@ def test_vllms_choice_then_the_rule(experts, slots, dtype, renormalize) -> None:
             weights.cpu(),
             case.similarity,
             case.row_kind,
-            None,
             case.select_top_k,
             case.threshold,
             case.floor,

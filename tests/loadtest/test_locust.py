@@ -63,7 +63,7 @@ def test_a_trace_ends_the_test(tmp_path):
         trace = ROOT / "loadtest" / "traces" / "small.jsonl"
         locust(
             *("TraceUser", "--host", server.url, "-u", "1"),
-            *("--trace", str(trace), "--speed", "30", "--figures", str(out)),
+            *("--trace", str(trace), "--speed", "90", "--figures", str(out)),
         )
     assert figures(out)["requests"] == len(trace.read_text().splitlines())
 

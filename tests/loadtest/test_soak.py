@@ -3,7 +3,7 @@ import os
 import pytest
 from rich.console import Console
 
-from sere_ray.loadtest import soak
+from sere_ray.loadtest import disturbance, soak
 from sere_ray.loadtest.client import Outcome
 from sere_ray.loadtest.driver import Load, LoadPlan, Target
 from sere_ray.loadtest.histogram import Histogram
@@ -115,7 +115,7 @@ def test_growth_of_the_new_gang_is_not_hidden_by_the_smaller_start():
 
 def test_against_a_server_that_takes_nonsense(monkeypatch):
     """A real one, which answers bad requests as if they were good: that is found."""
-    monkeypatch.setattr(soak, "_STEP_SECONDS", 0.1)
+    monkeypatch.setattr(disturbance, "_STEP_SECONDS", 0.1)
     control, saved = Control(), []
     events = [token("Answer: "), token("5", "stop"), usage(2), DONE]
     with (
@@ -138,7 +138,7 @@ def test_an_error_or_a_signal_ends_the_loads(monkeypatch):
     def disturb(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(soak, "_disturb", disturb)
+    monkeypatch.setattr(soak, "disturb", disturb)
     control = Control()
     with serving(gap=0.02, control=control) as server, pytest.raises(KeyboardInterrupt):
         run_on(server, seconds=300.0, save=lambda _: None)

@@ -34,7 +34,9 @@ class Renamed(FusedTopKRouter):
         (FusedTopKRouter(**SIZES, scoring_func="sigmoid"), ["scoring_func = sigmoid"]),
         (Renamed(**SIZES), ["router = Renamed"]),
         (
-            FusedTopKBiasRouter(**SIZES, e_score_correction_bias=torch.zeros(4)),
+            FusedTopKBiasRouter(
+                **SIZES, scoring_func="softmax", e_score_correction_bias=torch.zeros(4)
+            ),
             ["router = FusedTopKBiasRouter", "e_score_correction_bias"],
         ),
     ],

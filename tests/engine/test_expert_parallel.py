@@ -95,21 +95,26 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
 
 
-def test_round_robin_placement_gives_the_tokens_of_one(checkpoint, of_one_rank, monkeypatch):
+def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatch):
     """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
     folder = checkpoint("deepseek_v2")
-    policies, answers = policies_of(folder), []
+    policies = policies_of(folder)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "dtype": "float32"}
-    options["expert_placement_strategy"] = "round_robin"
-    with running_engine(folder, policies[0], **options) as engine:
-        placed = engine.collective_rpc(owners)
-        for policy in policies:
-            set_policy(engine, Policy.parse(policy))
-            answers.append(generate(engine, prompts())[0])
-    assert placed == [{layer: [0, 1] * 8 for layer in MOE_LAYERS["deepseek_v2"]}] * RANKS
-    assert answers == [together for *_, together in of_one_rank("deepseek_v2")]
-    assert answers[0] != answers[1]
+    answers, placed = {}, {}
+    for placement in ("linear", "round_robin"):
+        options["expert_placement_strategy"] = placement
+        with running_engine(folder, policies[0], **options) as engine:
+            placed[placement] = engine.collective_rpc(owners)
+            answers[placement] = []
+            for policy in policies:
+                set_policy(engine, Policy.parse(policy))
+                answers[placement].append(generate(engine, prompts())[0])
+    layers = MOE_LAYERS["deepseek_v2"]
+    assert placed["linear"] == [{i: [0] * 8 + [1] * 8 for i in layers}] * RANKS
+    assert placed["round_robin"] == [{i: [0, 1] * 8 for i in layers}] * RANKS
+    assert answers["round_robin"] == answers["linear"]
+    assert answers["linear"][0] != answers["linear"][1]
 
 
 # --- data parallel: every rank has rows of its own ---------------------------------------------

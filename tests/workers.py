@@ -25,18 +25,9 @@ GROUPS = {
 """Beginnings of paths by the group of what lies there; jobs on Ray alone may run beside these."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("loadgroup", default=False):
-        return
-    for item in items:
-        if item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.xdist_group("alone"))
-            continue
-        for group, places in GROUPS.items():
-            if item.nodeid.startswith(places):
-                item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_turn)
+    if config.getoption("loadgroup", default=False):
+        items.sort(key=_turn)
 
 
 def _turn(item):
@@ -57,15 +48,15 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """As ``loadgroup``, but a test without a group goes with its file."""
+    """By ``GROUPS``, else by file. The mark ``xdist_group`` does nothing under pytest 9.2."""
     if config.getvalue("dist") != "loadgroup":
         return None
-    from xdist.scheduler import LoadGroupScheduling
+    from xdist.scheduler import LoadScopeScheduling
 
-    class GroupOrFile(LoadGroupScheduling):
+    class GroupOrFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            group = super()._split_scope(nodeid)
-            return group if group != nodeid else nodeid.partition("::")[0]
+            groups = (name for name, places in GROUPS.items() if nodeid.startswith(places))
+            return next(groups, nodeid.partition("::")[0])
 
     return GroupOrFile(config, log)
 

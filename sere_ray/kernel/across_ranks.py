@@ -19,7 +19,7 @@ KERNELS = (
     "ask_of_ranks",
     "reroute_by_asked",
 )
-"""Of this module."""
+"""Kernels of ``across_ranks.cu``."""
 NUM_COUNTERS = 6
 """Fields of :class:`sere_ray.rules.RuleCounts`, then experts that the busiest rank reads, before
 and after the rule."""

@@ -64,7 +64,7 @@ class Settings:
         self._copy(policy)
 
     def follow(self, rows: int) -> None:
-        """Have the policy's numbers for a step of so many re-routable rows, likewise."""
+        """Have the policy's numbers for a step of so many re-routable rows from now on."""
         bound = self._policy.for_rows(rows)
         if bound is not self._written:
             self._copy(bound)

@@ -35,7 +35,7 @@ class ArtifactMetadata(BaseModel):
         default_factory=dict, description="per layer: SHA-256 of the gate weight as bf16, 32 hex"
     )
     metric: str
-    tokens: int = Field(0, description="calibration tokens every expert has seen")
+    tokens: int = Field(0, description="calibration tokens, each shown to every expert")
     dataset: str | None = None
     dataset_revision: str | None = None
     dataset_sha256: str | None = None

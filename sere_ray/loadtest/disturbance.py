@@ -38,7 +38,7 @@ _BAD_REQUESTS: tuple[tuple[bytes, range], ...] = (
 
 @dataclass
 class SoakLog:
-    """What was done to the deployment during a soak, and what was seen of it."""
+    """What was done to the deployment during a soak, and how it answered."""
 
     policy_changes: int = 0
     policy_changes_refused: int = 0

@@ -99,7 +99,7 @@ class Controller:
         self._closed_at = 0.0
 
     def observe(self, seen: Observation) -> Decision:
-        """Choose the level for what was seen in one interval."""
+        """Choose the level for what one interval showed."""
         if not seen.load:
             return self._go(0, "idle") if self.level else Decision(0)
         target, margin = self.target, self.target.margin

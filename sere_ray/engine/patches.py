@@ -9,8 +9,9 @@ through and change nothing:
 =====================================  ==========================================================
 target                                 what, why, remove when
 =====================================  ==========================================================
-VllmConfig.__post_init__               Validate the key before the model loads. Why: a plugin gets
-                                       no configuration. Remove: vLLM hands plugins the config.
+VllmConfig.__post_init__               Validate the key before the model loads; where it is the
+                                       path of a file, put the content in its place. Why: a plugin
+                                       gets no configuration. Remove: vLLM hands plugins the config.
 MoERunner.__init__                     Attach the rule to each layer's router, and put the patches
                                        below in place. Why: the runner holds its router by
                                        reference, so it must be changed as it is built. Remove:
@@ -50,6 +51,7 @@ import torch
 from sere_ray.engine import kv_salt, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing, expert_kernel
 from sere_ray.engine.checks import (
+    KEY,
     check_config,
     check_routes_outside_kernel,
     sere_config,
@@ -57,6 +59,7 @@ from sere_ray.engine.checks import (
 from sere_ray.engine.cpu.back_end import CpuBackEnd
 from sere_ray.engine.gpu.back_end import GpuBackEnd
 from sere_ray.engine.state import EngineState, add_state, find_state, states_of_layers
+from sere_ray.policy.policy import read_key_file
 from sere_ray.util.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")
@@ -107,9 +110,11 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def _validate_config(original: Callable[..., Any], config: Any) -> None:
     original(config)
-    model = config.model_config
-    if model is None or model.is_submodel_config or sere_config(config) is None:
+    model, key = config.model_config, sere_config(config)
+    if model is None or model.is_submodel_config or key is None:
         return
+    # Every process is told the content: a file could change, or lie elsewhere for a worker.
+    config.additional_config = {**config.additional_config, KEY: read_key_file(key)}
     check_config(config)
 
 
@@ -160,8 +165,7 @@ def _rerouting_class(gate: type[Any], route: Callable[..., Routing]) -> type:
     def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> Routing:
         return route(self, functools.partial(gate._compute_routing, self), *args, **kwargs)
 
-    members = {"_compute_routing": _compute_routing, "sere_gate": gate}
-    return type(f"Rerouting{gate.__name__}", (gate,), members)
+    return type(f"Rerouting{gate.__name__}", (gate,), {"_compute_routing": _compute_routing})
 
 
 # --- worker: after loading ----------------------------------------------------------------------

@@ -51,7 +51,7 @@ def whole_policy(before: Mapping[str, Any], change: Mapping[str, Any], name: str
         PolicyError: the keys do not belong together.
     """
     rule = before.get("rule", "sere")
-    gone = set() if change.get("rule", rule) == rule else set(RULE_KEYS)
+    gone = set() if change.get("rule", rule) == rule else Policy.model_fields.keys() & RULE_KEYS
     if not change.keys().isdisjoint(("rule", *RULE_KEYS)):
         gone.add("by_rows")  # it would overrule the keys that are named
     policy = {**before, **dict.fromkeys(gone), **change}

@@ -48,6 +48,8 @@ Dispatch = Literal["allgather", "all_to_all"]
 RuleName = Literal["sere", "margin"]
 """What engines compute."""
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
+RULE_KEYS = frozenset(key for rule in RULES.values() for key in rule.keys)
+"""Keys that not every rule has, those of rules that engines do not compute among them."""
 
 
 class Policy(BaseModel):
@@ -106,8 +108,7 @@ class Policy(BaseModel):
     def _check_rule_keys(self) -> Self:
         """Each rule has its own keys; null stands for a key that is not given."""
         takes, text = RULES[self.rule], None
-        of_some_rule = {key for rule in RULES.values() for key in rule.keys}
-        for key in [key for key in type(self).model_fields if key in of_some_rule]:
+        for key in [key for key in type(self).model_fields if key in RULE_KEYS]:
             value = getattr(self, key)
             if value is None and key in takes.required:
                 about = type(self).model_fields[key].description
@@ -231,6 +232,8 @@ class Startup(BaseModel):
 def read_key_file(value: object, *, where: str = "sere") -> object:
     """The content of the YAML file that a string names; any other value as it is.
 
+    For the value that a user writes; a policy that travels is always a mapping.
+
     Raises:
         PolicyError: the file cannot be read, or is not YAML.
     """
@@ -250,13 +253,12 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     """Validate the value of vLLM's ``sere`` key: a policy, and what an engine takes at its start.
 
     Args:
-        value: a mapping of keys, or the path of a YAML file that holds one.
+        value: a mapping of keys.
         where: name of the key in error messages.
 
     Raises:
-        PolicyError: as for :meth:`Policy.parse`; the file cannot be read.
+        PolicyError: as for :meth:`Policy.parse`.
     """
-    value = read_key_file(value, where=where)
     if not isinstance(value, Mapping):
         return Policy.parse(value, where=where), Startup()
     given = {key: value[key] for key in Startup.model_fields if key in value}
@@ -266,10 +268,6 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     except ValidationError as error:
         raise PolicyError("; ".join(_explain(e, where, Startup) for e in error.errors())) from None
     return Policy.parse(policy, where=where), startup
-
-
-RULE_KEYS = tuple(dict.fromkeys(key for rule in RULE_NAMES for key in RULES[rule].keys))
-"""Keys that not every rule has."""
 
 
 def _explain(error: Any, where: str, model: type[BaseModel]) -> str:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sere_ray.policy import policy as config
 from sere_ray.policy.bound import BoundPolicy, Mode, Union
-from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key
+from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key, read_key_file
 from sere_ray.util.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
@@ -492,12 +492,12 @@ def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:
 def test_the_key_may_name_a_file_of_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text("similarity: a.safetensors\nselect_top_k: 2\ndispatch: all_to_all\n")
-    assert parse_key(str(file)) == parse_key(
+    assert parse_key(read_key_file(str(file))) == parse_key(
         {"similarity": "a.safetensors", "select_top_k": 2, "dispatch": "all_to_all"}
     )
     file.write_text("select_top_k: 2")
     with pytest.raises(PolicyError, match="similarity is missing"):
-        parse_key(str(file))
+        parse_key(read_key_file(str(file)))
 
 
 @pytest.mark.parametrize(
@@ -516,8 +516,16 @@ def test_a_file_that_holds_no_policy_is_refused(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(PolicyError, match=words) as caught:
-        parse_key(str(file))
+        parse_key(read_key_file(str(file)))
     assert str(caught.value).startswith("sere = ")
+
+
+def test_a_policy_that_travels_names_no_file(tmp_path: Path) -> None:
+    """A string that came through the control API or in another file is followed nowhere."""
+    file = tmp_path / "policy.yaml"
+    file.write_text("similarity: a.safetensors\nselect_top_k: 2\n")
+    with pytest.raises(PolicyError, match="must be a mapping"):
+        parse_key(str(file))
 
 
 def test_a_wrong_startup_value_names_what_is_allowed() -> None:

@@ -75,4 +75,4 @@ class BackEnd(Protocol):
 def expert_kernel(runner: Any) -> Any:
     """What computes the experts of a layer: the class of the kernel, or the method itself."""
     method = runner.routed_experts.quant_method
-    return getattr(method, "experts_cls", method)
+    return getattr(method, "experts_cls", None) or method

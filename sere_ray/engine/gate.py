@@ -15,12 +15,12 @@ def oddities(router: Any) -> list[str]:
     """What keeps a gate from being a plain softmax and top-k; empty: it is one.
 
     Args:
-        router: vLLM's, of one layer; re-routed already or not yet.
+        router: vLLM's, of one layer, before its class is changed.
     """
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 
-    gate = getattr(router, "sere_gate", type(router))
+    gate = type(router)
     odd = [] if gate in (CPURouter, FusedTopKRouter) else [f"router = {gate.__name__}"]
     for name in _ODD_FIELDS:
         value = getattr(router, name, None)

@@ -1,4 +1,4 @@
-"""Compile ``kernels/*.cu`` at run time with NVRTC, and keep the machine code for the next process.
+"""Compile ``kernels/cuda/*.cu`` at run time with NVRTC, and keep the machine code for later.
 
 Nothing is built at installation, so one wheel serves every torch and every GPU. Compiling needs no
 GPU.

@@ -43,7 +43,7 @@ fill_slot_orders: Callable[..., None] = njit(cache=True, nogil=True)(_fill_slot_
 
 def _find_targets(
     orders: Any, similarity: Any, num_slots: int, select_top_k: int, rho: Any, floor: int
-) -> tuple[Any, Any, tuple[int, int, int, int]]:
+) -> tuple[Any, Any, tuple[int, int, int]]:
     """Steps 3 and 4 per expert.
 
     Returns:
@@ -74,7 +74,7 @@ def _find_targets(
         if stand_in >= 0 and similarity[expert, stand_in] >= rho:
             target[expert] = stand_in
             moved += 1
-    return target, lowest, (named, named - moved, 0, named - moved - size_of[size])
+    return target, lowest, (named, named - moved, named - moved - size_of[size])
 
 
 find_targets: Callable[..., Any] = njit(cache=True, nogil=True)(_find_targets)
@@ -106,7 +106,7 @@ def _apply_slot_orders(
 ) -> Counts:
     """Change ``ids`` in place; steps 3 to 5 of the specification."""
     (num_rows, num_slots), num_experts = ids.shape, similarity.shape[0]
-    target, lowest, (named, read, _, critical) = find_targets(
+    target, lowest, (named, read, critical) = find_targets(
         orders, similarity, num_slots, select_top_k, rho, floor
     )
     slots_rerouted = 0

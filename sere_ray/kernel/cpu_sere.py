@@ -1,9 +1,9 @@
 """The same rule for decode steps on a CPU: scalar loops, compiled by numba.
 
-At 16 rows the reference is 35 small torch calls. Between expert layers that stream gigabytes
+The reference is some dozens of small torch calls. Between expert layers that stream gigabytes
 through the caches, each of them starts cold. These loops are one call and touch little code.
 They are two where expert-parallel ranks take the minimum of what the first returns.
-`tests/rules` holds both to the same integers.
+`tests/kernel/test_cpu_sere.py` and `tests/rules/test_union.py` hold both to the same integers.
 """
 
 import functools

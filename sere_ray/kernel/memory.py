@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.policy import RULE_NAMES
 from sere_ray.rules import REROUTABLE, Layer
 from sere_ray.rules.margin import demand_units
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
-_RULES: dict[str, int] = {name: number for number, name in enumerate(RULE_NAMES)}
+_RULES = {"sere": 0, "margin": 1}
 _SETTINGS = struct.Struct("iiiiifiiff8x")
 STEP = struct.Struct("iiiii12x")
 """What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""

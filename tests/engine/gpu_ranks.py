@@ -41,12 +41,11 @@ def choose_rank(rank):
 @contextmanager
 def engine_of(folder, key, port, *, before=False, **options):
     """An engine of this rank, on ports of its own: a second one would meet an old store."""
-    from vllm import envs
-
     from sere_ray.bench.rank_engines import before_dispatch
+    from sere_ray.engine.vllm_internals import forget_environment
     from tests.engine.conftest import running_engine
 
-    envs.disable_envs_cache()
+    forget_environment()
     os.environ["VLLM_DP_MASTER_PORT"] = str(port)
     with (
         before_dispatch() if before else nullcontext(),

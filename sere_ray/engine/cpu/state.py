@@ -34,7 +34,6 @@ class CpuState(EngineState):
             where one rank holds them all.
         similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
         sent: counts what goes to other ranks; None = nothing does.
-        meter: the same, where it goes by the all-to-all.
         row_kind: ``[max_rows]`` int8 of the running step.
         counters: ``[2, layers, 6]`` by step kind, fields of ``StepCounts``.
         decode_rows: re-routable rows of this rank in the running step.
@@ -55,10 +54,9 @@ class CpuState(EngineState):
         self.current_kind = DECODE_ONLY
         self.decode_rows = self.union_rows = 0
         self.decodes = self.has_exact_row = self.agreed = False
-        self.meter: DispatchMeter | None = None
         self.sent: Sent | None = None
         if self.union is not None and self.startup.dispatch == "all_to_all":
-            self.sent = self.meter = DispatchMeter(len(self.layers))
+            self.sent = DispatchMeter(len(self.layers))
         elif self.union is not None:
             self.sent = GatheredBytes(len(self.layers))
         _compile_rule(self.top_k)
@@ -81,9 +79,9 @@ class CpuState(EngineState):
 
     def loaded(self) -> None:
         """Put the all-to-all in, where it was asked for."""
-        if self.meter is not None and self.union is not None:
+        if self.union is not None and isinstance(self.sent, DispatchMeter):
             ranks = self.union
-            replace_dispatch(self.attached, self.owner, self.meter, ranks.group, ranks.greeting)
+            replace_dispatch(self.attached, self.owner, self.sent, ranks.group, ranks.greeting)
 
     # --- a step -----------------------------------------------------------------------------------
 

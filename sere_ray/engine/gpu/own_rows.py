@@ -34,7 +34,7 @@ class Deferred(NamedTuple):
     """Re-routes and sorts the ids, given a block size and whether slots of other ranks' experts
     are left out; None where vLLM has to sort them."""
     logits: Tensor | None = None
-    """``[T, E]``."""
+    """``[T, E]``; this and what follows is read by tests that count again."""
     chooses: bool = False
     """The ids are still to be chosen from the logits."""
     renormalize: bool = False

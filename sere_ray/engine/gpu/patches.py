@@ -1,13 +1,15 @@
 """What an engine on a GPU (V2 model runner) changes beside ``engine/patches.py``: its ledger.
 
 =====================================  ==========================================================
+target                                 what, why, remove when
+=====================================  ==========================================================
 GPUModelRunner.prepare_inputs          Row kinds of a step go to the device before it is launched.
                                        Why here: replay of a full graph passes through no forward
-                                       context. Remove: as for _model_forward.
+                                       context. Remove: vLLM hands row kinds to full graphs, too.
 GPUModelRunner.add_requests            Remember which requests ask for exact routing. Why: the
                                        runner keeps no sampling parameters. Remove: it does.
 GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
-                                       Remove: as for _model_forward.
+                                       Remove: as for prepare_inputs.
 TritonExperts.apply                    Gate-and-up GEMM with SiLU in its epilogue, where ``tiles/``
                                        has tiles for the model's shape and this GPU. Remove: vLLM
                                        has such a kernel.

@@ -38,10 +38,10 @@ def route(
     """
     state: CudaState = router.sere_state
     state.check_nothing_deferred()
-    layer, kernel = router.sere_layer, router.sere_runner().routed_experts.quant_method.moe_kernel
-    sorts = router.capture_fn is None and _sorts_own_ids(router.sere_runner())
+    layer, runner = router.sere_layer, router.sere_runner()
+    sorts = router.capture_fn is None and _sorts_own_ids(runner)
     if sorts:
-        kernel.fused_experts.sere_state = state
+        runner.routed_experts.quant_method.moe_kernel.fused_experts.sere_state = state
     chooses = layer not in state.without_scores and indices_type in (None, torch.int32)
     if sorts and chooses and state.own.can_route(router_logits):
         is_padding = _padding_mask(router_logits.shape[0])
@@ -112,7 +112,8 @@ def _sorts_own_ids(runner: Any) -> bool:
 
     experts, kernel = runner.routed_experts, runner.routed_experts.quant_method.moe_kernel
     return (
-        type(kernel.fused_experts) is TritonExperts
+        kernel is not None
+        and type(kernel.fused_experts) is TritonExperts
         and type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNoDPEPModular
         and experts.expert_map is None
         and not experts.apply_router_weight_on_input

@@ -130,7 +130,7 @@ class CudaState(EngineState):
         same_checksum = len({of_rank.checksum for of_rank in ranks}) == 1
         self.run_common(min(versions), max(versions), same_checksum=same_checksum)
         kind, reroutable = self.union.begin_pass([of_rank.kinds for of_rank in ranks], sizes)
-        mine = ranks[self.union.rank].kinds
+        mine = ranks[self.union.group.rank].kinds
         if self.bound.union == "local":
             self.begin_step(mine)
             return
@@ -269,11 +269,11 @@ class CudaState(EngineState):
 
     def read_layer_counters(self) -> NDArray[np.int64]:
         """Wait for the device; experts are those of all ranks, slots those of this rank's rows."""
+        if self.union is not None and self.union.way == "gathered":
+            return self.union.read_counters()
         counters: NDArray[np.int64] = self.own.counters.to("cpu", copy=True).numpy()
-        if self.union is not None:
-            gathered = self.union.way == "gathered"
-            return self.union.read_counters() if gathered else counters
-        if all(runner.moe_config.ep_size == 1 for runner in self.attached.values()):
+        replicated = all(runner.moe_config.ep_size == 1 for runner in self.attached.values())
+        if self.union is None and replicated:
             return np.concatenate([counters, counters[:, :, :2]], axis=2)  # each rank reads all
         return counters
 

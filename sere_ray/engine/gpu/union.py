@@ -92,7 +92,7 @@ class UnionOfRanks:
     """
 
     def __init__(self, group: RankGroup, rule: DeviceRule, max_rows: int) -> None:
-        self.group, self.rule, self.rank = group, rule, group.rank
+        self.group, self.rule = group, rule
         device, shape = rule.device, (2, len(rule.tables), NUM_COUNTERS)
         self.counters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step_input = StepInput(max_rows * group.num_ranks, device)
@@ -124,7 +124,7 @@ class UnionOfRanks:
         first = np.cumsum([0, *sizes])
         for start, of_rank in zip(first, kinds_of_ranks, strict=False):
             kinds[start : start + len(of_rank)] = of_rank
-        own = range(int(first[self.rank]), int(first[self.rank + 1]))
+        own = range(int(first[self.group.rank]), int(first[self.group.rank + 1]))
         kind = MIXED if bool((kinds == EXACT).any()) else DECODE_ONLY
         reroutable = self.step_input.write(kinds, kind, own=own)
         self.steps[kind] += bool(reroutable)

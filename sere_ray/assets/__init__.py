@@ -21,12 +21,12 @@ def model_config() -> dict[str, Any]:
 
 def heldout_texts() -> list[str]:
     """Source of standard-library modules that the model never saw."""
-    return [record["text"] for record in _records("heldout.jsonl")]
+    return [record["text"] for record in records("heldout.jsonl")]
 
 
 def arithmetic() -> list[tuple[str, str]]:
     """Held-out (prompt, final answer) pairs."""
-    return [(record["prompt"], record["answer"]) for record in _records("arithmetic.jsonl")]
+    return [(record["prompt"], record["answer"]) for record in records("arithmetic.jsonl")]
 
 
 def final_answer(reply: str) -> str | None:
@@ -35,6 +35,7 @@ def final_answer(reply: str) -> str | None:
     return answer.strip() if found else None
 
 
-def _records(name: str) -> list[dict[str, Any]]:
+def records(name: str) -> list[dict[str, Any]]:
+    """The JSON lines of a file of ``data/``."""
     lines = (DATA / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -46,7 +46,7 @@ class Sizes:
 
 
 def measure_memory(console: Console) -> dict[str, Any]:
-    """Peak resident memory of `sere-ray calibrate` on a random checkpoint of about 440 MB.
+    """Peak resident memory of `sere-ray calibrate` on a random checkpoint of about 440 MB in bf16.
 
     The demo model's process shows what Python and its libraries take.
 

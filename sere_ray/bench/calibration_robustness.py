@@ -4,7 +4,6 @@ The similarity of every setting chooses stand-ins for the same random sets of ke
 re-routes the same held-out text, teacher-forced, 16 rows a step.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,19 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sere_ray import assets
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, bound
-from sere_ray.bench.dispatch_traffic import divergence, interval
+from sere_ray.bench.dispatch_traffic import interval
 from sere_ray.calibration.collect import MoELayer, collect, find_moe_layers
 from sere_ray.calibration.data import make_batches, make_windows
 from sere_ray.calibration.loading import load_model, load_tokenizer
 from sere_ray.calibration.similarity import make_sums
-from sere_ray.evaluation.teacher_forced import Rerouter, exact_logits
+from sere_ray.evaluation.teacher_forced import Rerouter, divergence, exact_logits
 from sere_ray.policy.policy import Policy
 from sere_ray.util.files import atomic_path
 from sere_ray.util.progress import progress
 
 Similarity = Mapping[int, Tensor]
 """By MoE layer: ``[E, E]`` float32."""
-HELDOUT = assets.CALIBRATION.with_name("heldout.jsonl")
 TOKENS = (5_120, 20_480, 51_200, 204_800)
 """Multiples of the 1,024 tokens of a chunk of ``cka``."""
 METRICS = {"frobenius": 204_800, "cosine": 204_800, "cka": 51_200}
@@ -214,11 +212,10 @@ class Judge:
         """``[TEXTS]``: mean KL(exact || re-routed) of each text's positions, nats."""
         policy = bound(Policy.parse({"similarity": "-", "select_top_k": select_top_k}))
         rerouter = Rerouter(policy, similarity, PROMPT_TOKENS)
-        of_positions = []
-        for start in range(0, len(self._texts), BATCH):
-            rows = slice(start, start + BATCH)
-            logits = rerouter.forward(self._model, self._texts[rows])[:, PROMPT_TOKENS:]
-            of_positions.append(divergence(self._exact[rows], logits))
+        of_positions = [
+            divergence(self._exact[rows], logits)
+            for rows, logits in rerouter.scored(self._model, self._texts, BATCH)
+        ]
         found: NDArray[np.float64] = torch.cat(of_positions).mean(dim=1).numpy()
         return found
 
@@ -228,8 +225,8 @@ def _data_sets() -> dict[str, list[str]]:
 
     Modules that the held-out text is from are left out of the last one.
     """
-    shipped = _records(assets.CALIBRATION)
-    heldout = {record["module"] for record in _records(HELDOUT)}
+    shipped = assets.records("calibration.jsonl")
+    heldout = {record["module"] for record in assets.records("heldout.jsonl")}
     library = Path(os.__file__).parent
     modules = [path for path in sorted(library.glob("*.py")) if path.name not in heldout]
     return {
@@ -237,10 +234,6 @@ def _data_sets() -> dict[str, list[str]]:
         "arithmetic": [record["text"] for record in shipped if record["kind"] == "chat"],
         "source": [path.read_text(encoding="utf-8", errors="replace") for path in modules],
     }
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _windows(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -28,7 +28,7 @@ from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.calibration.loading import load_model
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report
 from sere_ray.evaluation.decode_batches import linear_owner
-from sere_ray.evaluation.teacher_forced import LayerRows, Rerouter, exact_logits
+from sere_ray.evaluation.teacher_forced import LayerRows, Rerouter, divergence, exact_logits
 from sere_ray.policy.bound import BoundPolicy
 
 DTYPE = torch.bfloat16
@@ -111,8 +111,8 @@ def _record(
         PROMPT_TOKENS,
         on_layer=lambda layer, rows: found[layer].append(rows),
     )
-    starts = range(0, len(windows) - batch + 1, batch)
-    logits = [rerouter.forward(model, windows[i : i + batch])[:, PROMPT_TOKENS:] for i in starts]
+    whole = windows[: len(windows) // batch * batch]
+    logits = [logits for _, logits in rerouter.scored(model, whole, batch)]
     save_file(
         {
             f"{layer}.{name}": torch.cat([getattr(rows, name) for rows in parts])
@@ -122,11 +122,6 @@ def _record(
         path,
     )
     return torch.cat(logits)
-
-
-def divergence(exact: Tensor, logits: Tensor) -> Tensor:
-    """``[N, D]``: KL(exact || logits), nats; ``exact`` are log-probabilities."""
-    return (exact.exp() * (exact - logits.double().log_softmax(dim=-1))).sum(dim=-1)
 
 
 # --- replay: a process for each rank -------------------------------------------------------------

@@ -8,7 +8,7 @@ import typer
 from sere_ray.cli import calibrate as cli_calibrate
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import serve as cli_serve
-from sere_ray.cli.common import Out, console, numbers, saver, user_errors
+from sere_ray.cli.common import Out, console, names, numbers, saver, user_errors
 from sere_ray.util.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
@@ -86,12 +86,12 @@ def step_time(
                 model,
                 out,
                 num_ranks=data_parallel_size,
-                ways=_names(union),
+                ways=names(union),
                 rows=numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
                 repeats=repeats,
                 tokens=tokens or (64 if on_gpu() else 10),
-                routers=_names(router),
-                chosen=_names(arms) if arms else None,
+                routers=names(router),
+                chosen=names(arms) if arms else None,
                 compiled=not eager,
                 append=append,
                 profile=profile,
@@ -107,8 +107,8 @@ def step_time(
             batches=numbers("--batches", batches or default, range(1, 257)),
             repeats=repeats,
             tokens=tokens or (64 if on_gpu() else 10),
-            routers=_names(router),
-            arms=_names(arms) if arms else None,
+            routers=names(router),
+            arms=names(arms) if arms else None,
             compiled=not eager,
             append=append,
             profile=profile,
@@ -180,8 +180,3 @@ def plot(
         document = load_result(result)
         draw(of_model(document, model) if model else document, picture)
     print(picture)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """The names of a comma-separated option."""
-    return tuple(part.strip() for part in text.split(","))

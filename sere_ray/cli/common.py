@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -11,8 +11,14 @@ from rich.console import Console
 from sere_ray.util.errors import SereError
 
 console = Console(stderr=True)
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Of a deployment on this machine."""
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    typer.Option(help="Of the weights; auto: the checkpoint's, on a CPU float32."),
+]
 
 
 @contextmanager
@@ -36,6 +42,11 @@ def numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
     if len(found) != len(values):
         raise SereError(f"{option} = {text!r}: must be numbers of {allowed}, comma-separated")
     return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated option."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def saver(out: Path) -> Callable[[dict[str, Any]], None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from sere_ray.cli import loadtest_demo as cli_loadtest_demo
-from sere_ray.cli.common import Out, console, saver, user_errors
+from sere_ray.cli.common import DEFAULT_URL, Out, console, saver, user_errors
 from sere_ray.cli.loadtest_common import (
     Api,
     Cache,
@@ -49,7 +49,7 @@ def check_installed() -> None:
 @app.command()
 def run(
     out: Out,
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     streams: Annotated[
         int | None, typer.Option(min=1, help="Closed loop: users that wait for their answer.")
     ] = None,
@@ -105,14 +105,14 @@ def run(
             speed=speed,
             stall=stall,
         )
-        plan = replace(plan, seconds=seconds, warmup=warmup, streams=streams, seed=seed)
+        if trace is None:
+            plan = replace(plan, seconds=seconds, warmup=warmup)
+        plan = replace(plan, streams=streams, seed=seed)
         if rate is not None:
             plan = replace(plan, arrivals=Arrivals.at(rate, burstiness))
         elif steps is not None:
             arrivals = Arrivals.checked(parse_steps(steps), burstiness)
             plan = replace(plan, arrivals=arrivals, seconds=arrivals.seconds, warmup=0)
-        elif trace is not None:
-            plan = replace(plan, seconds=(plan.entries[-1].at or 0) + 1e-3, warmup=0)
         limits = Limits.parse(slo)
         content = run_single(plan, limits, price(usd_per_gpu_hour, gpus), processes, console)
         finish(content, out, html, csv, None, max_lag_ms, require_slo)
@@ -120,7 +120,7 @@ def run(
 
 def compare(
     out: Out,
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     policies: Policies = "off,S=2,S=1",
     streams: Annotated[
         str | None, typer.Option(help="Closed loop: users that wait, such as 16 or 4,16,64.")

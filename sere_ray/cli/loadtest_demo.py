@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import Out, console, saver, user_errors
+from sere_ray.cli.common import DEFAULT_URL, Out, console, saver, user_errors
 from sere_ray.cli.loadtest_common import (
     Csv,
     Html,
@@ -63,7 +63,7 @@ def soak(
     pid: Annotated[int, typer.Option(help="Of `sere-ray serve` on this machine.")],
     minutes: Annotated[float, typer.Option(min=0.2, help="How long.")] = 30,
     kill_rank: Annotated[bool, typer.Option(help="Kill an engine after half of the time.")] = True,
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     keys: Keys = None,
     stall: Stall = 30,
 ) -> None:

@@ -1,11 +1,11 @@
 """The commands about quality: evaluate, tune."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sere_ray.cli.common import console, numbers, user_errors
+from sere_ray.cli.common import Dtype, console, names, numbers, user_errors
 
 if TYPE_CHECKING:
     from sere_ray.evaluation.frontier import EvaluationPlan
@@ -38,10 +38,7 @@ def evaluate(
     prompt: Prompt = 64,
     text_column: TextColumn = "text",
     device: Device = "auto",
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"],
-        typer.Option(help="Of the weights; auto: the checkpoint's, on a CPU float32."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     append: Annotated[
         bool, typer.Option("--append", help="Keep what the file has of other batch sizes.")
     ] = False,
@@ -61,12 +58,12 @@ def evaluate(
         onto = load_result(out) if append and out.exists() else None
         if onto:
             check_continues(onto)
-        names = tuple(part.strip() for part in rules.split(","))
-        check_rules(names)
+        chosen_rules = names(rules)
+        check_rules(chosen_rules)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, ranks, device, dtype)
         chosen = read_settings(settings) if settings else None
-        found = run(plan, rules=names, settings=chosen, console=console)
+        found = run(plan, rules=chosen_rules, settings=chosen, console=console)
         if onto:
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto)
@@ -113,12 +110,12 @@ def tune(
         from sere_ray.evaluation.tune_report import print_report
         from sere_ray.util.results import write_result
 
-        names = tuple(part.strip() for part in rules.split(","))
-        check_rules(names, served=True)
+        chosen_rules = names(rules)
+        check_rules(chosen_rules, served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)
         budget = Budget(max_kl, min_agreement)
-        found = run(plan, check, budget, names, console, by_rows=by_rows)
+        found = run(plan, check, budget, chosen_rules, console, by_rows=by_rows)
         write_policy(found["policy"], out)
         if report:
             write_result(report, found)
@@ -133,7 +130,7 @@ def _plan(
     batches: str,
     ranks: str,
     device: str,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    dtype: Dtype = "auto",
 ) -> "EvaluationPlan":
     """The plan that the options describe.
 

@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from sere_ray.cli.common import Out, console, numbers, saver, user_errors
+from sere_ray.cli.common import DEFAULT_URL, Out, console, numbers, saver, user_errors
 from sere_ray.util.errors import SereError
 
 Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_ADMIN_TOKEN.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy of a deployment.")
 
 

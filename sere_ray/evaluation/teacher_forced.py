@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 from transformers import Cache, PreTrainedModel
 
 from sere_ray.calibration.collect import find_moe_layers
@@ -128,6 +127,18 @@ class Rerouter:
         """Logits ``[B, L, V]`` of ``input_ids [B, L]`` under the policy."""
         return forward_changed(model, input_ids, self.prompt_tokens, self._choose)
 
+    def scored(
+        self, model: PreTrainedModel, input_ids: Tensor, batch: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Texts of ``input_ids [N, L]`` that advance together, and what follows their prompts.
+
+        Yields:
+            Which texts, and their logits ``[batch, L - prompt_tokens, V]``.
+        """
+        for start in range(0, len(input_ids), batch):
+            rows = slice(start, start + batch)
+            yield rows, self.forward(model, input_ids[rows])[:, self.prompt_tokens :]
+
     def _choose(
         self, layer: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Choice:
@@ -157,6 +168,11 @@ class Rerouter:
             if self.policy.mode == "on":
                 new_ids[step] = of_step
         return new_ids
+
+
+def divergence(exact: Tensor, logits: Tensor) -> Tensor:
+    """``[N, D]``: KL(exact || logits), nats; ``exact`` are log-probabilities in float64."""
+    return (exact.exp() * (exact - logits.double().log_softmax(dim=-1))).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -196,25 +212,17 @@ def score(
         prompt_tokens: positions that are exact and not scored.
     """
     rerouter = Rerouter(policy, similarity, prompt_tokens)
-    agree, divergence, rows = 0, 0.0, 0
-    for start in range(0, len(input_ids), batch):
-        logits = rerouter.forward(model, input_ids[start : start + batch])[:, prompt_tokens:]
-        exact = exact_logits[start : start + batch]
+    agree, kl, rows = 0, 0.0, 0
+    for texts, logits in rerouter.scored(model, input_ids, batch):
+        exact = exact_logits[texts]
         agree += int((logits.argmax(-1) == exact.argmax(-1)).sum())
-        divergence += float(
-            kl_div(
-                log_softmax(logits.double(), dim=-1),
-                log_softmax(exact.double(), dim=-1),
-                log_target=True,
-                reduction="sum",
-            )
-        )
+        kl += float(divergence(exact.double().log_softmax(dim=-1), logits).sum())
         rows += logits.shape[0] * logits.shape[1]
     steps = max(rerouter.reads.layer_steps, 1)
     return Quality(
         rows=rows,
         top1_agreement=agree / rows,
-        kl_mean=divergence / rows,
+        kl_mean=kl / rows,
         experts_before=rerouter.reads.experts_before / steps,
         experts_read=rerouter.reads.experts_after / steps,
     )

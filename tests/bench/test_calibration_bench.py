@@ -84,7 +84,7 @@ def test_more_tokens_of_a_data_set_start_with_the_fewer_ones(
 
 
 def test_held_out_modules_are_in_no_data_set() -> None:
-    heldout = {record["module"] for record in robustness._records(robustness.HELDOUT)}
+    heldout = {record["module"] for record in assets.records("heldout.jsonl")}
     texts = robustness._data_sets()["source"]
     assert heldout
     assert not any("Calendar printing functions" in text for text in texts)

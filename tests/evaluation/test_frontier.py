@@ -1,6 +1,7 @@
 """`sere-ray evaluate` and `tune`: numbers by hand, a small run, and what they refuse."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from sere_ray.calibration import calibrate
 from sere_ray.cli.main import app
 from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
-from sere_ray.evaluation.settings import as_policy, grid, label, looks_at_ranks, rank_grid
+from sere_ray.evaluation.settings import Setting, as_policy, grid, label, looks_at_ranks, rank_grid
 from sere_ray.evaluation.statistics import draws
 from sere_ray.evaluation.tune import _plain, joined, ranges_between
-from sere_ray.policy.policy import Policy
+from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.util.results import load_result
 
@@ -228,6 +229,10 @@ def test_tune_by_the_rows_of_a_step(similarity, tmp_path):
     of_one = json.loads(report.read_text())
     reads = [sum(r["experts_read_mean"] for r in f["predicted"]) for f in (ranges, of_one)]
     assert reads[0] < reads[1]
+
+
+def test_settings_know_every_rule_and_engines_some_of_them():
+    assert set(get_args(Setting.model_fields["rule"].annotation)) == set(RULES) > set(RULE_NAMES)
 
 
 # --- refusals ----------------------------------------------------------------------------------

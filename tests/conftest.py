@@ -88,7 +88,7 @@ def made_once(folder):
 
 @pytest.fixture(scope="session")
 def sdist_path(tmp_path_factory):
-    """The source archive of this repository, built once."""
+    """The source archive of this repository, built once in a worker."""
     return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))
 
 

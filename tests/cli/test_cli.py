@@ -16,6 +16,7 @@ from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.cli.main import app
 from sere_ray.serve.gateway.keys import KeyFile, digest
 from sere_ray.util.files import file_sha256
+from tests.commands import every_command
 from tests.models import build_checkpoint
 
 run = CliRunner().invoke
@@ -60,15 +61,7 @@ def test_help_shows_a_newcomer_the_way_first():
     assert set(shown) == set(typer.main.get_command(app).commands)
 
 
-def leaves(command, path=()):
-    """Words of every command, of groups' commands, too."""
-    for name, child in getattr(command, "commands", {}).items():
-        yield from leaves(child, (*path, name))
-    if not hasattr(command, "commands"):
-        yield path
-
-
-@pytest.mark.parametrize("command", leaves(typer.main.get_command(app)), ids=" ".join)
+@pytest.mark.parametrize("command", list(every_command()), ids=" ".join)
 def test_every_command_has_an_example(command):
     result = run(app, [*command, "--help"])
     assert result.exit_code == 0

@@ -137,6 +137,10 @@ def rule_arguments(
     )
 
 
+def kernel_of(case: Case) -> RuleKernel:
+    return RuleKernel(case.experts, case.slots, case.ids.dtype)
+
+
 def empty_alignment(
     kernel: RuleKernel, ids: Tensor, block: int, experts: int | None = None
 ) -> tuple[Aligned, list[object]]:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -22,6 +21,7 @@ from .kernel_cases import (
     device_layer,
     empty_alignment,
     expected,
+    kernel_of,
     library,
     own_slots,
     peers_on,
@@ -37,7 +37,7 @@ SHAPES = [(128, 8), (60, 4), (300, 5), (9, 3)]
 
 
 def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: int = 64):
-    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    kernel = kernel_of(case)
     launch(
         library(kernel, name, threads, cache),
         name,
@@ -50,7 +50,7 @@ def run(name, case: Case, ids, layer, *others, cache: Path, seed: int, threads: 
 
 def gathered(case: Case, own: range, placement, *, cache, seed, block, mode="on", threads=64):
     """What a rank does with the gathered rows: new ids, counters, sorted slots if asked for."""
-    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    kernel = kernel_of(case)
     ids = case.ids.clone()
     counters = torch.zeros((2, 6), dtype=torch.int64)
     layer = device_layer(case, CPU, mode, counters=counters, own=own)
@@ -161,7 +161,7 @@ def check_exchange(case: Case, split: float, **options):
 
 def library_of(peers, part: Case, cache, threads=64):
     """Compiled, if it was not, which takes longer than ranks wait for each other."""
-    kernel = RuleKernel(part.experts, part.slots, part.ids.dtype)
+    kernel = kernel_of(part)
     return library(kernel, "reroute_with_peers", threads, cache, peers.rank)
 
 

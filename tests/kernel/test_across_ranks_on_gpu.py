@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import StepInput
 from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
@@ -19,6 +18,7 @@ from .kernel_cases import (
     check_split,
     device_layer,
     expected,
+    kernel_of,
     own_slots,
     peers_on,
     split_up,
@@ -31,10 +31,6 @@ pytestmark = [
 ]
 GPU = torch.device("cuda", 0)
 SHAPES = [(128, 8), (60, 4), (300, 5), (512, 10)]
-
-
-def kernel_of(case: Case) -> RuleKernel:
-    return RuleKernel(case.experts, case.slots, case.ids.dtype)
 
 
 def on_gpu(placement: Placement) -> Placement:

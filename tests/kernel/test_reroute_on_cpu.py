@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import RuleKernel
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, launch
@@ -20,6 +19,7 @@ from .kernel_cases import (
     device_layer,
     empty_alignment,
     expected,
+    kernel_of,
     library,
     odd_cases,
     rule_arguments,
@@ -46,7 +46,7 @@ def run(
     mode: str = "on",
     cluster: int = 1,
 ):
-    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    kernel = kernel_of(case)
     ids = case.ids.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
     packed, counters = arguments(case, ids, new_ids, mode)
@@ -110,7 +110,7 @@ def align(
     mode: str = "on",
     cluster: int = 1,
 ):
-    kernel = RuleKernel(case.experts, case.slots, case.ids.dtype)
+    kernel = kernel_of(case)
     ids = case.ids.clone()
     packed, counters = arguments(case, ids, ids, mode)
     aligned, sorted_arguments = empty_alignment(kernel, ids, block)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP, Settings, StepInput
 from sere_ray.rules import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
@@ -19,6 +18,7 @@ from .kernel_cases import (
     check_aligned,
     device_layer,
     expected,
+    kernel_of,
     odd_cases,
     policy,
 )
@@ -28,10 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 GPU = torch.device("cuda", 0)
-
-
-def kernel_of(case: Case) -> RuleKernel:
-    return RuleKernel(case.experts, case.slots, case.ids.dtype)
 
 
 def run(case: Case, *, inplace: bool, mode: str = "on"):

@@ -11,12 +11,19 @@ from tests.serve.faults import check_killed_engine, check_killed_router
 pytestmark = pytest.mark.engine
 
 
+@pytest.fixture(scope="module")
+def engines(live):
+    """Processes of the engines before one is killed."""
+    return live.processes("VLLM::EngineCore")
+
+
 def test_a_killed_router(live):
     check_killed_router(live)
 
 
-def test_a_killed_engine_ends_the_requests_of_its_gang(live):
+def test_a_killed_engine_ends_the_requests_of_its_gang(live, engines):
     """Later requests, too."""
+    assert len(engines) == 2
     check_killed_engine(live)
     for _ in range(10):  # the gang needs longer to come back
         start = time.monotonic()
@@ -28,6 +35,10 @@ def test_a_killed_engine_ends_the_requests_of_its_gang(live):
         time.sleep(0.3)
 
 
-def test_the_gang_comes_back_and_drains_at_sigterm(live):
+def test_the_gang_comes_back_and_drains_at_sigterm(live, engines):
     wait_for(lambda: live.complete(max_tokens=4)[0] == 200, 180, "the gang comes back")
+    now = live.processes("VLLM::EngineCore")
+    assert len(now) == 2
+    orphans = [engine for engine in engines if engine.is_running() and engine not in now]
+    assert not orphans, "an engine outlived its replica"
     check_drains(live)

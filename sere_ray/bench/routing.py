@@ -17,7 +17,8 @@ SIGMA = 0.75
 
 Trained gates prefer some experts: 16 tokens of Qwen3-30B-A3B are said to choose about 50 of its 128
 experts a layer (where that was published is not recorded here), those of random weights 82. Logits
-``s_e * N(0, 1)`` with log s_e ~ N(0, SIGMA), simulated by `simulate_union` with 400 layers of 16 rows:
+``s_e * N(0, 1)`` with log s_e ~ N(0, SIGMA),
+simulated by `simulate_union` with 400 layers of 16 rows:
 
 =======  ==================  =================  =================
 SIGMA    128 experts, top-8  64 experts, top-6  60 experts, top-4

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sere_ray.artifact.similarity import SimilarityArtifact
     from sere_ray.policy.policy import Policy
-    from sere_ray.rules import reroute
+    from sere_ray.rules import merge_repeated, reroute
     from sere_ray.util.errors import SereError
 
 __version__ = "0.2.0"
-__all__ = ["Policy", "SereError", "SimilarityArtifact", "__version__", "reroute"]
+__all__ = [
+    "Policy",
+    "SereError",
+    "SimilarityArtifact",
+    "__version__",
+    "merge_repeated",
+    "reroute",
+]
 _PLACES = {
     "Policy": "sere_ray.policy.policy",
     "SereError": "sere_ray.util.errors",
     "SimilarityArtifact": "sere_ray.artifact.similarity",
+    "merge_repeated": "sere_ray.rules",
     "reroute": "sere_ray.rules",
 }
 

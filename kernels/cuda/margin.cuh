@@ -139,15 +139,17 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   if (rows.first >= a.num_rows) announce<SHOWS>();
   if (rows.first >= a.num_rows && !counts) return;
   const unsigned kept = kept_experts(shared, start.settings);
-  int changed = 0;
+  int changed = 0, merged = 0;
 #pragma unroll 1
   for (int row = rows.first; row < a.num_rows; row += rows.step) {
     const Row r = first && row == rows.first ? *first : load_row(row, logits, load);
     const unsigned stays = staying(r.slot, kept);
     const bool changes = r.changeable && stays != ALL_SLOTS;
-    if (changes && row >= start.step.own_begin && row < start.step.own_end) changed += K - __popc(stays);
+    const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
+    if (changes && is_own) changed += K - __popc(stays);
     const bool moves = changes && !observes;
     const NewSlots slots = moves ? refill(r, stays, kept, start.settings) : unchanged(r);
+    if (moves && is_own) merged += slots.of[1].slot >= 0 && slots.of[1].id < 0;
     for (const NewSlot& s : slots.of) {
       if (s.slot >= 0) then(row * K + s.slot, s.id);
     }
@@ -160,7 +162,9 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   }
 
   unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
+  merged = __reduce_add_sync(ALL_LANES, merged);
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
+  if (lane == 0 && merged) atomicAdd(&counters[4], (unsigned long long)merged);
   if (counts) count_experts(shared, kept, counters);
 }
 

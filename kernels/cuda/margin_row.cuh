@@ -6,7 +6,6 @@
 
 namespace {
 
-constexpr int REROUTABLE = 1;
 constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
 constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
 constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
@@ -241,8 +240,8 @@ __device__ __forceinline__ NewSlots unchanged(const Row& r) {
   return {{{lane < K ? lane : -1, int(r.slot.id), r.slot.weight}, {-1, 0, 0}}};
 }
 
-// The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those name the row's
-// first expert with weight 0, as experts' code that takes no id of -1 wants it.
+// The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those are dropped: id -1,
+// or the row's first expert with weight 0 for experts' code that takes no id of -1.
 __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings) {
   const int lane = threadIdx.x % 32, num_staying = __popc(stays), order = order_by_score(r, stays);
   const bool is_staying = stays >> lane & 1;
@@ -256,7 +255,7 @@ __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigne
   const float scale = sum_of_slots(r.slot.weight) * exp2f(-exponent);
   const int filled = lane >= num_staying && lane < K ? lane : -1;
   return {{{is_staying ? order : -1, int(r.slot.id), share * scale},
-           {filled, found.expert < 0 ? first : found.expert, new_share * scale}}};
+           {filled, found.expert >= 0 ? found.expert : settings.merges ? -1 : first, new_share * scale}}};
 }
 
 }  // namespace

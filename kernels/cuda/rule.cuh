@@ -19,7 +19,7 @@ typedef int Id;
 
 namespace {
 
-constexpr int PADDING = 0, EXACT = 2;              // row kinds; 1 = re-routable
+constexpr int PADDING = 0, REROUTABLE = 1, EXACT = 2;  // row kinds
 constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
 constexpr int MARGIN = 1;                          // rules; 0 = sere. See margin.cuh
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -53,7 +53,8 @@ struct __align__(16) Settings {                    // of one layer, written by t
   int tau;                                         // of margin, as are the others: in units of demand
   int runners_up;
   float beta, fill;
-  int unused[2];
+  int merges;                                      // step 7: slots that repeat an expert of their row become -1
+  int unused[1];
 };
 
 struct __align__(16) Step {                        // written by the host before every step
@@ -107,7 +108,7 @@ struct Arguments {
   const Settings* settings;
   const Step* step;
   const signed char* row_kind;                     // [num_rows]
-  unsigned long long* counters;                    // four of this layer; of the other counter row
+  unsigned long long* counters;                    // five of this layer; of the other counter row
   int counter_stride;                              // this many further on
 };
 
@@ -242,6 +243,27 @@ __device__ __forceinline__ Id new_id(const Shared& shared, const Slot& s) {
   return s.valid && s.kind != PADDING ? shared.target[s.id] : s.id;
 }
 
+// Step 7 of a slot per thread, by the lanes of a row: the slot that takes over what the others of the same expert
+// weigh. Returns false for those.
+__device__ __forceinline__ bool merge_slot(bool may_merge, Id id, float& weight, int slot) {
+  const int own = may_merge ? int(id) : -1 - slot; // equal to no other slot's
+  const float own_weight = weight;
+  float sum = 0;
+  int named = 0;
+  bool is_best = true;
+#pragma unroll 1
+  for (int other = 0; other < K; ++other) {
+    const int of_other = __shfl_sync(ALL_LANES, own, other, GROUP);
+    const float weight_of_other = __shfl_sync(ALL_LANES, own_weight, other, GROUP);
+    if (of_other != own) continue;
+    named += 1;
+    sum += weight_of_other;                        // in slot order
+    if (weight_of_other > own_weight || (weight_of_other == own_weight && other < slot)) is_best = false;
+  }
+  if (named > 1) weight = is_best ? sum : 0;
+  return is_best;
+}
+
 // Counters of the layer, by one warp: experts before and after, critical experts kept.
 __device__ __forceinline__ void count_experts(const Shared& shared, const Arguments& a, int size,
                                               unsigned long long* counters) {
@@ -312,27 +334,38 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
   }
 
   const int slot = threadIdx.x % GROUP;
-  int changed = 0;
+  const bool moves = start.has_work && start.settings.mode != OBSERVE;
+  const bool merges = moves && start.settings.merges && start.settings.select_top_k < K;
+  int changed = 0, merged = 0;
 #pragma unroll 1
   for (int at = 0; at < a.num_rows * GROUP; at += THREADS) {
     const int row = (at + threadIdx.x) / GROUP;
-    if (row >= a.num_rows || slot >= K) break;
-    const Slot s = load(row, slot);
+    const bool exists = row < a.num_rows && slot < K;
+    const Slot s = exists ? load(row, slot) : Slot{-1, 0.0f, PADDING, false};
+    const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
     Id id = s.id;
+    float weight = s.weight;
     if (start.has_work) {
       const Id moved = new_id(shared, s);
-      const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
       changed += is_own && s.kind != PADDING && moved != s.id;
-      if (start.settings.mode != OBSERVE) id = moved;
+      if (moves) id = moved;
     }
+    if (merges && !merge_slot(s.valid && s.kind == REROUTABLE, id, weight, slot)) {
+      merged += is_own;
+      id = -1;
+    }
+    if (!exists) continue;
     if (a.new_ids != a.ids || id != s.id) a.new_ids[row * K + slot] = id;
+    if (weight != s.weight) a.weights[row * K + slot] = weight;
     then(row * K + slot, id);
   }
 
   if (start.has_work) {
     unsigned long long* counters = a.counters + start.step.counter_row * a.counter_stride;
     changed = __reduce_add_sync(ALL_LANES, changed);
+    merged = __reduce_add_sync(ALL_LANES, merged);
     if (threadIdx.x % 32 == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
+    if (threadIdx.x % 32 == 0 && merged) atomicAdd(&counters[4], (unsigned long long)merged);
     if (threadIdx.x >= THREADS - 32) count_experts(shared, a, size, counters);
   }
 }

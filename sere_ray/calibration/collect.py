@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from sere_ray.artifact.gates import find_gate, gate_weight
 from sere_ray.calibration.data import Batch
 from sere_ray.calibration.experts import expert_outputs, routed_output
 from sere_ray.calibration.similarity import Sums, working_bytes
@@ -62,8 +63,10 @@ def find_moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
 def moe_layer(decoder_layer: nn.Module) -> MoELayer | None:
     """The MoE part of a decoder layer; None for a dense one."""
     for block in decoder_layer.modules():
-        if _is_moe_block(block):
-            return MoELayer(block.experts, block.gate.weight)  # type: ignore[arg-type,union-attr]
+        experts, gate = getattr(block, "experts", None), find_gate(block)
+        weight = None if gate is None else gate_weight(gate)
+        if isinstance(experts, nn.Module) and weight is not None and _takes_choices(experts):
+            return MoELayer(experts, weight)
     return None
 
 
@@ -88,7 +91,7 @@ def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShap
         # the published code appends SERE to the architecture of a model it has calibrated
         architecture=architectures[0].removesuffix("SERE"),
         num_experts=sizes.pop(),
-        top_k=model.config.get_text_config().num_experts_per_tok,
+        top_k=_top_k(model.config.get_text_config()),
         layers=tuple(sorted(layers)),
     )
 
@@ -196,12 +199,18 @@ def watched(layers: Mapping[int, MoELayer], sums: Mapping[int, Sums]) -> Iterato
             del stream.experts.forward
 
 
-def _is_moe_block(module: nn.Module) -> bool:
-    experts, gate = getattr(module, "experts", None), getattr(module, "gate", None)
-    if not isinstance(experts, nn.Module) or not isinstance(gate, nn.Module):
-        return False
-    has_weight = isinstance(getattr(gate, "weight", None), Tensor)
-    return has_weight and "top_k_index" in inspect.signature(type(experts).forward).parameters
+def _takes_choices(experts: nn.Module) -> bool:
+    """Whether it is called with the choices of rows: see ``experts.py``."""
+    parameters = inspect.signature(type(experts).forward).parameters
+    return bool({"top_k_index", "router_indices"} & parameters.keys())
+
+
+def _top_k(config: PretrainedConfig) -> int:
+    """K, under the name that a model's authors gave it."""
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    found = next(value for name in names if (value := getattr(config, name, None)) is not None)
+    top_k: int = max(found) if isinstance(found, list) else found
+    return top_k
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:

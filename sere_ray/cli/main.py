@@ -71,6 +71,12 @@ def demo(
     concurrency: Annotated[
         str, typer.Option(help="Streams at a time: any of 1, 2, 4, 8, 16, 32, comma-separated.")
     ] = "1,4,16",
+    problems: Annotated[
+        int, typer.Option(min=1, max=128, help="Most arithmetic problems sent for each setting.")
+    ] = 128,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Without vLLM's compiled graph: starts sooner.")
+    ] = False,
 ) -> None:
     """Serve a small trained model on CPU through Ray Serve, exact and re-routed, and compare.
 
@@ -85,6 +91,8 @@ def demo(
             keep=keep,
             port=port,
             concurrencies=numbers("--concurrency", concurrency, (1, 2, 4, 8, 16, 32)),
+            problems=problems,
+            eager=eager,
             console=console,
         )
 

@@ -110,6 +110,7 @@ def measure_quality(
 def measure_runs(
     policies: list[Policy],
     concurrencies: Sequence[int],
+    problems: int,
     quality: Mapping[tuple[Policy, int], Quality],
     deployment: Deployment,
     base_url: str,
@@ -121,6 +122,7 @@ def measure_runs(
     Args:
         policies: to compare.
         concurrencies: numbers of requests in flight.
+        problems: how many are sent at most for each policy and concurrency.
         quality: from :func:`measure_quality`; goes into the rows.
         deployment: changes the policy and reads the engines' counters.
         base_url: of the endpoint; ends in ``/v1``.
@@ -133,16 +135,16 @@ def measure_runs(
     send(base_url, model_id, assets.arithmetic()[:16], 16)  # warm-up
     runs = []
     for concurrency in concurrencies:
-        problems = assets.arithmetic()[: problems_at(concurrency)]
+        sent = assets.arithmetic()[: min(problems, problems_at(concurrency))]
 
         def traffic(
             policy: Policy,
-            problems: list[tuple[str, str]] = problems,
+            sent: list[tuple[str, str]] = sent,
             concurrency: int = concurrency,
         ) -> tuple[Served, dict[str, Any]]:
             deployment.set_policy(policy)
             deployment.read_counters()
-            return send(base_url, model_id, problems, concurrency), deployment.read_counters()
+            return send(base_url, model_id, sent, concurrency), deployment.read_counters()
 
         for policy in policies:
             served, counters = traffic(policy)

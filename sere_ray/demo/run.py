@@ -27,6 +27,8 @@ def run_demo(
     keep: bool,
     port: int,
     concurrencies: Sequence[int],
+    problems: int,
+    eager: bool,
     console: Console,
 ) -> list[Run]:
     """Serve the demo model on CPU and compare policies; see ``sere-ray demo --help``.
@@ -34,7 +36,7 @@ def run_demo(
     Raises:
         SereError: the port is taken, or a package of the extra ``cpu`` is missing.
     """
-    compiled = check_machine(port, console)
+    compiled = check_machine(port, console) and not eager
     with tempfile.TemporaryDirectory(prefix="sere-demo-") as folder:
         similarity = Path(folder) / "demo.safetensors"
         console.print("[bold]1. calibrate[/]: how alike are the demo model's experts?")
@@ -66,6 +68,7 @@ def run_demo(
                 runs = measure_runs(
                     settings,
                     concurrencies,
+                    problems,
                     quality,
                     deployment,
                     f"http://{HOST}:{port}/v1",

@@ -14,6 +14,11 @@ from sere_ray.util.errors import ArtifactError, UnsupportedError
 
 KEY = "sere"
 """The key of ``additional_config`` that turns re-routing on."""
+OTHER_ROWS = {
+    "DeepseekV41ForCausalLM": "its replay layers get other rows than the step has",
+    "Ernie4_5_VLMoeForConditionalGeneration": "a layer's text and image rows have experts apart",
+}
+"""Models whose layers get rows that the step's row kinds do not belong to."""
 VLLM_SUPPORTED = ("0.32", "0.33")
 """Supported vLLM: from the first, below the second."""
 
@@ -87,7 +92,7 @@ def check_options(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     is_cpu, data_parallel = current_platform.is_cpu(), parallel.data_parallel_size > 1
     refused = [
         (
@@ -111,7 +116,7 @@ def check_options(vllm_config: Any) -> None:
             "start without LoRA",
         ),
         (
-            not is_cpu and vllm_config.model_config.enable_sleep_mode,
+            not is_cpu and model.enable_sleep_mode,
             "enable_sleep_mode = True: sleep gives away the memory that holds the rule's tables",
             "start without it",
         ),
@@ -149,6 +154,26 @@ def check_options(vllm_config: Any) -> None:
             "use pipeline_parallel_size = 1",
         ),
         (parallel.use_ubatching, "micro-batching (enable_dbo): not supported", "start without it"),
+        (
+            parallel.enable_elastic_ep,
+            "enable_elastic_ep = True: ranks come and go, and the union speaks of a fixed number",
+            "start without it",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "kv_sharing_fast_prefill = True: some layers get other rows than the step has",
+            "start without it",
+        ),
+        (
+            vllm_config.weight_transfer_config is not None,
+            "weight_transfer_config is set: gates may change after the artifact was checked",
+            "start without it, and calibrate the weights that are served",
+        ),
+        (
+            model.architecture in OTHER_ROWS,
+            f"{model.architecture}: {OTHER_ROWS.get(model.architecture)}",
+            "serve another model",
+        ),
     ]
     for is_refused, what, remedy in refused:
         if is_refused:
@@ -225,18 +250,4 @@ def check_synthetic(policy: Policy, artifact: SimilarityArtifact, *, load_format
         raise ArtifactError(
             f"{policy.similarity}: synthetic = True, random numbers for benchmarks; it is accepted "
             f"only with load_format = 'dummy' (this is {load_format!r}): run `sere-ray calibrate`"
-        )
-
-
-def check_routes_outside_kernel(layer_name: str, is_monolithic: bool, backend: str) -> None:
-    """Refuse a layer whose kernel chooses the experts itself: there is nothing to re-route.
-
-    Raises:
-        UnsupportedError: names the layer and the back end that works.
-    """
-    if is_monolithic:
-        raise UnsupportedError(
-            f"sere: layer {layer_name!r} chooses its experts inside the kernel {backend}; choose a "
-            "modular back end (on GPU `--moe-backend triton`; on CPU an unquantised model), or "
-            "remove the 'sere' key"
         )

@@ -16,6 +16,8 @@ MoERunner.__init__                     Attach the rule to each layer's router, a
                                        below in place. Why: the runner holds its router by
                                        reference, so it must be changed as it is built. Remove:
                                        vLLM offers a hook after ``_compute_routing``.
+BaseModelLoader.create_model           Refuse a model that has built no layer the rule reaches,
+                                       before its weights load. Remove: as for MoERunner.
 EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``cache_salt``, so
                                        that blocks computed under one policy are never found under
                                        another, nor by exact requests: see ``kv_salt.py``. Remove:
@@ -35,6 +37,8 @@ base_loader.process_weights_after_     Check the router fingerprint while gates 
 loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
                                        take vLLM's all-gather out of each layer's kernel, see
                                        ``cpu/dispatch.py``. Remove: a hook after weight loading.
+Worker.reload_weights                  Refused: gates would change after they were checked. Remove:
+                                       never, unless they are checked again there.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name, those of
                                        ``worker_calls.py``. Remove: ``worker_extension_cls`` takes
                                        several classes.
@@ -46,18 +50,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from sere_ray.engine import kv_salt, worker_calls
-from sere_ray.engine.back_end import BackEnd, Routing, expert_kernel
-from sere_ray.engine.checks import (
-    KEY,
-    check_config,
-    check_routes_outside_kernel,
-    sere_config,
-)
+from sere_ray.engine.back_end import BackEnd, Routing
+from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
 from sere_ray.engine.gpu.back_end import GpuBackEnd
+from sere_ray.engine.layer_checks import (
+    check_expert_kernel,
+    check_gate,
+    check_layer,
+    check_routes_outside_kernel,
+    check_something_attached,
+)
 from sere_ray.engine.state import EngineState, add_state, find_state, states_of_layers
 from sere_ray.policy.policy import read_key_file
 from sere_ray.util.errors import UnsupportedError
@@ -72,10 +76,12 @@ def install_observers() -> None:
     """Put the observers in place; calling it again does nothing."""
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.engine.core import EngineCore
 
     _wrap(VllmConfig, "__post_init__", _validate_config)
     _wrap(MoERunner, "__init__", _attach_runner)
+    _wrap(BaseModelLoader, "create_model", _check_attached)
     _wrap(EngineCore, "preprocess_add_request", kv_salt.salt_request)
     _wrap(EngineCore, "add_request", kv_salt.salt_again)
     _wrap(EngineCore, "collective_rpc", kv_salt.notice_policy_change)
@@ -83,8 +89,10 @@ def install_observers() -> None:
 
 def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
     from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
+    _wrap(Worker, "reload_weights", _refuse_other_weights)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
     for name, method in WORKER_METHODS.items():
         setattr(WorkerBase, name, method)
@@ -144,10 +152,11 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
         return
     back_end, state = _back_end_of(vllm_config), _get_state(vllm_config)
     _install_patches(back_end, vllm_config)
-    layer, router, kernel = runner.layer_id, runner.router, expert_kernel(runner)
+    layer, router = runner.layer_id, runner.router
     state.artifact.matrix(layer, path=state.policy.similarity)
-    kernel_name = getattr(kernel, "__name__", type(kernel).__name__)
-    check_routes_outside_kernel(runner.layer_name, runner.is_monolithic, kernel_name)
+    check_routes_outside_kernel(runner)
+    check_expert_kernel(runner, vllm_config.device_config.device_type)
+    check_layer(runner, state.attached, state.top_k, vllm_config.model_config.get_num_experts())
     if not isinstance(router, BaseRouter):
         raise UnsupportedError(
             f"sere: layer {runner.layer_name!r} has its own router "
@@ -157,6 +166,21 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     back_end.attach(state, runner, vllm_config)
     router.__class__ = _rerouting_class(router.__class__, back_end.route)
     state.attached[layer] = runner
+
+
+def _check_attached(
+    original: Callable[..., Any], loader: Any, vllm_config: Any, model_config: Any, **kwargs: Any
+) -> Any:
+    model = original(loader, vllm_config=vllm_config, model_config=model_config, **kwargs)
+    is_draft = model_config is not vllm_config.model_config
+    if sere_config(vllm_config) is not None and not is_draft:
+        state = find_state(vllm_config)
+        check_something_attached(
+            state.attached if state else (),
+            model_config.architecture,
+            vllm_config.kernel_config.moe_backend,
+        )
+    return model
 
 
 @functools.cache
@@ -183,28 +207,27 @@ def _check_loaded(
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
     for state in states:
+        device = "cuda" if state.kind["on_gpu"] else "cpu"
+        for runner in state.attached.values():
+            check_expert_kernel(runner, device)
         state.loaded()
 
 
 def _check_router_weights(state: EngineState, model: Any) -> None:
-    """Compare each gate with the one that was calibrated. Its name ends where experts' begins."""
-    if state.artifact.metadata.synthetic:
-        return
-    modules = dict(model.named_modules())
-    for layer, runner in state.attached.items():
-        gate = modules.get(runner.layer_name.rpartition(".")[0] + ".gate")
-        if gate is None:
-            raise UnsupportedError(
-                f"sere: layer {runner.layer_name!r} has no module 'gate' beside its experts, so "
-                "the artifact cannot be checked; this model is not supported: remove the 'sere' key"
-            )
-        if gate.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise UnsupportedError(
-                f"sere: the gate of layer {runner.layer_name!r} is quantised to "
-                f"{gate.weight.dtype}, so the artifact cannot be checked; leave gates out of the "
-                "quantisation, as published quantised checkpoints do"
-            )
-        state.artifact.check_router(layer, gate.weight, path=state.policy.similarity)
+    """Compare each gate with the one that was calibrated."""
+    if not state.artifact.metadata.synthetic:
+        for layer, runner in state.attached.items():
+            weight = check_gate(runner, model)
+            state.artifact.check_router(layer, weight, path=state.policy.similarity)
+
+
+def _refuse_other_weights(original: Callable[..., Any], worker: Any, *args: Any, **kw: Any) -> Any:
+    if find_state(worker.vllm_config) is not None:
+        raise UnsupportedError(
+            "sere: reload_weights: gates may change after the artifact was checked; calibrate the "
+            "new weights and restart the engine with their artifact"
+        )
+    return original(worker, *args, **kw)
 
 
 # --- worker: answers to calls by name -------------------------------------------------------------

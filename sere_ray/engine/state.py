@@ -21,8 +21,14 @@ DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""
 MIXED = 1
 """Counter row of steps that also compute prompt rows."""
-COUNTERS = (*RuleCounts._fields, "experts_max_rank_before", "experts_max_rank_after")
-"""Per layer: those of the rule, then experts of the rank that reads most of them."""
+COUNTERS = (
+    *RuleCounts._fields,
+    "slots_merged",
+    "experts_max_rank_before",
+    "experts_max_rank_after",
+)
+"""Per layer: those of the rule, slots that others of their row took over, then experts of the rank
+that reads most of them."""
 KIND_NAMES = ("decode_only", "mixed")
 """Of the two kinds of step in reports, in the order of the counter rows."""
 BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")

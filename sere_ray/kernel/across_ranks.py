@@ -20,9 +20,6 @@ KERNELS = (
     "reroute_by_asked",
 )
 """Kernels of ``across_ranks.cu``."""
-NUM_COUNTERS = 6
-"""Fields of :class:`sere_ray.rules.RuleCounts`, then experts that the busiest rank reads, before
-and after the rule."""
 
 
 class Placement(NamedTuple):

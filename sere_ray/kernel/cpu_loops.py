@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sere_ray.rules import EXACT, PADDING
+from sere_ray.rules import EXACT, PADDING, REROUTABLE
+from sere_ray.rules.merging import DROPPED
 from sere_ray.rules.sere import UNNAMED
 
-Counts = tuple[int, int, int, int, int, int]
+Counts = tuple[int, int, int, int, int, int, int]
 
 
 def _fill_slot_orders(ids: Any, weights: Any, kinds: Any, orders: Any) -> None:
@@ -119,7 +120,7 @@ def _apply_slot_orders(
                 ids[row, slot] = target[expert]
                 slots_rerouted += 1
     most_before, most_after = busiest(target, lowest, num_slots, owner)
-    return named, read, slots_rerouted, critical, most_before, most_after
+    return named, read, slots_rerouted, critical, 0, most_before, most_after
 
 
 apply_slot_orders: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_slot_orders)
@@ -142,3 +143,41 @@ def _reroute(
 
 
 reroute: Callable[..., Counts] = njit(cache=True, nogil=True)(_reroute)
+
+
+def _merge_repeated(ids: Any, weights: Any, kinds: Any, num_experts: int) -> int:
+    """Change ``ids`` and ``weights`` in place; step 7 of the specification.
+
+    Returns:
+        How many slots were taken over by others.
+    """
+    num_rows, num_slots = ids.shape
+    merged = 0
+    for row in range(num_rows):
+        if kinds[row] != REROUTABLE:
+            continue
+        for slot in range(num_slots):
+            expert = ids[row, slot]
+            if expert < 0 or expert >= num_experts:
+                continue
+            best, total, count = slot, np.float32(0), 0
+            for other in range(slot, num_slots):
+                if ids[row, other] == expert:
+                    count += 1
+                    total += np.float32(weights[row, other])
+                    if weights[row, other] > weights[row, best]:
+                        best = other
+            if count == 1:
+                continue
+            for other in range(slot, num_slots):
+                if ids[row, other] == expert:
+                    ids[row, other] = DROPPED
+                    weights[row, other] = 0
+            # The expert comes back once, behind all that this loop has seen of it.
+            ids[row, best] = expert
+            weights[row, best] = total
+            merged += count - 1
+    return merged
+
+
+merge_repeated: Callable[..., int] = njit(cache=True, nogil=True)(_merge_repeated)

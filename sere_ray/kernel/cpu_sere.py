@@ -19,12 +19,14 @@ from sere_ray.rules.sere import UNNAMED, check_slots
 
 
 class StepCounts(NamedTuple):
-    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and two more."""
+    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and three more."""
 
     experts_before: int
     experts_after: int
     slots_rerouted: int
     critical_kept: int
+    slots_merged: int
+    """Slots that others of their row took over: see :func:`merge_repeated`."""
     experts_max_rank_before: int
     """Experts before the rule of the rank that holds most of them."""
     experts_max_rank_after: int
@@ -118,6 +120,27 @@ def reroute_by_slot_orders(
         _owners(owner, similarity),
     )
     return new_ids, StepCounts(*counts)
+
+
+def merge_repeated(
+    topk_ids: Tensor, topk_weights: Tensor, row_kind: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, int]:
+    """Step 7 for these rows; equals :func:`sere_ray.rules.merge_repeated`.
+
+    Args:
+        topk_ids: ``[T, K]`` after a rule.
+        topk_weights: ``[T, K]`` before it.
+        row_kind: ``[T]`` int8.
+        num_experts: E.
+
+    Returns:
+        New ids and weights, and how many slots were taken over by others.
+    """
+    new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
+    new_weights = torch.from_numpy(_as_numpy(topk_weights).copy())
+    kinds = row_kind.contiguous().numpy()
+    merged = _loops().merge_repeated(new_ids.numpy(), new_weights.numpy(), kinds, num_experts)
+    return new_ids, new_weights.to(topk_weights.dtype), merged
 
 
 @functools.cache

@@ -13,7 +13,11 @@ from sere_ray.rules.margin import demand_units
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _RULES = {"sere": 0, "margin": 1}
-_SETTINGS = struct.Struct("iiiiifiiff8x")
+_SETTINGS = struct.Struct("iiiiifiiffi4x")
+OWN_COUNTERS = 5
+"""Fields of :class:`sere_ray.rules.RuleCounts`, then slots that others of their row took over."""
+NUM_COUNTERS = 7
+"""Those, then experts that the busiest rank reads, before and after the rule."""
 STEP = struct.Struct("iiiii12x")
 """What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
 
@@ -44,10 +48,17 @@ class LayerTables(NamedTuple):
 
 
 class Settings:
-    """The policy's numbers in device memory: a captured graph follows a change of them."""
+    """The policy's numbers in device memory: a captured graph follows a change of them.
 
-    def __init__(self, device: torch.device, layers: int = 1) -> None:
+    Args:
+        device: of the kernels.
+        layers: a row for each.
+        merges: whether slots that repeat an expert of their row become id -1, weight 0.
+    """
+
+    def __init__(self, device: torch.device, layers: int = 1, *, merges: bool = False) -> None:
         shape = (layers, _SETTINGS.size)
+        self.merges = merges
         self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
@@ -55,7 +66,7 @@ class Settings:
 
         def packed(bound: BoundPolicy) -> bytes:
             layers = [bound.of_layer(i, num_experts, None) for i in range(len(self.buffer))]
-            return b"".join(_pack(bound, layer, top_k) for layer in layers)
+            return b"".join(_pack(bound, layer, top_k, self.merges) for layer in layers)
 
         self._policy = policy
         bounds = [policy, *(bound for _, bound in policy.by_rows)]
@@ -73,7 +84,7 @@ class Settings:
         self._written = bound
 
 
-def _pack(policy: BoundPolicy, layer: Layer, top_k: int) -> bytes:
+def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
     identity = not 0 < layer.select_top_k < top_k
     # torch rounds to float32 as the reference does, beyond its range to infinity
     rho = float(torch.tensor(layer.threshold or 0.0, dtype=torch.float32))
@@ -88,6 +99,7 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int) -> bytes:
         min(layer.runners_up, layer.num_experts),
         layer.beta,
         layer.fill,
+        merges,
     )
 
 
@@ -96,6 +108,8 @@ class StepInput:
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.buffer = torch.zeros(STEP.size + max_rows, dtype=torch.uint8, device=device)
+        self.rows = 0
+        """Of the running step, without padding."""
 
     def write(
         self,
@@ -118,7 +132,7 @@ class StepInput:
             How many rows of ``kinds`` are re-routable.
         """
         found = int(np.count_nonzero(kinds == REROUTABLE))
-        own = range(len(kinds)) if own is None else own
+        own, self.rows = range(len(kinds)) if own is None else own, len(kinds)
         header = STEP.pack(
             len(kinds),
             found if reroutable is None else reroutable,
@@ -132,6 +146,7 @@ class StepInput:
     def clear(self) -> None:
         """No row of the next pass is anybody's: warm-up, capture, an idle rank."""
         self.buffer[: STEP.size].zero_()
+        self.rows = 0
 
 
 def _copy_to_device(content: bytes, buffer: Tensor) -> None:
@@ -149,7 +164,8 @@ class DeviceLayer(NamedTuple):
     """This layer's row of :class:`Settings`."""
     step: StepInput
     counters: Tensor
-    """int64 ``[2, 4]`` view: the layer's counters by step kind; ``[2, 6]`` over several ranks."""
+    """int64 ``[2, OWN_COUNTERS]`` view: the layer's counters by step kind; over several ranks
+    ``[2, NUM_COUNTERS]``."""
 
 
 def padded_experts(num_experts: int) -> int:

@@ -129,6 +129,13 @@ SLOTS_REROUTED = Metric(
     _LAYERS,
     "slots of this rank's rows whose expert the rule changed",
 )
+SLOTS_MERGED = Metric(
+    "sere_slots_merged_total",
+    "counter",
+    "slots",
+    _LAYERS,
+    "of these, slots that another one of their row took over, as it names the same expert",
+)
 CRITICAL_KEPT = Metric(
     "sere_critical_kept_total",
     "counter",
@@ -246,6 +253,7 @@ PER_LAYER = {
     "experts_max_rank_before": MAX_RANK_BEFORE,
     "experts_max_rank_after": MAX_RANK_AFTER,
     "slots_rerouted": SLOTS_REROUTED,
+    "slots_merged": SLOTS_MERGED,
     "critical_kept": CRITICAL_KEPT,
 }
 """The metric of each field that is a list by layer; exported by bucket of layers."""

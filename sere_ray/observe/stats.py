@@ -16,7 +16,12 @@ _OF_GANG = (
     "critical_kept",
 )
 """Counted by layer. Under a global union all ranks of a gang count the same, steps included."""
-_OF_RANK = ("slots_rerouted", "bytes_dispatched_before", "bytes_dispatched_after")
+_OF_RANK = (
+    "slots_rerouted",
+    "slots_merged",
+    "bytes_dispatched_before",
+    "bytes_dispatched_after",
+)
 """Counted by layer. Each rank counts its own, so a gang has their sum."""
 _ROWS = ("rows", "decode_rows")
 """Each rank counts its own, so a gang has their sum."""
@@ -51,6 +56,10 @@ class StepSums(BaseModel):
         description="experts read outside the primary set: no stand-in reaches the threshold"
     )
     slots_rerouted: ByLayer = Field(description="expert choices that the rule changed")
+    slots_merged: ByLayer = Field(
+        description="of these, choices that another one of their row took over, as it names the "
+        "same expert: computed and sent once"
+    )
     bytes_dispatched_before: ByLayer | None = Field(
         description="rows sent to experts of other ranks, without the way back, had the rule "
         "changed nothing; null on GPUs: vLLM sends inside captured graphs"

@@ -3,6 +3,7 @@
 from sere_ray.rules.common import name_dropped
 from sere_ray.rules.counts import RuleCounts, count
 from sere_ray.rules.interface import EXACT, PADDING, REROUTABLE, Choice, Layer, Rule
+from sere_ray.rules.merging import merge_repeated
 from sere_ray.rules.registry import RULES, RuleInfo
 from sere_ray.rules.sere import reroute
 
@@ -17,6 +18,7 @@ __all__ = [
     "RuleCounts",
     "RuleInfo",
     "count",
+    "merge_repeated",
     "name_dropped",
     "reroute",
 ]

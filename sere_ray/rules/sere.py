@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sere_ray.rules.interface import EXACT, PADDING, Choice, Layer
+from sere_ray.rules.merging import merge_repeated
 
 UNNAMED = 255
 """Byte of an expert that no row of a rank names; so K <= 254."""
@@ -21,7 +22,7 @@ UNNAMED = 255
 def sere(
     topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
 ) -> Choice:
-    """:func:`reroute` as one rule among others.
+    """:func:`reroute` as one rule among others; then :func:`merge_repeated`, where it did anything.
 
     Raises:
         ValueError: the layer has no similarity.
@@ -38,7 +39,9 @@ def sere(
         threshold=layer.threshold,
         min_primary_experts=layer.min_primary_experts,
     )
-    return new_ids, topk_weights.clone()
+    if not 0 < layer.select_top_k < topk_ids.shape[-1]:
+        return new_ids, topk_weights.clone()
+    return merge_repeated(new_ids, topk_weights, row_kind=row_kind, num_experts=layer.num_experts)
 
 
 def reroute(

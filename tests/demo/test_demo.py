@@ -31,7 +31,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """The demo at 8 streams, left up: (process, output so far, folder)."""
+    """The demo at 8 streams, in short, left up: (process, output so far, folder)."""
     folder = tmp_path_factory.mktemp("demo")
     port = str(free_port())
     command = [str(Path(sys.executable).with_name("sere-ray")), "demo", "--keep", "--port", port]
@@ -41,7 +41,7 @@ def kept(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *files, "--concurrency", "8"],
+            [*command, *files, "--concurrency", "8", "--problems", "32", "--eager"],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

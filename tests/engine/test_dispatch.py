@@ -102,7 +102,11 @@ def recount(calls, rank):
     found = dict.fromkeys(DISPATCH_COUNTS, 0)
     for when, column in (("before", 1), ("after", 4)):
         real = [
-            [row for row, kind in zip(call[column], call[3], strict=True) if kind != PADDING]
+            [
+                [number for number in row if number >= 0]
+                for row, kind in zip(call[column], call[3], strict=True)
+                if kind != PADDING
+            ]
             for call in calls
         ]
         if when == "after":

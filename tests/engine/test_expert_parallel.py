@@ -5,6 +5,7 @@ bf16 that alone flips near-ties of a random model's greedy answers.
 """
 
 import functools
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -168,7 +169,8 @@ def rounds(checkpoint):
 
 
 def expected_of(policy, similarity, layer, ids, weights, kinds):
-    return oracle.reroute(
+    """Slots that repeat an expert of their row are -1: experts of other ranks are skipped here."""
+    found = oracle.reroute(
         ids,
         weights,
         similarity[layer],
@@ -178,6 +180,7 @@ def expected_of(policy, similarity, layer, ids, weights, kinds):
         threshold=policy["threshold"],
         min_primary_experts=policy["min_primary_experts"],
     )
+    return replace(found, ids=oracle.merge(found.ids, weights, kinds, NUM_EXPERTS)[0])
 
 
 def merged_calls(reports):
@@ -200,12 +203,15 @@ def test_union_is_that_of_all_rows(rounds, name):
         expected = expected_of(policy, similarity, layer, ids, weights, kinds)
         assert new_ids == expected.ids
         rows = [row for row, kind in zip(new_ids, kinds, strict=True) if kind != PADDING]
-        assert len({expert for row in rows for expert in row}) == expected.experts_after
+        read = {expert for row in rows for expert in row} - {-1}
+        assert len(read) == expected.experts_after
         kind = "mixed" if EXACT in kinds else "decode_only"
-        total = sums.setdefault((kind, layer), dict.fromkeys((*EXPERT_COUNTERS, "slots"), 0))
+        names = (*EXPERT_COUNTERS, "slots", "merged")
+        total = sums.setdefault((kind, layer), dict.fromkeys(names, 0))
         for counter in EXPERT_COUNTERS:
             total[counter] += getattr(expected, counter)
         total["slots"] += expected.slots_rerouted
+        total["merged"] += sum(row.count(-1) for row in rows)
         decode_rows[kind] += kinds.count(REROUTABLE) if layer == 0 else 0
     for kind in {kind for kind, _ in sums}:
         counters = [report["counters"][kind] for report in ranks]
@@ -214,8 +220,10 @@ def test_union_is_that_of_all_rows(rounds, name):
         for counter in EXPERT_COUNTERS:
             recount = [sums[kind, layer][counter] for layer in range(4)]
             assert [of_rank[counter] for of_rank in counters] == [recount] * RANKS
-        slots = zip(*(of_rank["slots_rerouted"] for of_rank in counters), strict=True)
-        assert list(map(sum, slots)) == [sums[kind, layer]["slots"] for layer in range(4)]
+        for counter, name in (("slots_rerouted", "slots"), ("slots_merged", "merged")):
+            slots = zip(*(of_rank[counter] for of_rank in counters), strict=True)
+            assert list(map(sum, slots)) == [sums[kind, layer][name] for layer in range(4)]
+    assert any(total["merged"] for total in sums.values())
 
 
 def test_rounds_hold_what_they_are_for(rounds):

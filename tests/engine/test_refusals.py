@@ -312,16 +312,6 @@ def test_vllm_outside_the_supported_range(found, has_words):
     has_words(str(error.value), found, ">=0.32,<0.33", "vllm==0.32.0")
 
 
-def test_a_layer_that_routes_inside_its_kernel(has_words):
-    from vllm.model_executor.layers.fused_moe.experts.cpu_int4_moe import CPUExpertsInt4
-
-    kernel = CPUExpertsInt4
-    assert kernel.is_monolithic()
-    with pytest.raises(UnsupportedError) as error:
-        checks.check_routes_outside_kernel("model.layers.3.mlp.experts", True, kernel.__name__)
-    has_words(str(error.value), "model.layers.3.mlp.experts", kernel.__name__, "--moe-backend")
-
-
 @pytest.mark.engine
 def test_a_running_engine_keeps_its_policy_when_the_new_one_is_wrong(moe, has_words):
     from sere_ray.engine.control import calls_of, read_counters

@@ -125,7 +125,8 @@ def request(method, url, body=None, headers=None):
 
 
 def serve_config(service, folder, port):
-    """The rendered serveConfigV2 with this machine's folders in place of the pods' mounts."""
+    """The rendered serveConfigV2 with this machine's folders in place of the pods' mounts; with
+    one thread an engine, and eager, as other tests run beside it."""
     places = {
         "/opt/sere/demo": str(assets.MODEL.parent),
         "/artifacts/demo.safetensors": str(folder / "a.safetensors"),
@@ -138,6 +139,9 @@ def serve_config(service, folder, port):
         text = text.replace(place, here)
     config = yaml.safe_load(text)
     config["http_options"] = {"host": "127.0.0.1", "port": port}
+    arguments = config["applications"][0]["args"]
+    arguments["engine"] |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}
+    arguments["env"] |= {"OMP_NUM_THREADS": "1"}
     return config
 
 

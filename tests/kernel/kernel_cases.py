@@ -14,16 +14,23 @@ from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import FILES
-from sere_ray.kernel.memory import STEP, DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.memory import (
+    OWN_COUNTERS,
+    STEP,
+    DeviceLayer,
+    LayerTables,
+    Settings,
+    StepInput,
+)
 from sere_ray.kernel.peers import Peers, inbox_words
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import PADDING, REROUTABLE, count
+from sere_ray.rules import PADDING, REROUTABLE, count, merge_repeated
 from tests.rules.test_sere import Case, assert_same_ids, make_case
 
 from .emulator import compile_for_cpu
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
-Counts = tuple[int, int, int, int]
+Counts = tuple[int, ...]
 Run = Callable[[Case], tuple[Tensor, Counts]]
 
 # (E, K): of known models, the smallest, the largest, odd ones.
@@ -57,9 +64,18 @@ def policy(case: Case, mode: str = "on") -> BoundPolicy:
 def expected(case: Case) -> tuple[Tensor, Counts]:
     new = case.reroute()
     if not (case.kinds == REROUTABLE).any():
-        return new, (0, 0, 0, 0)  # steps without a decode row are not counted
+        return new, (0,) * OWN_COUNTERS  # steps without a decode row are not counted
     counts = count(case.rerouting(), case.ids, new, case.row_kind)
-    return new, tuple(int(number) for number in counts)
+    return new, (*(int(number) for number in counts), 0)
+
+
+def merged(case: Case) -> tuple[Tensor, Tensor, int]:
+    """Where experts' code skips ids of -1: ids, weights, and slots that others took over."""
+    new = case.reroute()
+    if case.is_identity:
+        return new, case.weights, 0
+    ids, weights = merge_repeated(new, case.weights, row_kind=case.kinds, num_experts=case.experts)
+    return ids, weights, int((ids != new).sum())
 
 
 def check(run: Run, case: Case) -> None:
@@ -77,14 +93,15 @@ def device_layer(
     counters: Tensor | None = None,
     own: range | None = None,
     reroutable: int | None = None,
+    merges: bool = False,
 ) -> DeviceLayer:
     """Everything of a case but its ids and weights, where a launch reads and writes it."""
-    settings = Settings(device)
+    settings = Settings(device, merges=merges)
     settings.write(policy(case, mode), top_k=case.slots, num_experts=case.experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
     step.write(case.kinds.numpy(), counter_row=1, own=own, reroutable=reroutable)
     if counters is None:
-        counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
+        counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
     tables = LayerTables.build(case.similarity, device)
     return DeviceLayer(tables, settings.buffer[0], step, counters)
 
@@ -230,7 +247,7 @@ def check_split(
     slots = 0
     for own, of_rank, layer in zip(owned, ids, layers, strict=True):
         assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
-        before, after, changed, critical = layer.counters[1].tolist()
+        before, after, changed, critical, _ = layer.counters[1].tolist()
         assert (before, after, critical) == (counts[0], counts[1], counts[3])
         slots += changed
     assert slots == counts[2]

@@ -14,7 +14,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.memory import (
+    OWN_COUNTERS,
+    DeviceLayer,
+    LayerTables,
+    Settings,
+    StepInput,
+)
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
 from sere_ray.rules.common import named_by
@@ -104,7 +110,7 @@ def check_ranks(ranks: list[Rank], wanted: Found, case: MarginCase) -> None:
     assert (counts[:, :2] == torch.tensor(wanted[2][:2])).all()
     ids = torch.cat([rank.ids.cpu() for rank in ranks])
     weights = torch.cat([rank.weights.cpu() for rank in ranks])
-    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0)
+    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0, 0)
     check_margin((ids, weights, found), wanted, case)
 
 
@@ -127,9 +133,10 @@ def by_reference(
         int(named_by(new_ids, rows, layer.num_experts).sum()),
         int((~stayed & changed[:, None]).sum()),
         0,
+        0,
     ]
     if REROUTABLE not in kinds:
-        counts = [0] * 4  # steps without a decode row are not counted
+        counts = [0] * OWN_COUNTERS  # steps without a decode row are not counted
     return name_dropped(new_ids, ids), new_weights, tuple(counts)
 
 
@@ -178,14 +185,16 @@ def gpu_exp(values: Tensor) -> Tensor:
     return found.cpu()
 
 
-def device_layer(case: MarginCase, device: torch.device, mode: str = "on") -> DeviceLayer:
+def device_layer(
+    case: MarginCase, device: torch.device, mode: str = "on", *, merges: bool = False
+) -> DeviceLayer:
     """Everything of a case but its ids, weights and logits; the second of two layers."""
     experts = case.logits.shape[1]
-    settings = Settings(device, layers=2)
+    settings = Settings(device, layers=2, merges=merges)
     settings.write(case.policy(mode), top_k=case.ids.shape[1], num_experts=experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
     step.write(case.kinds.numpy(), counter_row=1)
-    counters = torch.zeros((2, 4), dtype=torch.int64, device=device)
+    counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
     tables = LayerTables.build(torch.eye(experts), device)
     return DeviceLayer(tables, settings.buffer[1], step, counters)
 

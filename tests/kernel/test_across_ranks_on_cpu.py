@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sere_ray.kernel.memory import NUM_COUNTERS
 from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -52,7 +53,7 @@ def gathered(case: Case, own: range, placement, *, cache, seed, block, mode="on"
     """What a rank does with the gathered rows: new ids, counters, sorted slots if asked for."""
     kernel = kernel_of(case)
     ids = case.ids.clone()
-    counters = torch.zeros((2, 6), dtype=torch.int64)
+    counters = torch.zeros((2, NUM_COUNTERS), dtype=torch.int64)
     layer = device_layer(case, CPU, mode, counters=counters, own=own)
     aligned, sorted_arguments = (
         empty_alignment(kernel, ids, block, -(-case.experts // 2)) if block else (None, [])
@@ -60,7 +61,7 @@ def gathered(case: Case, own: range, placement, *, cache, seed, block, mode="on"
     name = "reroute_gathered_and_align" if block else "reroute_gathered"
     others = [*placement, *sorted_arguments]
     run(name, case, ids, layer, *others, cache=cache, seed=seed, threads=threads)
-    assert counters[0].tolist() == [0] * 6
+    assert counters[0].tolist() == [0] * NUM_COUNTERS
     return ids, counters[1].tolist(), aligned
 
 
@@ -93,7 +94,7 @@ def check_ranks(case: Case, split: float, round_robin: bool, *, block, **options
         assert counters[:2] == list(counts[:2])
         assert counters[3] == counts[3]
         assert counters[2] == own_slots(case, new, own)
-        assert counters[4:] == (busiest(case, new, placement) if counts[0] else [0, 0])
+        assert counters[5:] == (busiest(case, new, placement) if counts[0] else [0, 0])
         if aligned:
             check_local_alignment(ids, aligned, block, placement.local_ids)
 
@@ -124,7 +125,7 @@ def test_identity_sorts_and_counts_what_is_read(cache):
     check_local_alignment(ids, aligned, 16, placement.local_ids)
     ids, counters, aligned = gathered(case, own, placement, mode="off", **options)
     assert torch.equal(ids, case.ids)
-    assert counters == [0] * 6
+    assert counters == [0] * NUM_COUNTERS
     check_local_alignment(ids, aligned, 16, placement.local_ids)
 
 

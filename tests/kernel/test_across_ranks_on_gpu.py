@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
-from sere_ray.kernel.memory import StepInput
+from sere_ray.kernel.memory import NUM_COUNTERS, StepInput
 from sere_ray.rules import REROUTABLE, sere
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -40,7 +40,7 @@ def on_gpu(placement: Placement) -> Placement:
 def check_gathered(case: Case, split: float, round_robin: bool, block: int | None) -> None:
     new, counts = expected(case)
     for own, placement in two_ranks(case, split, round_robin):
-        counters = torch.zeros((2, 6), dtype=torch.int64, device=GPU)
+        counters = torch.zeros((2, NUM_COUNTERS), dtype=torch.int64, device=GPU)
         layer = device_layer(case, GPU, counters=counters, own=own)
         ids, weights = case.ids.to(GPU), case.weights.to(GPU)
         arguments = (kernel_of(case), ids, weights, layer, on_gpu(placement))
@@ -51,7 +51,7 @@ def check_gathered(case: Case, split: float, round_robin: bool, block: int | Non
             across_ranks.reroute_gathered(*arguments)
         assert_same_ids(ids.cpu(), new, "kernel")
         assert not counters[0].any()
-        before, after, slots, critical, *most = counters[1].tolist()
+        before, after, slots, critical, _, *most = counters[1].tolist()
         assert (before, after, critical) == (counts[0], counts[1], counts[3])
         assert slots == own_slots(case, new, own)
         assert most == (busiest(case, new, placement) if counts[0] else [0, 0])
@@ -159,7 +159,7 @@ def test_captured_graph_follows_row_kinds():
     _, placement = two_ranks(case, 0.5, False)[0]
     placement = on_gpu(placement)
     kernel, layer = kernel_of(case), device_layer(case, GPU)
-    counters = torch.zeros((2, 6), dtype=torch.int64, device=GPU)
+    counters = torch.zeros((2, NUM_COUNTERS), dtype=torch.int64, device=GPU)
     layer = layer._replace(counters=counters, step=StepInput(32, GPU))
     source, weights = case.ids.to(GPU), case.weights.to(GPU)
     ids = source.clone()

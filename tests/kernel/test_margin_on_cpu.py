@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.rules import REROUTABLE
 from tests.rules.test_sere import RULES, assert_same_ids
 
@@ -42,10 +43,11 @@ def run(
     inplace: bool = True,
     mode: str = "on",
     cluster: int = 1,
+    merges: bool = False,
 ) -> Found:
     """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
     kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
-    layer = device_layer(case, CPU, mode)
+    layer = device_layer(case, CPU, mode, merges=merges)
     ids, weights = case.ids.clone(), case.weights.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
     name = "reroute_and_align" if block else "reroute"
@@ -63,7 +65,7 @@ def run(
     )
     if aligned:
         check_aligned(new_ids, aligned, block, case.logits.shape[1])
-    assert layer.counters[0].tolist() == [0] * 4
+    assert layer.counters[0].tolist() == [0] * OWN_COUNTERS
     return new_ids, weights, tuple(layer.counters[1].tolist())
 
 
@@ -112,7 +114,7 @@ def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
     for cluster in (1, 8):
         ids, weights, counts = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
         check_margin((ids, weights, counts), case.expected(emulated_exp), case)
-        assert counts == (2, 2, 0, 0)
+        assert counts == (2, 2, 0, 0, 0)
 
 
 def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
@@ -128,7 +130,7 @@ def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
         ids, weights, counts = run(case, mode="off", **how)
         assert_same_ids(ids, case.ids, "off")
         assert torch.equal(weights, case.weights)
-        assert counts == (0, 0, 0, 0)
+        assert counts == (0,) * OWN_COUNTERS
 
 
 def test_a_batch_of_one_is_exact(cache: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_batch_of_one_is_exact(cache: Path) -> None:
         ids, weights, counts = run(case, cache=cache)
         assert torch.equal(ids, case.ids)
         assert torch.equal(weights, case.weights)
-        assert counts == (8, 8, 0, 0)
+        assert counts == (8, 8, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5), (4, 1)])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sere_ray.kernel.memory import OWN_COUNTERS
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, launch
@@ -31,9 +32,10 @@ CPU = torch.device("cpu")
 NO_LOGITS = (None, 0)
 
 
-def arguments(case: Case, ids, new_ids, mode: str = "on"):
-    layer = device_layer(case, CPU, mode)
-    return rule_arguments(ids, new_ids, case.weights, layer), layer.counters
+def arguments(case: Case, ids, new_ids, mode: str = "on", weights=None, merges: bool = False):
+    layer = device_layer(case, CPU, mode, merges=merges)
+    weights = case.weights if weights is None else weights
+    return rule_arguments(ids, new_ids, weights, layer), layer.counters
 
 
 def run(
@@ -59,7 +61,7 @@ def run(
         cluster=cluster,
         seed=seed,
     )
-    assert counters[0].tolist() == [0, 0, 0, 0]
+    assert counters[0].tolist() == [0] * OWN_COUNTERS
     if not inplace:
         assert torch.equal(ids, case.ids)
     return new_ids, tuple(counters[1].tolist())
@@ -97,7 +99,7 @@ def test_observe_counts_and_leaves_ids_alone(cache: Path) -> None:
     assert counts == expected(case)[1]
     ids, counts = run(case, cache=cache, threads=64, seed=0, inplace=False, mode="off")
     assert torch.equal(ids, case.ids)
-    assert counts == (0, 0, 0, 0)
+    assert counts == (0,) * OWN_COUNTERS
 
 
 def align(
@@ -158,4 +160,4 @@ def test_aligned_without_work(cache: Path) -> None:
         how = {"mode": mode, "cluster": cluster}
         ids, counts = align(case, cache=cache, threads=64, seed=0, block=16, **how)
         assert_same_ids(ids, case.ids, mode)
-        assert counts == (0, 0, 0, 0)
+        assert counts == (0,) * OWN_COUNTERS

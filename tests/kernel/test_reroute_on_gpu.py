@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.memory import STEP, Settings, StepInput
+from sere_ray.kernel.memory import OWN_COUNTERS, STEP, Settings, StepInput
 from sere_ray.rules import EXACT, REROUTABLE
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
@@ -31,7 +31,7 @@ GPU = torch.device("cuda", 0)
 
 
 def run(case: Case, *, inplace: bool, mode: str = "on"):
-    counters = torch.zeros((2, 3, 4), dtype=torch.int64, device=GPU)
+    counters = torch.zeros((2, 3, OWN_COUNTERS), dtype=torch.int64, device=GPU)
     ids = case.ids.to(GPU)
     new_ids = ids if inplace else torch.full_like(ids, -7)
     kernel_of(case).reroute(
@@ -117,7 +117,7 @@ def test_observe_and_off() -> None:
     assert counts == expected(case)[1]
     ids, counts = run(case, inplace=False, mode="off")
     assert_same_ids(ids, case.ids, "off")
-    assert counts == (0, 0, 0, 0)
+    assert counts == (0,) * OWN_COUNTERS
 
 
 def test_twenty_runs_are_one(  # deterministic: no order of threads shows

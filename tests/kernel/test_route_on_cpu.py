@@ -37,13 +37,22 @@ def top_k(logits: Tensor, slots: int, *, renormalize: bool) -> tuple[Tensor, Ten
 
 
 def route(
-    case: Case, logits: Tensor, padding: Tensor | None, *, cache, threads, seed, block, renormalize
+    case: Case,
+    logits: Tensor,
+    padding: Tensor | None,
+    *,
+    cache,
+    threads,
+    seed,
+    block,
+    renormalize,
+    merges=False,
 ):
     """New ids, weights and counters of one launch; checks the sorted slots."""
     kernel = RuleKernel(case.experts, case.slots, torch.int32, logit_dtype=logits.dtype)
     new_ids = torch.full_like(case.ids, -7)
     weights = torch.full_like(case.weights, -7)
-    rule, counters = arguments(case, case.ids, new_ids)
+    rule, counters = arguments(case, case.ids, new_ids, weights=weights, merges=merges)
     aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
     launch(
         library(kernel, "route_and_align", threads, cache),

@@ -22,6 +22,7 @@ def counters(steps, scale=1, **changes):
         "experts_before": [steps * scale * (10 + i) for i in range(5)],
         "experts_after": [steps * scale * (5 + i) for i in range(5)],
         "slots_rerouted": [steps * i for i in range(5)],
+        "slots_merged": [steps] * 5,
         "critical_kept": [steps] * 5,
         "experts_max_rank_before": [steps * 8] * 5,
         "experts_max_rank_after": [steps * 4] * 5,

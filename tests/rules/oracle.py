@@ -136,6 +136,29 @@ def reroute(
     )
 
 
+def merge(
+    ids: list[list[int]], weights: list[list[float]], kinds: list[int], num_experts: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Step 7, of rows after the rule; weights are float32 numbers."""
+    new_ids, new_weights = [list(row) for row in ids], [list(row) for row in weights]
+    for row, row_weights, kind in zip(new_ids, new_weights, kinds, strict=True):
+        if kind != REROUTABLE:
+            continue
+        best_first = ranked_slots(row, row_weights, num_experts)
+        for expert in {e for e in row if 0 <= e < num_experts}:
+            of_expert = [slot for slot, e in enumerate(row) if e == expert]
+            if len(of_expert) == 1:
+                continue
+            total = 0.0
+            for slot in of_expert:
+                total = float32(total + float32(row_weights[slot]))
+            best = next(slot for slot in best_first if slot in of_expert)
+            for slot in of_expert:
+                row[slot], row_weights[slot] = -1, 0.0
+            row[best], row_weights[best] = expert, total
+    return new_ids, new_weights
+
+
 def published(
     ids: list[list[int]],
     similarity: list[list[float]],

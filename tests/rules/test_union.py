@@ -57,7 +57,10 @@ def check_compiled(case, parts, reduced, whole, policy) -> None:
     owner = torch.arange(case.experts) % 3
     policy = {**policy, "owner": owner}
     _, counts = reroute_and_count(case.ids, case.weights, case.similarity, case.kinds, **policy)
-    for ids, most in ((case.ids, counts[4]), (whole, counts[5])):
+    for ids, most in (
+        (case.ids, counts.experts_max_rank_before),
+        (whole, counts.experts_max_rank_after),
+    ):
         valid = (ids >= 0) & (ids < case.experts) & (case.kinds != PADDING)[:, None]
         assert most == owner[ids[valid].unique().long()].bincount(minlength=3).max()
     slots = 0

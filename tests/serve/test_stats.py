@@ -32,6 +32,7 @@ def rank(gang="g", union="global", **changes):
         "experts_max_rank_after": [6, 8],
         "critical_kept": [2, 0],
         "slots_rerouted": [5, 7],
+        "slots_merged": [2, 3],
         "bytes_dispatched_before": [100, 300],
         "bytes_dispatched_after": [60, 140],
         **changes,
@@ -50,6 +51,7 @@ def test_ranks_of_a_gang_share_what_they_agree_on_and_add_what_is_their_own():
     assert (decode["rows"], decode["decode_rows"], decode["slots"]) == (24, 20, 20 * 4 * 2)
     assert decode["experts_max_rank_before"] == [12, 16]
     assert decode["slots_rerouted"] == [10, 14]
+    assert decode["slots_merged"] == [4, 6]
     assert decode["bytes_dispatched_after"] == [120, 280]
     assert decode["forward_seconds"] == pytest.approx(0.03)
     assert found["token_times"][:3] == [0, 6, 0]

@@ -9,6 +9,7 @@ from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.kernel.cpu_sere import (
     StepCounts,
     lowest_slot_orders,
+    merge_repeated,
     reroute_and_count,
     reroute_by_slot_orders,
 )
@@ -35,6 +36,8 @@ class LayerOfStep(NamedTuple):
     """``[E, E]`` float32."""
     owner: Tensor | None
     """``[E]`` int64, rank of every expert; None = one rank holds them all."""
+    skips_dropped: bool
+    """Whether the experts' code leaves out ids of -1: then a row names an expert once."""
 
 
 def apply_rule(
@@ -74,7 +77,10 @@ def _apply_sere(
         if union.compares:
             union.compare(of_step.layer, _targets(orders, similarity, ids.shape[1], numbers))
         new_ids, counts = reroute_by_slot_orders(ids, orders, similarity, kinds, **numbers)
-    return (new_ids, weights.clone()), counts
+    if not (of_step.skips_dropped and 0 < bound.select_top_k < ids.shape[1]):
+        return (new_ids, weights.clone()), counts
+    new_ids, new_weights, merged = merge_repeated(new_ids, weights, kinds, len(similarity))
+    return (new_ids, new_weights), counts._replace(slots_merged=merged)
 
 
 def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
@@ -102,7 +108,8 @@ def _apply_margin(
 ) -> tuple[Choice, StepCounts]:
     """The torch rule itself.
 
-    vLLM's CPU experts take no id of -1: a dropped slot names the row's best expert, with weight 0.
+    Where the experts' code takes no id of -1, a dropped slot names the row's best expert, with
+    weight 0.
     """
     ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
     scores = of_step.router_logits.float().softmax(dim=-1)
@@ -122,10 +129,13 @@ def _apply_margin(
         experts_after=int(kept.sum()),
         slots_rerouted=_slots_changed(ids[changed], new_ids[changed]),
         critical_kept=0,
+        slots_merged=int(((new_ids < 0) & (ids >= 0)).sum()) if of_step.skips_dropped else 0,
         experts_max_rank_before=_busiest(named, owner),
         experts_max_rank_after=_busiest(kept, owner),
     )
-    return (name_dropped(new_ids, ids), new_weights), counts
+    if not of_step.skips_dropped:
+        new_ids = name_dropped(new_ids, ids)
+    return (new_ids, new_weights), counts
 
 
 def _slots_changed(before: Tensor, after: Tensor) -> int:

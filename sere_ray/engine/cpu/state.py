@@ -17,10 +17,12 @@ from sere_ray.engine.cpu.dispatch import DispatchMeter, replace_dispatch
 from sere_ray.engine.cpu.rules import LayerOfStep, apply_rule
 from sere_ray.engine.cpu.sent import GatheredBytes, Sent
 from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.engine.layer_checks import check_rows
 from sere_ray.engine.state import DECODE_ONLY, MIXED, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
+from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.policy.capabilities import EngineKind
-from sere_ray.rules import EXACT, REROUTABLE, Choice, RuleCounts
+from sere_ray.rules import EXACT, REROUTABLE, Choice
 
 
 @dataclass
@@ -35,8 +37,9 @@ class CpuState(EngineState):
         similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
-        counters: ``[2, layers, 6]`` by step kind, fields of ``StepCounts``.
-        decode_rows: re-routable rows of this rank in the running step.
+        counters: ``[2, layers, 7]`` by step kind, fields of ``StepCounts``.
+        rows: of this rank in the running step, without padding.
+        decode_rows: of these, re-routable ones.
         union_rows: re-routable rows that experts are chosen over.
         decodes: whether there are any: else the step is left alone, and not counted.
     """
@@ -52,7 +55,7 @@ class CpuState(EngineState):
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
-        self.decode_rows = self.union_rows = 0
+        self.rows = self.decode_rows = self.union_rows = 0
         self.decodes = self.has_exact_row = self.agreed = False
         self.sent: Sent | None = None
         if self.union is not None and self.startup.dispatch == "all_to_all":
@@ -109,6 +112,7 @@ class CpuState(EngineState):
 
         Ranks talk later, in the first layer, where all are in step.
         """
+        self.rows = len(kinds)
         self.decode_rows = self.union_rows = int((kinds == REROUTABLE).sum())
         self.decodes, self.has_exact_row = self.decode_rows > 0, bool((kinds == EXACT).any())
         self.current_kind = self.step_kind(kinds)
@@ -148,6 +152,7 @@ class CpuState(EngineState):
         """
         if self.union is not None and not self.agreed:
             self._agree(self.union)
+        check_rows(layer, topk_ids.shape[0], self.rows)
         position, kinds = self.position[layer], self.row_kind[: topk_ids.shape[0]]
         if self.sent is not None:
             counter = (self.current_kind, position) if self.decodes else None
@@ -165,18 +170,21 @@ class CpuState(EngineState):
                 kinds,
                 self.similarity[layer],
                 self.owner.get(layer),
+                skips_dropped=layer in self.owner,  # see expert_parallel.py
             ),
             self.union if self.bound.union == "global" else None,
         )
+        if self.bound.mode == "observe":
+            new, counts = (topk_ids.clone(), topk_weights.clone()), counts._replace(slots_merged=0)
         self.counters[self.current_kind, position] += counts
-        return new if self.bound.mode == "on" else (topk_ids.clone(), topk_weights.clone())
+        return new
 
     # --- counters ---------------------------------------------------------------------------------
 
     def read_layer_counters(self) -> NDArray[np.int64]:
         """Under ``union: local`` no rank knows what others read."""
         if self.union is not None and self.bound.union == "local":
-            return self.counters[:, :, : len(RuleCounts._fields)]
+            return self.counters[:, :, :OWN_COUNTERS]
         return self.counters
 
     def read_bytes(self) -> list[dict[str, list[int] | None]]:

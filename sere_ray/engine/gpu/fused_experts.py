@@ -128,6 +128,7 @@ def _is_plain(experts: Any) -> bool:
         and experts.activation_config.clamp_limit is None
         and not experts.quantization_emulation
         and experts._lora_context is None
+        and getattr(experts, "post_gemm2_hook", None) is None  # of vLLM 0.33
     )
 
 

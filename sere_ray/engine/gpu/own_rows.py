@@ -14,8 +14,7 @@ from torch import Tensor
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import MAX_ROUTED_ROWS
-from sere_ray.kernel.memory import DeviceLayer, StepInput
-from sere_ray.rules import RuleCounts
+from sere_ray.kernel.memory import OWN_COUNTERS, DeviceLayer, StepInput
 
 MAX_ROUTED_LOGITS = 4096
 """Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses
@@ -52,7 +51,7 @@ class OwnRows:
     def __init__(self, rule: DeviceRule, max_rows: int) -> None:
         self.rule = rule
         self.step_input = StepInput(max_rows, rule.device)
-        shape = (2, len(rule.tables), len(RuleCounts._fields))
+        shape = (2, len(rule.tables), OWN_COUNTERS)
         self.counters = torch.zeros(shape, dtype=torch.int64, device=rule.device)
         rule.kernel(torch.int32).load(rule.device, ("reroute", "reroute_and_align"))
         for logits in (torch.bfloat16, torch.float32):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sere_ray.engine.back_end import Routing
 from sere_ray.engine.gpu.state import CudaState
+from sere_ray.engine.layer_checks import check_rows
 from sere_ray.engine.placement import expert_owner
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.util.errors import UnsupportedError
@@ -39,6 +40,7 @@ def route(
     state: CudaState = router.sere_state
     state.check_nothing_deferred()
     layer, runner = router.sere_layer, router.sere_runner()
+    check_rows(layer, router_logits.shape[0], state.own.step_input.rows)
     sorts = router.capture_fn is None and _sorts_own_ids(runner)
     if sorts:
         runner.routed_experts.quant_method.moe_kernel.fused_experts.sere_state = state

@@ -34,9 +34,9 @@ from torch import Tensor
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.engine.state import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.kernel import across_ranks
-from sere_ray.kernel.across_ranks import NUM_COUNTERS, Placement
+from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned
-from sere_ray.kernel.memory import DeviceLayer, StepInput
+from sere_ray.kernel.memory import NUM_COUNTERS, DeviceLayer, StepInput
 from sere_ray.kernel.peers import Peers
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import EXACT
@@ -270,7 +270,7 @@ class UnionOfRanks:
     # --- counters ---------------------------------------------------------------------------------
 
     def read_counters(self) -> NDArray[np.int64]:
-        """``[2, layers, 6]``, all zero where vLLM does not gather ids; waits for the device."""
+        """``[2, layers, NUM_COUNTERS]``, zero where vLLM gathers no ids; waits for the device."""
         counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
         return counters
 
@@ -284,7 +284,7 @@ class UnionOfRanks:
         """
         found, report = self.read_counters(), {}
         for kind, name in enumerate(KIND_NAMES):
-            before, read, _, _, busiest_before, busiest_read = found[kind].T.tolist()
+            before, read, _, _, _, busiest_before, busiest_read = found[kind].T.tolist()
             report[name] = {
                 "steps": self.steps[kind],
                 "experts_before": before,

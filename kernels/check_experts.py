@@ -50,6 +50,7 @@ GPT_OSS = MODEL | {
     "sliding_window": 128,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+FP8_BITS = int.from_bytes(b"\xbf" * 4, "little", signed=True)
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 INT4 = {"bits": 4, "group_size": 128}
 FORMATS = {
@@ -112,8 +113,8 @@ def distinct(merged):
     return torch.where(merged < 0, free.gather(1, place.clamp(min=0)).int(), merged)
 
 
-def randomise(experts):
-    """Random weights in the layer's own format."""
+def randomise(experts, is_fp8):
+    """Random weights in the layer's own format. Packed bytes of FP8 must not be its NaN."""
     import torch
 
     torch.manual_seed(0)
@@ -130,6 +131,8 @@ def randomise(experts):
             if not tensor.is_floating_point():
                 low, high = (0, 256) if tensor.dtype == torch.uint8 else (-(2**31), 2**31)
                 value = torch.randint(low, high, tensor.shape, device=tensor.device)
+                if is_fp8:
+                    value &= 0xBF if tensor.dtype == torch.uint8 else FP8_BITS
         else:
             continue
         tensor.data.copy_(value.to(tensor.dtype))
@@ -164,7 +167,7 @@ def check(name, backend, seed=0):
     if runner.is_monolithic:
         raise SystemExit("chooses its experts inside the kernel")
     kernel = type(experts.quant_method.moe_kernel.fused_experts).__name__
-    randomise(experts)
+    randomise(experts, is_fp8=name.startswith("fp8"))
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
 
@@ -245,7 +248,8 @@ def main():
     rows = []
     with ThreadPoolExecutor(options.at_once) as pool:
         for variant, found in zip(variants, pool.map(in_process, variants), strict=True):
-            worst = max((row.get("largest_error", -1) for row in found), default=-1)
+            errors = [row.get("largest_error", "none") for row in found]
+            worst = "not finite" if None in errors else max(errors, key=str)
             print(*variant, found[0]["experts_kernel"], found[0].get("message", worst), flush=True)
             rows += found
             write_result(Path(options.out), {"rows": rows})

@@ -114,9 +114,23 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
     },
 }
+PUBLIC["qwen3-30b-a3b-fp8"] = {
+    **PUBLIC["qwen3-30b-a3b"],
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    },
+}
 """Shapes of public checkpoints, in full."""
 _TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
-_SIZES = {"qwen3-30b-a3b": "61 GB", "qwen1.5-moe-a2.7b": "29 GB", "deepseek-v2-lite": "31 GB"}
+_SIZES = {
+    "qwen3-30b-a3b": "61 GB",
+    "qwen3-30b-a3b-fp8": "31 GB, FP8 block 128",
+    "qwen1.5-moe-a2.7b": "29 GB",
+    "deepseek-v2-lite": "31 GB",
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,11 @@ class Model:
     def num_experts(self) -> int:
         """Routed experts of a layer."""
         return int(self.config.get("n_routed_experts") or self.config["num_experts"])
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether weights are FP8, which vLLM's dummy numbers are too small for."""
+        return "quantization_config" in self.config
 
     @property
     def kv_bytes_per_token(self) -> int:

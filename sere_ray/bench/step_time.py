@@ -27,6 +27,7 @@ from sere_ray.bench.engines import (
 from sere_ray.bench.floor import copy_bytes_per_s, count_weights, mean_context, step_bytes
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
+from sere_ray.bench.weights import draw_fp8
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import experts_read, read_counters, set_policy
 from sere_ray.policy.policy import Policy
@@ -168,6 +169,8 @@ def _start(plan: StepTimePlan, folder: Path, settings: list[Arm], bandwidth: flo
     first = next(arm.policy for arm in settings if arm.policy)
     sizes: dict[str, Any] = {"batches": plan.batches, "tokens": plan.tokens}
     engines = start_engines(folder, plan.model, first, **sizes, compiled=plan.compiled)
+    if plan.model.is_fp8:
+        engines.each(draw_fp8)
     floor = _floor(plan, engines, bandwidth) if bandwidth else None
     return Bench(plan, engines, settings, floor)
 

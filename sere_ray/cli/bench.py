@@ -38,6 +38,7 @@ def step_time(
             "random-e64",
             "demo",
             "qwen3-30b-a3b",
+            "qwen3-30b-a3b-fp8",
             "qwen1.5-moe-a2.7b",
             "deepseek-v2-lite",
         ],

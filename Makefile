@@ -12,9 +12,9 @@ TORCH_INDEX ?= auto
 
 .PHONY: help demo monitor-demo loadtest test nightly lint format install benchmark clean
 help:
-	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare (10 min first time)"
+	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare"
 	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
-	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP (3 min)"
+	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP"
 	@echo "make test       lint, types and all tests that run on this machine"
 	@echo "make nightly    the slow tests that make test leaves out"
 	@echo "make lint       ruff and mypy"
@@ -59,7 +59,7 @@ $(STAMP): $(PIN) pyproject.toml
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  echo "no C++ compiler found (Debian: apt install g++): vLLM will run without its compiled graph"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned CPU stack into $(VENV): 2 to 4 minutes, 3.5 GB"
+	@echo "installing the pinned CPU stack into $(VENV): some minutes, 3.5 GB"
 	@set -e; $(BIN)/python -m pip install -q "$$(grep '^pip==' $(PIN))" 2>/dev/null; \
 	index="$(TORCH_INDEX)"; \
 	if [ "$$index" = auto ]; then \

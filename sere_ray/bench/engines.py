@@ -52,7 +52,7 @@ def write_config(model: Model, parent: Path) -> Path:
 
 
 def start_engines(
-    folder: Path, model: Model, policy: Policy, *, batches: list[int], tokens: int, compiled: bool
+    folder: Path, model: Model, policy: Policy, batches: list[int], tokens: int, compiled: bool
 ) -> Engines:
     """Start both in this process.
 

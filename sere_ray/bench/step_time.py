@@ -167,8 +167,7 @@ def measure(
 
 def _start(plan: StepTimePlan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
     first = next(arm.policy for arm in settings if arm.policy)
-    sizes: dict[str, Any] = {"batches": plan.batches, "tokens": plan.tokens}
-    engines = start_engines(folder, plan.model, first, **sizes, compiled=plan.compiled)
+    engines = start_engines(folder, plan.model, first, plan.batches, plan.tokens, plan.compiled)
     if plan.model.is_fp8:
         engines.each(draw_fp8)
     floor = _floor(plan, engines, bandwidth) if bandwidth else None

@@ -13,14 +13,14 @@ from sere_ray.util.errors import UnsupportedError
 
 ALLOWED = {
     "cpu": ("CPUUnquantizedExperts", "X86CPUUnquantizedExperts"),
-    "cuda": ("TritonExperts",),
+    "cuda": ("TritonExperts", "MarlinExperts"),
 }
 """Expert kernels by vLLM's name of the device: shown to be right for rows that name an expert
-twice, as ``sere`` makes them. Stock routing never does, so kernels which return wrong rows then
-(FlashInfer's CUTLASS, OpenAI's Triton, TensorRT-LLM's) pass every test of stock answers."""
+twice, as ``sere`` makes them (docs/results/back-ends-h200.json). Stock routing never does, so
+kernels which return wrong rows then, as OpenAI's Triton does, pass every test of stock answers."""
 _REMEDY = {
     "cpu": "serve an unquantised model (bf16 or float32)",
-    "cuda": "start with --moe-backend triton",
+    "cuda": "start with --moe-backend triton, for INT4 and MXFP4 with --moe-backend marlin",
 }
 
 
@@ -75,7 +75,7 @@ def check_routes_outside_kernel(runner: Any) -> None:
         raise UnsupportedError(
             f"sere: layer {runner.layer_name!r} chooses its experts inside the kernel "
             f"{_name(expert_kernel(runner))}; choose a modular back end (on GPU `--moe-backend "
-            "triton`; on CPU an unquantised model), or remove the 'sere' key"
+            "triton`, for MXFP4 `marlin`; on CPU an unquantised model), or remove the 'sere' key"
         )
 
 

@@ -1,6 +1,7 @@
 """Layers whose re-routed answers would be wrong without a word are refused as they are attached."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,9 @@ from tests.engine.test_refusals import configure
 from tests.models import build_tokenizer
 
 NAME = "model.layers.3.mlp.experts"
+RESULT = Path(__file__).parents[2] / "docs" / "results" / "back-ends-h200.json"
+LARGEST_ERROR = 0.1
+"""Of a right kernel, of the largest output: rounding. Wrong ones were off by 0.7 to 10."""
 
 
 @pytest.fixture
@@ -110,13 +114,27 @@ def test_a_pair_of_kernels_is_as_good_as_the_worse(has_words):
     has_words(refused(layer_checks.check_expert_kernel, layer, "cuda"), "DeepGemmExperts")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_allowed_kernel_exists(device):
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, triton_moe
+def test_every_allowed_kernel_exists():
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, marlin_moe, triton_moe
 
-    modules = {"cpu": cpu_moe, "cuda": triton_moe}
-    for name in layer_checks.ALLOWED[device]:
-        assert hasattr(modules[device], name)
+    modules = {"cpu": (cpu_moe,), "cuda": (triton_moe, marlin_moe)}
+    for device, names in layer_checks.ALLOWED.items():
+        for name in names:
+            assert any(hasattr(module, name) for module in modules[device])
+
+
+def test_a_kernel_for_gpus_is_allowed_where_it_was_measured_right():
+    rows = json.loads(RESULT.read_text())["rows"]
+    measured = {}
+    for row in rows:
+        if row.get("rule") in ("sere", "margin"):
+            errors = measured.setdefault((row["experts_kernel"], row["format"]), {})
+            errors[row["rule"], row["batch"]] = row["largest_error"]
+    right = set()
+    for (kernel, _), errors in measured.items():
+        assert set(errors) == {(r, b) for r in ("sere", "margin") for b in (1, 16, 300, 600)}
+        right |= {kernel} if max(errors.values()) < LARGEST_ERROR else set()
+    assert right == set(layer_checks.ALLOWED["cuda"])
 
 
 @pytest.mark.engine

@@ -6,9 +6,10 @@ Stock routing never names an expert twice in a row, the rule `sere` does, and so
 wrong rows then. So each kernel computes rows as `sere` (S = 1) and `margin` make them, and the same
 sums over distinct experts: the weights of repeats are added, and other experts of weight 0 take
 their places. A right kernel gives both alike but for rounding. `sere merged`: repeats are id -1,
-which a kernel has to skip that holds a part of the experts. Weights are random numbers in a layer
-that vLLM has made, so the format is vLLM's own; a pass before each leaves garbage in the kernel's
-workspaces. Every variant is a process of its own; one that does not start says why.
+with all experts or with half of them, as on one of two ranks (`in a shard`). Weights are random
+numbers in a layer that vLLM has made, so the format is vLLM's own; a pass before each leaves
+garbage in the kernel's workspaces. Every variant is a process of its own; one that does not start
+says why.
 
 `largest_error` is relative to the largest output; null: not finite.
 """
@@ -122,6 +123,8 @@ def randomise(experts, is_fp8):
         short = name.rpartition(".")[2]
         if "scale" in short:
             value = torch.rand(tensor.shape, device=tensor.device) * 0.01 + 0.005
+            if is_fp8:  # a kernel may have put a power of two into them, which is to stay
+                value = tensor.float().abs() * (value * 100)
             if tensor.dtype == torch.uint8:  # exponents
                 value = torch.randint(118, 124, tensor.shape, device=tensor.device)
         elif "bias" in short:
@@ -165,7 +168,7 @@ def check(name, backend, seed=0):
     runner = next(module for module in model.modules() if isinstance(module, MoERunner))
     experts = runner.routed_experts
     if runner.is_monolithic:
-        raise SystemExit("chooses its experts inside the kernel")
+        raise SystemExit("## chooses its experts inside the kernel")
     kernel = type(experts.quant_method.moe_kernel.fused_experts).__name__
     randomise(experts, is_fp8=name.startswith("fp8"))
     device = next(model.parameters()).device
@@ -182,7 +185,7 @@ def check(name, backend, seed=0):
                 shared_experts_input=None,
             ).float()
 
-    def compare(rule, batch, merges=False):
+    def compare(rule, batch, merges=False, shard=False):
         repeated, weights, merged, merged_weights = rows_of(rule, batch, generator)
         x = torch.randn((batch, HIDDEN), generator=generator).bfloat16().to(device)
         wanted = run(x, distinct(merged), merged_weights)
@@ -194,19 +197,20 @@ def check(name, backend, seed=0):
             "format": name,
             "moe_backend": backend,
             "batch": batch,
-            "rule": f"{rule} merged" if merges else rule,
+            "rule": rule + " merged" * merges + " in a shard" * shard,
             "slots_repeated": int((merged < 0).sum()),
             "largest_error": error if math.isfinite(error) else None,
         }
 
     rows = [compare(rule, batch) for batch in BATCHES for rule in ("sere", "margin")]
     if device.type == "cuda":
-        half = torch.arange(EXPERTS, dtype=torch.int32, device=device)
-        half[EXPERTS // 2 :] = -1  # as on one of two ranks; its experts are the first ones
-        shard = {"expert_map": property(lambda self: half)}
-        experts.__class__ = type("Shard", (type(experts),), shard)
         print("@@" + json.dumps(rows), flush=True)  # should what follows end the process
         rows += [compare("sere", batch, merges=True) for batch in BATCHES]
+        half = torch.arange(EXPERTS, dtype=torch.int32, device=device)
+        half[EXPERTS // 2 :] = -1  # as on one of two ranks; its experts are the first ones
+        with_map = {"expert_map": property(lambda self: half)}
+        experts.__class__ = type("Shard", (type(experts),), with_map)
+        rows += [compare("sere", batch, merges=True, shard=True) for batch in BATCHES]
     return rows
 
 
@@ -222,7 +226,9 @@ def in_process(variant):
     marked = [line[2:] for line in done.stdout.splitlines() if line.startswith("@@")]
     if marked:
         return json.loads(marked[-1])
-    said = [line for line in (done.stderr + done.stdout).splitlines() if "Error" in line]
+    lines = (done.stderr + done.stdout).splitlines()
+    said = [line[3:] for line in lines if line.startswith("## ")]
+    said = said or [line for line in lines if "Error" in line]
     message = (said or (done.stderr or "no output").splitlines())[-1].strip()[-300:]
     return [{"format": name, "moe_backend": backend, "experts_kernel": None, "message": message}]
 

@@ -66,6 +66,8 @@ def start_engines(
     # vLLM has one workspace manager a process, and the second engine replaces it. The first one's
     # graphs still write to the old manager's memory, so it must not be freed and given to others.
     kept = [workspace_manager()]
+    if model.rerouted_back_end:
+        options = {**options, "moe_backend": model.rerouted_back_end}
     sere = _start(folder, policy, max(batches), compiled, options)
     return Engines(stock, sere, [*kept, workspace_manager()])
 

@@ -121,13 +121,40 @@ PUBLIC["qwen3-30b-a3b-fp8"] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(48))],
     },
 }
-"""Shapes of public checkpoints, in full."""
+PUBLIC["gpt-oss-120b"] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "hidden_act": "silu",
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 200002,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+"""Shapes of public checkpoints, in full but for layers of gpt-oss-120b: 24 of its 36."""
 _TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
 _SIZES = {
     "qwen3-30b-a3b": "61 GB",
     "qwen3-30b-a3b-fp8": "31 GB, FP8 block 128",
+    "gpt-oss-120b": "43 GB, MXFP4 experts",
     "qwen1.5-moe-a2.7b": "29 GB",
     "deepseek-v2-lite": "31 GB",
 }
@@ -141,6 +168,17 @@ class Model:
     config: dict[str, Any]
 
     @property
+    def format(self) -> str:
+        """Of the experts' weights."""
+        quantised = self.config.get("quantization_config")
+        return str(quantised["quant_method"] if quantised else self.config["torch_dtype"])
+
+    @property
+    def rerouted_back_end(self) -> str | None:
+        """``--moe-backend`` of the engine that re-routes, where vLLM's own choice cannot."""
+        return "marlin" if self.format == "mxfp4" else None
+
+    @property
     def top_k(self) -> int:
         """K of the model."""
         return int(self.config["num_experts_per_tok"])
@@ -148,12 +186,8 @@ class Model:
     @property
     def num_experts(self) -> int:
         """Routed experts of a layer."""
-        return int(self.config.get("n_routed_experts") or self.config["num_experts"])
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether weights are FP8, which vLLM's dummy numbers are too small for."""
-        return "quantization_config" in self.config
+        names = ("n_routed_experts", "num_local_experts", "num_experts")
+        return next(int(self.config[name]) for name in names if name in self.config)
 
     @property
     def kv_bytes_per_token(self) -> int:

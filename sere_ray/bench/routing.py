@@ -75,7 +75,7 @@ def skew_gates(model: torch.nn.Module) -> int:
     scaled = 0
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[-2:] != ["mlp", "gate"]:
+        if parts[-2:] not in (["mlp", "gate"], ["mlp", "router"]):
             continue
         weight: Any = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
@@ -85,5 +85,5 @@ def skew_gates(model: torch.nn.Module) -> int:
             weight.mul_(scales.to(weight.device, weight.dtype)[:, None])
         scaled += 1
     if not scaled:
-        raise SereError("--router skewed: this model has no module layers.N.mlp.gate")
+        raise SereError("--router skewed: this model has no module layers.N.mlp.gate or router")
     return scaled

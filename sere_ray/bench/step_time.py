@@ -34,8 +34,7 @@ from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
-ROW_KEY = ("model", "router", "batch", "arm")
-"""What tells rows of a result file apart."""
+ROW_KEY = ("model", "router", "batch", "arm")  # what tells rows of a result file apart
 _WARM_UP_TOKENS = 10
 _TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
 """Values that are tried for tau of the arm ``margin``: 0, and 2**-20 to 1 by factors of 1.4."""
@@ -168,7 +167,7 @@ def measure(
 def _start(plan: StepTimePlan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
     first = next(arm.policy for arm in settings if arm.policy)
     engines = start_engines(folder, plan.model, first, plan.batches, plan.tokens, plan.compiled)
-    if plan.model.is_fp8:
+    if plan.model.format == "fp8":
         engines.each(draw_fp8)
     floor = _floor(plan, engines, bandwidth) if bandwidth else None
     return Bench(plan, engines, settings, floor)
@@ -272,6 +271,7 @@ def _row(
     ratios = [stock / own for stock, own in zip(stock_ms, step_ms, strict=True)]
     row = {
         "model": bench.plan.model.name,
+        "format": bench.plan.model.format,
         "router": router,
         "batch": batch,
         "arm": arm.name,
@@ -296,5 +296,5 @@ def _row(
 
 def _step_ms(bench: Bench, engine: Any, batch: int, tokens: int, seed: int) -> list[float]:
     """Milliseconds between the ends of steps in which every row decodes."""
-    ends = decode_steps(engine, bench.plan.model, batch, tokens, seed=seed)
-    return [(after - before) * 1e3 for before, after in itertools.pairwise(ends)]
+    ends = itertools.pairwise(decode_steps(engine, bench.plan.model, batch, tokens, seed=seed))
+    return [(after - before) * 1e3 for before, after in ends]

@@ -39,6 +39,7 @@ def step_time(
             "demo",
             "qwen3-30b-a3b",
             "qwen3-30b-a3b-fp8",
+            "gpt-oss-120b",
             "qwen1.5-moe-a2.7b",
             "deepseek-v2-lite",
         ],

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sere_ray.bench.models import get_model
@@ -30,6 +31,15 @@ def test_every_fp8_weight_is_drawn_and_equal_models_stay_equal():
     assert (first.gate == 1).all()
 
 
-def test_which_models_are_fp8():
-    assert get_model("qwen3-30b-a3b-fp8").is_fp8
-    assert not get_model("qwen3-30b-a3b").is_fp8
+@pytest.mark.parametrize(
+    ("name", "format", "back_end"),
+    [
+        ("qwen3-30b-a3b", "bfloat16", None),
+        ("qwen3-30b-a3b-fp8", "fp8", None),
+        ("gpt-oss-120b", "mxfp4", "marlin"),
+    ],
+)
+def test_formats_and_back_ends_of_the_models(name, format, back_end):
+    model = get_model(name)
+    assert (model.format, model.rerouted_back_end) == (format, back_end)
+    assert model.num_experts == 128

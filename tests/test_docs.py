@@ -121,6 +121,16 @@ def test_the_table_of_the_readme_is_what_the_result_files_hold():
         assert shown == cells, name
 
 
+def test_the_table_of_families_is_what_the_result_file_holds():
+    said = {True: "yes", False: "no", None: ""}
+    for row in rows("families-cpu"):
+        before, after = row["experts_before"], row["experts_after"]
+        cells = [f"`{row['family']}`"]
+        cells += [said[row[key]] for key in ("calibrates", "starts", "equal_at_k")]
+        cells.append(f"{before:.1f}, {after:.1f}" if row["starts"] else "")
+        assert f"| {' | '.join(cells)} |" in read("docs/limits.md"), row
+
+
 def of_sere(slots):
     return {"rule": "sere", "settings": {"select_top_k": slots, "min_primary_experts": 0}}
 

@@ -1,6 +1,5 @@
 """The similarity artifact: one safetensors file with a matrix per MoE layer and its origin."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Container, Mapping
@@ -13,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "sere_ray"
 
 
@@ -32,7 +32,8 @@ class ArtifactMetadata(BaseModel):
     num_experts: int = Field(description="E, logical experts of a layer")
     top_k: int = Field(description="K, experts a token chooses")
     router_fingerprint: dict[int, str] = Field(
-        default_factory=dict, description="per layer: SHA-256 of the gate weight as bf16, 32 hex"
+        default_factory=dict,
+        description="per layer: hash and sketch of the gate; format 1: hash",
     )
     metric: str
     tokens: int = Field(0, description="calibration tokens, each shown to every expert")
@@ -124,14 +125,11 @@ class SimilarityArtifact:
             ("synthetic", self.metadata.synthetic, metadata.synthetic),
             ("layers", _ranges(sorted(self.layers)), _ranges(sorted(running.layers))),
         ]
-        pairs += [
-            (
-                f"router fingerprint of layer {layer}",
-                self.metadata.router_fingerprint.get(layer),
-                metadata.router_fingerprint.get(layer),
-            )
-            for layer in sorted(running.layers)
-        ]
+        for layer in sorted(running.layers):
+            gates = [m.router_fingerprint.get(layer, "") for m in (self.metadata, metadata)]
+            if not same_gate(*gates):
+                of_new, of_old = (gate[:HASH_LENGTH] or None for gate in gates)
+                pairs.append((f"router fingerprint of layer {layer}", of_new, of_old))
         for what, new, old in pairs:
             if new != old:
                 raise ArtifactError(
@@ -153,7 +151,10 @@ class SimilarityArtifact:
             ("top_k", metadata.top_k, top_k),
         ]
         for name, of_artifact, of_model in pairs:
-            if of_artifact != of_model:
+            same = of_artifact == of_model
+            if name == "architecture":  # of the text model alone, or of the whole
+                same = _without_task(str(of_artifact)) == _without_task(str(of_model))
+            if not same:
                 raise ArtifactError(
                     f"{path}: {name} = {of_artifact!r}, but the model has {of_model!r}; this "
                     f"artifact belongs to {metadata.model_id!r}: run `sere-ray calibrate` on the "
@@ -184,12 +185,13 @@ class SimilarityArtifact:
         Raises:
             ArtifactError: the fingerprint differs or the artifact has none.
         """
-        expected = self.metadata.router_fingerprint.get(layer)
+        expected = self.metadata.router_fingerprint.get(layer, "")
         found = router_fingerprint(gate_weight)
-        if expected != found:
+        if not same_gate(expected, found):
             raise ArtifactError(
-                f"{path}: router fingerprint of layer {layer} is {expected or 'missing'}, but the "
-                f"loaded model has {found}; the artifact was calibrated on other weights "
+                f"{path}: router fingerprint of layer {layer} is "
+                f"{expected[:HASH_LENGTH] or 'missing'}, but the loaded model has "
+                f"{found[:HASH_LENGTH]}; the artifact was calibrated on other weights "
                 f"({self.metadata.model_id!r}): run `sere-ray calibrate` on the model you serve"
             )
 
@@ -242,12 +244,6 @@ def read_metadata(path: Path | str) -> ArtifactMetadata:
         raise ArtifactError(f"{path}: damaged metadata ({reason}); calibrate again") from None
 
 
-def router_fingerprint(gate_weight: Tensor) -> str:
-    """Hash of a gate's weight ``[E, H]`` as bf16: the same for a quantised build of a model."""
-    values = gate_weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:32]
-
-
 def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
     size = artifact.metadata.num_experts
     if not artifact.layers:
@@ -266,6 +262,11 @@ def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
                 f"{where}: an expert is less similar to itself (diagonal) than to another one; "
                 "calibrate again"
             )
+
+
+def _without_task(architecture: str) -> str:
+    """``Qwen3_5MoeForCausalLM`` and ``Qwen3_5MoeForConditionalGeneration`` are one model."""
+    return architecture.partition("For")[0]
 
 
 def _tensor_name(layer: int) -> str:

@@ -171,7 +171,7 @@ class Model:
     def format(self) -> str:
         """Of the experts' weights."""
         quantised = self.config.get("quantization_config")
-        return str(quantised["quant_method"] if quantised else self.config["torch_dtype"])
+        return str(quantised["quant_method"] if quantised else self._dtype)
 
     @property
     def rerouted_back_end(self) -> str | None:
@@ -202,8 +202,11 @@ class Model:
 
     @property
     def _bytes_per_value(self) -> int:
-        dtype = self.config.get("torch_dtype") or self.config["dtype"]
-        return {"float32": 4, "bfloat16": 2}[dtype]
+        return {"float32": 4, "bfloat16": 2}[self._dtype]
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.config.get("torch_dtype") or self.config["dtype"])
 
 
 def get_model(name: str) -> Model:

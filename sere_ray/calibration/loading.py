@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -64,8 +65,9 @@ def load_model(
     Raises:
         SereError: no safetensors weights, or some of the model's weights are not among them.
     """
+    model_class = type(empty_model(load_config(model, revision)))
     with _one_line(model, "weights"), quiet():
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = model_class.from_pretrained(
             _location(model),
             revision=revision,
             dtype=dtype,
@@ -89,10 +91,14 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
         dtype: of the weights; None = the configuration's.
 
     Raises:
-        SereError: transformers has no causal language model for it.
+        SereError: transformers has no causal language model for it, with or without images.
     """
     name = config.name_or_path or config.model_type
     with _one_line(name, "architecture"), quiet(), torch.device("meta"):
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config, dtype=dtype or config.dtype)
+        # What transformers itself says of a configuration that it cannot make a model of.
         return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
 
 

@@ -17,7 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.gates import router_fingerprint
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
 from sere_ray.calibration.loading import empty_model, load_config, model_name, resolved_revision
 from sere_ray.util.errors import ArtifactError

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from sere_ray.artifact.similarity import SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.gates import router_fingerprint
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches
 from sere_ray.calibration.loading import load_model, pick_device, pick_dtype

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sere_ray.artifact.similarity import SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.gates import router_fingerprint
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import collect, find_moe_layers
 from sere_ray.calibration.data import make_batches

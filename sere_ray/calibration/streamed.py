@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sere_ray.artifact.similarity import router_fingerprint
+from sere_ray.artifact.gates import router_fingerprint
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import moe_layer, watched
 from sere_ray.calibration.data import Batch

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sere_ray.artifact.gates import same_gate
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.loading import is_local
 from sere_ray.calibration.plan import CalibrationPlan
@@ -97,7 +98,7 @@ class WorkFolder:
         """
         partials = [self._load(shard) for shard in sorted(self.done())]
         first = partials[0].fingerprints
-        if any(partial.fingerprints != first for partial in partials):
+        if not all(_same_gates(partial.fingerprints, first) for partial in partials):
             raise SereError(
                 f"work = {str(self.path)!r}: shards were calibrated on different weights; give "
                 "another folder"
@@ -170,3 +171,9 @@ def _check_same(path: Path, old: dict[str, object], new: dict[str, object]) -> N
                 f"work = {str(path)!r}: holds sums of a job with {name} = {old.get(name)!r}, this "
                 f"one has {value!r}; remove the folder, give another one, or repeat that job"
             )
+
+
+def _same_gates(some: Mapping[int, str], others: Mapping[int, str]) -> bool:
+    """Whether fingerprints by layer, perhaps of two machines, are of the same gates."""
+    same_layers = some.keys() == others.keys()
+    return same_layers and all(same_gate(some[layer], others[layer]) for layer in some)

@@ -151,6 +151,24 @@ def dispatch_bytes(
 
 
 @app.command()
+def families(
+    out: Out,
+    only: Annotated[str | None, typer.Option(help="Families, comma-separated [all].")] = None,
+) -> None:
+    """Families of models, tiny: do they calibrate, start re-routed, and stay exact at S = K?
+
+    The file is written after every family.
+
+    Example: sere-ray bench families --only gpt_oss,granitemoe --out families-cpu.json
+    """
+    with user_errors():
+        from sere_ray.bench.families import run_families
+
+        run_families(names(only) if only else (), saver(out), console=console)
+    print(out)
+
+
+@app.command()
 def scale(out: Out) -> None:
     """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
 

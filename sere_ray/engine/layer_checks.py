@@ -2,7 +2,7 @@
 make re-routed answers wrong without a word."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,32 @@ from sere_ray.artifact.gates import find_gate, gate_weight
 from sere_ray.engine.back_end import expert_kernel
 from sere_ray.util.errors import UnsupportedError
 
+
+class Takes(NamedTuple):
+    """What an expert kernel was shown to be right for (docs/results/back-ends-h200.json)."""
+
+    repeats: bool
+    """Rows that name an expert twice, as ``sere`` makes them. Stock routing never does, so kernels
+    which return wrong rows then pass every test of stock answers."""
+    dropped: bool
+    """Ids of -1, also where all experts are here: such slots are left out."""
+
+
 ALLOWED = {
-    "cpu": ("CPUUnquantizedExperts", "X86CPUUnquantizedExperts"),
-    "cuda": ("TritonExperts", "MarlinExperts"),
+    "cpu": {
+        "CPUUnquantizedExperts": Takes(repeats=True, dropped=False),
+        "X86CPUUnquantizedExperts": Takes(repeats=True, dropped=False),
+    },
+    "cuda": {
+        "TritonExperts": Takes(repeats=True, dropped=False),
+        "MarlinExperts": Takes(repeats=True, dropped=False),
+        "UnfusedOAITritonExperts": Takes(repeats=False, dropped=True),
+    },
 }
-"""Expert kernels by vLLM's name of the device: shown to be right for rows that name an expert
-twice, as ``sere`` makes them (docs/results/back-ends-h200.json). Stock routing never does, so
-kernels which return wrong rows then, as OpenAI's Triton does, pass every test of stock answers."""
+"""Expert kernels by vLLM's name of the device; all others are refused."""
 _REMEDY = {
     "cpu": "serve an unquantised model (bf16 or float32)",
-    "cuda": "start with --moe-backend triton, for INT4 and MXFP4 with --moe-backend marlin",
+    "cuda": "start with --moe-backend triton; INT4: marlin; MXFP4: marlin or triton_unfused",
 }
 
 
@@ -79,8 +95,8 @@ def check_routes_outside_kernel(runner: Any) -> None:
         )
 
 
-def check_expert_kernel(runner: Any, device: str) -> None:
-    """Refuse experts that were not shown right for rows which name an expert twice.
+def check_expert_kernel(runner: Any, device: str) -> bool:
+    """Refuse experts that were not shown right for what a rule makes of rows.
 
     Called as a layer is built, and again when vLLM has made its kernel.
 
@@ -88,16 +104,24 @@ def check_expert_kernel(runner: Any, device: str) -> None:
         runner: vLLM's ``MoERunner``.
         device: vLLM's name of its type.
 
+    Returns:
+        Whether slots have to be merged that name the same expert of a row.
+
     Raises:
         UnsupportedError: names the layer, the kernel and the back end that works.
     """
-    for name in _kernels(runner):
+    names = _kernels(runner)
+    for name in names:
         if name not in ALLOWED[device]:
             raise UnsupportedError(
                 f"sere: layer {runner.layer_name!r} computes its experts with {name}, which was "
                 "not shown to be right where a row names an expert twice; shown right: "
                 f"{', '.join(ALLOWED[device])}; {_REMEDY[device]}, or remove the 'sere' key"
             )
+    kernels = [ALLOWED[device][name] for name in names]
+    merges = not all(kernel.repeats for kernel in kernels)
+    assert not merges or all(kernel.dropped for kernel in kernels)
+    return merges
 
 
 def _kernels(runner: Any) -> list[str]:

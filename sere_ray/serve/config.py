@@ -102,6 +102,17 @@ class ServeConfig(BaseModel):
         return {**value, "sere": policy, "startup": startup, "starts_auto": starts_auto}
 
     @model_validator(mode="after")
+    def _one_gpu_a_replica(self) -> Self:
+        for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+            size = self.engine.get(key, 1)
+            if self.device == "gpu" and size != 1:
+                raise ValueError(
+                    f"engine.{key} = {size!r}: a replica has one GPU; use data_parallel_size, "
+                    "whose ranks share the experts, or vLLM's own server with the 'sere' key"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _parts_go_together(self) -> Self:
         if self.starts_auto and self.auto is None:
             raise ValueError("sere.mode = 'auto': give target and levels under `auto`")

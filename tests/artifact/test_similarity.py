@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sere_ray.artifact.gates import router_fingerprint
 from sere_ray.artifact.similarity import (
     FORMAT_VERSION,
     ArtifactMetadata,
     SimilarityArtifact,
     read_metadata,
-    router_fingerprint,
 )
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import file_sha256
@@ -109,7 +109,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_newer_format_is_refused_whatever_else_it_holds(saved: Path) -> None:
     rewrite(saved, format_version=FORMAT_VERSION + 1, unheard_of=1)
-    with pytest.raises(ArtifactError, match=r"format_version = 2, .* up to 1; update sere-ray"):
+    with pytest.raises(ArtifactError, match=r"format_version = 3, .* up to 2; update sere-ray"):
         SimilarityArtifact.load(saved)
 
 

@@ -16,7 +16,7 @@ from sere_ray.calibration import calibrate, plan, run, synthetic_artifact
 from sere_ray.calibration.similarity import METRICS
 from sere_ray.util.errors import ArtifactError, DataError, SereError
 from sere_ray.util.files import file_sha256
-from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K
+from tests.models import ARCHITECTURES, MOE_LAYERS, NUM_EXPERTS, TOP_K, build_tokenizer
 
 Checkpoint = Callable[[str], Path]
 
@@ -49,6 +49,44 @@ def test_writes_what_it_returns(
     for index in MOE_LAYERS[name]:
         gate = weights[f"model.layers.{index}.{block}.gate.weight"]
         loaded.check_router(index, gate, path=str(out))
+
+
+def test_a_model_that_also_takes_images(text_file: Path, tmp_path: Path) -> None:
+    """Its text part is calibrated; the artifact names the whole, as vLLM does."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    tokenizer = build_tokenizer()
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": len(tokenizer),
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = quick(tmp_path / "model", text_file, tmp_path / "a")
+    assert found.metadata.architecture == "Qwen3VLMoeForConditionalGeneration"
+    assert (found.metadata.top_k, sorted(found.layers)) == (2, [0, 1])
+    of_text_alone = "Qwen3VLMoeForCausalLM"
+    found.check_model(architecture=of_text_alone, num_experts=8, top_k=2, path="a")
+    with pytest.raises(ArtifactError, match="Qwen3VLMoeForConditionalGeneration"):
+        found.check_model(architecture="Qwen3MoeForCausalLM", num_experts=8, top_k=2, path="a")
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -234,7 +234,7 @@ def damage(path, kind):
         if kind == "size":
             tensors["layers.1.similarity"] = torch.eye(7)
         if kind == "newer":
-            metadata = metadata.model_copy(update={"format_version": 2})
+            metadata = metadata.model_copy(update={"format_version": 3})
         save_file(tensors, path, metadata={"sere_ray": metadata.model_dump_json()})
 
 
@@ -245,7 +245,7 @@ def damage(path, kind):
         ("pickle", ["pickle files are never loaded", "sere-ray artifact import"]),
         ("NaN", ["layer 1", "NaN"]),
         ("size", ["layer 1", "(7, 7)", "(8, 8)"]),
-        ("newer", ["format_version = 2", "update sere-ray"]),
+        ("newer", ["format_version = 3", "update sere-ray"]),
         ("missing", ["no such file", "sere-ray calibrate"]),
     ],
 )

@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact, router_fingerprint
+from sere_ray.artifact.gates import router_fingerprint
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from tests.engine.ranks import fork_workers
 from tests.models import build_checkpoint

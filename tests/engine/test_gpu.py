@@ -1,5 +1,6 @@
 """Real vLLM engines on a GPU, full CUDA graphs on: the same promises as on a CPU."""
 
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -334,6 +335,53 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
         for position, counter in enumerate(COUNTERS):
             assert found[counter] == recount_of[kind, :, position].tolist(), (name, counter)
     assert totals[:, 1].sum() == 24 * (9 - 1)
+
+
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "num_local_experts": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
+
+@pytest.mark.parametrize(("back_end", "merges"), [("marlin", False), ("triton_unfused", True)])
+def test_mxfp4_experts(tmp_path, back_end, merges):
+    """vLLM's dummy weights: what is shown is which slots are merged, not what experts compute."""
+    folder, similarity = tmp_path / "model", tmp_path / "random.safetensors"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(GPT_OSS))
+    synthetic_artifact(folder).save(similarity)
+    options = {**GRAPHS, "load_format": "dummy", "skip_tokenizer_init": True}
+    options["moe_backend"] = back_end
+    key = {"similarity": str(similarity), "select_top_k": 1, "min_primary_experts": 0}
+    with running_engine(folder, **options) as engine:
+        stock, _ = generate(engine, prompts(), detokenize=False)
+    with running_engine(folder, key, **options) as engine:
+        margin = {"rule": "margin", "tau": 1.0, "select_top_k": None}
+        for changes in ({"select_top_k": 4}, {}, margin):
+            set_policy(engine, Policy.parse({**key, **changes}))
+            read_counters(engine, reset=True)
+            answers, _ = generate(engine, prompts(), detokenize=False)
+            counts = read_counters(engine)["decode_only"]
+            if changes == {"select_top_k": 4}:
+                assert answers == stock
+                assert not any(counts["slots_merged"])
+            else:
+                assert all(counts["slots_rerouted"])
+                assert all(counts["slots_merged"]) if merges else not any(counts["slots_merged"])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,6 +1,8 @@
 """Layers whose re-routed answers would be wrong without a word are refused as they are attached."""
 
 import json
+import math
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,26 +117,42 @@ def test_a_pair_of_kernels_is_as_good_as_the_worse(has_words):
 
 
 def test_every_allowed_kernel_exists():
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, marlin_moe, triton_moe
+    folder = Path(find_spec("vllm").origin).parent / "model_executor/layers/fused_moe/experts"
+    lines = (line for path in folder.glob("*.py") for line in path.read_text().splitlines())
+    classes = {line.split("(")[0] for line in lines}
+    for names in layer_checks.ALLOWED.values():
+        assert {f"class {name}" for name in names} <= classes
 
-    modules = {"cpu": (cpu_moe,), "cuda": (triton_moe, marlin_moe)}
-    for device, names in layer_checks.ALLOWED.items():
-        for name in names:
-            assert any(hasattr(module, name) for module in modules[device])
 
-
-def test_a_kernel_for_gpus_is_allowed_where_it_was_measured_right():
-    rows = json.loads(RESULT.read_text())["rows"]
+def test_a_kernel_for_gpus_takes_what_it_was_measured_right_for():
+    """Of every format; `repeats` is rows of either rule, `dropped` ids of -1 with all experts."""
     measured = {}
-    for row in rows:
-        if row.get("rule") in ("sere", "margin"):
-            errors = measured.setdefault((row["experts_kernel"], row["format"]), {})
-            errors[row["rule"], row["batch"]] = row["largest_error"]
-    right = set()
-    for (kernel, _), errors in measured.items():
-        assert set(errors) == {(r, b) for r in ("sere", "margin") for b in (1, 16, 300, 600)}
-        right |= {kernel} if max(errors.values()) < LARGEST_ERROR else set()
-    assert right == set(layer_checks.ALLOWED["cuda"])
+    for row in json.loads(RESULT.read_text())["rows"]:
+        if row["experts_kernel"]:
+            errors = measured.setdefault(row["experts_kernel"], {}).setdefault(row["rule"], {})
+            error = math.inf if row["largest_error"] is None else row["largest_error"]
+            errors[row["format"], row["batch"]] = error
+    assert set(measured) == set(layer_checks.ALLOWED["cuda"])
+    for kernel, takes in layer_checks.ALLOWED["cuda"].items():
+        of_rules = measured[kernel]
+        for errors in of_rules.values():
+            assert {batch for _, batch in errors} == {1, 16, 300, 600}
+        repeats = [*of_rules["sere"].values(), *of_rules["margin"].values()]
+        assert takes.repeats == (max(repeats) < LARGEST_ERROR)
+        assert takes.dropped == (max(of_rules["sere merged"].values()) < LARGEST_ERROR)
+        assert takes.repeats or takes.dropped
+
+
+def test_whether_slots_are_merged():
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    class UnfusedOAITritonExperts:
+        """vLLM's needs Triton to be imported."""
+
+    layer = runner()
+    for kernel, merges in ((TritonExperts, False), (UnfusedOAITritonExperts, True)):
+        layer.routed_experts.quant_method.experts_cls = kernel
+        assert layer_checks.check_expert_kernel(layer, "cuda") is merges
 
 
 @pytest.mark.engine

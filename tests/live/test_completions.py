@@ -1,11 +1,13 @@
 """The benchmarks' client against a deployment."""
 
 import asyncio
+import re
 
 import aiohttp
 import pytest
 
 from sere_ray.bench.completions import complete
+from tests.live.traffic import counted
 from tests.serve.deployment import API_KEY, MODEL_ID
 
 pytestmark = pytest.mark.engine
@@ -34,3 +36,19 @@ def test_a_stream_says_what_one_answer_says(live):
 def test_a_refusal(live, stream):
     reply = ask(live, "sk-wrong", stream=stream)
     assert (reply.status, reply.complete, reply.error) == (401, False, "invalid_api_key")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_structured_answer_under_re_routing(live, stream):
+    """S = 1 makes gibberish of the demo model's words; the grammar holds all the same."""
+    before = live.sere("policy")["policy"]
+    live.sere("policy", {"mode": "on", "select_top_k": 1, "min_primary_experts": 0})
+    try:
+        form = {"regex": "(yes|no) [0-9]{6} [a-z]{6}"}
+        counts, reply = counted(
+            live, lambda: ask(live, structured_outputs=form, max_tokens=64, stream=stream)
+        )
+    finally:
+        live.sere("policy", {k: v for k, v in before.items() if k != "similarity"})
+    assert re.fullmatch(form["regex"], reply.text), reply.text
+    assert counts["slots_rerouted"] > 0

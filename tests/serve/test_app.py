@@ -61,6 +61,11 @@ def test_without_a_policy_the_engine_is_stock():
         ({"engine": {"data_parallel_size": 2}}, SereError, ["data_parallel_size is set by"]),
         ({"engine": {"additional_config": {}}}, SereError, ["additional_config is set by"]),
         (
+            {"device": "gpu", "engine": {"tensor_parallel_size": 2}},
+            SereError,
+            ["engine.tensor_parallel_size = 2", "one GPU", "data_parallel_size"],
+        ),
+        (
             {"env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}},
             SereError,
             ["VLLM_ALLOW_INSECURE_SERIALIZATION lets clients run code"],

@@ -13,6 +13,7 @@ from sere_ray.engine.back_end import Routing, Wrap
 from sere_ray.engine.gpu import patches, routing, union_patches
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
+from sere_ray.engine.layer_checks import check_expert_kernel
 from sere_ray.engine.state import EngineState
 from sere_ray.policy.policy import Policy, Startup
 
@@ -49,6 +50,9 @@ class GpuBackEnd:
 
     def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """The router finds its state and its layer's kernels, which are made after loading."""
+        assert isinstance(state, CudaState)
+        merges = check_expert_kernel(runner, state.device.type)
+        state.rule.note_experts(runner.layer_name, merges=merges)
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)

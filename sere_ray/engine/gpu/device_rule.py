@@ -9,6 +9,7 @@ from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin
 from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.policy.bound import BoundPolicy
+from sere_ray.util.errors import UnsupportedError
 
 
 class DeviceRule:
@@ -36,7 +37,27 @@ class DeviceRule:
         self.settings = Settings(device, len(layers))
         self.identity = Settings(device)
         """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""
+        self.merges: bool | None = None
+        """Whether slots that name the same expert of a row are merged; None = no layer yet."""
         self.write(bound)
+
+    def note_experts(self, layer_name: str, *, merges: bool) -> None:
+        """Take note of what a layer's expert kernel needs; graphs are captured later.
+
+        Args:
+            layer_name: vLLM's.
+            merges: whether repeated slots of a row have to be id -1, weight 0.
+
+        Raises:
+            UnsupportedError: layers before it need the contrary.
+        """
+        if self.merges not in (None, merges):
+            raise UnsupportedError(
+                f"sere: layer {layer_name!r} computes its experts with a kernel that takes rows of "
+                "another form than layers before it; choose one --moe-backend for all of them"
+            )
+        self.merges = self.settings.merges = merges
+        self.write(self._bound)
 
     def kernel(
         self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
@@ -56,7 +77,7 @@ class DeviceRule:
 
     def write(self, bound: BoundPolicy) -> None:
         """Have a policy's numbers, behind every step launched so far."""
-        self.rule = bound.rule
+        self.rule, self._bound = bound.rule, bound
         shape = {"top_k": self.top_k, "num_experts": self.num_experts}
         self.settings.write(bound, **shape)
         sorts_only = BoundPolicy(

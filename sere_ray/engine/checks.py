@@ -8,6 +8,7 @@ from packaging.version import Version
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.kernel.compiler import check_compiler
+from sere_ray.kernel.limits import check_shape
 from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.util.errors import ArtifactError, UnsupportedError
@@ -62,6 +63,8 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
             f"sere: the model {model.model!r} ({model.architecture}) has no experts to re-route; "
             "serve a mixture-of-experts model or remove the 'sere' key"
         )
+    if on_gpu:
+        check_shape(model.get_num_experts(), model.get_num_experts_per_tok())
     policy.for_model(top_k=model.get_num_experts_per_tok())
     if policy.similarity_path.resolve().parent == Path(model.model).resolve():
         raise ArtifactError(
@@ -140,7 +143,7 @@ def check_options(vllm_config: Any) -> None:
         (
             current_platform.is_cuda() and not vllm_config.use_v2_model_runner,
             "model runner V1 on a GPU: row kinds are read from V2 there",
-            "unset VLLM_USE_V2_MODEL_RUNNER",
+            "set VLLM_USE_V2_MODEL_RUNNER=1; if vLLM says why that cannot be, leave that out",
         ),
         (
             parallel.prefill_context_parallel_size > 1,

@@ -150,7 +150,8 @@ def check_gate(runner: Any, model: nn.Module) -> Tensor:
         UnsupportedError: there is none under a known name, or it is quantised, or it scales what
             experts give by a number of theirs, which a stand-in would get.
     """
-    block = model.get_submodule(runner.layer_name.rpartition(".")[0])
+    modules = dict(model.named_modules(remove_duplicate=False))
+    block = modules.get(runner.layer_name.rpartition(".")[0], nn.Module())
     gate = find_gate(block) if runner.gate is None else runner.gate
     weight = None if gate is None else gate_weight(gate)
     if gate is None or weight is None:

@@ -15,9 +15,8 @@ from sere_ray.kernel.limits import (
     FILES,
     LOGIT_DTYPES,
     MAX_ALIGNED_ROWS,
-    MAX_EXPERTS,
     MAX_ROUTED_ROWS,
-    MAX_TOP_K,
+    check_shape,
     reads_logits,
 )
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
@@ -42,11 +41,7 @@ class RuleKernel:
 
     def __post_init__(self) -> None:
         """Refuse shapes that the kernel does not hold in a block."""
-        if not (0 < self.num_experts <= MAX_EXPERTS and 0 < self.top_k <= MAX_TOP_K):
-            raise UnsupportedError(
-                f"num_experts = {self.num_experts}, top_k = {self.top_k}: the CUDA kernel takes "
-                f"up to {MAX_EXPERTS} experts and {MAX_TOP_K} slots"
-            )
+        check_shape(self.num_experts, self.top_k)
 
     @property
     def can_route(self) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sere_ray.kernel.memory import power_of_two
+from sere_ray.util.errors import UnsupportedError
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -31,6 +32,19 @@ FILES = {
 """Which file of ``kernels/cuda/`` holds a kernel."""
 LOGIT_DTYPES = (torch.bfloat16, torch.float32)
 """Of the gate's logits, as the kernels read them."""
+
+
+def check_shape(num_experts: int, top_k: int) -> None:
+    """Refuse layers that a block does not hold.
+
+    Raises:
+        UnsupportedError: names the shape and the limits.
+    """
+    if not (0 < num_experts <= MAX_EXPERTS and 0 < top_k <= MAX_TOP_K):
+        raise UnsupportedError(
+            f"num_experts = {num_experts}, top_k = {top_k}: the CUDA kernel takes up to "
+            f"{MAX_EXPERTS} experts and {MAX_TOP_K} slots; serve this model without the 'sere' key"
+        )
 
 
 def reads_logits(logits: Tensor) -> bool:

@@ -71,6 +71,32 @@ def test_weights_are_processed_by_module_global_name_after_loading():
     assert load < loader.index("process_weights_after_loading(model, model_config, target_device)")
 
 
+def test_a_model_is_created_before_its_weights_load():
+    """There it is known whether any layer was attached."""
+    create = base_loader.BaseModelLoader.create_model
+    assert parameters(create) == ["self", "vllm_config", "model_config", "prefix"]
+    load = source(base_loader.BaseModelLoader.load_model)
+    call = load.partition("self.create_model(")[2].partition(")")[0]
+    assert all(f"{name}={name}," in call for name in ("vllm_config", "model_config", "prefix"))
+    assert load.index("self.create_model(") < load.index("self.load_weights(")
+
+
+def test_what_is_checked_of_a_layer():
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.experts.fallback import FallbackExperts
+
+    fields = FusedMoEConfig.__dataclass_fields__
+    assert {"experts_per_token", "num_logical_experts"} <= set(fields)
+    init = source(moe_runner.MoERunner.__init__)
+    assert "self.gate = gate" in init
+    assert "self.routed_experts = routed_experts" in init
+    assert "self.routed_experts.forward_modular(" in source(
+        moe_runner.MoERunner._apply_quant_method
+    )
+    assert callable(FallbackExperts.get_clses)
+    assert parameters(gpu_worker.Worker.reload_weights) == ["self", "args", "kwargs"]
+
+
 def test_kernels_are_rebound_by_module_global_name():
     from vllm.triton_utils import dispatcher
 

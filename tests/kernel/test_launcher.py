@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.limits import blocks_of_margin
+from sere_ray.kernel.limits import blocks_of_margin, check_shape
+from sere_ray.util.errors import UnsupportedError
 
 GPU = torch.device("cuda", 0)
 
@@ -26,3 +27,11 @@ def test_logits_that_no_vector_load_reaches(experts: int, dtype: torch.dtype, ha
     with pytest.raises(ValueError) as error:
         kernel.logit_arguments(memory[1 : 1 + experts].view(1, experts))
     has_words(str(error.value), "whole rows", "offset 1")
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(513, 8), (128, 17)])
+def test_a_shape_that_a_block_does_not_hold(experts, slots, has_words):
+    for refuse in (check_shape, lambda e, k: RuleKernel(e, k, torch.int32)):
+        with pytest.raises(UnsupportedError) as error:
+            refuse(experts, slots)
+        has_words(str(error.value), f"num_experts = {experts}", f"top_k = {slots}", "512", "16")

@@ -25,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sere_ray.calibration.loading import is_local, quiet
+from sere_ray.calibration.quantised import dequantise, logical_names
 from sere_ray.util.errors import SereError
 
 
@@ -46,6 +47,8 @@ class Checkpoint:
         """Name of a weight in the checkpoint -> the file that holds it."""
         for path in self._paths():
             self.files |= dict.fromkeys(self._names(path), path)
+        self.parts = logical_names(self.files)
+        """Name of a weight -> the names in the checkpoint that it is made of."""
 
     def names_by_target(self, model: PreTrainedModel) -> dict[str, list[str]]:
         """Weights and buffers of ``model`` that are in the checkpoint -> their names there."""
@@ -54,7 +57,7 @@ class Checkpoint:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         targets = model.state_dict()
         found: dict[str, list[str]] = {}
-        for name in self.files:
+        for name in self.parts:
             target, _ = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, targets
             )
@@ -66,14 +69,14 @@ class Checkpoint:
 
         Args:
             model: changed in place.
-            names: as in the checkpoint.
+            names: keys of ``parts``; quantised ones are dequantised.
             device: where they go.
 
         Raises:
             SereError: a weight is damaged or of another shape.
         """
         with ExitStack() as stack:
-            slices = self._slices(names, stack)
+            slices = self._slices(names, stack, model)
             settings = LoadStateDictConfig(
                 device_map={"": device},
                 dtype=model.dtype,
@@ -133,15 +136,27 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise SereError(f"{path}: damaged weight file ({error}); copy it again") from None
 
-    def _slices(self, names: Iterable[str], stack: ExitStack) -> dict[str, Any]:
-        """Lazy slices, readable until ``stack`` closes their files."""
+    def _slices(
+        self, names: Iterable[str], stack: ExitStack, model: PreTrainedModel
+    ) -> dict[str, Any]:
+        """Lazy slices, readable until ``stack`` closes their files; tensors of quantised ones."""
+        quantisation = getattr(model.config, "quantization_config", None)
         opened: dict[Path, Any] = {}
-        slices: dict[str, Any] = {}
-        for name in names:
+
+        def file_of(name: str) -> Any:
             path = self.files[name]
             if path not in opened:
                 opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-            slices[name] = opened[path].get_slice(name)
+            return opened[path]
+
+        slices: dict[str, Any] = {}
+        for name in names:
+            parts = self.parts[name]
+            if len(parts) == 1:
+                slices[name] = file_of(name).get_slice(name)
+            else:
+                stored = [file_of(part).get_tensor(part) for part in parts]
+                slices[name] = dequantise(stored, quantisation, model.dtype)
         return slices
 
 

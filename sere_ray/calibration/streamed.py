@@ -17,6 +17,7 @@ from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import moe_layer, watched
 from sere_ray.calibration.data import Batch
 from sere_ray.calibration.loading import empty_model
+from sere_ray.calibration.quantised import check_format
 from sere_ray.calibration.similarity import Sums
 from sere_ray.util.errors import SereError, UnsupportedError
 
@@ -34,8 +35,8 @@ class StreamedModel:
         dtype: of weights and hidden states.
 
     Raises:
-        UnsupportedError: a quantised checkpoint, or a decoder with parts of its own.
-        SereError: weights are missing.
+        UnsupportedError: another quantisation than those read, or a decoder with parts of its own.
+        SereError: weights are missing, or their format is not the one that the configuration names.
     """
 
     def __init__(
@@ -46,6 +47,9 @@ class StreamedModel:
         dtype: torch.dtype,
     ) -> None:
         self.model: PreTrainedModel = empty_model(config, dtype).eval()
+        quantisation = getattr(self.model.config, "quantization_config", None)
+        has_scales = any(len(parts) > 1 for parts in checkpoint.parts.values())
+        check_format(quantisation, has_scales, type(self.model).__name__)
         _check_structure(self.model)
         self.checkpoint = checkpoint
         self.device = device
@@ -164,10 +168,6 @@ class _HandOn(nn.Module):
 
 def _check_structure(model: PreTrainedModel) -> None:
     name = type(model).__name__
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedError(
-            f"{name}: layer_streamed does not read quantised checkpoints; give the original one"
-        )
     parts = {part for part, _ in model.get_decoder().named_children()}
     if parts != _PARTS:
         raise UnsupportedError(

@@ -94,15 +94,14 @@ def carried_along(words: NDArray[np.int32], rank: int) -> Iterator[Callable[[], 
     """
     from vllm.v1.worker.gpu import dp_utils
 
-    real = dp_utils.dist
     found: list[NDArray[np.int32]] = []
 
-    def all_reduce(table: Tensor, group: Any) -> None:
+    def sum_with_ours(table: Tensor, sum_of_ranks: Callable[[Tensor], Any]) -> None:
         rows, ranks = table.shape
         longer = torch.zeros((rows + len(words), ranks), dtype=torch.int32, device="cpu")
         longer[:rows] = table
         longer[rows:, rank] = torch.from_numpy(words)
-        real.all_reduce(longer, group=group)
+        sum_of_ranks(longer)
         table.copy_(longer[:rows])
         found.append(longer[rows:].numpy())
 
@@ -114,11 +113,33 @@ def carried_along(words: NDArray[np.int32], rank: int) -> Iterator[Callable[[], 
             )
         return found[0]
 
-    dp_utils.dist = SimpleNamespace(all_reduce=all_reduce)
+    name, stand_in = _stand_in(dp_utils, sum_with_ours)
+    real = getattr(dp_utils, name)
+    setattr(dp_utils, name, stand_in)
     try:
         yield carried
     finally:
-        dp_utils.dist = real
+        setattr(dp_utils, name, real)
+
+
+def _stand_in(
+    dp_utils: Any, sum_with: Callable[[Tensor, Callable[[Tensor], Any]], None]
+) -> tuple[str, Any]:
+    """Global name of the module that it reaches the sum by, and what is to stand there."""
+    if hasattr(dp_utils, "dist"):  # vLLM 0.32
+        dist = dp_utils.dist
+
+        def all_reduce(table: Tensor, group: Any) -> None:
+            sum_with(table, lambda longer: dist.all_reduce(longer, group=group))
+
+        return "dist", SimpleNamespace(all_reduce=all_reduce)
+
+    group_of = dp_utils.get_dp_group  # vLLM 0.33
+
+    def cpu_all_reduce_(table: Tensor) -> None:
+        sum_with(table, group_of().cpu_all_reduce_)
+
+    return "get_dp_group", lambda: SimpleNamespace(cpu_all_reduce_=cpu_all_reduce_)
 
 
 def _prepare(original: Callable[..., Any], prepare: Any, *args: Any, **kwargs: Any) -> Any:

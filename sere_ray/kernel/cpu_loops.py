@@ -173,7 +173,7 @@ def _merge_repeated(ids: Any, weights: Any, kinds: Any, num_experts: int) -> int
                 if ids[row, other] == expert:
                     ids[row, other] = DROPPED
                     weights[row, other] = 0
-            # The expert comes back once, behind all that this loop has seen of it.
+            # Written last: the loop above has cleared this slot, too.
             ids[row, best] = expert
             weights[row, best] = total
             merged += count - 1

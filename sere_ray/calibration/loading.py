@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -65,9 +66,9 @@ def load_model(
     Raises:
         SereError: no safetensors weights, or some of the model's weights are not among them.
     """
-    model_class = type(empty_model(load_config(model, revision)))
+    auto_class = _auto_class(load_config(model, revision))
     with _one_line(model, "weights"), quiet():
-        loaded, info = model_class.from_pretrained(
+        loaded, info = auto_class.from_pretrained(
             _location(model),
             revision=revision,
             dtype=dtype,
@@ -95,11 +96,18 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     """
     name = config.name_or_path or config.model_type
     with _one_line(name, "architecture"), quiet(), torch.device("meta"):
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if type(config) in auto._model_mapping:
-                return auto.from_config(config, dtype=dtype or config.dtype)
-        # What transformers itself says of a configuration that it cannot make a model of.
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+        empty: PreTrainedModel = _auto_class(config).from_config(
+            config, dtype=dtype or config.dtype
+        )
+        return empty
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """What makes the causal language model of a configuration, with or without images."""
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    return AutoModelForCausalLM  # which says what it lacks
 
 
 def resolved_revision(model: str, revision: str | None) -> str | None:

@@ -35,6 +35,18 @@ class BackEnd(Protocol):
         """Put the platform's patches of vLLM in place; calling it again does nothing."""
         ...
 
+    def check_experts(self, state: EngineState, runner: Any) -> None:
+        """Refuse a layer's experts; called as it is built, and again when its kernel is made.
+
+        Args:
+            state: from :meth:`make_state`.
+            runner: vLLM's ``MoERunner``.
+
+        Raises:
+            UnsupportedError: see :func:`sere_ray.engine.layer_checks.check_expert_kernel`.
+        """
+        ...
+
     def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """Make one layer ready, before its router is changed.
 

@@ -56,7 +56,6 @@ from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
 from sere_ray.engine.gpu.back_end import GpuBackEnd
 from sere_ray.engine.layer_checks import (
-    check_expert_kernel,
     check_gate,
     check_layer,
     check_routes_outside_kernel,
@@ -155,7 +154,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     layer, router = runner.layer_id, runner.router
     state.artifact.matrix(layer, path=state.policy.similarity)
     check_routes_outside_kernel(runner)
-    check_expert_kernel(runner, vllm_config.device_config.device_type)
+    back_end.check_experts(state, runner)
     check_layer(runner, state.attached, state.top_k, vllm_config.model_config.get_num_experts())
     if not isinstance(router, BaseRouter):
         raise UnsupportedError(
@@ -207,9 +206,9 @@ def _check_loaded(
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
     for state in states:
-        device = "cuda" if state.kind["on_gpu"] else "cpu"
+        back_end = BACK_ENDS["cuda" if state.kind["on_gpu"] else "cpu"]
         for runner in state.attached.values():
-            check_expert_kernel(runner, device)
+            back_end.check_experts(state, runner)
         state.loaded()
 
 

@@ -11,6 +11,9 @@ import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine import checks, layer_checks
+from sere_ray.engine.gpu.device_rule import DeviceRule
+from sere_ray.kernel.memory import Settings
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
 from tests.engine.test_refusals import configure
@@ -228,3 +231,16 @@ def test_models_whose_layers_get_other_rows(moe, architecture, has_words):
     config = configure(moe, sere_key(moe))
     config.model_config._architecture = architecture
     has_words(refused(checks.check_options, config), architecture, "serve another model")
+
+
+def test_layers_of_a_gpu_agree_on_whether_slots_are_merged():
+    bound = BoundPolicy(mode="on", select_top_k=1, threshold=None, min_primary_experts=0)
+    rule = DeviceRule({0: torch.eye(4)}, 2, 4, torch.device("cpu"), bound)
+    wanted = Settings(torch.device("cpu"), merges=True)
+    wanted.write(bound, top_k=2, num_experts=4)
+    assert not torch.equal(rule.settings.buffer, wanted.buffer)
+    for layer in ("first", "second", "first"):  # as built, and when its kernel is made
+        rule.note_experts(layer, merges=True)
+    assert torch.equal(rule.settings.buffer, wanted.buffer)
+    with pytest.raises(UnsupportedError, match=r"'second' .*another form"):
+        rule.note_experts("second", merges=False)

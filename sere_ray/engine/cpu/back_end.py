@@ -13,6 +13,7 @@ from sere_ray.engine.back_end import Routing, Wrap, expert_kernel
 from sere_ray.engine.cpu import expert_parallel, patches
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.engine.layer_checks import check_expert_kernel
 from sere_ray.engine.placement import expert_owner
 from sere_ray.engine.state import EngineState
 from sere_ray.engine.timeout import group_timeout
@@ -44,6 +45,10 @@ class CpuBackEnd:
         """Those of ``patches.py``, and the op that layers call."""
         patches.define_op()
         patches.install(wrap, across_ranks=vllm_config.parallel_config.enable_expert_parallel)
+
+    def check_experts(self, state: EngineState, runner: Any) -> None:
+        """All that are accepted here take a row as it is."""
+        check_expert_kernel(runner, "cpu")
 
     def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """Under expert parallelism vLLM lacks something in each layer, and ranks own experts."""

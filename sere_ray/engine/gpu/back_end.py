@@ -48,11 +48,14 @@ class GpuBackEnd:
         if vllm_config.parallel_config.data_parallel_size > 1:
             union_patches.install(wrap)
 
+    def check_experts(self, state: EngineState, runner: Any) -> None:
+        """Whether slots are merged follows from the kernel, for all layers alike."""
+        assert isinstance(state, CudaState)
+        merges = check_expert_kernel(runner, "cuda")
+        state.rule.note_experts(runner.layer_name, merges=merges)
+
     def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """The router finds its state and its layer's kernels, which are made after loading."""
-        assert isinstance(state, CudaState)
-        merges = check_expert_kernel(runner, state.device.type)
-        state.rule.note_experts(runner.layer_name, merges=merges)
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)

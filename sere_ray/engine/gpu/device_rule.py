@@ -49,15 +49,16 @@ class DeviceRule:
             merges: whether repeated slots of a row have to be id -1, weight 0.
 
         Raises:
-            UnsupportedError: layers before it need the contrary.
+            UnsupportedError: layers before it need the contrary, or this one did when it was built.
         """
-        if self.merges not in (None, merges):
+        if self.merges is None:
+            self.merges = self.settings.merges = merges
+            self.write(self._bound)
+        elif self.merges != merges:
             raise UnsupportedError(
                 f"sere: layer {layer_name!r} computes its experts with a kernel that takes rows of "
                 "another form than layers before it; choose one --moe-backend for all of them"
             )
-        self.merges = self.settings.merges = merges
-        self.write(self._bound)
 
     def kernel(
         self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16

@@ -59,7 +59,7 @@ $(STAMP): $(PIN) pyproject.toml
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  echo "no C++ compiler found (Debian: apt install g++): vLLM will run without its compiled graph"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned CPU stack into $(VENV): some minutes, 3.5 GB"
+	@echo "installing the pinned CPU stack into $(VENV): some minutes, 4 GB"
 	@set -e; $(BIN)/python -m pip install -q "$$(grep '^pip==' $(PIN))" 2>/dev/null; \
 	index="$(TORCH_INDEX)"; \
 	if [ "$$index" = auto ]; then \

@@ -1,6 +1,6 @@
 """What a stranger with only the wheel and its constraints gets: an empty environment that runs.
 
-Takes minutes and 3.5 GB of disk, so it runs at night: `pytest -m nightly tests/test_install.py`.
+Takes minutes and 4 GB of disk, so it runs at night: `pytest -m nightly tests/test_install.py`.
 """
 
 import json

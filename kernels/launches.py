@@ -14,6 +14,7 @@ from sere_ray.kernel.limits import MAX_ROUTED_ROWS, blocks_of_margin
 from sere_ray.kernel.memory import DeviceLayer, Settings
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import count
+from sere_ray.rules.gate import Gate
 from sere_ray.rules.sere import apply_rerouting, find_rerouting
 
 LAYERS = 48
@@ -29,6 +30,7 @@ class Layers(RandomLayers):
     Attributes:
         margin: the layers under the rule ``margin``, which keeps first choices alone: those that
             sere keeps with S = 1. Every other slot is refilled.
+        gated: these with the gate of DeepSeek-V3: sigmoid, selection bias, eight groups.
         margin_weights: what it changes in place; beta = 1 keeps their sum through many replays.
     """
 
@@ -48,6 +50,9 @@ class Layers(RandomLayers):
         rows_of = zip(self.layers, settings.buffer, strict=True)
         self.margin = [layer._replace(settings=row) for layer, row in rows_of]
         self.margin_weights = self.weights.clone()
+        bias = 0.1 * torch.rand(num_experts, generator=torch.Generator().manual_seed(0))
+        gate = Gate("sigmoid", bias.to(GPU), num_experts // 8)
+        self.gated = [layer._replace(gate=gate) for layer in self.margin]
 
 
 def arms(
@@ -93,6 +98,7 @@ def margin_arms(rows: int, num_experts: int, top_k: int, data: Layers) -> dict[s
         "empty_us": empty_launch(kernel.threads("reroute", rows)),
         **_sere_launches(kernel, rows, data),
         **_margin_launches(kernel, rows, data, blocks_of_margin(rows, GPU)),
+        **_gated_launches(rows, num_experts, top_k, data),
     }
     if torch.cuda.get_device_capability(GPU) < (9, 0):
         return found
@@ -117,6 +123,13 @@ def _margin_launches(kernel: RuleKernel, rows: int, data: Layers, blocks: int) -
     return _launches(kernel, rows, data, data.margin, data.margin_weights, blocks, names)
 
 
+def _gated_launches(rows: int, num_experts: int, top_k: int, data: Layers) -> dict[str, Launch]:
+    kernel = RuleKernel(num_experts, top_k, torch.int32, any_gate=True)
+    names = ("gated_us", "gated_with_sorting_us", "")
+    blocks = blocks_of_margin(rows, GPU)
+    return _launches(kernel, rows, data, data.gated, data.margin_weights, blocks, names)
+
+
 def _launches(
     kernel: RuleKernel,
     rows: int,
@@ -139,7 +152,7 @@ def _launches(
             *arguments(layer), logits=data.logits[layer], block_size=BLOCK_SIZE, blocks=blocks
         ),
     }
-    if kernel.can_route and rows <= MAX_ROUTED_ROWS:
+    if names[2] and kernel.can_route and rows <= MAX_ROUTED_ROWS:
         found[names[2]] = lambda layer: kernel.route_and_align(
             data.logits[layer],
             data.new_ids[layer],

@@ -2,7 +2,7 @@
 
 import torch
 
-from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.memory import OWN_COUNTERS, DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE
 
@@ -38,7 +38,7 @@ class RandomLayers:
         step.write(kinds.numpy(), counter_row=0)
         self.kinds = kinds.to(GPU)
         self.select_top_k = select_top_k
-        self.counters = torch.zeros((2, layers, 4), dtype=torch.int64, device=GPU)
+        self.counters = torch.zeros((2, layers, OWN_COUNTERS), dtype=torch.int64, device=GPU)
         self.layers = [
             DeviceLayer(
                 LayerTables.build(matrix, GPU),

@@ -196,5 +196,5 @@ __device__ __forceinline__ auto expert_in_first_block(const Shared& shared) {
 
 }  // namespace
 
-#define LOGITS_PARAMETERS const void *logits, int logit_bytes
-#define LOGITS_ARGUMENTS {logits, logit_bytes}
+#define LOGITS_PARAMETERS const void *logits, int logit_bytes, const float *bias, int scoring, int group_size
+#define LOGITS_ARGUMENTS {logits, logit_bytes, bias, scoring, group_size}

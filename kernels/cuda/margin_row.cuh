@@ -1,103 +1,18 @@
 // What a warp does with a row under the rule `margin`; margin.cuh does the batch.
-//
-// Scores are exp(logit - the row's best logit): the softmax without its sum, which cancels out of everything.
 #pragma once
-#include "rule.cuh"
+#include "gate.cuh"
 
 namespace {
 
 constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
 constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
-constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
-constexpr unsigned ALL_SLOTS = (1u << K) - 1;      // the lanes below K hold the slots of a warp's row
+constexpr int NONE = ANY_GATE ? NEVER : -1;        // in sorted values of a lane: there are no more
 
-struct Logits {
-  const void* values;                              // [num_rows][E]
-  int bytes;                                       // 4 = float32, 2 = bfloat16
-};
-
-struct Row {                                       // as a warp holds it
-  Slot slot;                                       // of a lane below K; of the others none
-  bool changeable;                                 // re-routable, and each slot names an expert; if not, no scores:
-  float own;                                       // of the slot's expert, 0 = no expert
-  float of[PER_LANE];                              // of the experts lane * PER_LANE + j; -1: in a slot, or beyond E
-};
-
-__device__ __forceinline__ float to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
-__device__ __forceinline__ float to_float(float value) { return value; }
-
-__device__ __forceinline__ float score_of(float logit, float most) {
-  const float score = expf(logit - most);
-  return score >= 0 ? score : 0;                   // not a number: 0
-}
-
-__device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
-
-// Integers in the order of floats; its own inverse.
-__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
-
-// A lane's logits of a row as they lie in memory, 0 beyond E.
-template <class T>
-struct Share {
-  static constexpr int WIDTH = 16 / int(sizeof(T)), COUNT = E % PER_LANE ? 1 : PER_LANE < WIDTH ? PER_LANE : WIDTH;
-  struct Load {                                    // as many as one load takes
-    alignas(sizeof(T) * COUNT) T of[COUNT];
-  } loads[PER_LANE / COUNT] = {};
-
-  __device__ __forceinline__ void read(const T* row) {
-#pragma unroll
-    for (int i = 0; i < PER_LANE / COUNT; ++i) {
-      const int v = threadIdx.x % 32 * PER_LANE + i * COUNT;
-      if (v < E) loads[i] = *reinterpret_cast<const Load*>(row + v);
-    }
-  }
-  __device__ __forceinline__ float logit(int j) const { return to_float(loads[j / COUNT].of[j % COUNT]); }
-};
-
-// Bit j: a slot of the row names the expert lane * PER_LANE + j.
-__device__ __forceinline__ unsigned named_here(const Slot& s) {
-  const int first = threadIdx.x % 32 * PER_LANE, id = s.valid ? int(s.id) : -1;
-  unsigned named = 0;
-#pragma unroll
-  for (int word = 0; word < PER_LANE; ++word) {    // 32 experts each
-    const unsigned bits = __reduce_or_sync(ALL_LANES, id >> 5 == word ? 1u << (id & 31) : 0u);
-    if (first / 32 == word) named = bits >> first % 32;
-  }
-  return named;
-}
-
-// load(row, slot) gives a slot.
-template <class Load>
-__device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load) {
-  const int lane = threadIdx.x % 32;
-  const bool is_wide = logits.bytes == 4;
-  Share<float> of_wide;
-  Share<unsigned short> of_narrow;
-  if (is_wide) of_wide.read(static_cast<const float*>(logits.values) + row * E);
-  else of_narrow.read(static_cast<const unsigned short*>(logits.values) + row * E);
-  Row r;
-  r.slot = lane < K ? load(row, lane) : Slot{-1, 0.0f, PADDING, false};
-  r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
-  if (!r.changeable) return r;
-
-  int most = 0x80000000;
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    r.of[j] = is_wide ? of_wide.logit(j) : of_narrow.logit(j);
-    if (lane * PER_LANE + j < E) most = max(most, in_order(__float_as_int(r.of[j])));
-  }
-  const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
-  const unsigned named = named_here(r.slot);
-  const int id = r.slot.valid ? int(r.slot.id) : 0;
-  r.own = 0;
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    const float score = score_of(r.of[j], best), of_slot = __shfl_sync(ALL_LANES, score, id / PER_LANE);
-    if (r.slot.valid && id % PER_LANE == j) r.own = of_slot;
-    r.of[j] = lane * PER_LANE + j < E && !(named >> j & 1) ? score : -1;
-  }
-  return r;
-}
+#if ANY_GATE
+typedef long long Sum;                             // of ranks; those of plain gates fit 31 bits
+#else
+typedef int Sum;
+#endif
 
 // A lane's values in falling order: Batcher's network.
 __device__ __forceinline__ void sort_falling(int (&values)[PER_LANE]) {
@@ -122,13 +37,13 @@ __device__ __forceinline__ void sort_falling(int (&values)[PER_LANE]) {
 __device__ __forceinline__ void drop_first(int (&values)[PER_LANE], bool drops) {
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    if (drops) values[j] = j + 1 < PER_LANE ? values[j + 1] : -1;
+    if (drops) values[j] = j + 1 < PER_LANE ? values[j + 1] : NONE;
   }
 }
 
 // Sum of so many of the warp's best values; each lane's are in falling order.
-__device__ __forceinline__ int sum_of_best(int (&values)[PER_LANE], int count) {
-  int sum = 0;
+__device__ __forceinline__ Sum sum_of_best(int (&values)[PER_LANE], int count) {
+  Sum sum = 0;
 #pragma unroll 1
   while (count > 0) {
 #pragma unroll
@@ -136,7 +51,7 @@ __device__ __forceinline__ int sum_of_best(int (&values)[PER_LANE], int count) {
       const int best = __reduce_max_sync(ALL_LANES, values[0]);
       const bool holds = values[0] == best;        // lanes that hold the same give theirs at once
       const int takes = min(__popc(__ballot_sync(ALL_LANES, holds)), count);
-      sum += takes * best;
+      sum += Sum(takes) * best;
       count -= takes;
       drop_first(values, holds);
     }
@@ -144,18 +59,40 @@ __device__ __forceinline__ int sum_of_best(int (&values)[PER_LANE], int count) {
   return sum;
 }
 
+// What the gate ranks the lane's experts by that no slot names; returns how many of the row's are compared with.
+__device__ __forceinline__ int find_rivals(const Row& r, int (&ranks)[PER_LANE], int runners_up) {
+#if ANY_GATE
+  int found = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) ranks[j] = r.rank[j], found += ranks[j] != NEVER;
+  return min(runners_up, __reduce_add_sync(ALL_LANES, found));
+#else
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) ranks[j] = score_units(r.of[j]);
+  return min(runners_up, E - K);
+#endif
+}
+
 // What a slot's expert is to its row: the lead over the best experts that it did not choose, squared.
 __device__ __forceinline__ int demand_of(const Row& r, int runners_up) {
-  const int own = score_units(r.own), total = __reduce_add_sync(ALL_LANES, own), count = min(runners_up, E - K);
-  int units[PER_LANE];
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) units[j] = score_units(r.of[j]);
-  sort_falling(units);
-  const int others = sum_of_best(units, count);
+#if ANY_GATE
+  const int own = r.own_rank, units = r.own_units;
+#else
+  const int own = score_units(r.own), units = own;
+#endif
+  int ranks[PER_LANE];
+  const int total = max(__reduce_add_sync(ALL_LANES, units), 1), count = find_rivals(r, ranks, runners_up);
+  sort_falling(ranks);
+  const int n = max(count, 1);
+  const Sum lead_units = Sum(n) * own - sum_of_best(ranks, count), ahead = lead_units > 0 ? lead_units : 0;
   // In the reference's order of operations, none of them fused: the same bits.
-  const int n = max(count, 1), ahead = max(n * own - others, 0);
-  const float lead = __fdiv_rn(__int2float_rn(ahead), __fmul_rn(__int2float_rn(total), __int2float_rn(n)));
-  return __float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT)));
+#if ANY_GATE
+  const float of_slot = __ll2float_rn(ahead);
+#else
+  const float of_slot = __int2float_rn(ahead);
+#endif
+  const float lead = fminf(__fdiv_rn(of_slot, __fmul_rn(__int2float_rn(total), __int2float_rn(n))), 2);
+  return min(__float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT))), UNIT + 1);
 }
 
 // Sum over the lanes that hold the slots of the warp's row, for them.
@@ -165,20 +102,27 @@ __device__ __forceinline__ float sum_of_slots(float value) {
   return value;
 }
 
-// Of a slot that stays, among those that do: by score, equal scores by expert. Gates mostly return sorted rows.
-__device__ __forceinline__ int order_by_score(const Row& r, unsigned stays) {
+// Of a slot that stays, among those that do: by rank, equal ranks by expert. Gates mostly return sorted rows.
+__device__ __forceinline__ int order_by_rank(const Row& r, unsigned stays) {
+#if ANY_GATE
+  typedef int Rank;
+  const Rank own = r.own_rank;
+#else
+  typedef float Rank;
+  const Rank own = r.own;
+#endif
   const int lane = threadIdx.x % 32, own_id = int(r.slot.id);
-  const auto is_behind = [&](float score, int id) { return score > r.own || (score == r.own && id < own_id); };
-  const float score_before = __shfl_up_sync(ALL_LANES, r.own, 1);
+  const auto is_behind = [&](Rank rank, int id) { return rank > own || (rank == own && id < own_id); };
+  const Rank rank_before = __shfl_up_sync(ALL_LANES, own, 1);
   const int id_before = __shfl_up_sync(ALL_LANES, own_id, 1);
-  const bool in_order = lane == 0 || lane >= K || is_behind(score_before, id_before);
+  const bool in_order = lane == 0 || lane >= K || is_behind(rank_before, id_before);
   if (__all_sync(ALL_LANES, in_order)) return __popc(stays & ((1u << lane) - 1));
   int order = 0;
 #pragma unroll 1
   for (int slot = 0; slot < K; ++slot) {
-    const float score = __shfl_sync(ALL_LANES, r.own, slot);
+    const Rank rank = __shfl_sync(ALL_LANES, own, slot);
     const int id = __shfl_sync(ALL_LANES, own_id, slot);
-    order += (stays >> slot & 1) && is_behind(score, id);
+    order += (stays >> slot & 1) && is_behind(rank, id);
   }
   return order;
 }
@@ -188,17 +132,26 @@ struct StandIn {
   float score;
 };
 
-// The row's best-scored other kept experts, of equal ones the first, for the slots from `slot` on.
+// What puts the lane's kept experts in order that no slot names; NONE: not one of them.
+__device__ __forceinline__ int order_of(const Row& r, unsigned kept, int j) {
+#if ANY_GATE
+  return kept >> j & 1 ? r.rank[j] : NONE;
+#else
+  return kept >> j & 1 ? __float_as_int(r.of[j]) : NONE;  // the bits of floats >= 0 are in their order
+#endif
+}
+
+// The row's best-ranked other kept experts, of equal ones the first, for the slots from `slot` on.
 __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slot) {
   const int lane = threadIdx.x % 32;
-  int ranked[PER_LANE];                            // the bits of floats >= 0 are in their order
+  int ranked[PER_LANE];
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) ranked[j] = kept >> j & 1 ? __float_as_int(r.of[j]) : -1;
+  for (int j = 0; j < PER_LANE; ++j) ranked[j] = order_of(r, kept, j);
   sort_falling(ranked);
   const unsigned own_bit = 1u << lane;
-  int best = -1, repeats = 0;                      // of the last slot; how often its lane gave the same before
+  int best = NONE, repeats = 0;                    // of the last slot; how often its lane gave the same before
   unsigned holder = 0;                             // a bit: the first lane with the best
-  int own_best = -1, own_repeats = 0;              // of this lane's slot
+  int own_best = NONE, own_repeats = 0;            // of this lane's slot
   unsigned own_holder = 1;
 #pragma unroll 1
   while (slot < K) {
@@ -216,13 +169,15 @@ __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slo
   }
   const int from = __ffs(own_holder) - 1;
   int place = 0;                                   // which of its holder's experts it was
+  float score = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    const int score = __shfl_sync(ALL_LANES, kept >> j & 1 ? __float_as_int(r.of[j]) : -1, from);
-    if (score == own_best && own_repeats-- == 0) place = j;
+    const int order = __shfl_sync(ALL_LANES, order_of(r, kept, j), from);
+    const float of_place = ANY_GATE ? __shfl_sync(ALL_LANES, r.of[j], from) : __int_as_float(order);
+    if (order == own_best && own_repeats-- == 0) place = j, score = of_place;
   }
-  if (own_best < 0 || lane >= K) return {-1, 0};   // the last pass may go beyond the row
-  return {from * PER_LANE + place, __int_as_float(own_best)};
+  if (own_best == NONE || lane >= K) return {-1, 0};  // the last pass may go beyond the row
+  return {from * PER_LANE + place, score};
 }
 
 struct NewSlot {
@@ -240,10 +195,10 @@ __device__ __forceinline__ NewSlots unchanged(const Row& r) {
   return {{{lane < K ? lane : -1, int(r.slot.id), r.slot.weight}, {-1, 0, 0}}};
 }
 
-// The row's own kept choices by score, then the best-scored other kept experts. Slots beyond those are dropped: id -1,
+// The row's own kept choices by rank, then the best-ranked other kept experts. Slots beyond those are dropped: id -1,
 // or the row's first expert with weight 0 for experts' code that takes no id of -1.
 __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigned kept, const Settings& settings) {
-  const int lane = threadIdx.x % 32, num_staying = __popc(stays), order = order_by_score(r, stays);
+  const int lane = threadIdx.x % 32, num_staying = __popc(stays), order = order_by_rank(r, stays);
   const bool is_staying = stays >> lane & 1;
   const StandIn found = stand_in(r, kept, num_staying);
   const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && order == 0);

@@ -143,7 +143,7 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
   if (by_margin) {
     const auto tell_first = count_in_first_block(counting, shared);
     __syncthreads();
-    apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES}, chosen_slot, tell_first);
+    apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES, nullptr, SOFTMAX, 0}, chosen_slot, tell_first);
     if (own_block() == 0) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
   } else {
     const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };

@@ -1,8 +1,8 @@
 // The SERE rule (docs/quality.md) for one thread block; sere_ray/rules/sere.py is the reference and must
 // give the same integers. No framework header: sere_ray/kernel/compiler.py compiles the .cu files
 // beside this one at run time, with these constants:
-//   E        experts of the layer, at most 512
-//   K        slots of a row, at most 16
+//   E        experts of the layer, at most 1,024
+//   K        slots of a row, at most 32
 //   THREADS  threads of the block, a multiple of 32
 //   ID64     1 = topk_ids is int64, 0 = int32
 //   MAX_ROWS most rows of a kernel that sorts
@@ -41,7 +41,7 @@ typedef unsigned char Expert;
 #else
 typedef unsigned short Expert;
 #endif
-constexpr int NEAR = E > 256 ? 32 : STRIDE < 128 ? STRIDE : 128;  // so many neighbours fit shared memory
+constexpr int NEAR = E > 512 ? 0 : E > 256 ? 32 : STRIDE < 128 ? STRIDE : 128;  // neighbours in shared memory
 
 struct __align__(16) Settings {                    // of one layer, written by the host between two steps
   int mode;
@@ -81,7 +81,7 @@ struct Slot {
 
 struct Shared {
   union {
-    __align__(16) Expert near[E][NEAR];            // the start of a row of Arguments::neighbours; after that:
+    __align__(16) Expert near[NEAR ? E : 1][NEAR ? NEAR : 1];  // the starts of Arguments::neighbours; after that:
     struct {                                       // of a slot
       unsigned short place[MAX_ROWS * K];          // among those of its expert
       unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
@@ -168,6 +168,14 @@ __device__ __forceinline__ int total_below(const int (&lowest)[PER_LANE], int si
   return __reduce_add_sync(ALL_LANES, count);
 }
 
+// The expert at a place in the order of similarity to u.
+__device__ __forceinline__ int neighbour(const Shared& shared, const Arguments& a, int u, int at) {
+  if constexpr (NEAR > 0) {
+    if (at < NEAR) return shared.near[u][at];
+  }
+  return a.neighbours[u * STRIDE + at];
+}
+
 // Step 4 for the experts of some lanes, by a warp: lane's is first + lane * WARPS. Each lane gets its
 // own's first member of P in the order of similarity, or -1.
 __device__ __forceinline__ int most_similar(const Shared& shared, const Arguments& a, unsigned lanes, int first,
@@ -182,7 +190,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
     for (int i = 0; i < AT_ONCE; ++i) {
       owner[i] = __ffs(lanes) - 1;                 // -1: none is left
       lanes &= lanes - 1;
-      v[i] = owner[i] < 0 ? 0 : shared.near[first + owner[i] * WARPS][lane];
+      v[i] = owner[i] < 0 ? 0 : neighbour(shared, a, first + owner[i] * WARPS, lane);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
@@ -198,7 +206,7 @@ __device__ __forceinline__ int most_similar(const Shared& shared, const Argument
 #pragma unroll 1
     for (int start = 32; start < E; start += 32) {
       const int at = start + lane;
-      const int v = at >= E ? 0 : start < NEAR ? shared.near[u][at] : a.neighbours[u * STRIDE + at];
+      const int v = at >= E ? 0 : neighbour(shared, a, u, at);
       const unsigned hits = __ballot_sync(ALL_LANES, at < E && shared.lowest_order[v] < size);
       const int found = __shfl_sync(ALL_LANES, v, __ffs(hits | 1u << 31) - 1);
       if (hits && lane == owner) own = found;
@@ -301,11 +309,13 @@ __device__ __forceinline__ void finish_copies() {
 
 // Does what can be done before the earlier kernel is done, then waits for it. needs_tables: of the rule sere.
 __device__ __forceinline__ void begin(Start& start, Shared& shared, const Arguments& a, bool needs_tables = true) {
-  constexpr int CHUNK = 16 / sizeof(Expert), CHUNKS = NEAR / CHUNK;
+  if constexpr (NEAR > 0) {
+    constexpr int CHUNK = 16 / sizeof(Expert), CHUNKS = NEAR / CHUNK;
 #pragma unroll 1
-  for (int i = needs_tables ? threadIdx.x : E * CHUNKS; i < E * CHUNKS; i += THREADS) {
-    const int u = i / CHUNKS, at = i % CHUNKS * CHUNK;
-    start_copy(&shared.near[u][at], a.neighbours + u * STRIDE + at);
+    for (int i = needs_tables ? threadIdx.x : E * CHUNKS; i < E * CHUNKS; i += THREADS) {
+      const int u = i / CHUNKS, at = i % CHUNKS * CHUNK;
+      start_copy(&shared.near[u][at], a.neighbours + u * STRIDE + at);
+    }
   }
   start.settings = *a.settings;
   start.step = *a.step;

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.engine import gate
 from sere_ray.engine.agreement import Told, Versions
+from sere_ray.engine.gate import Gates
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
 from sere_ray.policy.policy import Policy, Startup, parse_key
-from sere_ray.rules import REROUTABLE, RULES, RuleCounts
-from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.rules import REROUTABLE, RuleCounts
+from sere_ray.util.errors import PolicyError
 
 DECODE_ONLY = 0
 """Counter row of steps in which every row decodes."""
@@ -65,7 +65,7 @@ class EngineState(ABC):
         totals: host-side totals by step kind.
         running: what is computed with; behind ``policy`` while other ranks do not know that.
         versions: what this rank was told; None = one rank, which runs it at once.
-        without_scores: layer -> why rules cannot read scores from its gate.
+        gates: what layers rank experts by.
     """
 
     policy: Policy
@@ -73,7 +73,7 @@ class EngineState(ABC):
     top_k: int
     startup: Startup = field(default_factory=Startup, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
-    without_scores: dict[int, str] = field(default_factory=dict, init=False)
+    gates: Gates = field(default_factory=Gates, init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
@@ -163,7 +163,7 @@ class EngineState(ABC):
         if artifact is not None:
             check_swap(policy.similarity, self.policy.similarity, **self.kind)
         check_change(policy, self.policy, **self.kind)
-        self.check_scores(policy)
+        self.gates.check(policy)
         policy.check_layers(len(self.layers))
         policy.for_model(top_k=self.top_k)
         return policy
@@ -180,25 +180,12 @@ class EngineState(ABC):
         Raises:
             UnsupportedError: less than the policy's rule has to.
         """
-        if odd := gate.oddities(router):
-            self.without_scores[layer] = ", ".join(odd)
-        self.check_scores(self.policy)
+        self.gates.note(layer, router)
+        self.gates.check(self.policy)
 
-    def check_scores(self, policy: Policy) -> None:
-        """Refuse a rule that reads scores which a gate here does not choose by.
-
-        Raises:
-            UnsupportedError: names the layer and what its gate has.
-        """
-        if RULES[policy.rule].needs_scores and self.without_scores:
-            layer = min(self.without_scores)
-            raise UnsupportedError(
-                f"sere.rule = {policy.rule!r}: needs a gate that chooses the K best of a softmax; "
-                f"that of layer {layer} has {self.without_scores[layer]}; use rule = 'sere'"
-            )
-
-    def loaded(self) -> None:  # noqa: B027  (most engines have nothing left to do)
+    def loaded(self) -> None:
         """Do what is left to do once the model's weights are loaded."""
+        self.gates.load(self.attached)
 
     # --- steps and counters -----------------------------------------------------------------------
 

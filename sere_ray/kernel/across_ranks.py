@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sere_ray.kernel.alignment import Aligned, empty_alignment
 from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.logits import logit_arguments
 from sere_ray.kernel.memory import DeviceLayer
 from sere_ray.kernel.peers import Peers
 
@@ -65,7 +66,7 @@ def reroute_gathered_and_align(
 
     Args:
         kernel: as for :func:`reroute_gathered`.
-        topk_ids: ``[T, K]`` contiguous, at most ``MAX_ALIGNED_ROWS`` rows.
+        topk_ids: ``[T, K]`` contiguous, at most :func:`max_aligned_rows` rows.
         topk_weights: as for :func:`reroute_gathered`.
         layer: as for :func:`reroute_gathered`.
         placement: as for :func:`reroute_gathered`.
@@ -159,7 +160,7 @@ def ask_of_ranks(
         asked: ``[E]`` int64, written. All 0 in a step that the rule leaves alone.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments += kernel.logit_arguments(logits)
+    arguments += logit_arguments(kernel, logits, layer.gate)
     kernel.launch("ask_of_ranks", topk_ids, (*arguments, asked.data_ptr()))
 
 
@@ -182,7 +183,7 @@ def reroute_by_asked(
         asked: ``[E]`` int64: the sum over ranks of what :func:`ask_of_ranks` wrote.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments += kernel.logit_arguments(logits)
+    arguments += logit_arguments(kernel, logits, layer.gate)
     kernel.launch("reroute_by_asked", topk_ids, (*arguments, asked.data_ptr()), early=False)
 
 

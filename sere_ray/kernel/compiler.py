@@ -19,7 +19,14 @@ logger = logging.getLogger("vllm.sere_ray")
 INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
 
 
-HEADERS = ("rule.cuh", "cluster.cuh", "margin_row.cuh", "margin.cuh", "exchange.cuh")
+HEADERS = (
+    "rule.cuh",
+    "cluster.cuh",
+    "gate.cuh",
+    "margin_row.cuh",
+    "margin.cuh",
+    "exchange.cuh",
+)
 """What kernel files include."""
 
 

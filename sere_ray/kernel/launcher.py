@@ -14,11 +14,12 @@ from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.limits import (
     FILES,
     LOGIT_DTYPES,
-    MAX_ALIGNED_ROWS,
     MAX_ROUTED_ROWS,
+    MAX_ROUTED_TOP_K,
     check_shape,
-    reads_logits,
+    max_aligned_rows,
 )
+from sere_ray.kernel.logits import logit_arguments
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
 from sere_ray.util.errors import UnsupportedError
 
@@ -32,12 +33,14 @@ class RuleKernel:
         top_k: K.
         id_dtype: int32 or int64.
         logit_dtype: of the gate's logits, for :meth:`route_and_align`.
+        any_gate: whether layers may have gates that are not plain, see :class:`Gate`.
     """
 
     num_experts: int
     top_k: int
     id_dtype: torch.dtype
     logit_dtype: torch.dtype = torch.bfloat16
+    any_gate: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shapes that the kernel does not hold in a block."""
@@ -48,7 +51,7 @@ class RuleKernel:
         """Whether :meth:`route_and_align` takes this shape."""
         power = self.num_experts == power_of_two(self.num_experts)
         logits = self.logit_dtype in LOGIT_DTYPES
-        return power and 32 <= self.num_experts <= 256 and logits
+        return power and 32 <= self.num_experts <= 256 and self.top_k <= MAX_ROUTED_TOP_K and logits
 
     def defines(self, name: str, threads: int) -> dict[str, int]:
         """Constants of the file that holds a kernel."""
@@ -56,7 +59,8 @@ class RuleKernel:
             "E": self.num_experts,
             "K": self.top_k,
             "THREADS": threads,
-            "MAX_ROWS": MAX_ALIGNED_ROWS,
+            "MAX_ROWS": max_aligned_rows(self.num_experts, self.top_k),
+            "ANY_GATE": int(self.any_gate),
             "ID64": int(self.id_dtype == torch.int64),
         }
         if FILES[name] == "route.cu":
@@ -95,13 +99,13 @@ class RuleKernel:
             new_ids: ``[T, K]`` contiguous.
             topk_weights: ``float32 [T, K]`` contiguous; the rule ``margin`` changes them in place.
             layer: this layer's.
-            logits: ``[T, E]`` of a softmax gate, bfloat16 or float32, contiguous. Without them the
+            logits: ``[T, E]`` of the gate, bfloat16 or float32, contiguous. Without them the
                 rule ``margin`` must not be set.
             blocks: of the launch, see :func:`blocks_of_margin`. Any number is right under either
                 rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
-        arguments += self.logit_arguments(logits)
+        arguments += logit_arguments(self, logits, layer.gate)
         self.launch("reroute", topk_ids, arguments, blocks=blocks)
 
     def reroute_and_align(
@@ -118,7 +122,7 @@ class RuleKernel:
         """Re-route and sort the slots by their new expert, in the same launch.
 
         Args:
-            topk_ids: ``[T, K]`` contiguous, at most ``MAX_ALIGNED_ROWS`` rows.
+            topk_ids: ``[T, K]`` contiguous, at most :func:`max_aligned_rows`.
             new_ids: as for :meth:`reroute`.
             topk_weights: as for :meth:`reroute`.
             layer: as for :meth:`reroute`.
@@ -128,7 +132,7 @@ class RuleKernel:
         """
         aligned, sorted_arguments = empty_alignment(topk_ids, block_size, self.num_experts)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
-        arguments += self.logit_arguments(logits)
+        arguments += logit_arguments(self, logits, layer.gate)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
         return aligned
 
@@ -214,25 +218,6 @@ class RuleKernel:
             layer.counters.data_ptr(),
             np.int32(layer.counters.stride(0)),
         )
-
-    def logit_arguments(self, logits: Tensor | None) -> tuple[Any, ...]:
-        """What kernels with the rule ``margin`` take for the logits of :meth:`reroute`.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        if logits is None:
-            return 0, np.int32(0)
-        # A lane's share of a row is loaded at once.
-        row = self.num_experts * logits.dtype.itemsize
-        is_aligned = logits.data_ptr() % min(row & -row, 16) == 0
-        if not (reads_logits(logits) and logits.shape[1] == self.num_experts and is_aligned):
-            raise ValueError(
-                f"logits must be contiguous [T, {self.num_experts}] of {LOGIT_DTYPES}, whole rows "
-                f"from where their memory begins, got {logits.dtype} {tuple(logits.shape)}, "
-                f"strides {logits.stride()}, offset {logits.storage_offset()}"
-            )
-        return logits.data_ptr(), np.int32(logits.dtype.itemsize)
 
     def launch(
         self,

@@ -6,13 +6,12 @@ from torch import Tensor
 from sere_ray.kernel.memory import power_of_two
 from sere_ray.util.errors import UnsupportedError
 
-MAX_EXPERTS = 512
-MAX_TOP_K = 16
-MAX_ALIGNED_ROWS = 512
-"""Most rows of a batch whose slots the kernel also sorts by expert; decode graphs end there."""
-
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
 MAX_ROUTED_ROWS = 64
 """Most rows whose top-k the kernel computes, too; more rows need more than one block."""
+MAX_ROUTED_TOP_K = 16
+"""Most slots of such a row; more do not fit shared memory."""
 MAX_BLOCKS = 8
 """Of a cluster, on every GPU that has clusters; as in ``kernels/cuda/cluster.cuh``."""
 ROWS_OF_BLOCK = 4
@@ -34,6 +33,19 @@ LOGIT_DTYPES = (torch.bfloat16, torch.float32)
 """Of the gate's logits, as the kernels read them."""
 
 
+def max_aligned_rows(num_experts: int, top_k: int) -> int:
+    """Most rows of a batch whose slots the kernel also sorts by expert; decode graphs end there.
+
+    A block holds two numbers for each slot, and six for each expert, in 48 KiB of shared memory.
+
+    Args:
+        num_experts: E.
+        top_k: K.
+    """
+    slots = 8192 if num_experts <= 512 else 4096
+    return min(slots // top_k, 512)
+
+
 def check_shape(num_experts: int, top_k: int) -> None:
     """Refuse layers that a block does not hold.
 
@@ -50,6 +62,15 @@ def check_shape(num_experts: int, top_k: int) -> None:
 def reads_logits(logits: Tensor) -> bool:
     """Whether the kernels can read these."""
     return logits.dtype in LOGIT_DTYPES and logits.is_contiguous()
+
+
+def unreadable(logits: Tensor) -> str:
+    """Why the kernels cannot read these."""
+    readable = " or ".join(str(dtype) for dtype in LOGIT_DTYPES)
+    return (
+        f"logits of {logits.dtype} with strides {logits.stride()}, where the kernels read "
+        f"contiguous {readable}"
+    )
 
 
 def blocks_of_margin(rows: int, device: torch.device) -> int:

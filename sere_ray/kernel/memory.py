@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, Layer
+from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.rules.margin import demand_units
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
@@ -166,6 +167,8 @@ class DeviceLayer(NamedTuple):
     counters: Tensor
     """int64 ``[2, OWN_COUNTERS]`` view: the layer's counters by step kind; over several ranks
     ``[2, NUM_COUNTERS]``."""
+    gate: Gate = PLAIN
+    """What the layer ranks experts by; its bias on the device, float32."""
 
 
 def padded_experts(num_experts: int) -> int:

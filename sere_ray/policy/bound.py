@@ -45,6 +45,15 @@ class BoundPolicy(BaseModel):
         """
         return next((bound for up_to, bound in self.by_rows if rows <= up_to), self)
 
+    def identity(self, top_k: int) -> "BoundPolicy":
+        """For layers that stay exact: the same policy with a rule that changes nothing.
+
+        Args:
+            top_k: K.
+        """
+        exact = {"rule": "sere", "select_top_k": top_k, "threshold": None, "knobs": ()}
+        return self.model_copy(update={**exact, "min_primary_experts": 0, "by_rows": ()})
+
     def of_layer(
         self,
         position: int,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sere_ray.rules.gate import NEVER
 from sere_ray.rules.interface import PADDING, REROUTABLE, Choice, Layer
 
 
@@ -92,10 +93,11 @@ def refill(
     *,
     beta: float = 1.0,
     fill: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> Choice:
-    """Rows take their own best-scored kept experts, distinct ones: first those they had.
+    """Rows take their own best-ranked kept experts, distinct ones: first those they had.
 
-    Equal scores: the lowest index.
+    Equal ranks: the lowest index.
 
     The weight of expert v is ``W p_v / (Z^beta Z_K^(1 - beta))``: p the score, times ``fill`` for a
     stand-in; Z the sum of p over what the row takes, Z_K over what it had; W the sum of its former
@@ -110,6 +112,8 @@ def refill(
         row_kind: ``[..., T]``.
         beta: see above.
         fill: see above.
+        ranks: ``[..., T, E]`` int64, what the gate ranks by, :data:`NEVER` where a row may not
+            choose; None = the scores, which are then at most 1.
     """
     num_slots, num_experts = topk_ids.shape[-1], kept.shape[-1]
     of_rows = kept[..., None, :].expand(scores.shape)
@@ -121,11 +125,12 @@ def refill(
     before = scores[unserved].gather(1, ids).sum(dim=1, keepdim=True)
     own = torch.zeros_like(scores[unserved], dtype=torch.bool).scatter_(1, ids, True)
     p = torch.where(own, scores[unserved], fill * scores[unserved])
-    # The bits of floats in 0..1 are in their order, and below 2^30.
-    worth = scores[unserved].view(torch.int32) + own.int() * 2**30
-    worth = worth.masked_fill(~of_rows[unserved], -1)
+    # The bits of floats in 0..1 are in their order; these and ranks are within 2^30 of 0.
+    worth = (scores.view(torch.int32) if ranks is None else ranks)[unserved].long()
+    of_unserved = of_rows[unserved] & (worth > NEVER)
+    worth = (worth + own.long() * 2**31).masked_fill(~of_unserved, NEVER)
     new_ids = worth.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-    taken = worth.gather(1, new_ids) >= 0
+    taken = worth.gather(1, new_ids) > NEVER
     p = torch.where(taken, p.gather(1, new_ids), 0.0)
     scale = p.sum(dim=1, keepdim=True) ** beta * before ** (1 - beta)
     new_weights = torch.where(taken, p * weights.sum(dim=1, keepdim=True) / scale, 0.0)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sere_ray.rules.gate import PLAIN, Gate
+
 PADDING = 0
 """Row kind of a row that no request owns (CUDA-graph or data-parallel padding)."""
 REROUTABLE = 1
@@ -46,6 +48,7 @@ class Layer:
         fill: of ``margin``, factor of the weight of a stand-in.
         runners_up: of ``margin``, how many unchosen experts a chosen one is compared with.
         balance_ranks: of ``margin``, whether tau counts what the busiest rank reads.
+        gate: of ``margin``, what the layer ranks experts by.
     """
 
     num_experts: int
@@ -64,9 +67,10 @@ class Layer:
     fill: float = 0.5
     runners_up: int = 8
     balance_ranks: bool = False
+    gate: Gate = PLAIN
 
 
 Rule = Callable[[Tensor, Tensor, Tensor | None, Tensor, Layer], Choice]
 """Arguments: ``topk_ids [..., T, K]`` int; ``topk_weights [..., T, K]`` float; ``scores
-[..., T, E]`` float32 in 0..1, what the gate ranks experts by (None where the rule needs none);
+[..., T, E]`` float32, what the gate makes weights from (None where the rule needs none);
 ``row_kind [..., T]`` int8; the layer."""

@@ -1,7 +1,8 @@
 """The rule ``margin``: an expert is read if the batch would miss it, not if a row names it.
 
 A gate's K-th choice and its (K+1)-th are often as good as each other. What a row loses with a
-chosen expert is therefore measured by its lead over the runners-up, not by its weight. The demand
+chosen expert is therefore measured by its lead over the runners-up in what the gate ranks by, not
+by its weight. The demand
 for an expert is the sum of the squared leads over the rows that chose it; experts with more demand
 than tau are kept, and every row's first choice. A slot whose expert is not kept goes to the row's
 own best-scored kept expert, with less weight than its score says: the gate did not choose it.
@@ -25,12 +26,11 @@ from sere_ray.rules.common import (
     refill,
     top_of_rows,
 )
+from sere_ray.rules.gate import NEVER, rank_units, score_units
 from sere_ray.rules.interface import Choice, Layer
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
-SCORE_UNIT = 2**22
-"""Of a row's scores, which are integers before they are added up: 511 of them fit 31 bits."""
 _NAMED, _DEMAND = 1, 2**16
 """What a row adds to an expert's number in :func:`ask`: once for naming it, and per unit."""
 
@@ -99,7 +99,20 @@ def refill_rows(
     layer: Layer,
 ) -> Choice:
     """What rows take of the kept experts, ``[..., E]`` bool."""
-    return refill(kept, topk_ids, topk_weights, scores, row_kind, beta=layer.beta, fill=layer.fill)
+    ranks = None
+    if not layer.gate.is_plain:
+        changeable = changeable_rows(topk_ids, row_kind, layer.num_experts)
+        ranks = rank_units(scores, _chosen(topk_ids, changeable), layer.gate)
+    return refill(
+        kept,
+        topk_ids,
+        topk_weights,
+        scores,
+        row_kind,
+        beta=layer.beta,
+        fill=layer.fill,
+        ranks=ranks,
+    )
 
 
 def is_named(asked: Tensor) -> Tensor:
@@ -115,24 +128,32 @@ def demand_units(tau: float) -> int:
 def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> Tensor:
     """``[..., E]`` int64: sum over re-routable rows of lead squared, in units of 2^-20.
 
-    A row's lead for a chosen expert is its score less the mean score of the ``runners_up`` best
-    unchosen experts, at least 0, divided by the sum of the chosen scores.
+    A row's lead for a chosen expert is what the gate ranks it by (:func:`rank_units`) less the mean
+    of that of the ``runners_up`` best unchosen experts that the row may choose, at least 0, divided
+    by the sum of the chosen scores.
 
-    The same bits on every device: scores are divided by the row's best and rounded to integers of
-    2^-22 (q), so that their sums have no order. Then, in float32 and in this order,
-    lead = (n q - sum of the n runners-up) / (sum of the chosen q, times n), squared, times 2^20,
-    rounded half to even. A factor common to a row's scores cancels out.
+    The same bits on every device: scores are integers (:func:`score_units`), so that their sums
+    have no order. Then, in float32 and in this order, lead = (n r - sum of the n runners-up) / (sum
+    of the chosen scores, times n), at most 2, squared, times 2^20, rounded half to even. A factor
+    common to a row's scores cancels out, but for a sigmoid's or softplus's with a bias.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
-    chosen = torch.where(rows[..., None], topk_ids, 0).long()
-    units = (scores / scores.amax(dim=-1, keepdim=True) * SCORE_UNIT).round()
-    units = torch.where(rows[..., None], units, 0.0).long()
-    of_chosen = units.gather(-1, chosen)
-    count = min(layer.runners_up, layer.num_experts - topk_ids.shape[-1])
-    others = units.scatter(-1, chosen, 0).topk(count, dim=-1).values.sum(dim=-1, keepdim=True)
-    count = max(count, 1)  # without others a lead is the score itself
-    ahead = (count * of_chosen - others).clamp(min=0).float()
-    lead = ahead / (of_chosen.sum(dim=-1, keepdim=True).float() * count)
+    chosen = _chosen(topk_ids, rows)
+    ranks = rank_units(scores, chosen, layer.gate)
+    total = score_units(scores, chosen).gather(-1, chosen).sum(dim=-1, keepdim=True).clamp(min=1)
+    most = min(layer.runners_up, layer.num_experts - topk_ids.shape[-1])
+    others = ranks.scatter(-1, chosen, NEVER).topk(most, dim=-1).values
+    found = others > NEVER
+    # Without others a lead is what the gate ranks by itself.
+    count = found.sum(dim=-1, keepdim=True).clamp(min=1)
+    others = torch.where(found, others, 0).sum(dim=-1, keepdim=True)
+    ahead = (count * ranks.gather(-1, chosen) - others).clamp(min=0).float()
+    lead = (ahead / (total.float() * count)).clamp(max=2)  # 1 is above every tau
     wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
-    total = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))
-    return total.scatter_add_(-1, chosen.flatten(-2), wanted.flatten(-2))
+    asked = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))
+    return asked.scatter_add_(-1, chosen.flatten(-2), wanted.flatten(-2))
+
+
+def _chosen(topk_ids: Tensor, changeable: Tensor) -> Tensor:
+    """``[..., T, K]`` int64: ids of changeable rows, 0 in others."""
+    return torch.where(changeable[..., None], topk_ids, 0).long()

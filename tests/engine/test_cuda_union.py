@@ -22,23 +22,25 @@ from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, count, sere
+from sere_ray.rules.gate import PLAIN
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernel.emulator import COMPILER, launch_packed
 from tests.kernel.kernel_cases import check_local_alignment, library
-from tests.kernel.margin_cases import by_reference, emulated_exp
+from tests.kernel.margin_cases import EMULATED, by_reference
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
 RULE = "PPPqPPPPPPq"
+LOGITS = "PqPqq"
 SIGNATURES = {
-    "reroute": RULE + "Pq",
+    "reroute": RULE + LOGITS,
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_slot_orders": RULE + "P",
     "reroute_by_slot_orders": RULE + "P",
-    "ask_of_ranks": RULE + "PqP",
-    "reroute_by_asked": RULE + "PqP",
+    "ask_of_ranks": RULE + LOGITS + "P",
+    "reroute_by_asked": RULE + LOGITS + "P",
 }
 
 
@@ -174,6 +176,8 @@ class Group:
             )
             for rank in range(RANKS)
         ]
+        for state in self.states:
+            state.gates.known.update(dict.fromkeys(LAYERS, PLAIN))
         owner = (torch.arange(E) >= E // 2).to(torch.uint8)
         self.placements = []
         for rank in range(RANKS):
@@ -379,7 +383,7 @@ def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, ga
         for rows in ranks if union == "local" else [slice(None)]:
             arguments = (before[rows], given[rows], group.logits[rows], row_kind[rows])
             knobs = Layer(E, tau=0.05, min_primary_experts=2)
-            ids, new_weights, counts = by_reference(*arguments, knobs, emulated_exp)
+            ids, new_weights, counts = by_reference(*arguments, knobs, EMULATED)
             wanted.append(ids)
             of_ranks.append(counts)
             known = row_kind[rows] != PADDING
@@ -402,11 +406,11 @@ def test_a_gate_without_scores_refuses_margin(emulated, has_words):
     margin = {"similarity": "f", "rule": "margin", "tau": 0.1, "union": "local"}
     logits = torch.zeros(3, E)
     assert state.scores_of(0, logits) is logits
-    state.note_gate(0, SimpleNamespace(scoring_func="sigmoid"))
+    state.note_gate(0, SimpleNamespace(scoring_func="sigmoid"))  # no router of vLLM's
     assert state.scores_of(0, logits) is None
     with pytest.raises(UnsupportedError) as caught:
         state.set_policy(margin)
-    has_words(str(caught.value), "sere.rule = 'margin'", "softmax", "layer 0", "rule = 'sere'")
+    has_words(str(caught.value), "sere.rule = 'margin'", "known scores", "layer 0", "rule = 'sere'")
     running = Group(union="local", rule="margin", select_top_k=None, tau=0.1).states[0]
     with pytest.raises(UnsupportedError, match="needs a gate"):
         running.scores_of(2, logits.half())

@@ -15,7 +15,7 @@ from sere_ray.policy.policy import Policy
 from sere_ray.rules import PADDING, REROUTABLE, count, sere
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
-from tests.kernel.margin_cases import by_reference, gpu_exp
+from tests.kernel.margin_cases import GPU_MATH, by_reference
 from tests.models import TOP_K
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -249,7 +249,7 @@ def recount(bound, position, similarity, before, weights, logits, row_kind):
     """Ids, weights and counters of a layer, by the reference."""
     if bound.rule == "margin":
         layer = bound.of_layer(position, len(similarity), None)
-        return by_reference(before, weights, logits, row_kind, layer, gpu_exp)
+        return by_reference(before, weights, logits, row_kind, layer, GPU_MATH)
     arguments = {
         "row_kind": row_kind,
         "select_top_k": bound.select_top_k,

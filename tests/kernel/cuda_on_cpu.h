@@ -494,6 +494,9 @@ template <class T> T __ldg(const T* address) { return *address; }
 // Rounded to nearest, ties to even, and never fused: -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsqrt_rn(float value) { return sqrtf(value); }
+inline float __ll2float_rn(long long value) { return float(value); }
 inline float __int2float_rn(int value) { return float(value); }
 inline int __float2int_rn(float value) { return int(rintf(value)); }
 

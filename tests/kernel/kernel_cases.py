@@ -30,6 +30,8 @@ from tests.rules.test_sere import Case, assert_same_ids, make_case
 from .emulator import compile_for_cpu
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
+NO_LOGITS = (None, 0, None, 0, 0)
+"""What launches under the rule ``sere`` take for those of a gate."""
 Counts = tuple[int, ...]
 Run = Callable[[Case], tuple[Tensor, Counts]]
 

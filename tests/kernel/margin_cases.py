@@ -1,12 +1,13 @@
 """What every way of running ``margin.cuh`` must return: the integers of ``rules/margin.py``.
 
-Both are given the same scores: exp(logit - best logit) as the device's own ``expf`` computes it.
+Both are given the same scores: as the device's own ``expf`` and ``log1pf`` compute them.
 """
 
 import ctypes
 import ctypes.util
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import (
     OWN_COUNTERS,
     DeviceLayer,
@@ -23,20 +25,32 @@ from sere_ray.kernel.memory import (
 )
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
+from sere_ray.rules import gate as gates
 from sere_ray.rules.common import named_by
+from sere_ray.rules.gate import PLAIN, SCORINGS, Gate
 from sere_ray.rules.margin import ask, margin
+from tests.rules.gate_cases import choose, make_gate
 from tests.rules.test_sere import assert_same_ids
 
 # (E, K): of known models, the smallest, the largest, odd ones, one without runners-up.
 SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (512, 10), (9, 3), (33, 16), (300, 5), (4, 4)]
+# (E, K, groups): of DeepSeek-V3, GLM-4.5, the most that kernels take, odd ones.
+GATED_SHAPES = [(256, 8, 8), (160, 8, 1), (1024, 32, 1), (48, 4, 3), (64, 6, 32), (9, 3, 1)]
 KNOBS = {
     "tau": [0.0, 0.0005, 0.004, 0.02, 0.1, 1.0],
     "beta": [0.0, 0.3, 0.5, 1.0],
     "fill": [0.0, 0.5, 1.0],
     "runners_up": [1, 3, 8, 1000],
 }
-Exp = Callable[[Tensor], Tensor]
-"""The exponential of the device that runs the kernel, of float32 on a CPU."""
+
+
+class Math(NamedTuple):
+    """Functions of the device that runs the kernel, of float32 on a CPU."""
+
+    exp: Callable[[Tensor], Tensor]
+    log1p: Callable[[Tensor], Tensor]
+
+
 _ROWS = ("logits", "ids", "weights", "kinds")
 Found = tuple[Tensor, Tensor, tuple[int, ...]]
 """Ids, weights, counters."""
@@ -51,6 +65,7 @@ class MarginCase(NamedTuple):
     kinds: Tensor
     floor: int
     knobs: dict[str, float]
+    gate: Gate = PLAIN
 
     def policy(self, mode: str = "on") -> BoundPolicy:
         return BoundPolicy(
@@ -62,15 +77,18 @@ class MarginCase(NamedTuple):
             knobs=tuple(self.knobs.items()),
         )
 
-    def expected(self, exp: Exp) -> Found:
-        layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
-        return by_reference(self.ids, self.weights, self.logits, self.kinds, layer, exp)
+    @property
+    def layer(self) -> Layer:
+        knobs = {**self.knobs, "gate": self.gate}
+        return Layer(self.logits.shape[1], min_primary_experts=self.floor, **knobs)
 
-    def asked(self, exp: Exp) -> Tensor:
+    def expected(self, math: Math) -> Found:
+        return by_reference(self.ids, self.weights, self.logits, self.kinds, self.layer, math)
+
+    def asked(self, math: Math) -> Tensor:
         """What a rank with these rows tells the others."""
-        layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
-        scores = scores_of(self.logits, exp)
-        return ask(self.ids, self.weights, scores, self.kinds, layer)
+        scores = scores_of(self.logits, self.gate, math)
+        return ask(self.ids, self.weights, scores, self.kinds, self.layer)
 
     def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
         """Its rows as those of two ranks."""
@@ -114,17 +132,34 @@ def check_ranks(ranks: list[Rank], wanted: Found, case: MarginCase) -> None:
     check_margin((ids, weights, found), wanted, case)
 
 
-def scores_of(logits: Tensor, exp: Exp) -> Tensor:
-    """As the kernels have them."""
+def scores_of(logits: Tensor, gate: Gate, math: Math) -> Tensor:
+    """As the kernels have them; of a softmax without its sum."""
     logits = logits.float()
-    return exp(logits - logits.amax(dim=1, keepdim=True))
+    if gate.scoring == "softmax":
+        return math.exp(logits - logits.amax(dim=1, keepdim=True))
+    if gate.scoring == "sigmoid":
+        return 1 / (1 + math.exp(-logits))
+    return torch.where(logits > 20, logits, math.log1p(math.exp(logits))).sqrt()
+
+
+def kernel_of(case: MarginCase, id_dtype: torch.dtype | None = None) -> RuleKernel:
+    experts, slots = case.logits.shape[1], case.ids.shape[1]
+    any_gate = not case.gate.is_plain
+    return RuleKernel(experts, slots, id_dtype or case.ids.dtype, any_gate=any_gate)
+
+
+def logit_arguments(logits: Tensor, gate: Gate) -> tuple[object, ...]:
+    """What kernels with the rule take for them, for the emulator."""
+    size = logits.dtype.itemsize
+    return logits, size, gate.bias, SCORINGS.index(gate.scoring), gate.group_size
 
 
 def by_reference(
-    ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, exp: Exp
+    ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, math: Math
 ) -> Found:
     """On CPU tensors. What a row drops is given a name, as an engine does."""
-    new_ids, new_weights = margin(ids, weights, scores_of(logits, exp), kinds, layer)
+    scores = scores_of(logits, layer.gate, math)
+    new_ids, new_weights = margin(ids, weights, scores, kinds, layer)
     rows = kinds != PADDING
     stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
     changed = (new_ids != ids).any(dim=1) & rows
@@ -140,39 +175,39 @@ def by_reference(
     return name_dropped(new_ids, ids), new_weights, tuple(counts)
 
 
-@functools.cache
-def _expf() -> Callable[[float], float]:
-    function = ctypes.CDLL(ctypes.util.find_library("m")).expf
-    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
-    return function
+def _in_libm(name: str) -> Callable[[Tensor], Tensor]:
+    """What kernels call in the emulator."""
+
+    def apply(values: Tensor) -> Tensor:
+        function = getattr(ctypes.CDLL(ctypes.util.find_library("m")), name)
+        function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
+        flat = [function(value) for value in values.flatten().tolist()]
+        return torch.tensor(flat, dtype=torch.float32).view(values.shape)
+
+    return apply
 
 
-def emulated_exp(values: Tensor) -> Tensor:
-    """The exponential that kernels call in the emulator."""
-    flat = [_expf()(value) for value in values.flatten().tolist()]
-    return torch.tensor(flat, dtype=torch.float32).view(values.shape)
-
-
-EXPONENTIALS = """
-extern "C" __global__ void exponentials(const float* from, float* to, int count) {
+EMULATED = Math(_in_libm("expf"), _in_libm("log1pf"))
+APPLY = """
+extern "C" __global__ void apply(const float* from, float* to, int count) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < count) to[i] = expf(from[i]);
+  if (i < count) to[i] = FUNCTION(from[i]);
 }
 """
 
 
 @functools.cache
-def _exponentials() -> Any:
+def _on_gpu(function: str) -> Any:
     from cuda.core import Device, Program, ProgramOptions
 
     Device(0).set_current()
     major, minor = torch.cuda.get_device_capability(0)
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-    return Program(EXPONENTIALS, "c++", options).compile("cubin").get_kernel("exponentials")
+    source = APPLY.replace("FUNCTION", function)
+    return Program(source, "c++", options).compile("cubin").get_kernel("apply")
 
 
-def gpu_exp(values: Tensor) -> Tensor:
-    """The exponential that kernels on the GPU call; of a CPU tensor."""
+def _apply_on_gpu(values: Tensor, function: str) -> Tensor:
     from cuda.core import LaunchConfig, Stream, launch
 
     given = values.to("cuda:0").contiguous()
@@ -181,8 +216,15 @@ def gpu_exp(values: Tensor) -> Tensor:
         stream = Stream.from_handle(torch.cuda.current_stream(0).cuda_stream)
         config = LaunchConfig(grid=-(-count // 256), block=256)
         arguments = (given.data_ptr(), found.data_ptr(), np.int32(count))
-        launch(stream, config, _exponentials(), *arguments)
+        launch(stream, config, _on_gpu(function), *arguments)
     return found.cpu()
+
+
+GPU_MATH = Math(
+    functools.partial(_apply_on_gpu, function="expf"),
+    functools.partial(_apply_on_gpu, function="log1pf"),
+)
+"""What kernels on the GPU call; of CPU tensors."""
 
 
 def device_layer(
@@ -196,7 +238,10 @@ def device_layer(
     step.write(case.kinds.numpy(), counter_row=1)
     counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
     tables = LayerTables.build(torch.eye(experts), device)
-    return DeviceLayer(tables, settings.buffer[1], step, counters)
+    gate = case.gate
+    if gate.bias is not None:
+        gate = replace(gate, bias=gate.bias.to(device))
+    return DeviceLayer(tables, settings.buffer[1], step, counters, gate)
 
 
 def make_margin_case(
@@ -211,6 +256,7 @@ def make_margin_case(
     tied: bool = False,
     shuffled: bool = True,
     floor: int = 0,
+    gate: Gate = PLAIN,
     **knobs: float,
 ) -> MarginCase:
     """A gate's choice of random logits.
@@ -227,6 +273,7 @@ def make_margin_case(
         tied: logits of few values.
         shuffled: slots in any order, as gates on CPUs return them; else best first.
         floor: m.
+        gate: chooses; of groups half, and 2 at least.
         **knobs: of the rule; ``tau`` is needed.
     """
     g = torch.Generator().manual_seed(seed)
@@ -234,8 +281,9 @@ def make_margin_case(
         logits = torch.randint(-3, 4, (rows, experts), generator=g).to(dtype)
     else:
         logits = (1.5 * torch.randn((rows, experts), generator=g)).to(dtype)
-    p = logits.float().softmax(dim=1)
-    ids = p.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    groups = -(-experts // gate.group_size) if gate.group_size else 1
+    ids, _ = choose(logits, gate, slots=slots, top_groups=max(2, groups // 2))
+    p = gates.scores_of(logits, gate)
     if shuffled:
         order = torch.rand((rows, slots), generator=g).argsort(dim=1)
         ids = ids.gather(1, order)
@@ -249,7 +297,17 @@ def make_margin_case(
         row_kind = torch.full((rows,), of_kind[kinds])
     ids[(row_kind == PADDING) & (torch.rand(rows, generator=g) < 0.8)] = -1
     ids = ids.to(id_dtype).contiguous()
-    return MarginCase(logits, ids, weights, row_kind.to(torch.int8), floor, knobs)
+    return MarginCase(logits, ids, weights, row_kind.to(torch.int8), floor, knobs, gate)
+
+
+def any_gate(experts: int, groups: int) -> st.SearchStrategy[Gate]:
+    """With any scores, and a bias of any size or none."""
+    return st.builds(
+        functools.partial(make_gate, experts=experts, groups=groups),
+        scoring=st.sampled_from(SCORINGS),
+        bias=st.sampled_from([0.0, 0.02, 0.5, 100.0]),
+        seed=st.integers(0, 100),
+    )
 
 
 @st.composite
@@ -265,6 +323,8 @@ def margin_cases(draw, rows=None, **fixed):
         "tied": st.booleans(),
         "floor": st.sampled_from([0, fixed["slots"], 40, 1000]),
     }
+    if "groups" in fixed:  # a gate that is not plain
+        choices["gate"] = any_gate(fixed["experts"], fixed.pop("groups"))
     drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
     return make_margin_case(**drawn, **fixed, **knobs)
 

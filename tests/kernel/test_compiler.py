@@ -75,13 +75,21 @@ def test_architectures(file, name, architecture, tmp_path, monkeypatch):
     assert compiler.compile_cubin(file, defines, architecture) == first
 
 
-def test_largest_shape_fits_a_block(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shape", [(512, 16), (1024, 32), (1024, 4)])
+def test_largest_shape_fits_a_block(shape, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    constants = RuleKernel(512, 16, torch.int64).defines("reroute", 1024)
+    kernel = RuleKernel(*shape, torch.int64, any_gate=True)
+    constants = kernel.defines("reroute", 1024)
     assert compiler.compile_cubin("reroute.cu", constants, "sm_80")
-    constants = RuleKernel(512, 16, torch.int64).defines("reroute_gathered", 1024)
+    constants = kernel.defines("reroute_gathered", 1024)
     assert compiler.compile_cubin("across_ranks.cu", constants, "sm_80")
+
+
+def test_largest_shape_whose_top_k_shares_the_launch_fits_a_block(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kernel = RuleKernel(256, 16, torch.int64, logit_dtype=torch.float32)
+    assert kernel.can_route
+    assert not RuleKernel(256, 17, torch.int64).can_route
     assert compiler.compile_cubin("route.cu", kernel.defines("route_and_align", 1024), "sm_80")
 
 
@@ -118,8 +126,8 @@ def test_missing_source(has_words):
     has_words(str(error.value), "nothing.cu", "reinstall")
 
 
-@pytest.mark.parametrize(("experts", "slots"), [(513, 8), (0, 1), (64, 17)])
+@pytest.mark.parametrize(("experts", "slots"), [(1025, 8), (0, 1), (64, 33)])
 def test_shapes_beyond_the_kernel(experts, slots, has_words):
     with pytest.raises(UnsupportedError) as error:
         RuleKernel(experts, slots, torch.int32)
-    has_words(str(error.value), str(experts), str(slots), "512", "16")
+    has_words(str(error.value), str(experts), str(slots), "1024", "32")

@@ -1,5 +1,6 @@
 """``margin.cuh`` in its three kernels, run on the CPU: the integers of the reference."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.rules import REROUTABLE
 from tests.rules.test_sere import RULES, assert_same_ids
@@ -16,6 +16,8 @@ from tests.rules.test_sere import RULES, assert_same_ids
 from .emulator import COMPILER, launch
 from .kernel_cases import check_aligned, empty_alignment, library, rule_arguments
 from .margin_cases import (
+    EMULATED,
+    GATED_SHAPES,
     SHAPES,
     Found,
     MarginCase,
@@ -23,7 +25,8 @@ from .margin_cases import (
     check_margin,
     check_ranks,
     device_layer,
-    emulated_exp,
+    kernel_of,
+    logit_arguments,
     make_margin_case,
     margin_cases,
 )
@@ -46,7 +49,7 @@ def run(
     merges: bool = False,
 ) -> Found:
     """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
-    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
+    kernel = kernel_of(case)
     layer = device_layer(case, CPU, mode, merges=merges)
     ids, weights = case.ids.clone(), case.weights.clone()
     new_ids = ids if inplace else torch.full_like(ids, -7)
@@ -56,8 +59,7 @@ def run(
         library(kernel, name, threads, cache),
         name,
         *rule_arguments(ids, new_ids, weights, layer),
-        case.logits,
-        case.logits.dtype.itemsize,
+        *logit_arguments(case.logits, layer.gate),
         *sorted_arguments,
         threads=threads,
         cluster=cluster,
@@ -81,7 +83,23 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
     )
     def every(case: MarginCase, seed: int, inplace: bool, block: int | None, cluster: int) -> None:
         found = run(case, cache=cache, seed=seed, inplace=inplace, block=block, cluster=cluster)
-        check_margin(found, case.expected(emulated_exp), case)
+        check_margin(found, case.expected(EMULATED), case)
+
+    every()
+
+
+@pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
+def test_gates_of_every_kind(experts: int, slots: int, groups: int, cache: Path) -> None:
+    @settings(RULES, max_examples=25)
+    @given(
+        case=margin_cases(experts=experts, slots=slots, groups=groups, id_dtype=torch.int32),
+        seed=st.integers(0, 3),
+        block=st.sampled_from([None, 16]),
+        cluster=st.sampled_from([1, 8]),
+    )
+    def every(case: MarginCase, seed: int, block: int | None, cluster: int) -> None:
+        found = run(case, cache=cache, seed=seed, block=block, cluster=cluster)
+        check_margin(found, case.expected(EMULATED), case)
 
     every()
 
@@ -92,7 +110,7 @@ def test_block_sizes_as_launched(threads: int, cache: Path) -> None:
         case = make_margin_case(seed=rows, rows=rows, experts=128, slots=8, floor=8, tau=tau)
         for cluster in (1, 8):
             found = run(case, cache=cache, threads=threads, seed=1, block=16, cluster=cluster)
-            check_margin(found, case.expected(emulated_exp), case)
+            check_margin(found, case.expected(EMULATED), case)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 33, 128, 200])
@@ -102,7 +120,7 @@ def test_a_cluster_of_blocks(experts: int, slots: int, rows: int, cache: Path) -
     for seed, tau in enumerate((0.0, 0.004, 1.0)):
         case = make_margin_case(seed=seed, rows=rows, experts=experts, slots=slots, tau=tau)
         found = run(case, cache=cache, threads=64, seed=seed, block=16, cluster=8)
-        check_margin(found, case.expected(emulated_exp), case)
+        check_margin(found, case.expected(EMULATED), case)
 
 
 def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
@@ -113,13 +131,13 @@ def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
     case.weights.fill_(0.5)
     for cluster in (1, 8):
         ids, weights, counts = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
-        check_margin((ids, weights, counts), case.expected(emulated_exp), case)
+        check_margin((ids, weights, counts), case.expected(EMULATED), case)
         assert counts == (2, 2, 0, 0, 0)
 
 
 def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
     case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
-    wanted = case.expected(emulated_exp)
+    wanted = case.expected(EMULATED)
     assert not torch.equal(wanted[0], case.ids)
     for block, cluster in ((None, 1), (16, 1), (None, 8), (16, 8)):
         how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
@@ -144,19 +162,23 @@ def test_a_batch_of_one_is_exact(cache: Path) -> None:
         assert counts == (8, 8, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5), (4, 1)])
-def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("experts", "slots", "groups"),
+    [(128, 8, None), (60, 4, None), (300, 5, None), (4, 1, None), (64, 6, 4)],
+)
+def test_two_ranks_keep_one_set(experts: int, slots: int, groups: int | None, cache: Path) -> None:
     """Rows of two ranks, in two halves around a sum, against the rule on all of them."""
+    gated = {} if groups is None else {"groups": groups}
 
     @settings(RULES, max_examples=20)
     @given(
-        case=margin_cases(experts=experts, slots=slots, id_dtype=torch.int32),
+        case=margin_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated),
         split=st.floats(0, 1),
         seed=st.integers(0, 3),
     )
     def every(case: MarginCase, split: float, seed: int) -> None:
-        kernel = RuleKernel(experts, slots, torch.int32)
-        ranks, wanted = case.split(split), case.expected(emulated_exp)
+        kernel = kernel_of(case)
+        ranks, wanted = case.split(split), case.expected(EMULATED)
         active = REROUTABLE in case.kinds
 
         def half(name: str, of_rank: Rank, asked: Tensor) -> None:
@@ -164,8 +186,7 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
                 library(kernel, name, 64, cache),
                 name,
                 *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
-                of_rank.case.logits,
-                case.logits.dtype.itemsize,
+                *logit_arguments(of_rank.case.logits, of_rank.layer.gate),
                 asked,
                 threads=64,
                 seed=seed,
@@ -175,7 +196,7 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
         for of_rank, own in zip(ranks, asked, strict=True):
             half("ask_of_ranks", of_rank, own)
             if active:
-                assert torch.equal(own, of_rank.case.asked(emulated_exp))
+                assert torch.equal(own, of_rank.case.asked(EMULATED))
         for of_rank in ranks:
             half("reroute_by_asked", of_rank, asked.sum(dim=0))
         check_ranks(ranks, wanted, case)
@@ -189,7 +210,7 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, cache: Path) -> None:
 def route(case: MarginCase, *, cache: Path, seed: int, block: int, cluster: int) -> Found:
     """One launch of ``route_and_align``; padding rows are those whose ids are -1."""
     dtype = case.logits.dtype
-    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], torch.int32, logit_dtype=dtype)
+    kernel = replace(kernel_of(case, torch.int32), logit_dtype=dtype)
     layer = device_layer(case, CPU)
     new_ids, weights = torch.full_like(case.ids, -7), torch.full_like(case.weights, -7)
     aligned, sorted_arguments = empty_alignment(kernel, new_ids, block)
@@ -237,7 +258,7 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
         order = case.logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
         case = case._replace(weights=weights.gather(1, order.indices[:, :slots]))
         found = route(case, cache=cache, seed=seed, block=block, cluster=cluster)
-        wanted = case.expected(emulated_exp)
+        wanted = case.expected(EMULATED)
         assert_same_ids(found[0], wanted[0], "route")
         assert found[2] == wanted[2]
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sere_ray.kernel.across_ranks import ask_of_ranks, reroute_by_asked
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.limits import MAX_ROUTED_ROWS
+from sere_ray.kernel.limits import MAX_ROUTED_ROWS, max_aligned_rows
 from sere_ray.kernel.memory import LayerTables, Settings
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import sere
@@ -16,6 +16,8 @@ from tests.rules.test_sere import RULES, assert_same_ids
 from .gpu_launches import BLOCKS, GPU, route, vllm_top_k
 from .kernel_cases import check_aligned
 from .margin_cases import (
+    GATED_SHAPES,
+    GPU_MATH,
     KNOBS,
     SHAPES,
     Found,
@@ -23,7 +25,7 @@ from .margin_cases import (
     check_margin,
     check_ranks,
     device_layer,
-    gpu_exp,
+    kernel_of,
     make_margin_case,
     margin_cases,
 )
@@ -35,7 +37,7 @@ pytestmark = [
 
 
 def run(case: MarginCase, *, block: int | None = None, mode: str = "on", blocks: int = 1) -> Found:
-    kernel = RuleKernel(case.logits.shape[1], case.ids.shape[1], case.ids.dtype)
+    kernel = kernel_of(case)
     layer = device_layer(case, GPU, mode)
     ids, weights, logits = case.ids.to(GPU), case.weights.to(GPU), case.logits.to(GPU)
     if block:
@@ -63,7 +65,27 @@ def test_equals_reference(experts: int, slots: int, blocks: int) -> None:
         block=st.sampled_from([None, 16, 64]),
     )
     def every(case: MarginCase, block: int | None) -> None:
-        check_margin(run(case, block=block, blocks=blocks), case.expected(gpu_exp), case)
+        check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
+
+    every()
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
+def test_gates_of_every_kind(experts: int, slots: int, groups: int, blocks: int) -> None:
+    @settings(RULES, max_examples=40)
+    @given(
+        case=margin_cases(
+            experts=experts,
+            slots=slots,
+            groups=groups,
+            rows=st.integers(0, 40) | st.integers(0, max_aligned_rows(experts, slots)),
+            id_dtype=torch.int32,
+        ),
+        block=st.sampled_from([None, 16]),
+    )
+    def every(case: MarginCase, block: int | None) -> None:
+        check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
 
     every()
 
@@ -76,7 +98,7 @@ def test_batches_of_a_server(experts: int, slots: int, rows: int, blocks: int) -
         case = make_margin_case(
             seed=seed, rows=rows, experts=experts, slots=slots, tau=tau, kinds="decode", floor=slots
         )
-        wanted = case.expected(gpu_exp)
+        wanted = case.expected(GPU_MATH)
         for block in (None, 16):
             check_margin(run(case, block=block, blocks=blocks), wanted, case, f"seed {seed}")
 
@@ -85,7 +107,7 @@ def test_batches_of_a_server(experts: int, slots: int, rows: int, blocks: int) -
 @pytest.mark.parametrize("rows", [513, 4096, 131_072])
 def test_many_rows(rows: int, blocks: int) -> None:
     case = make_margin_case(seed=rows, rows=rows, experts=60, slots=4, tau=1.0, floor=4)
-    check_margin(run(case, blocks=blocks), case.expected(gpu_exp), case)
+    check_margin(run(case, blocks=blocks), case.expected(GPU_MATH), case)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -128,7 +150,7 @@ def test_vllms_choice_then_the_rule(
             kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
         )
         found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
-        check_margin(found, case.expected(gpu_exp), case, f"seed {seed}")
+        check_margin(found, case.expected(GPU_MATH), case, f"seed {seed}")
 
 
 def test_two_ranks_keep_one_set() -> None:
@@ -145,7 +167,7 @@ def test_two_ranks_keep_one_set() -> None:
             ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
         for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
             reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
-        check_ranks(ranks, case.expected(gpu_exp), case)
+        check_ranks(ranks, case.expected(GPU_MATH), case)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -189,7 +211,7 @@ def test_captured_graph_follows_the_rule(blocks: int) -> None:
         layer.step.write(case.kinds.numpy(), counter_row=seed % 2)
         layer.counters.zero_()
         graph.replay()
-        wanted_ids, wanted_weights, counts = case.expected(gpu_exp)
+        wanted_ids, wanted_weights, counts = case.expected(GPU_MATH)
         if by_sere:
             wanted_weights = case.weights
             wanted_ids = sere.reroute(
@@ -256,7 +278,7 @@ def test_captured_choice_follows_the_rule(experts: int, slots: int, blocks: int)
         layer.step.write(case.kinds.numpy(), counter_row=1)
         logits.copy_(case.logits)
         graph.replay()
-        wanted = case.expected(gpu_exp)[0]
+        wanted = case.expected(GPU_MATH)[0]
         if by_sere:
             wanted = sere.reroute(
                 case.ids, case.weights, similarity, row_kind=case.kinds, select_top_k=1 + seed % 3

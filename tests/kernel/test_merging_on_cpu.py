@@ -14,6 +14,7 @@ from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, launch
 from .kernel_cases import (
+    NO_LOGITS,
     as_launched,
     check_aligned,
     device_layer,
@@ -25,7 +26,7 @@ from .kernel_cases import (
     rule_arguments,
     two_ranks,
 )
-from .margin_cases import emulated_exp, make_margin_case
+from .margin_cases import EMULATED, make_margin_case
 from .test_margin_on_cpu import run as run_margin
 from .test_route_on_cpu import gate_logits, route, top_k
 
@@ -68,10 +69,10 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
     def every(case: Case, seed: int, block: int | None) -> None:
         case = as_launched(case)
         if block is None:
-            check(case, "reroute", None, 0, cache=cache, seed=seed)
+            check(case, "reroute", *NO_LOGITS, cache=cache, seed=seed)
             return
         aligned, sorting = empty_alignment(kernel_of(case), case.ids, block)
-        ids = check(case, "reroute_and_align", None, 0, *sorting, cache=cache, seed=seed)
+        ids = check(case, "reroute_and_align", *NO_LOGITS, *sorting, cache=cache, seed=seed)
         check_aligned(ids, aligned, block, experts)
 
     every()
@@ -95,7 +96,7 @@ def test_sums_are_those_of_the_reference_for_every_weight(cache: Path) -> None:
         shape = {"rows": 40, "experts": 128, "slots": 8, "kinds": "re-routable"}
         case = as_launched(make_case(seed=seed, select_top_k=1, gate=True, tied=False, **shape))
         assert merged(case)[2] > 10
-        check(case, "reroute", None, 0, cache=cache)
+        check(case, "reroute", *NO_LOGITS, cache=cache)
 
 
 def test_observe_merges_nothing(cache: Path) -> None:
@@ -104,7 +105,11 @@ def test_observe_merges_nothing(cache: Path) -> None:
     layer = device_layer(case, CPU, "observe", merges=True)
     arguments = rule_arguments(ids, ids, weights, layer)
     launch(
-        library(kernel_of(case), "reroute", 64, cache), "reroute", *arguments, None, 0, threads=64
+        library(kernel_of(case), "reroute", 64, cache),
+        "reroute",
+        *arguments,
+        *NO_LOGITS,
+        threads=64,
     )
     assert torch.equal(ids, case.ids)
     assert torch.equal(weights, case.weights)
@@ -141,7 +146,7 @@ def test_with_the_gates_choice_in_the_launch(renormalize: bool, cache: Path) -> 
 def test_margin_drops_what_it_does_not_fill(cluster: int, cache: Path) -> None:
     """Few experts are kept, so that rows find fewer than K."""
     case = make_margin_case(seed=2, rows=6, experts=60, slots=8, kinds="decode", tau=1.0)
-    named = case.expected(emulated_exp)
+    named = case.expected(EMULATED)
     ids, weights, counts = run_margin(case, cache=cache, block=16, cluster=cluster, merges=True)
     first = named[0][:, :1].expand_as(ids)
     repeats = (named[0] == first) & (torch.arange(8) > 0) & (named[1] == 0)

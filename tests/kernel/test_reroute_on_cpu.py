@@ -13,6 +13,7 @@ from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, launch
 from .kernel_cases import (
+    NO_LOGITS,
     SHAPES,
     as_launched,
     check,
@@ -29,7 +30,6 @@ from .kernel_cases import (
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
 CPU = torch.device("cpu")
-NO_LOGITS = (None, 0)
 
 
 def arguments(case: Case, ids, new_ids, mode: str = "on", weights=None, merges: bool = False):

@@ -1,8 +1,11 @@
 """The comparison rules and ``margin`` once more, in plain Python: what tests hold them to."""
 
+import dataclasses
 import math
 
 import numpy as np
+
+from sere_ray.rules.gate import PLAIN
 
 REROUTABLE, PADDING = 1, 0
 
@@ -28,9 +31,10 @@ def apply(name, ids, weights, scores, kinds, layer):
         (i, w, p) for i, w, p, change in zip(ids, weights, scores, rows, strict=True) if change
     ]
     kept = anyway | _KEPT[name](chosen, anyway, layer)
-    beta, fill = (layer.beta, layer.fill) if name == "margin" else (1.0, 1.0)
+    if name != "margin":
+        layer = dataclasses.replace(layer, beta=1.0, fill=1.0, gate=PLAIN)
     return [
-        _refill(i, w, p, kept, beta, fill) if change else (i, w)
+        _refill(i, w, p, kept, layer) if change else (i, w)
         for i, w, p, change in zip(ids, weights, scores, rows, strict=True)
     ]
 
@@ -92,18 +96,41 @@ def _lynx(rows, anyway, layer):
     return _fill_up(anyway | _first(rows, 1), set(range(layer.num_experts)), worth, layer.experts)
 
 
+def _units(values, best):
+    """In units of 2^-22 of ``best``, within 2^28 of 0."""
+    with np.errstate(all="ignore"):
+        found = [float(np.float32(value) / best * np.float32(2**22)) for value in values]
+    return [0 if math.isnan(x) else round(min(max(x, -(2.0**28)), 2.0**28)) for x in found]
+
+
+def _allowed(ids, layer):
+    size = layer.gate.group_size or layer.num_experts
+    return {e for e in range(layer.num_experts) if e // size in {own // size for own in ids}}
+
+
+def _ranks(ids, p, gate):
+    """Score units, and what the gate ranks by in these units."""
+    best = np.float32(max(p[e] for e in ids))
+    units = _units(p, best)
+    if gate.bias is None:
+        return units, units
+    if gate.scoring == "softmax":
+        best = np.float32(2**22) / np.float32(sum(units))
+    return units, [u + b for u, b in zip(units, _units(gate.bias.tolist(), best), strict=True)]
+
+
 def _margin(rows, anyway, layer):
     worth = [0] * layer.num_experts
     for ids, _, p in rows:
-        best = np.float32(max(p))
-        units = [round(float(np.float32(score) / best) * 2**22) for score in p]
-        others = sorted((units[e] for e in range(layer.num_experts) if e not in ids), reverse=True)
+        units, ranks = _ranks(ids, p, layer.gate)
+        others = sorted((ranks[e] for e in _allowed(ids, layer) if e not in ids), reverse=True)
         others = others[: layer.runners_up]
         count = max(len(others), 1)
-        total = np.float32(sum(units[e] for e in ids)) * np.float32(count)
+        total = np.float32(max(sum(units[e] for e in ids), 1)) * np.float32(count)
         for e in ids:
-            lead = np.float32(max(count * units[e] - sum(others), 0)) / total
-            worth[e] += round(float(lead * lead) * 2**20)
+            lead = np.float32(max(count * ranks[e] - sum(others), 0)) / total
+            lead = min(lead, np.float32(2))
+            worth[e] += round(float(lead * lead * np.float32(2**20)))
     named = {e for ids, _, _ in rows for e in ids}
     first, least = anyway | _first(rows, 1), round(layer.tau * 2**20)
     kept = first | {e for e in named if worth[e] > least}
@@ -128,14 +155,15 @@ def _levels(first, worth, least, layer):
 _KEPT = {"oea": _oea, "xshare": _xshare, "lynx": _lynx, "margin": _margin}
 
 
-def _refill(ids, weights, p, kept, beta, fill):
+def _refill(ids, weights, p, kept, layer):
     if all(e in kept for e in ids):
         return ids, weights
-    own = sorted((e for e in ids if e in kept), key=lambda e: (-p[e], e))
-    new = sorted((e for e in kept if e not in ids), key=lambda e: (-p[e], e))
-    taken = (own + new)[: len(ids)]
-    shares = [p[e] if e in ids else fill * p[e] for e in taken]
-    scale = sum(shares) ** beta * sum(p[e] for e in ids) ** (1 - beta)
+    ranks = p if layer.gate.is_plain else _ranks(ids, p, layer.gate)[1]
+    own = sorted((e for e in ids if e in kept), key=lambda e: (-ranks[e], e))
+    others = (kept & _allowed(ids, layer)) - set(ids)
+    taken = (own + sorted(others, key=lambda e: (-ranks[e], e)))[: len(ids)]
+    shares = [p[e] if e in ids else layer.fill * p[e] for e in taken]
+    scale = sum(shares) ** layer.beta * sum(p[e] for e in ids) ** (1 - layer.beta)
     dropped = len(ids) - len(taken)
     return (
         taken + [-1] * dropped,

@@ -1,5 +1,6 @@
 """The rules of a CPU engine in one layer: kept experts from the rows of all ranks, then new ids."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from sere_ray.kernel.cpu_sere import (
 )
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import PADDING, REROUTABLE, Choice, margin, name_dropped
+from sere_ray.rules.gate import Gate, scores_of
 
 
 class LayerOfStep(NamedTuple):
@@ -29,7 +31,9 @@ class LayerOfStep(NamedTuple):
     topk_weights: Tensor
     """``[T, K]``."""
     router_logits: Tensor
-    """``[T, E]``; a softmax makes them the scores."""
+    """``[T, E]``."""
+    gate: Gate
+    """What makes scores of them, and ranks by."""
     row_kind: Tensor
     """``[T]`` int8."""
     similarity: Tensor
@@ -112,9 +116,10 @@ def _apply_margin(
     weight 0.
     """
     ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
-    scores = of_step.router_logits.float().softmax(dim=-1)
+    scores = scores_of(of_step.router_logits, of_step.gate)
     num_experts, owner = scores.shape[1], of_step.owner
     knobs = bound.of_layer(of_step.position, num_experts, of_step.similarity, owner)
+    knobs = replace(knobs, gate=of_step.gate)
     asked = margin.ask(ids, weights, scores, kinds, knobs)
     if union is not None:
         union.add_up(asked)

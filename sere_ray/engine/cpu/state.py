@@ -23,6 +23,7 @@ from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
 from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import EXACT, REROUTABLE, Choice
+from sere_ray.rules.gate import PLAIN
 
 
 @dataclass
@@ -81,7 +82,8 @@ class CpuState(EngineState):
         self.similarity = {layer: matrices[layer].cpu() for layer in self.layers}
 
     def loaded(self) -> None:
-        """Put the all-to-all in, where it was asked for."""
+        """Also put the all-to-all in, where it was asked for."""
+        super().loaded()
         if self.union is not None and isinstance(self.sent, DispatchMeter):
             ranks = self.union
             replace_dispatch(self.attached, self.owner, self.sent, ranks.group, ranks.greeting)
@@ -159,14 +161,16 @@ class CpuState(EngineState):
             self.sent.begin_layer(topk_ids, kinds, counter)
         if self.bound.mode == "off" or not self.decodes:
             return topk_ids.clone(), topk_weights.clone()
+        bound = self.bound.for_rows(self.union_rows)
         new, counts = apply_rule(
-            self.bound.for_rows(self.union_rows),
+            bound.identity(self.top_k) if layer in self.gates.exact else bound,
             LayerOfStep(
                 layer,
                 position,
                 topk_ids,
                 topk_weights,
                 router_logits,
+                self.gates.known.get(layer, PLAIN),
                 kinds,
                 self.similarity[layer],
                 self.owner.get(layer),

@@ -1,14 +1,16 @@
 """What every launch of an engine reads: matrices and the policy's numbers, in device memory."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.limits import blocks_of_margin
-from sere_ray.kernel.memory import LayerTables, Settings
+from sere_ray.kernel.limits import blocks_of_margin, max_aligned_rows
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
 from sere_ray.policy.bound import BoundPolicy
+from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -39,6 +41,10 @@ class DeviceRule:
         """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""
         self.merges: bool | None = None
         """Whether slots that name the same expert of a row are merged; None = no layer yet."""
+        self.gates: Mapping[int, Gate] = {}
+        """Decoder layer index -> what its gate ranks by, where that is known and not plain."""
+        self.exact_layers: Collection[int] = ()
+        """Layers that no rule changes."""
         self.write(bound)
 
     def note_experts(self, layer_name: str, *, merges: bool) -> None:
@@ -60,11 +66,46 @@ class DeviceRule:
                 "another form than layers before it; choose one --moe-backend for all of them"
             )
 
+    def note_gates(self, gates: Mapping[int, Gate], exact_layers: Collection[int]) -> None:
+        """Take note of gates once their weights are loaded; graphs are captured later.
+
+        Args:
+            gates: decoder layer index -> its gate.
+            exact_layers: layers that no rule changes.
+        """
+
+        def on_device(gate: Gate) -> Gate:
+            return gate if gate.bias is None else replace(gate, bias=gate.bias.to(self.device))
+
+        self.gates = {layer: on_device(gate) for layer, gate in gates.items()}
+        self.exact_layers = frozenset(exact_layers)
+
+    def of_layer(self, layer: int, step: StepInput, counters: Tensor) -> DeviceLayer:
+        """What a launch reads and writes of a layer.
+
+        Args:
+            layer: decoder layer index.
+            step: the rows.
+            counters: ``[2, layers, counters]`` int64.
+        """
+        position = self.position[layer]
+        is_exact = layer in self.exact_layers
+        settings = self.identity.buffer[0] if is_exact else self.settings.buffer[position]
+        gate = self.gates.get(layer, PLAIN)
+        return DeviceLayer(self.tables[layer], settings, step, counters[:, position], gate)
+
     def kernel(
         self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
     ) -> RuleKernel:
         """The kernel for ids of this type; where it chooses them, from logits of that type."""
-        return RuleKernel(self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype)
+        any_gate = any(not gate.is_plain for gate in self.gates.values())
+        return RuleKernel(
+            self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype, any_gate=any_gate
+        )
+
+    def sorts(self, rows: int) -> bool:
+        """Whether a launch also sorts the slots of so many rows by expert."""
+        return rows <= max_aligned_rows(self.num_experts, self.top_k)
 
     def blocks(self, rows: int) -> int:
         """Blocks of a launch: for the rule that runs now, so a graph keeps those of its capture.

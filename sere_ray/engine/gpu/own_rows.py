@@ -53,15 +53,17 @@ class OwnRows:
         self.step_input = StepInput(max_rows, rule.device)
         shape = (2, len(rule.tables), OWN_COUNTERS)
         self.counters = torch.zeros(shape, dtype=torch.int64, device=rule.device)
+
+    def load(self) -> None:
+        """Compile and load the kernels, before a graph is captured that launches them."""
+        rule = self.rule
         rule.kernel(torch.int32).load(rule.device, ("reroute", "reroute_and_align"))
         for logits in (torch.bfloat16, torch.float32):
             rule.kernel(torch.int32, logits).load(rule.device, ("route_and_align",))
 
     def layer(self, layer: int) -> DeviceLayer:
         """What a launch over these rows reads and writes of a decoder layer."""
-        position = self.rule.position[layer]
-        settings, counters = self.rule.settings.buffer[position], self.counters[:, position]
-        return DeviceLayer(self.rule.tables[layer], settings, self.step_input, counters)
+        return self.rule.of_layer(layer, self.step_input, self.counters)
 
     def reroute(
         self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None
@@ -90,7 +92,7 @@ class OwnRows:
 
         Args:
             layer: decoder layer index.
-            topk_ids: ``[T, K]``, at most ``MAX_ALIGNED_ROWS`` rows.
+            topk_ids: ``[T, K]``, at most :func:`max_aligned_rows`.
             topk_weights: ``[T, K]``.
             logits: ``[T, E]``, where rules can read scores from them.
         """

@@ -44,7 +44,7 @@ def route(
     sorts = router.capture_fn is None and _sorts_own_ids(runner)
     if sorts:
         runner.routed_experts.quant_method.moe_kernel.fused_experts.sere_state = state
-    chooses = layer not in state.without_scores and indices_type in (None, torch.int32)
+    chooses = state.gates.is_plain(layer) and indices_type in (None, torch.int32)
     if sorts and chooses and state.own.can_route(router_logits):
         is_padding = _padding_mask(router_logits.shape[0])
         return state.defer_routing(layer, router_logits, is_padding, renormalize=router.renormalize)

@@ -18,7 +18,7 @@ from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
 from sere_ray.engine.state import BYTES, EngineState
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned
-from sere_ray.kernel.limits import LOGIT_DTYPES, MAX_ALIGNED_ROWS, reads_logits
+from sere_ray.kernel.limits import reads_logits, unreadable
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import UnsupportedError
@@ -46,7 +46,7 @@ class CudaState(EngineState):
     ranks: RankGroup | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Allocate everything graphs will point to; compile the kernels."""
+        """Allocate everything graphs will point to."""
         super().__post_init__()
         matrices = {layer: self.artifact.layers[layer] for layer in self.layers}
         self.rule = DeviceRule(matrices, self.top_k, self.num_experts, self.device, self.bound)
@@ -61,6 +61,14 @@ class CudaState(EngineState):
     def kind(self) -> EngineKind:
         """On a GPU."""
         return {"on_gpu": True, "several_ranks": self.ranks is not None}
+
+    def loaded(self) -> None:
+        """Also copy what gates rank by, and compile the kernels for them."""
+        super().loaded()
+        self.rule.note_gates(self.gates.known, self.gates.exact)
+        self.own.load()
+        if self.union is not None:
+            self.union.load()
 
     def run(self, told: Told) -> None:
         """Copy what changes to where captured graphs read it, behind every step launched so far."""
@@ -79,13 +87,10 @@ class CudaState(EngineState):
         Raises:
             UnsupportedError: they cannot, and the running rule does.
         """
-        if layer not in self.without_scores and not reads_logits(logits):
-            self.without_scores[layer] = (
-                f"logits of {logits.dtype} with strides {logits.stride()}, where the kernels read "
-                f"contiguous {' or '.join(str(dtype) for dtype in LOGIT_DTYPES)}"
-            )
-        self.check_scores(self.policy)
-        return None if layer in self.without_scores else logits
+        if not reads_logits(logits):
+            self.gates.give_up(layer, unreadable(logits))
+        self.gates.check(self.policy)
+        return logits if layer in self.gates.known else None
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -160,7 +165,7 @@ class CudaState(EngineState):
             logits: of :meth:`scores_of`.
             sorts: whether the experts sort these very ids.
         """
-        if sorts and topk_ids.shape[0] <= MAX_ALIGNED_ROWS:
+        if sorts and self.rule.sorts(topk_ids.shape[0]):
             self.deferred = self.own.defer(layer, topk_ids, topk_weights, logits)
         else:
             self.own.reroute(layer, topk_ids, topk_weights, logits)
@@ -225,7 +230,7 @@ class CudaState(EngineState):
         """
         assert self.union is not None
         gathered = self.union.take_gathered(topk_ids, topk_weights)
-        if gathered.sorts and topk_ids.shape[0] <= MAX_ALIGNED_ROWS:
+        if gathered.sorts and self.rule.sorts(topk_ids.shape[0]):
             sort = partial(self.union.align, gathered)
             self.deferred = Deferred(gathered.layer, topk_ids, topk_weights, sort)
         else:

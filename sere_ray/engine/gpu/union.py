@@ -104,7 +104,10 @@ class UnionOfRanks:
         self.placements: dict[int, Placement] = {}
         self.steps = [0, 0]
         self._expected: tuple[int, bool] | None = None  # layer, and whether its experts sort
-        rule.kernel(torch.int32).load(device, across_ranks.KERNELS)
+
+    def load(self) -> None:
+        """Compile and load the kernels, before a graph is captured that launches them."""
+        self.rule.kernel(torch.int32).load(self.rule.device, across_ranks.KERNELS)
 
     # --- a pass -----------------------------------------------------------------------------------
 
@@ -171,11 +174,10 @@ class UnionOfRanks:
             own: what launches over this rank's rows read and write.
             topk_ids: ``[T, K]``, changed in place.
             topk_weights: ``[T, K]``, changed in place under ``margin``.
-            logits: ``[T, E]``; None only under ``sere``.
+            logits: ``[T, E]``; None under ``sere``, and in layers that stay exact.
         """
         of_layer = self.rule.kernel(topk_ids.dtype), topk_ids, topk_weights, own
-        if bound.rule == "margin":
-            assert logits is not None  # or CudaState.scores_of() had refused the rule
+        if bound.rule == "margin" and logits is not None:
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
             self.group.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
@@ -258,11 +260,9 @@ class UnionOfRanks:
 
     def _arguments(self, gathered: Gathered) -> tuple[Any, ...]:
         layer, rule = gathered.layer, self.rule
-        position = rule.position[layer]
-        final = self.way != "gathered"
-        settings = rule.identity.buffer[0] if final else rule.settings.buffer[position]
-        counters = self.counters[:, position]
-        of_layer = DeviceLayer(rule.tables[layer], settings, self.step_input, counters)
+        of_layer = rule.of_layer(layer, self.step_input, self.counters)
+        if self.way != "gathered":  # ids are final
+            of_layer = of_layer._replace(settings=rule.identity.buffer[0])
         kernel = rule.kernel(gathered.topk_ids.dtype)
         ids, weights = gathered.topk_ids, gathered.topk_weights
         return kernel, ids, weights, of_layer, self.placements[layer]

@@ -1,0 +1,175 @@
+// What a gate says of a row, as a warp holds it: scores, and what the gate ranks experts by.
+//   ANY_GATE  1 = gates of every kind; 0 = plain ones: a softmax, by which experts are ranked
+//
+// Scores of a softmax are exp(logit - the row's best logit), without its sum: that cancels out of everything but a
+// comparison with a bias. sere_ray/rules/gate.py is the reference.
+#pragma once
+#include "rule.cuh"
+
+namespace {
+
+constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
+constexpr float MOST_UNITS = 1 << 28;              // of a score or a bias, either way
+constexpr int NEVER = 0x80000000;                  // rank of an expert that a row may not choose
+constexpr unsigned ALL_SLOTS = ALL_LANES >> (32 - K);  // the lanes below K hold the slots of a warp's row
+constexpr int SOFTMAX = 0, SIGMOID = 1;            // scorings; 2 = the square root of a softplus
+
+struct Logits {
+  const void* values;                              // [num_rows][E]
+  int bytes;                                       // 4 = float32, 2 = bfloat16
+  const float* bias;                               // [E] or null; this and what follows: of ANY_GATE alone
+  int scoring;
+  int group_size;                                  // experts of a group, 0 = all; at most 32 groups
+};
+
+struct Row {                                       // as a warp holds it
+  Slot slot;                                       // of a lane below K; of the others none
+  bool changeable;                                 // re-routable, and each slot names an expert; if not, no scores:
+  float own;                                       // of the slot's expert, 0 = no expert
+  float of[PER_LANE];                              // of the experts lane * PER_LANE + j; -1: in a slot, or beyond E
+#if ANY_GATE
+  int own_units;                                   // the slot's score in units of 2^-22 of the row's best choice
+  int own_rank;                                    // what the gate ranks the slot's expert by, in these units
+  int rank[PER_LANE];                              // NEVER: in a slot, beyond E, or in a group that the row left out
+#endif
+};
+
+__device__ __forceinline__ float to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
+__device__ __forceinline__ float to_float(float value) { return value; }
+
+__device__ __forceinline__ float score_of(float logit, float most) {
+  const float score = expf(logit - most);
+  return score >= 0 ? score : 0;                   // not a number: 0
+}
+
+// Of a gate of any kind; `most` is the row's best logit.
+__device__ __forceinline__ float score_by(int scoring, float logit, float most) {
+  if (scoring == SOFTMAX) return score_of(logit, most);
+  const float score = scoring == SIGMOID ? __fdiv_rn(1, __fadd_rn(1, expf(-logit)))
+                                         : __fsqrt_rn(logit > 20 ? logit : log1pf(expf(logit)));
+  return score >= 0 ? score : 0;
+}
+
+// A score or bias in units of 2^-22 of `best`.
+__device__ __forceinline__ int units_of(float value, float best) {
+  const float units = __fmul_rn(__fdiv_rn(value, best), SCORE_UNIT);
+  return units == units ? __float2int_rn(fminf(fmaxf(units, -MOST_UNITS), MOST_UNITS)) : 0;
+}
+
+__device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
+
+// Integers in the order of floats; its own inverse.
+__device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// A lane's logits of a row as they lie in memory, 0 beyond E.
+template <class T>
+struct Share {
+  static constexpr int WIDTH = 16 / int(sizeof(T)), COUNT = E % PER_LANE ? 1 : PER_LANE < WIDTH ? PER_LANE : WIDTH;
+  struct Load {                                    // as many as one load takes
+    alignas(sizeof(T) * COUNT) T of[COUNT];
+  } loads[PER_LANE / COUNT] = {};
+
+  __device__ __forceinline__ void read(const T* row) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE / COUNT; ++i) {
+      const int v = threadIdx.x % 32 * PER_LANE + i * COUNT;
+      if (v < E) loads[i] = *reinterpret_cast<const Load*>(row + v);
+    }
+  }
+  __device__ __forceinline__ float logit(int j) const { return to_float(loads[j / COUNT].of[j % COUNT]); }
+};
+
+// Bit j: a slot of the row names the expert lane * PER_LANE + j.
+__device__ __forceinline__ unsigned named_here(const Slot& s) {
+  const int first = threadIdx.x % 32 * PER_LANE, id = s.valid ? int(s.id) : -1;
+  unsigned named = 0;
+#pragma unroll
+  for (int word = 0; word < PER_LANE; ++word) {    // 32 experts each
+    const unsigned bits = __reduce_or_sync(ALL_LANES, id >> 5 == word ? 1u << (id & 31) : 0u);
+    if (first / 32 == word) named = bits >> first % 32;
+  }
+  return named;
+}
+
+#if ANY_GATE
+// Sum over a warp of integers >= 0 that 31 bits may not hold.
+__device__ __forceinline__ long long wide_sum(const int (&values)[PER_LANE]) {
+  int low = 0, high = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) low += values[j] & 0xffff, high += values[j] >> 16;
+  return ((long long)__reduce_add_sync(ALL_LANES, high) << 16) + __reduce_add_sync(ALL_LANES, low);
+}
+
+// Fills what the gate ranks by. `named`: a bit for each expert of the lane that a slot names.
+__device__ __forceinline__ void rank(Row& r, const Logits& logits, unsigned named) {
+  const int first = threadIdx.x % 32 * PER_LANE, id = r.slot.valid ? int(r.slot.id) : 0;
+  float best = __int_as_float(__reduce_max_sync(ALL_LANES, __float_as_int(r.own)));
+  r.own_units = units_of(r.own, best);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) r.rank[j] = first + j < E ? units_of(r.of[j], best) : 0;
+  if (logits.bias) {
+    if (logits.scoring == SOFTMAX) best = __fdiv_rn(SCORE_UNIT, __ll2float_rn(wide_sum(r.rank)));
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      if (first + j < E) r.rank[j] += units_of(logits.bias[first + j], best);
+    }
+  }
+  r.own_rank = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int of_slot = __shfl_sync(ALL_LANES, r.rank[j], id / PER_LANE);
+    if (id % PER_LANE == j) r.own_rank = of_slot;
+  }
+  unsigned groups = ALL_LANES;                     // a bit for each that the row chose from
+  if (logits.group_size) groups = __reduce_or_sync(ALL_LANES, r.slot.valid ? 1u << id / logits.group_size : 0u);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const bool exists = first + j < E && !(named >> j & 1);
+    const int group = exists && logits.group_size ? (first + j) / logits.group_size : 0;
+    if (!exists || !(groups >> group & 1)) r.rank[j] = NEVER;
+  }
+}
+#endif
+
+// load(row, slot) gives a slot.
+template <class Load>
+__device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load) {
+  const int lane = threadIdx.x % 32;
+  const bool is_wide = logits.bytes == 4;
+  Share<float> of_wide;
+  Share<unsigned short> of_narrow;
+  if (is_wide) of_wide.read(static_cast<const float*>(logits.values) + row * E);
+  else of_narrow.read(static_cast<const unsigned short*>(logits.values) + row * E);
+  Row r;
+  r.slot = lane < K ? load(row, lane) : Slot{-1, 0.0f, PADDING, false};
+  r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
+  if (!r.changeable) return r;
+
+  int most = 0x80000000;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    r.of[j] = is_wide ? of_wide.logit(j) : of_narrow.logit(j);
+    if (lane * PER_LANE + j < E) most = max(most, in_order(__float_as_int(r.of[j])));
+  }
+  const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
+  const unsigned named = named_here(r.slot);
+  const int id = r.slot.valid ? int(r.slot.id) : 0;
+  r.own = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const float score = ANY_GATE ? score_by(logits.scoring, r.of[j], best) : score_of(r.of[j], best);
+    const float of_slot = __shfl_sync(ALL_LANES, score, id / PER_LANE);
+    if (r.slot.valid && id % PER_LANE == j) r.own = of_slot;
+    r.of[j] = lane * PER_LANE + j < E ? score : -1;
+  }
+#if ANY_GATE
+  rank(r, logits, named);
+#endif
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    if (named >> j & 1) r.of[j] = -1;
+  }
+  return r;
+}
+
+}  // namespace

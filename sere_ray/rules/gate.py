@@ -1,0 +1,96 @@
+"""What a gate ranks experts by: scores, a selection bias, groups.
+
+A score is a softmax, a sigmoid or the square root of a softplus of the logit (DeepSeek-V2, -V3,
+-V4). Weights come from scores. Where the gate has a selection bias, it ranks by score plus bias;
+only differences of a bias matter. Where it has groups of experts, a row chooses inside some of
+them: here those that its chosen experts are in.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+SCORINGS: tuple[Scoring, ...] = get_args(Scoring)
+SCORE_UNIT = 2**22
+"""Of a row's scores, which are integers before they are added up: 2^22 is its best choice's."""
+MOST = 2**28
+"""What a score or a bias is at most in these units, either way; further is no further."""
+NEVER = -(2**31)
+"""Rank of an expert that a row may not choose."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a gate of a layer chooses.
+
+    Attributes:
+        scoring: what makes scores of logits.
+        bias: ``[E]`` float32 of what the gate adds to a score before it ranks; None = nothing.
+        group_size: experts of a group, neighbours; 0 = a row may choose any.
+    """
+
+    scoring: Scoring = "softmax"
+    bias: Tensor | None = None
+    group_size: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether experts are ranked by a softmax and nothing else."""
+        return self.scoring == "softmax" and self.bias is None and self.group_size == 0
+
+
+PLAIN = Gate()
+"""Of Qwen3, Mixtral, OLMoE, gpt-oss; weights from the K chosen logits alone are the same."""
+
+
+def scores_of(logits: Tensor, gate: Gate) -> Tensor:
+    """``[..., E]`` float32, at least 0, of logits of the same shape."""
+    logits = logits.float()
+    if gate.scoring == "softmax":
+        return logits.softmax(dim=-1)
+    if gate.scoring == "sigmoid":
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits).sqrt()
+
+
+def score_units(scores: Tensor, chosen: Tensor) -> Tensor:
+    """``[..., T, E]`` int64: scores in units of 2^-22 of the best that the row chose.
+
+    Args:
+        scores: ``[..., T, E]`` float32, at least 0.
+        chosen: ``[..., T, K]`` int64, of every row valid ids.
+    """
+    return _units(scores, scores.gather(-1, chosen).amax(dim=-1, keepdim=True))
+
+
+def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
+    """``[..., T, E]`` int64: what the gate ranks by, in the units of :func:`score_units`.
+
+    ``NEVER`` where a row may not choose. The same bits on every device that has the same scores:
+    the sum of a softmax is taken over integers, so that its scores may have any common factor.
+
+    Args:
+        scores: as there.
+        chosen: as there.
+        gate: of the layer.
+    """
+    units = score_units(scores, chosen)
+    if gate.bias is not None:
+        best = scores.gather(-1, chosen).amax(dim=-1, keepdim=True)
+        if gate.scoring == "softmax":
+            best = SCORE_UNIT / units.sum(dim=-1, keepdim=True).float()
+        units = units + _units(gate.bias.to(scores.device), best)
+    if gate.group_size:
+        group = torch.arange(scores.shape[-1], device=scores.device) // gate.group_size
+        num_groups = -(-scores.shape[-1] // gate.group_size)
+        chosen_from = torch.nn.functional.one_hot(chosen // gate.group_size, num_groups).any(dim=-2)
+        units = units.masked_fill(~chosen_from[..., group], NEVER)
+    return units
+
+
+def _units(values: Tensor, best: Tensor) -> Tensor:
+    units = (values / best * SCORE_UNIT).nan_to_num(nan=0.0, posinf=MOST, neginf=-MOST)
+    return units.clamp(-MOST, MOST).round().long()

@@ -95,6 +95,7 @@ class Gates:
         if is_hashed(router):
             self.exact.add(layer)
             return
+        self.known.pop(layer, None)
         try:
             self.known[layer] = read_gate(router)
         except UnsupportedError as odd:

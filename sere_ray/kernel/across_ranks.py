@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sere_ray.kernel.alignment import Aligned, empty_alignment
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.logits import logit_arguments
 from sere_ray.kernel.memory import DeviceLayer
 from sere_ray.kernel.peers import Peers
 
@@ -160,7 +159,7 @@ def ask_of_ranks(
         asked: ``[E]`` int64, written. All 0 in a step that the rule leaves alone.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments += logit_arguments(kernel, logits, layer.gate)
+    arguments += kernel.logit_arguments(logits, layer.gate)
     kernel.launch("ask_of_ranks", topk_ids, (*arguments, asked.data_ptr()))
 
 
@@ -183,7 +182,7 @@ def reroute_by_asked(
         asked: ``[E]`` int64: the sum over ranks of what :func:`ask_of_ranks` wrote.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments += logit_arguments(kernel, logits, layer.gate)
+    arguments += kernel.logit_arguments(logits, layer.gate)
     kernel.launch("reroute_by_asked", topk_ids, (*arguments, asked.data_ptr()), early=False)
 
 

@@ -21,6 +21,7 @@ from sere_ray.kernel.limits import (
 )
 from sere_ray.kernel.logits import logit_arguments
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
+from sere_ray.rules.gate import Gate
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -105,7 +106,7 @@ class RuleKernel:
                 rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
-        arguments += logit_arguments(self, logits, layer.gate)
+        arguments += self.logit_arguments(logits, layer.gate)
         self.launch("reroute", topk_ids, arguments, blocks=blocks)
 
     def reroute_and_align(
@@ -132,7 +133,7 @@ class RuleKernel:
         """
         aligned, sorted_arguments = empty_alignment(topk_ids, block_size, self.num_experts)
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
-        arguments += logit_arguments(self, logits, layer.gate)
+        arguments += self.logit_arguments(logits, layer.gate)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
         return aligned
 
@@ -218,6 +219,10 @@ class RuleKernel:
             layer.counters.data_ptr(),
             np.int32(layer.counters.stride(0)),
         )
+
+    def logit_arguments(self, logits: Tensor | None, gate: Gate) -> tuple[Any, ...]:
+        """What kernels with the rule ``margin`` take for the logits of :meth:`reroute`."""
+        return logit_arguments(logits, gate, num_experts=self.num_experts, any_gate=self.any_gate)
 
     def launch(
         self,

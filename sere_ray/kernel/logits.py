@@ -1,6 +1,6 @@
 """What kernels with the rule ``margin`` are told of a gate."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -8,31 +8,31 @@ from torch import Tensor
 from sere_ray.kernel.limits import LOGIT_DTYPES, reads_logits
 from sere_ray.rules.gate import SCORINGS, Gate
 
-if TYPE_CHECKING:
-    from sere_ray.kernel.launcher import RuleKernel
 
-
-def logit_arguments(kernel: "RuleKernel", logits: Tensor | None, gate: Gate) -> tuple[Any, ...]:
+def logit_arguments(
+    logits: Tensor | None, gate: Gate, *, num_experts: int, any_gate: bool
+) -> tuple[Any, ...]:
     """``LOGITS_PARAMETERS`` of ``margin.cuh``.
 
     Args:
-        kernel: that takes them.
         logits: ``[T, E]``, bfloat16 or float32, contiguous; None = only for the rule ``sere``.
         gate: of the layer, its bias on the device.
+        num_experts: E.
+        any_gate: whether the kernel was compiled for gates that are not plain.
 
     Raises:
         ValueError: they do not fit.
     """
     if logits is None:
         return 0, np.int32(0), 0, np.int32(0), np.int32(0)
-    if not (gate.is_plain or kernel.any_gate):
+    if not (gate.is_plain or any_gate):
         raise ValueError("a gate that is not plain needs a kernel with any_gate = True")
     # A lane's share of a row is loaded at once.
-    row = kernel.num_experts * logits.dtype.itemsize
+    row = num_experts * logits.dtype.itemsize
     is_aligned = logits.data_ptr() % min(row & -row, 16) == 0
-    if not (reads_logits(logits) and logits.shape[1] == kernel.num_experts and is_aligned):
+    if not (reads_logits(logits) and logits.shape[1] == num_experts and is_aligned):
         raise ValueError(
-            f"logits must be contiguous [T, {kernel.num_experts}] of {LOGIT_DTYPES}, whole rows "
+            f"logits must be contiguous [T, {num_experts}] of {LOGIT_DTYPES}, whole rows "
             f"from where their memory begins, got {logits.dtype} {tuple(logits.shape)}, "
             f"strides {logits.stride()}, offset {logits.storage_offset()}"
         )

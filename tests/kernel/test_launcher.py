@@ -5,7 +5,6 @@ import torch
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin, check_shape
-from sere_ray.kernel.logits import logit_arguments
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
 
@@ -25,16 +24,16 @@ def test_logits_that_no_vector_load_reaches(experts: int, dtype: torch.dtype, ha
     kernel = RuleKernel(experts, 4, torch.int32)
     memory = torch.zeros(3 * experts, dtype=dtype)
     rows = memory[experts:].view(2, experts)  # a row in a larger batch is well
-    assert logit_arguments(kernel, rows, PLAIN)[:2] == (rows.data_ptr(), dtype.itemsize)
+    assert kernel.logit_arguments(rows, PLAIN)[:2] == (rows.data_ptr(), dtype.itemsize)
     with pytest.raises(ValueError) as error:
-        logit_arguments(kernel, memory[1 : 1 + experts].view(1, experts), PLAIN)
+        kernel.logit_arguments(memory[1 : 1 + experts].view(1, experts), PLAIN)
     has_words(str(error.value), "whole rows", "offset 1")
 
 
 def test_a_gate_that_the_kernel_was_not_compiled_for(has_words) -> None:
     logits = torch.zeros((2, 64))
     with pytest.raises(ValueError) as error:
-        logit_arguments(RuleKernel(64, 4, torch.int32), logits, Gate("sigmoid"))
+        RuleKernel(64, 4, torch.int32).logit_arguments(logits, Gate("sigmoid"))
     has_words(str(error.value), "any_gate")
 
 

@@ -51,9 +51,7 @@ class CudaState(EngineState):
         matrices = {layer: self.artifact.layers[layer] for layer in self.layers}
         self.rule = DeviceRule(matrices, self.top_k, self.num_experts, self.device, self.bound)
         self.own = OwnRows(self.rule, self.max_rows)
-        self.union: UnionOfRanks | None = None
-        if self.ranks is not None:
-            self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows)
+        self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows) if self.ranks else None
         self.deferred: Deferred | None = None
         self.exact_requests: set[str] = set()
 

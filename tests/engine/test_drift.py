@@ -58,6 +58,24 @@ def test_runner_holds_a_router_whose_routing_is_a_template_method():
     assert [template.index(step) for step in steps] == sorted(template.index(s) for s in steps)
 
 
+def test_recorded_ids_are_what_a_router_returns_as_narrow_numbers():
+    from vllm.distributed.aux_output_connector import worker
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer
+
+    capturer = routed_experts_capturer.RoutedExpertsCapturer
+    assert parameters(capturer.__init__) == ["self", "max_num_batched_tokens", "vllm_config"]
+    init = source(capturer.__init__)
+    assert 'self.output_dtype_name = "uint8" if num_experts <= 256 else "uint16"' in init
+    assert "self.output_dtype = getattr(torch, self.output_dtype_name)" in init
+    assert "].to(self.output_dtype)" in source(capturer.snapshot_routing_data)
+    assert "module.router.set_capture_fn(capture_fn)" in source(
+        routed_experts_capturer.bind_routed_experts_capturer
+    )
+    connector = source(worker.AuxOutputWorkerConnector.__init__)
+    assert "vllm_config=vllm_config" in connector
+    assert "np.dtype(self._capturer.output_dtype_name)" in connector
+
+
 def test_row_kinds_are_known_around_a_forward_pass():
     runner = gpu_model_runner.GPUModelRunner
     assert "self._model_forward(" in source(runner.execute_model)

@@ -22,8 +22,10 @@ EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``c
                                        that blocks computed under one policy are never found under
                                        another, nor by exact requests: see ``kv_salt.py``. Remove:
                                        prefix caching takes an engine-wide salt.
-EngineCore.add_request, collective_rpc Notice a policy change; requests that still wait get the
-                                       salt of the new one. Remove: as for preprocess_add_request.
+EngineCore.add_request, collective_rpc Notice a policy change: requests that still wait get the salt
+                                       of the new one, ``block_hashes`` and ``_block_hasher`` of
+                                       those that run are cut, and LMCache's trackers store no more
+                                       of them. Remove: as for preprocess_add_request.
 =====================================  ==========================================================
 
 Patches, put in place by the first layer that is built under a ``sere`` key:

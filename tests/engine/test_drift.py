@@ -137,9 +137,42 @@ def test_requests_that_wait_have_no_blocks_and_may_be_hashed_anew():
     init = source(Scheduler.__init__)
     assert "self.waiting = create_request_queue(" in init
     assert "self.kv_holding_waiting = create_request_queue(" in init
+    assert "self.requests: dict[str, Request] = {}" in init
+    for name in ("connector", "aux_output_connector", "hash_block_size"):
+        assert f"self.{name} = " in init or f"self.{name}: " in init
     assert "self.block_hashes.extend(self._block_hasher(self))" in source(
         Request.update_block_hashes
     )
+
+
+def test_a_chain_of_hashes_can_be_cut():
+    """Each hash follows from the last one, found by its number; nothing older is read again."""
+    from vllm.v1.core import kv_cache_utils
+
+    hasher = source(kv_cache_utils.get_request_block_hasher)
+    assert "start_token_idx = len(request.block_hashes) * hash_block_size" in hasher
+    assert "request.block_hashes[-1] if request.block_hashes else None" in hasher
+    assert hasher.count("request.block_hashes") == 3
+    assert "self.request_block_hasher = get_request_block_hasher(" in source(EngineCore.__init__)
+    salted = source(kv_cache_utils.generate_block_hash_extra_keys)
+    assert '[("cache_salt", request.cache_salt)]' in salted
+    assert "(start_token_idx == 0 and request.cache_salt)" in salted
+
+
+def test_which_connectors_find_blocks_by_what():
+    """`KV_CONNECTORS` of `checks.py`: by request, by vLLM's hashes, or by `cache_salt`."""
+    folder = "distributed.kv_transfer.kv_connector.v1"
+    multi = ast.unparse(tree_of(f"{folder}.multi_connector"))
+    assert "def sub_connectors(self)" in multi
+    for by_hashes in (f"{folder}.offloading.scheduler", f"{folder}.mooncake.store.scheduler"):
+        assert ".block_hashes" in ast.unparse(tree_of(by_hashes))
+    assert "gpu_block.block_hash" in ast.unparse(tree_of("v1.simple_kv_offload.manager"))
+    lmcache = ast.unparse(tree_of(f"{folder}.lmcache_mp_connector"))
+    assert "self.cache_salt: str = request.cache_salt or ''" in lmcache
+    assert "self.request_trackers: dict[str, LMCacheMPRequestTracker] = {}" in lmcache
+    assert "min_available_blocks - tracker.num_stored_blocks" in lmcache
+    for unsalted in ("lmcache_integration.vllm_v1_adapter", "hf3fs.hf3fs_connector"):
+        assert "cache_salt" not in ast.unparse(tree_of(f"{folder}.{unsalted}"))
 
 
 def test_the_tier_of_a_request_is_found():

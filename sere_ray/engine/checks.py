@@ -127,9 +127,14 @@ def check_options(vllm_config: Any) -> None:
             "start without speculative decoding",
         ),
         (
-            vllm_config.lora_config is not None,
-            "enable_lora = True: an adapter changes experts that similarity was measured on",
+            is_cpu and vllm_config.lora_config is not None,
+            "enable_lora = True on a CPU: vLLM computes experts there with kernels for GPUs",
             "start without LoRA",
+        ),
+        (
+            vllm_config.lora_config is not None and not vllm_config.lora_config.target_modules,
+            "enable_lora = True without lora_target_modules: vLLM would wrap experts, too",
+            "name modules of attention: --lora-target-modules q_proj k_proj v_proj o_proj",
         ),
         (
             not is_cpu and model.enable_sleep_mode,

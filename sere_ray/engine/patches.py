@@ -44,6 +44,9 @@ loading                                checkpoint's values; then, with ``dispatc
                                        ``cpu/dispatch.py``. Remove: a hook after weight loading.
 Worker.reload_weights                  Refused: gates would change after they were checked. Remove:
                                        never, unless they are checked again there.
+LoRAModelRunnerMixin.load_lora_model,  Refuse adapters, and targets of adapters, inside blocks with
+WorkerLoRAManager._load_adapter        experts: see ``adapters.py``. Why: vLLM drops modules of an
+                                       adapter that it has not wrapped, silently. Remove: never.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name, those of
                                        ``worker_calls.py``. Remove: ``worker_extension_cls`` takes
                                        several classes.
@@ -57,7 +60,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sere_ray.engine import kv_salt, recording, worker_calls
+from sere_ray.engine import adapters, kv_salt, recording, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing
 from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
@@ -94,11 +97,15 @@ def install_observers() -> None:
 
 
 def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
+    from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
+    _wrap(LoRAModelRunnerMixin, "load_lora_model", adapters.load_lora_model)
+    _wrap(WorkerLoRAManager, "_load_adapter", adapters.load_adapter)
     _wrap(RoutedExpertsCapturer, "__init__", recording.tell_dropped_apart)
     _wrap(Worker, "reload_weights", _refuse_other_weights)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)

@@ -120,6 +120,23 @@ def test_what_is_checked_of_a_layer():
     assert parameters(gpu_worker.Worker.reload_weights) == ["self", "args", "kwargs"]
 
 
+def test_adapters_are_loaded_by_one_method():
+    from vllm.lora import model_manager, worker_manager
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    load = LoRAModelRunnerMixin.load_lora_model
+    assert parameters(load) == ["self", "model", "vllm_config", "device"]
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in source(load)
+    manager = worker_manager.WorkerLoRAManager
+    assert parameters(manager._load_adapter) == ["self", "lora_request"]
+    assert "_load_adapter" not in vars(worker_manager.LRUCacheWorkerLoRAManager)
+    for owner in (manager, worker_manager.LRUCacheWorkerLoRAManager):
+        assert "self._load_adapter(" in source(owner.add_adapter)
+        assert "self._adapter_manager = lora_manager" in source(owner.create_lora_manager)
+    register = source(model_manager.LoRAModelManager.register_module)
+    assert "self.modules[module_name] = module" in register
+
+
 def test_kernels_are_rebound_by_module_global_name():
     from vllm.triton_utils import dispatcher
 

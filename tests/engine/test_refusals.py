@@ -207,7 +207,7 @@ def test_dense_model(moe, tmp_path, has_words):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             ["speculative_config", "without speculative decoding"],
         ),
-        ({"enable_lora": True}, ["enable_lora = True", "without LoRA"]),
+        ({"enable_lora": True}, ["enable_lora = True on a CPU", "without LoRA"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
         (
             {"data_parallel_size": 2},

@@ -20,6 +20,19 @@ OTHER_ROWS = {
     "Ernie4_5_VLMoeForConditionalGeneration": "a layer's text and image rows have experts apart",
 }
 """Models whose layers get rows that the step's row kinds do not belong to."""
+KV_CONNECTORS = (
+    "LMCacheMPConnector",
+    "MooncakeConnector",
+    "MooncakeStoreConnector",
+    "MoRIIOConnector",
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
+)
+"""Caches beside the GPU that find blocks by vLLM's hashes or ``cache_salt``, and those that hand on
+one request's blocks. Others find them by token ids alone, whatever policy computed them."""
 VLLM_SUPPORTED = ("0.32", "0.33")
 """Supported vLLM: from the first, below the second."""
 
@@ -114,9 +127,14 @@ def check_options(vllm_config: Any) -> None:
             "start without speculative decoding",
         ),
         (
-            vllm_config.lora_config is not None,
-            "enable_lora = True: an adapter changes experts that similarity was measured on",
+            is_cpu and vllm_config.lora_config is not None,
+            "enable_lora = True on a CPU: vLLM computes experts there with kernels for GPUs",
             "start without LoRA",
+        ),
+        (
+            vllm_config.lora_config is not None and not vllm_config.lora_config.target_modules,
+            "enable_lora = True without lora_target_modules: vLLM would wrap experts, too",
+            "name modules of attention: --lora-target-modules q_proj k_proj v_proj o_proj",
         ),
         (
             not is_cpu and model.enable_sleep_mode,
@@ -173,6 +191,12 @@ def check_options(vllm_config: Any) -> None:
             "start without it, and calibrate the weights that are served",
         ),
         (
+            bool(unsalted := _unsalted_connectors(vllm_config.kv_transfer_config)),
+            f"kv_connector = {', '.join(unsalted)}: not known to look at cache_salt, so blocks of "
+            "one policy would be found under another",
+            f"use one of {', '.join(KV_CONNECTORS)}",
+        ),
+        (
             model.architecture in OTHER_ROWS,
             f"{model.architecture}: {OTHER_ROWS.get(model.architecture)}",
             "serve another model",
@@ -181,6 +205,17 @@ def check_options(vllm_config: Any) -> None:
     for is_refused, what, remedy in refused:
         if is_refused:
             raise UnsupportedError(f"sere: {what}; {remedy}")
+
+
+def _unsalted_connectors(config: Any) -> list[str]:
+    """Those that are not among ``KV_CONNECTORS``, of a ``MultiConnector`` its parts."""
+    if config is None or config.kv_connector is None:
+        return []
+    names = [config.kv_connector]
+    if names == ["MultiConnector"]:
+        parts = config.kv_connector_extra_config.get("connectors", [])
+        names = [str(part.get("kv_connector")) for part in parts]
+    return [name for name in names if name not in KV_CONNECTORS]
 
 
 def check_all_to_all(vllm_config: Any) -> None:

@@ -1,29 +1,46 @@
 """KV blocks of one policy are never found under another, by whatever is added to ``cache_salt``.
 
-Functions here wrap methods of vLLM's engine core; see the ledger in ``patches.py``. Salts are
-random words, one for each policy of each engine: a number would come again after a restart, and
-caches beside the GPU (``kv_transfer_config``) outlive the engine that filled them.
+Functions here wrap methods of vLLM's engine core; see the ledger in ``patches.py``.
+
+While all ranks run the same policy, its word (``kv_identity.py``) is added: engines beside this one
+have the same, and a cache beside the GPU (``kv_transfer_config``) is shared with them. Exact
+requests, and all of them under the modes ``off`` and ``observe``, have the salt of stock.
+
+When the policy changes, a request that runs has rows of both. The blocks of its prompt and of what
+it has computed keep their hashes, those that follow are hashed under a random word of its own:
+nobody finds them. So are blocks of requests that come before every rank was told.
 """
 
+import os
 import secrets
 from collections.abc import Callable
+from functools import partial
+from threading import Lock
 from typing import Any
 
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.checks import sere_config
-from sere_ray.engine.worker_calls import CHANGES
+from sere_ray.engine.kv_identity import kv_word, matrices_digest, weights_digest
+from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
+from sere_ray.policy.policy import parse_key
 from sere_ray.policy.tiers import asks_exact
 
 _MARK = "|sere-"
-_EXACT = "exact"
-"""The same blocks under every policy and in every engine."""
+_NEVER = 1 << 62
+"""More blocks than a request has."""
+_making = Lock()
 
 
 def salt_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
     """``EngineCore.preprocess_add_request``: in a thread of its own, beside the steps."""
-    if sere_config(core.vllm_config) is not None:
-        made_by = _EXACT if asks_exact(request.sampling_params) else _policy_salt(core)
-        request.cache_salt = f"{request.cache_salt or ''}{_MARK}{made_by}"
-    return original(core, request)
+    if sere_config(core.vllm_config) is None:
+        return original(core, request)
+    given, word = request.cache_salt, _salts(core).word_for(request.sampling_params)
+    request.cache_salt = _salted(given, word)
+    result = original(core, request)
+    made = result[0]
+    made.sere_given_salt, made.sere_word, made.sere_is_cut = given, word, False
+    return result
 
 
 def salt_again(original: Callable[..., Any], core: Any, request: Any, *args: Any) -> Any:
@@ -38,25 +55,139 @@ def notice_policy_change(
 ) -> Any:
     """``EngineCore.collective_rpc``: between steps, too."""
     result = original(core, method, *args, **kwargs)
-    if method in CHANGES:
-        core.sere_policy_salt = secrets.token_hex(8)
-        for request in core.scheduler.waiting:  # none has blocks: vLLM queues those elsewhere
-            _follow_policy(core, request)
+    if method not in CHANGES:
+        return result
+    salts = _salts(core)
+    before = salts.word, salts.settled
+    if method == SET_POLICY:
+        salts.tell(*_arguments(*args, **kwargs))
+    else:
+        salts.settled = True
+    if before != (salts.word, salts.settled):
+        _follow_all(core, ran_another=method == SET_POLICY)
     return result
 
 
-def _policy_salt(core: Any) -> str:
-    if not hasattr(core, "sere_policy_salt"):
-        core.sere_policy_salt = secrets.token_hex(8)
-    salt: str = core.sere_policy_salt
-    return salt
+class KvSalts:
+    """The words of an engine core.
+
+    Args:
+        vllm_config: vLLM's complete configuration, with the ``sere`` key.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        model = vllm_config.model_config
+        self._top_k = model.get_num_experts_per_tok()
+        self._several_ranks = vllm_config.parallel_config.data_parallel_size > 1
+        policy, _ = parse_key(sere_config(vllm_config))
+        self._matrices = matrices_digest(SimilarityArtifact.load(policy.similarity_path))
+        digest = weights_digest(model, str(vllm_config.load_config.load_format))
+        self._weights = digest or secrets.token_hex(16)  # then no other engine has the same
+        self.word = kv_word(policy, self._matrices, self._weights, self._top_k)
+        self.settled = True
+        """Whether every rank was told the policy: ranks start with the same."""
+
+    def tell(self, policy: dict[str, Any], artifact: bytes | None = None) -> None:
+        """Take over the policy that this rank was told, as :meth:`EngineState.set_policy`."""
+        told, _ = parse_key(policy)
+        if artifact is not None:
+            new = SimilarityArtifact.from_bytes(artifact, name=told.similarity)
+            self._matrices = matrices_digest(new)
+        self.word = kv_word(told, self._matrices, self._weights, self._top_k)
+        self.settled = not self._several_ranks
+
+    def word_for(self, sampling_params: Any) -> str | None:
+        """Of a request that comes now; None = its blocks are those of stock."""
+        if asks_exact(sampling_params):
+            return None
+        return self.word if self.settled else secrets.token_hex(16)
+
+
+def _salts(core: Any) -> KvSalts:
+    with _making:  # the first request is salted in a thread of its own
+        if not hasattr(core, "sere_salts"):
+            core.sere_salts = KvSalts(core.vllm_config)
+        salts: KvSalts = core.sere_salts
+        return salts
+
+
+def _salted(given: str | None, word: str | None) -> str | None:
+    return given if word is None else f"{given or ''}{_MARK}{word}"
+
+
+def _arguments(timeout: float | None = None, args: Any = (), kwargs: Any = None) -> Any:
+    """Those of the call, as ``collective_rpc`` takes them."""
+    return args
+
+
+def _follow_all(core: Any, *, ran_another: bool) -> None:
+    """Salt requests that have no rows yet as new ones; of others cut what follows."""
+    scheduler = core.scheduler
+    # A request that waits may already be looked up, or recorded, by the hashes that it has.
+    is_known = scheduler.connector is not None or scheduler.aux_output_connector is not None
+    waiting = set() if is_known else {request.request_id for request in scheduler.waiting}
+    for name, request in scheduler.requests.items():
+        if name in waiting:  # vLLM queues those elsewhere that hold blocks
+            _follow_policy(core, request)
+        elif ran_another and not asks_exact(request.sampling_params):
+            _cut(request, scheduler)
 
 
 def _follow_policy(core: Any, request: Any) -> None:
-    """Hash a request's blocks anew if it carries an earlier policy's salt."""
-    given, _, made_by = request.cache_salt.rpartition(_MARK)
-    salt = _policy_salt(core)
-    if made_by not in (_EXACT, salt):
-        request.cache_salt = f"{given}{_MARK}{salt}"
-        request.block_hashes = []
+    """Hash a request's blocks anew if it carries another word."""
+    word = _salts(core).word_for(request.sampling_params)
+    if word != request.sere_word:
+        request.cache_salt = _salted(request.sere_given_salt, word)
+        request.sere_word, request.sere_is_cut = word, False
+        request._block_hasher = core.request_block_hasher
+        request.block_hashes.clear()  # the same list: connectors keep it
         request.update_block_hashes()
+
+
+def _cut(request: Any, scheduler: Any) -> None:
+    """Hash what follows a request's computed rows and its prompt under a word of its own.
+
+    Prompt rows are exact under every policy: blocks of prompts that are still to be computed are
+    what they would have been.
+    """
+    if request.sere_is_cut or request._block_hasher is None:
+        return
+    request.sere_is_cut, request.sere_word = True, secrets.token_hex(16)
+    request.cache_salt = _salted(request.sere_given_salt, request.sere_word)
+    # All but the newest known token are computed, or will be as a prompt's after preemption.
+    tokens = max(request.num_prompt_tokens, request.num_tokens - 1)
+    keep = tokens // scheduler.hash_block_size
+    hasher, parent = request._block_hasher, os.urandom(32)
+    request._block_hasher = partial(_hash_after_cut, hasher, keep, parent)
+    del request.block_hashes[keep:]
+    request.update_block_hashes()
+    for connector in _flatten(scheduler.connector):
+        _stop_storing(connector, request)
+
+
+def _hash_after_cut(hasher: Any, keep: int, parent: bytes, request: Any) -> Any:
+    """vLLM's hasher, to which the last block before the cut seems to have another hash."""
+    kept = request.block_hashes
+    if not kept or len(kept) > keep:
+        return hasher(request)
+    request.block_hashes = [*kept[:-1], parent]
+    try:
+        return hasher(request)
+    finally:
+        request.block_hashes = kept
+
+
+def _flatten(connector: Any) -> list[Any]:
+    """A connector, or those of a ``MultiConnector``; None = there is none."""
+    if connector is None:
+        return []
+    parts = getattr(connector, "sub_connectors", None)
+    return [connector] if parts is None else [c for part in parts for c in _flatten(part)]
+
+
+def _stop_storing(connector: Any, request: Any) -> None:
+    """LMCache keeps the salt a request came with and hashes by itself: it stores no more of it."""
+    if type(connector).__name__ == "LMCacheMPConnector":
+        tracker = connector.request_trackers.get(request.request_id)
+        if tracker is not None:
+            tracker.num_stored_blocks = _NEVER

@@ -22,8 +22,10 @@ EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``c
                                        that blocks computed under one policy are never found under
                                        another, nor by exact requests: see ``kv_salt.py``. Remove:
                                        prefix caching takes an engine-wide salt.
-EngineCore.add_request, collective_rpc Notice a policy change; requests that still wait get the
-                                       salt of the new one. Remove: as for preprocess_add_request.
+EngineCore.add_request, collective_rpc Notice a policy change: requests that still wait get the salt
+                                       of the new one, ``block_hashes`` and ``_block_hasher`` of
+                                       those that run are cut, and LMCache's trackers store no more
+                                       of them. Remove: as for preprocess_add_request.
 =====================================  ==========================================================
 
 Patches, put in place by the first layer that is built under a ``sere`` key:
@@ -32,13 +34,19 @@ Patches, put in place by the first layer that is built under a ``sere`` key:
 BaseRouter subclass of each instance   ``_compute_routing`` ends in re-routing, on logical ids,
                                        before the load balancer's map: on a CPU through the op
                                        ``sere_ray::choose``, on a GPU by a launch in place.
-                                       Remove: as for MoERunner.
+                                       Its ``set_capture_fn`` records distinct ids, see
+                                       ``recording.py``. Remove: as for MoERunner.
+RoutedExpertsCapturer.__init__         16 bits for 256 experts, so that -1 is no expert. Remove:
+                                       vLLM records ids of -1.
 base_loader.process_weights_after_     Check the router fingerprint while gates still hold the
 loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
                                        take vLLM's all-gather out of each layer's kernel, see
                                        ``cpu/dispatch.py``. Remove: a hook after weight loading.
 Worker.reload_weights                  Refused: gates would change after they were checked. Remove:
                                        never, unless they are checked again there.
+LoRAModelRunnerMixin.load_lora_model,  Refuse adapters, and targets of adapters, inside blocks with
+WorkerLoRAManager._load_adapter        experts: see ``adapters.py``. Why: vLLM drops modules of an
+                                       adapter that it has not wrapped, silently. Remove: never.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name, those of
                                        ``worker_calls.py``. Remove: ``worker_extension_cls`` takes
                                        several classes.
@@ -50,7 +58,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sere_ray.engine import kv_salt, worker_calls
+from torch import Tensor
+
+from sere_ray.engine import adapters, kv_salt, recording, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing
 from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
@@ -87,10 +97,16 @@ def install_observers() -> None:
 
 
 def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
+    _wrap(LoRAModelRunnerMixin, "load_lora_model", adapters.load_lora_model)
+    _wrap(WorkerLoRAManager, "_load_adapter", adapters.load_adapter)
+    _wrap(RoutedExpertsCapturer, "__init__", recording.tell_dropped_apart)
     _wrap(Worker, "reload_weights", _refuse_other_weights)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
     for name, method in WORKER_METHODS.items():
@@ -188,7 +204,11 @@ def _rerouting_class(gate: type[Any], route: Callable[..., Routing]) -> type:
     def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> Routing:
         return route(self, functools.partial(gate._compute_routing, self), *args, **kwargs)
 
-    return type(f"Rerouting{gate.__name__}", (gate,), {"_compute_routing": _compute_routing})
+    def set_capture_fn(self: Any, capture: Callable[[Tensor], None] | None) -> None:
+        gate.set_capture_fn(self, recording.recording_distinct(capture))
+
+    methods = {"_compute_routing": _compute_routing, "set_capture_fn": set_capture_fn}
+    return type(f"Rerouting{gate.__name__}", (gate,), methods)
 
 
 # --- worker: after loading ----------------------------------------------------------------------

@@ -58,6 +58,24 @@ def test_runner_holds_a_router_whose_routing_is_a_template_method():
     assert [template.index(step) for step in steps] == sorted(template.index(s) for s in steps)
 
 
+def test_recorded_ids_are_what_a_router_returns_as_narrow_numbers():
+    from vllm.distributed.aux_output_connector import worker
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer
+
+    capturer = routed_experts_capturer.RoutedExpertsCapturer
+    assert parameters(capturer.__init__) == ["self", "max_num_batched_tokens", "vllm_config"]
+    init = source(capturer.__init__)
+    assert 'self.output_dtype_name = "uint8" if num_experts <= 256 else "uint16"' in init
+    assert "self.output_dtype = getattr(torch, self.output_dtype_name)" in init
+    assert "].to(self.output_dtype)" in source(capturer.snapshot_routing_data)
+    assert "module.router.set_capture_fn(capture_fn)" in source(
+        routed_experts_capturer.bind_routed_experts_capturer
+    )
+    connector = source(worker.AuxOutputWorkerConnector.__init__)
+    assert "vllm_config=vllm_config" in connector
+    assert "np.dtype(self._capturer.output_dtype_name)" in connector
+
+
 def test_row_kinds_are_known_around_a_forward_pass():
     runner = gpu_model_runner.GPUModelRunner
     assert "self._model_forward(" in source(runner.execute_model)
@@ -102,6 +120,23 @@ def test_what_is_checked_of_a_layer():
     assert parameters(gpu_worker.Worker.reload_weights) == ["self", "args", "kwargs"]
 
 
+def test_adapters_are_loaded_by_one_method():
+    from vllm.lora import model_manager, worker_manager
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    load = LoRAModelRunnerMixin.load_lora_model
+    assert parameters(load) == ["self", "model", "vllm_config", "device"]
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in source(load)
+    manager = worker_manager.WorkerLoRAManager
+    assert parameters(manager._load_adapter) == ["self", "lora_request"]
+    assert "_load_adapter" not in vars(worker_manager.LRUCacheWorkerLoRAManager)
+    for owner in (manager, worker_manager.LRUCacheWorkerLoRAManager):
+        assert "self._load_adapter(" in source(owner.add_adapter)
+        assert "self._adapter_manager = lora_manager" in source(owner.create_lora_manager)
+    register = source(model_manager.LoRAModelManager.register_module)
+    assert "self.modules[module_name] = module" in register
+
+
 def test_kernels_are_rebound_by_module_global_name():
     from vllm.triton_utils import dispatcher
 
@@ -119,9 +154,42 @@ def test_requests_that_wait_have_no_blocks_and_may_be_hashed_anew():
     init = source(Scheduler.__init__)
     assert "self.waiting = create_request_queue(" in init
     assert "self.kv_holding_waiting = create_request_queue(" in init
+    assert "self.requests: dict[str, Request] = {}" in init
+    for name in ("connector", "aux_output_connector", "hash_block_size"):
+        assert f"self.{name} = " in init or f"self.{name}: " in init
     assert "self.block_hashes.extend(self._block_hasher(self))" in source(
         Request.update_block_hashes
     )
+
+
+def test_a_chain_of_hashes_can_be_cut():
+    """Each hash follows from the last one, found by its number; nothing older is read again."""
+    from vllm.v1.core import kv_cache_utils
+
+    hasher = source(kv_cache_utils.get_request_block_hasher)
+    assert "start_token_idx = len(request.block_hashes) * hash_block_size" in hasher
+    assert "request.block_hashes[-1] if request.block_hashes else None" in hasher
+    assert hasher.count("request.block_hashes") == 3
+    assert "self.request_block_hasher = get_request_block_hasher(" in source(EngineCore.__init__)
+    salted = source(kv_cache_utils.generate_block_hash_extra_keys)
+    assert '[("cache_salt", request.cache_salt)]' in salted
+    assert "(start_token_idx == 0 and request.cache_salt)" in salted
+
+
+def test_which_connectors_find_blocks_by_what():
+    """`KV_CONNECTORS` of `checks.py`: by request, by vLLM's hashes, or by `cache_salt`."""
+    folder = "distributed.kv_transfer.kv_connector.v1"
+    multi = ast.unparse(tree_of(f"{folder}.multi_connector"))
+    assert "def sub_connectors(self)" in multi
+    for by_hashes in (f"{folder}.offloading.scheduler", f"{folder}.mooncake.store.scheduler"):
+        assert ".block_hashes" in ast.unparse(tree_of(by_hashes))
+    assert "gpu_block.block_hash" in ast.unparse(tree_of("v1.simple_kv_offload.manager"))
+    lmcache = ast.unparse(tree_of(f"{folder}.lmcache_mp_connector"))
+    assert "self.cache_salt: str = request.cache_salt or ''" in lmcache
+    assert "self.request_trackers: dict[str, LMCacheMPRequestTracker] = {}" in lmcache
+    assert "min_available_blocks - tracker.num_stored_blocks" in lmcache
+    for unsalted in ("lmcache_integration.vllm_v1_adapter", "hf3fs.hf3fs_connector"):
+        assert "cache_salt" not in ast.unparse(tree_of(f"{folder}.{unsalted}"))
 
 
 def test_the_tier_of_a_request_is_found():

@@ -207,7 +207,7 @@ def test_dense_model(moe, tmp_path, has_words):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             ["speculative_config", "without speculative decoding"],
         ),
-        ({"enable_lora": True}, ["enable_lora = True", "without LoRA"]),
+        ({"enable_lora": True}, ["enable_lora = True on a CPU", "without LoRA"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
         (
             {"data_parallel_size": 2},
@@ -227,6 +227,32 @@ def test_options_this_version_does_not_support(moe, has_words, options, words):
     with pytest.raises(UnsupportedError) as error:
         configure(moe, sere_key(moe), **options)
     has_words(str(error.value), *words)
+
+
+@pytest.mark.parametrize(
+    ("connector", "parts", "refused"),
+    [
+        ("LMCacheConnectorV1", [], "LMCacheConnectorV1"),
+        ("MultiConnector", ["OffloadingConnector", "HF3FSKVConnector"], "HF3FSKVConnector"),
+        ("MultiConnector", ["OffloadingConnector", "NixlConnector"], None),
+        ("MooncakeStoreConnector", [], None),
+    ],
+)
+def test_connectors_that_do_not_look_at_the_salt(moe, has_words, connector, parts, refused):
+    from vllm.config import KVTransferConfig
+
+    connectors = [{"kv_connector": part, "kv_role": "kv_both"} for part in parts]
+    extra = {"connectors": connectors} if parts else {}
+    config = KVTransferConfig(
+        kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra
+    )
+    if refused is None:
+        configure(moe, sere_key(moe), kv_transfer_config=config)
+        return
+    with pytest.raises(UnsupportedError) as error:
+        configure(moe, sere_key(moe), kv_transfer_config=config)
+    message = str(error.value)
+    has_words(message, f"kv_connector = {refused}:", "cache_salt", "LMCacheMPConnector")
 
 
 @pytest.mark.parametrize(

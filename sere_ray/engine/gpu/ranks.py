@@ -15,6 +15,8 @@ from sere_ray.kernel.peers import connect
 def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) -> RankGroup:
     """How this rank reaches the others.
 
+    Where vLLM records experts, each rank has to know its own final ids before rows are sent.
+
     Args:
         vllm_config: vLLM's configuration, with data parallelism; its groups are there.
         num_experts: E.
@@ -42,4 +44,5 @@ def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) ->
             device,
             group_timeout(vllm_config),
         ),
+        before_dispatch=vllm_config.aux_output_config.enable_return_routed_experts,
     )

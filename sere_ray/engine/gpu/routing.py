@@ -73,16 +73,11 @@ def route_among_ranks(
         kwargs: as vLLM passes them on.
 
     Raises:
-        UnsupportedError: vLLM was told to record ids, or sends rows before they are routed.
+        UnsupportedError: vLLM sends rows before they are routed.
     """
     state: CudaState = router.sere_state
     state.check_nothing_deferred()
     topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
-    if router.capture_fn is not None:
-        raise UnsupportedError(
-            "sere: enable_return_routed_experts = True with data parallelism on a GPU: ids are "
-            "re-routed after they were recorded; start without it"
-        )
     layer, runner = router.sere_layer, router.sere_runner()
     gathers, sorts = _what_follows(runner)
     kernel, placement = runner.routed_experts.quant_method.moe_kernel, None

@@ -12,9 +12,9 @@ In every layer, one of three ways, which the captured graphs hold from the start
 - ``gathered``: vLLM gathers the ids of all ranks before its experts run (its default back end).
   Every rank re-routes all of them and so derives the same ids; for its Triton experts the same
   launch sorts the slots of the rank's own experts. Nothing is sent.
-- ``before``: any other back end. A byte an expert, exchanged inside the launch where ranks reach
-  each other's memory (``exchange.cuh``), else by an all-reduce MIN between two launches.
-  And the rule ``margin`` with any back end, a SUM of an integer an expert: scores are not gathered.
+- ``before``: any other back end, and engines that record ids as they leave the router. A byte an
+  expert, exchanged inside the launch where ranks reach each other's memory (``exchange.cuh``), else
+  by an all-reduce MIN. ``margin`` with any back end: a SUM of integers, as no scores are gathered.
 - ``local``: ``union: local``, for comparison: each rank its own rows.
 
 Where vLLM is changed for it: ``union_patches.py``.
@@ -59,7 +59,7 @@ class RankGroup:
         add_up: the sum over ranks of an int64 tensor, in place, on the current stream.
         connect: gives what a kernel needs to exchange by itself, None where it cannot; a collective
             call, made in the first layer that needs it.
-        before_dispatch: take the way ``before`` also where vLLM gathers; for measurements.
+        before_dispatch: take the way ``before`` also where vLLM gathers.
     """
 
     rank: int

@@ -145,11 +145,11 @@ class Follower:
             self.failure = f"version {self._staged} is too old to follow the policy actor: restart"
             return False
         try:
-            for update in order.updates:
-                await self._stage(engine, update)
-            if order.settle:
+            if order.settle:  # of the version staged so far: before another one is told
                 await _calls(engine).settle()
                 self._settled = order.settle
+            for update in order.updates:
+                await self._stage(engine, update)
             if order.report:
                 (counters, *_) = await _calls(engine).counters(reset=False)
                 self._counters = {**counters, "token_times": self._token_times.read()}

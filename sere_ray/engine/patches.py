@@ -17,7 +17,8 @@ MoERunner.__init__                     Attach the rule to each layer's router, a
                                        reference, so it must be changed as it is built. Remove:
                                        vLLM offers a hook after ``_compute_routing``.
 BaseModelLoader.create_model           Refuse a model that has built no layer the rule reaches,
-                                       before its weights load. Remove: as for MoERunner.
+                                       before its weights load. Leave the layers of a draft model
+                                       alone. Remove: as for MoERunner.
 EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``cache_salt``, so
                                        that blocks computed under one policy are never found under
                                        another, nor by exact requests: see ``kv_salt.py``. Remove:
@@ -61,6 +62,7 @@ from sere_ray.engine.layer_checks import (
     check_routes_outside_kernel,
     check_something_attached,
 )
+from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
 from sere_ray.engine.state import EngineState, add_state, find_state, states_of_layers
 from sere_ray.policy.policy import read_key_file
 from sere_ray.util.errors import UnsupportedError
@@ -80,7 +82,7 @@ def install_observers() -> None:
 
     _wrap(VllmConfig, "__post_init__", _validate_config)
     _wrap(MoERunner, "__init__", _attach_runner)
-    _wrap(BaseModelLoader, "create_model", _check_attached)
+    _wrap(BaseModelLoader, "create_model", _create_model)
     _wrap(EngineCore, "preprocess_add_request", kv_salt.salt_request)
     _wrap(EngineCore, "add_request", kv_salt.salt_again)
     _wrap(EngineCore, "collective_rpc", kv_salt.notice_policy_change)
@@ -118,7 +120,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 def _validate_config(original: Callable[..., Any], config: Any) -> None:
     original(config)
     model, key = config.model_config, sere_config(config)
-    if model is None or model.is_submodel_config or key is None:
+    if model is None or model.is_submodel_config or key is None or is_draft(config, model):
         return
     # Every process is told the content: a file could change, or lie elsewhere for a worker.
     config.additional_config = {**config.additional_config, KEY: read_key_file(key)}
@@ -147,7 +149,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
 
     original(runner, *args, **kwargs)
     vllm_config = get_current_vllm_config()
-    if sere_config(vllm_config) is None:
+    if sere_config(vllm_config) is None or builds_draft():
         return
     back_end, state = _back_end_of(vllm_config), _get_state(vllm_config)
     _install_patches(back_end, vllm_config)
@@ -167,12 +169,17 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     state.attached[layer] = runner
 
 
-def _check_attached(
+def _create_model(
     original: Callable[..., Any], loader: Any, vllm_config: Any, model_config: Any, **kwargs: Any
 ) -> Any:
-    model = original(loader, vllm_config=vllm_config, model_config=model_config, **kwargs)
-    is_draft = model_config is not vllm_config.model_config
-    if sere_config(vllm_config) is not None and not is_draft:
+    create = functools.partial(
+        original, loader, vllm_config=vllm_config, model_config=model_config, **kwargs
+    )
+    if is_draft(vllm_config, model_config):
+        with building_draft():
+            return create()
+    model = create()
+    if sere_config(vllm_config) is not None:
         state = find_state(vllm_config)
         check_something_attached(
             state.attached if state else (),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine import gate
 from sere_ray.engine.agreement import Told, Versions
+from sere_ray.engine.step_totals import StepTotals
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
 from sere_ray.policy.policy import Policy, Startup, parse_key
@@ -33,21 +34,6 @@ KIND_NAMES = ("decode_only", "mixed")
 """Of the two kinds of step in reports, in the order of the counter rows."""
 BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
 """Per layer: what dispatch sends to other ranks, with the gate's ids and with the rule's."""
-
-
-@dataclass
-class StepTotals:
-    """What the host knows of the counted steps of one kind."""
-
-    steps: int = 0
-    steps_counted: int = 0
-    """Of these, steps under the modes ``on`` and ``observe``: only they count experts and slots."""
-    rows: int = 0
-    """Rows of this rank, of prompts and of exact requests, too."""
-    decode_rows: int = 0
-    """Rows that may be re-routed."""
-    forward_seconds: float | None = None
-    """Wall time of the forward passes; None where they run asynchronously (GPU)."""
 
 
 @dataclass
@@ -207,7 +193,13 @@ class EngineState(ABC):
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
 
     def count_step(
-        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
+        self,
+        kind: int,
+        decode_rows: int,
+        rows: int,
+        seconds: float | None = None,
+        *,
+        draft_rows: int = 0,
     ) -> None:
         """Add a step to the totals.
 
@@ -216,12 +208,14 @@ class EngineState(ABC):
             decode_rows: rows of this rank that may be re-routed.
             rows: all of its rows.
             seconds: of the forward pass; None = not measured.
+            draft_rows: of the re-routable ones, rows that verify a draft.
         """
         totals = self.totals[kind]
         totals.steps += 1
         totals.steps_counted += self.bound.mode != "off"
         totals.rows += rows
         totals.decode_rows += decode_rows
+        totals.draft_rows += draft_rows
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
 

@@ -6,12 +6,13 @@ what the patched functions compute. The engine tests show that.
 
 import ast
 import inspect
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.version import Version
 from vllm import __version__
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.model_executor.layers.fused_moe.router import base_router
@@ -22,8 +23,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from sere_ray.engine.patches import _MARK
@@ -68,6 +73,30 @@ def test_row_kinds_are_known_around_a_forward_pass():
     for name in fields:
         assert f"self.{name}" in batch
     assert "self.query_start_loc.np[" in source(runner._prepare_inputs)
+
+
+def test_drafts_of_a_request_are_its_last_rows_and_not_known_tokens():
+    """In V1; in V2 a request prefills by the tokens that it was scheduled with."""
+    update = source(InputBatch.update_req_spec_token_ids)
+    assert "num_tokens_no_spec[" in update
+    assert not re.search(r"num_tokens_no_spec\[\w+\] (\+|-)?= ", update)
+
+
+def test_a_draft_model_is_told_by_its_configuration():
+    fields = SpeculativeConfig.__dataclass_fields__
+    assert {"draft_model_config", "target_model_config", "method"} <= set(fields)
+    assert "enable_adaptive_verification" in fields
+    made = source(SpeculativeConfig.__post_init__)
+    assert "self.draft_model_config = self.target_model_config" in made  # n-grams
+    assert "self.draft_model_config = ModelConfig(" in made
+    assert "model_config=self.speculative_config.draft_model_config" in source(
+        SpecDecodeBaseProposer._get_model
+    )
+    assert "model_config=spec.draft_model_config" in source(
+        DraftModelProposer._create_draft_vllm_config
+    )
+    assert "model_config=draft_model_config" in source(load_eagle_model)
+    assert "model_config=self.draft_model_config" in source(StandaloneARSpeculator.load_draft_model)
 
 
 def test_weights_are_processed_by_module_global_name_after_loading():

@@ -202,10 +202,10 @@ class Recorder:
         return recorded
 
     def begin(self, original):
-        def recorded(state, kinds):
+        def recorded(state, kinds, *drafts):
             self.finish()
             self.running = kinds.copy(), state.bound, state.step_kind(kinds)
-            original(state, kinds)
+            original(state, kinds, *drafts)
 
         return recorded
 

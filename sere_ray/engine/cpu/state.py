@@ -89,11 +89,15 @@ class CpuState(EngineState):
     # --- a step -----------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:
+    def step(
+        self, kinds: NDArray[np.int8], drafts: NDArray[np.int8] | None = None
+    ) -> Iterator[None]:
         """Run one forward pass with these row kinds.
 
         Args:
             kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
+            drafts: ``[rows]`` int8 of :func:`sere_ray.engine.row_kinds.draft_positions`; None =
+                there are none.
         """
         self.begin(kinds)
         start = time.perf_counter()
@@ -105,7 +109,10 @@ class CpuState(EngineState):
             self.row_kind[: len(kinds)] = 0
         if self.decodes:
             seconds = time.perf_counter() - start
-            self.count_step(self.current_kind, self.decode_rows, len(kinds), seconds)
+            num_drafts = 0 if drafts is None else int(np.count_nonzero(drafts))
+            self.count_step(
+                self.current_kind, self.decode_rows, len(kinds), seconds, draft_rows=num_drafts
+            )
 
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """Take over the row kinds of a pass, ``[rows]`` int8.

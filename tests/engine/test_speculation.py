@@ -1,6 +1,7 @@
 """Speculative decoding: verify rows are re-routed, everything else is what it was."""
 
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.row_kinds import draft_positions
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE
-from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.drafts import add_mtp_layer, build_eagle_head
+from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
 from tests.models import TOP_K
 
 pytestmark = pytest.mark.engine
@@ -199,3 +201,52 @@ def test_blocks_of_rerouted_rows_are_not_found_by_exact_requests(checkpoint):
         assert all(tokens >= 96 for tokens in cached(engine, second))
         assert cached(engine, second, extra_args=ASK) == [0] * 6
         assert all(tokens >= 96 for tokens in cached(engine, second, extra_args=ASK))
+
+
+# --- draft models ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["mtp", "eagle", "draft_model"])
+def drafting(request, checkpoint, tmp_path_factory):
+    """A model, its artifact's key, and how it speculates."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "mtp":
+        model = add_mtp_layer(checkpoint("deepseek_v3"), folder)
+        key = sere_key(checkpoint("deepseek_v3"), min_primary_experts=0)
+        return model, key, {"method": "mtp", "num_speculative_tokens": 2}
+    model = checkpoint("qwen3_moe")  # as a draft model it drafts for itself, with experts
+    draft = build_eagle_head(model, folder) if request.param == "eagle" else model
+    speculates = {"method": request.param, "model": str(draft), "num_speculative_tokens": 3}
+    return model, sere_key(model, min_primary_experts=0), speculates
+
+
+def test_a_draft_models_layers_are_left_alone(drafting):
+    model, key, speculates = drafting
+    options, requests = {"speculative_config": speculates}, prompts(6, seed=1)
+
+    def served(engine):
+        """Tokens, and the steps that they took: other drafts would take others."""
+        scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+        with mock.patch.object(scheduler, "schedule", wraps=scheduler.schedule) as schedule:
+            return generate(engine, requests, tokens=30)[0], schedule.call_count
+
+    with running_engine(model, **options) as engine:
+        stock = served(engine)
+    with running_engine(model, key, **options) as engine:
+        state = state_of(engine)
+        runner = engine.collective_rpc(lambda worker: worker.model_runner)[0]
+        routers = [m.router for m in runner.drafter.model.modules() if hasattr(m, "router")]
+        assert len(routers) == {"mtp": 1, "eagle": 0, "draft_model": 4}[speculates["method"]]
+        assert not any(type(router).__name__.startswith("Rerouting") for router in routers)
+        mine = [m for m in runner.model.modules() if m in list(state.attached.values())]
+        assert len(mine) == len(state.attached) == len(state.layers)
+        for changes in ({"select_top_k": TOP_K}, {"mode": "observe"}, {"mode": "off"}):
+            set_policy(engine, Policy.parse({**key, **changes}))
+            assert served(engine) == stock, changes
+        set_policy(engine, Policy.parse(key))
+        read_counters(engine)
+        assert served(engine)[0] != stock[0]
+        counts = read_counters(engine)["decode_only"]
+        assert generate(engine, requests, tokens=30, extra_args=ASK)[0] == stock[0]
+    assert 0 < counts["draft_rows"] < counts["decode_rows"]
+    assert sum(counts["experts_after"]) < sum(counts["experts_before"])

@@ -248,13 +248,21 @@ def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
         _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
         return experts_read(read_counters(engine), "experts_after")
 
-    def with_tau(tau: float) -> Arm:
-        policy = margin.policy and margin.policy.model_copy(update={"tau": tau})
-        return Arm(margin.name, policy)
-
     wanted = experts_of(next(arm for arm in bench.settings if arm.name == "S=2"))
-    fewer = bisect.bisect_left(_TAUS, True, key=lambda tau: experts_of(with_tau(tau)) < wanted)
-    return with_tau(_TAUS[max(fewer - 1, 0)])
+    return with_most_tau(margin, lambda trial: experts_of(trial) >= wanted)
+
+
+def with_most_tau(margin: Arm, suffices: Callable[[Arm], bool]) -> Arm:
+    """``margin`` with the largest tau that suffices, or with none.
+
+    Args:
+        margin: with any tau.
+        suffices: whether a setting does; if it does, each smaller tau does, too.
+    """
+    assert margin.policy
+    trials = [Arm(margin.name, margin.policy.model_copy(update={"tau": tau})) for tau in _TAUS]
+    fewer = bisect.bisect_left(trials, True, key=lambda trial: not suffices(trial))
+    return trials[max(fewer - 1, 0)]
 
 
 def _row(

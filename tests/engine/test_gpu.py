@@ -35,14 +35,30 @@ GRAPHS = {
     },
 }
 
+DRAFTS = {
+    **GRAPHS,
+    "compilation_config": {
+        **GRAPHS["compilation_config"],
+        "cudagraph_capture_sizes": [4, 8, 16, 32, 48, 64],
+    },
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    },
+}
+"""Four rows of each request that decodes."""
+
 
 def tokens_of(folder, policies, **options):
     """Stock's greedy answers, and those of each policy with its counters."""
-    with running_engine(folder, **GRAPHS, **options) as engine:
+    options = {**GRAPHS, **options}
+    with running_engine(folder, **options) as engine:
         stock, _ = generate(engine, prompts())
     key = sere_key(folder, min_primary_experts=0)
     found = {}
-    with running_engine(folder, key, **GRAPHS, **options) as engine:
+    with running_engine(folder, key, **options) as engine:
         for name, changes in policies.items():
             set_policy(engine, Policy.parse({**key, **changes}))
             read_counters(engine, reset=True)
@@ -269,6 +285,8 @@ def recount(bound, position, similarity, before, weights, logits, row_kind):
         ("deepseek_v2", BY_SERE, GRAPHS),
         pytest.param("qwen3_moe", BY_MARGIN, GRAPHS, id="margin"),
         pytest.param("qwen3_moe_64", BY_MARGIN, GRAPHS, id="margin_with_top_k"),
+        pytest.param("qwen3_moe", BY_SERE, DRAFTS, id="drafts"),
+        pytest.param("qwen3_moe_64", BY_MARGIN, DRAFTS, id="margin_with_drafts"),
     ],
 )
 def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, changes, graphs):
@@ -334,7 +352,11 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
         assert (found["steps"], found["decode_rows"]) == tuple(totals[kind])
         for position, counter in enumerate(COUNTERS):
             assert found[counter] == recount_of[kind, :, position].tolist(), (name, counter)
-    assert totals[:, 1].sum() == 24 * (9 - 1)
+    drafts = sum(counters[name]["draft_rows"] for name in ("decode_only", "mixed"))
+    if graphs is DRAFTS:
+        assert drafts < totals[:, 1].sum() < drafts + 24 * (9 - 1)  # some were accepted
+    else:
+        assert (totals[:, 1].sum(), drafts) == (24 * (9 - 1), 0)
 
 
 GPT_OSS = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from sere_ray.bench.arms import Arm, arms, with_most_tau
 from sere_ray.bench.engines import (
     CPU_OPTIONS,
     on_gpu,
@@ -25,7 +26,6 @@ from sere_ray.bench.engines import (
 )
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import Router, skew_gates
-from sere_ray.bench.step_time import Arm, arms, with_most_tau
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import experts_read, read_counters, set_policy
 from sere_ray.engine.vllm_internals import workspace_manager

@@ -25,6 +25,9 @@ EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``c
                                        prefix caching takes an engine-wide salt.
 EngineCore.add_request, collective_rpc Notice a policy change; requests that still wait get the
                                        salt of the new one. Remove: as for preprocess_add_request.
+Scheduler.make_spec_decoding_stats,    Count which drafts were accepted, and send how much drafts
+Scheduler.schedule                     count with each step. Why: with async scheduling workers do
+                                       not know. Remove: vLLM tells workers acceptance rates.
 =====================================  ==========================================================
 
 Patches, put in place by the first layer that is built under a ``sere`` key:
@@ -38,6 +41,7 @@ base_loader.process_weights_after_     Check the router fingerprint while gates 
 loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
                                        take vLLM's all-gather out of each layer's kernel, see
                                        ``cpu/dispatch.py``. Remove: a hook after weight loading.
+Worker.execute_model                   Take what the scheduler sent with the step. Remove: as there.
 Worker.reload_weights                  Refused: gates would change after they were checked. Remove:
                                        never, unless they are checked again there.
 WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches by name, those of
@@ -51,7 +55,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sere_ray.engine import kv_salt, worker_calls
+from sere_ray.engine import acceptance, kv_salt, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing
 from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
@@ -78,6 +82,7 @@ def install_observers() -> None:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     _wrap(VllmConfig, "__post_init__", _validate_config)
@@ -86,6 +91,8 @@ def install_observers() -> None:
     _wrap(EngineCore, "preprocess_add_request", kv_salt.salt_request)
     _wrap(EngineCore, "add_request", kv_salt.salt_again)
     _wrap(EngineCore, "collective_rpc", kv_salt.notice_policy_change)
+    _wrap(Scheduler, "make_spec_decoding_stats", acceptance.count_drafts)
+    _wrap(Scheduler, "schedule", acceptance.send_weights)
 
 
 def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
@@ -93,6 +100,7 @@ def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
+    _wrap(Worker, "execute_model", acceptance.take_weights)
     _wrap(Worker, "reload_weights", _refuse_other_weights)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
     for name, method in WORKER_METHODS.items():

@@ -52,6 +52,7 @@ class EngineState(ABC):
         running: what is computed with; behind ``policy`` while other ranks do not know that.
         versions: what this rank was told; None = one rank, which runs it at once.
         without_scores: layer -> why rules cannot read scores from its gate.
+        draft_weights: of :class:`sere_ray.engine.acceptance.Acceptance`, of the step that comes.
     """
 
     policy: Policy
@@ -60,6 +61,7 @@ class EngineState(ABC):
     startup: Startup = field(default_factory=Startup, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
     without_scores: dict[int, str] = field(default_factory=dict, init=False)
+    draft_weights: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
@@ -191,6 +193,12 @@ class EngineState(ABC):
     def step_kind(self, kinds: NDArray[np.int8]) -> int:
         """Counter row of a step with these row kinds, ``[rows]``."""
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
+
+    def row_weights(self, drafts: NDArray[np.int8] | None) -> NDArray[np.int64] | None:
+        """``[rows]`` int64 of a step, from its rows' places as drafts; None = all are whole."""
+        if drafts is None or not self.draft_weights or not drafts.any():
+            return None
+        return np.array(self.draft_weights, dtype=np.int64)[drafts]
 
     def count_step(
         self,

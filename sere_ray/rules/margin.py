@@ -31,24 +31,36 @@ UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
 SCORE_UNIT = 2**22
 """Of a row's scores, which are integers before they are added up: 511 of them fit 31 bits."""
+WEIGHT_UNIT = 32
+"""Weight of a row that is certain to count; a draft has less: see :func:`demand`."""
 _NAMED, _DEMAND = 1, 2**16
 """What a row adds to an expert's number in :func:`ask`: once for naming it, and per unit."""
 
 
 def margin(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor | None,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
 ) -> Choice:
     """Keep what the batch demands more than ``tau``, and at least ``min_primary_experts``.
 
     With m = K a batch of one row is exact. Weights: :func:`sere_ray.rules.common.refill`.
     """
     scores = need_scores(scores)
-    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer), layer)
+    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer, row_weight), layer)
     return refill_rows(kept, topk_ids, topk_weights, scores, row_kind, layer)
 
 
 def ask(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """What some rows want of each expert, ``[..., E]`` int64: numbers to add up over ranks.
 
@@ -57,7 +69,7 @@ def ask(
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
-    wanted = demand(topk_ids, scores, row_kind, layer).clamp(max=UNIT + 1)
+    wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT + 1)
     wanted = wanted.masked_fill(anyway, UNIT + 1)
     named = anyway | named_by(topk_ids, rows, layer.num_experts)
     return wanted * _DEMAND + named.long() * _NAMED
@@ -112,7 +124,13 @@ def demand_units(tau: float) -> int:
     return round(tau * UNIT)
 
 
-def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> Tensor:
+def demand(
+    topk_ids: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
+) -> Tensor:
     """``[..., E]`` int64: sum over re-routable rows of lead squared, in units of 2^-20.
 
     A row's lead for a chosen expert is its score less the mean score of the ``runners_up`` best
@@ -122,6 +140,10 @@ def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> 
     2^-22 (q), so that their sums have no order. Then, in float32 and in this order,
     lead = (n q - sum of the n runners-up) / (sum of the chosen q, times n), squared, times 2^20,
     rounded half to even. A factor common to a row's scores cancels out.
+
+    A row that verifies a draft counts as far as it is likely to be accepted: times
+    ``row_weight [..., T]``, an integer of 0 to ``WEIGHT_UNIT``, over that unit, rounded down. None
+    is ``WEIGHT_UNIT`` for all rows.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = torch.where(rows[..., None], topk_ids, 0).long()
@@ -134,5 +156,7 @@ def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> 
     ahead = (count * of_chosen - others).clamp(min=0).float()
     lead = ahead / (of_chosen.sum(dim=-1, keepdim=True).float() * count)
     wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
+    if row_weight is not None:
+        wanted = wanted * row_weight[..., None] // WEIGHT_UNIT
     total = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))
     return total.scatter_add_(-1, chosen.flatten(-2), wanted.flatten(-2))

@@ -19,6 +19,8 @@ from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.model_loader import base_loader
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
@@ -97,6 +99,17 @@ def test_a_draft_model_is_told_by_its_configuration():
     )
     assert "model_config=draft_model_config" in source(load_eagle_model)
     assert "model_config=self.draft_model_config" in source(StandaloneARSpeculator.load_draft_model)
+
+
+def test_the_scheduler_knows_which_drafts_were_accepted():
+    call = source(Scheduler.update_from_output).partition("self.make_spec_decoding_stats(")[2]
+    call = call.partition(")\n")[0]
+    assert "num_draft_tokens=num_draft_tokens" in call
+    assert "num_accepted_tokens=num_accepted" in call
+    assert "schedule" not in vars(AsyncScheduler)
+    assert "self.vllm_config = vllm_config" in source(Scheduler.__init__)
+    assert parameters(gpu_worker.Worker.execute_model) == ["self", "scheduler_output"]
+    assert not hasattr(SchedulerOutput, "__slots__")
 
 
 def test_weights_are_processed_by_module_global_name_after_loading():

@@ -220,7 +220,8 @@ class Recorder:
     def begin(self, original):
         def recorded(state, kinds, *drafts):
             self.finish()
-            self.running = kinds.copy(), state.bound, state.step_kind(kinds)
+            weights = state.row_weights(*drafts) if drafts else None
+            self.running = kinds.copy(), state.bound, state.step_kind(kinds), weights
             original(state, kinds, *drafts)
 
         return recorded
@@ -261,11 +262,11 @@ BY_MARGIN = [
 ]
 
 
-def recount(bound, position, similarity, before, weights, logits, row_kind):
+def recount(bound, position, similarity, before, weights, logits, row_kind, row_weight):
     """Ids, weights and counters of a layer, by the reference."""
     if bound.rule == "margin":
         layer = bound.of_layer(position, len(similarity), None)
-        return by_reference(before, weights, logits, row_kind, layer, gpu_exp)
+        return by_reference(before, weights, logits, row_kind, layer, gpu_exp, row_weight)
     arguments = {
         "row_kind": row_kind,
         "select_top_k": bound.select_top_k,
@@ -319,7 +320,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
     recount_of = np.zeros((2, len(layers), len(COUNTERS)), dtype=np.int64)
     totals = np.zeros((2, 2), dtype=np.int64)
     graphed = 0
-    for kinds, bound, kind, copies in recorder.steps:
+    for kinds, bound, kind, draft_weights, copies in recorder.steps:
         if REROUTABLE not in kinds:
             continue
         reroutable = np.count_nonzero(kinds == REROUTABLE)
@@ -332,7 +333,8 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             graphed += bool((before[rows] == -1).all())
             row_kind = torch.from_numpy(kinds)
             assert PADDING not in kinds
-            given = (before[:rows], weights[:rows], logits[:rows], row_kind)
+            row_weight = None if draft_weights is None else torch.from_numpy(draft_weights)
+            given = (before[:rows], weights[:rows], logits[:rows], row_kind, row_weight)
             wanted, wanted_weights, counts = recount(
                 bound, position, artifact.layers[layer], *given
             )

@@ -51,6 +51,7 @@ class MarginCase(NamedTuple):
     kinds: Tensor
     floor: int
     knobs: dict[str, float]
+    row_weight: Tensor | None = None
 
     def policy(self, mode: str = "on") -> BoundPolicy:
         return BoundPolicy(
@@ -64,13 +65,14 @@ class MarginCase(NamedTuple):
 
     def expected(self, exp: Exp) -> Found:
         layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
-        return by_reference(self.ids, self.weights, self.logits, self.kinds, layer, exp)
+        rows = self.ids, self.weights, self.logits, self.kinds
+        return by_reference(*rows, layer, exp, self.row_weight)
 
     def asked(self, exp: Exp) -> Tensor:
         """What a rank with these rows tells the others."""
         layer = Layer(self.logits.shape[1], min_primary_experts=self.floor, **self.knobs)
         scores = scores_of(self.logits, exp)
-        return ask(self.ids, self.weights, scores, self.kinds, layer)
+        return ask(self.ids, self.weights, scores, self.kinds, layer, self.row_weight)
 
     def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
         """Its rows as those of two ranks."""
@@ -121,10 +123,17 @@ def scores_of(logits: Tensor, exp: Exp) -> Tensor:
 
 
 def by_reference(
-    ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, exp: Exp
+    ids: Tensor,
+    weights: Tensor,
+    logits: Tensor,
+    kinds: Tensor,
+    layer: Layer,
+    exp: Exp,
+    row_weight: Tensor | None = None,
 ) -> Found:
     """On CPU tensors. What a row drops is given a name, as an engine does."""
-    new_ids, new_weights = margin(ids, weights, scores_of(logits, exp), kinds, layer)
+    scores = scores_of(logits, exp)
+    new_ids, new_weights = margin(ids, weights, scores, kinds, layer, row_weight)
     rows = kinds != PADDING
     stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
     changed = (new_ids != ids).any(dim=1) & rows
@@ -193,7 +202,8 @@ def device_layer(
     settings = Settings(device, layers=2, merges=merges)
     settings.write(case.policy(mode), top_k=case.ids.shape[1], num_experts=experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
-    step.write(case.kinds.numpy(), counter_row=1)
+    drafts = None if case.row_weight is None else case.row_weight.numpy()
+    step.write(case.kinds.numpy(), counter_row=1, weights=drafts)
     counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
     tables = LayerTables.build(torch.eye(experts), device)
     return DeviceLayer(tables, settings.buffer[1], step, counters)

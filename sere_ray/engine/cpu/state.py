@@ -37,6 +37,7 @@ class CpuState(EngineState):
         similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
+        row_weight: ``[rows]`` int64 of it, of demand under ``margin``; None = all are whole.
         counters: ``[2, layers, 7]`` by step kind, fields of ``StepCounts``.
         rows: of this rank in the running step, without padding.
         decode_rows: of these, re-routable ones.
@@ -53,6 +54,7 @@ class CpuState(EngineState):
         super().__post_init__()
         self._take_matrices()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
+        self.row_weight: Tensor | None = None
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.rows = self.decode_rows = self.union_rows = 0
@@ -100,6 +102,8 @@ class CpuState(EngineState):
                 there are none.
         """
         self.begin(kinds)
+        weights = self.row_weights(drafts)
+        self.row_weight = None if weights is None else torch.from_numpy(weights)
         start = time.perf_counter()
         token = _active.set(self)
         try:
@@ -178,6 +182,7 @@ class CpuState(EngineState):
                 self.similarity[layer],
                 self.owner.get(layer),
                 skips_dropped=layer in self.owner,  # see expert_parallel.py
+                row_weight=self.row_weight,
             ),
             self.union if self.bound.union == "global" else None,
         )

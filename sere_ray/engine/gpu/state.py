@@ -99,7 +99,8 @@ class CudaState(EngineState):
                 there are none.
         """
         kind = self.step_kind(kinds)
-        reroutable = self.own.step_input.write(kinds, kind)
+        weights = self.row_weights(drafts)
+        reroutable = self.own.step_input.write(kinds, kind, weights=weights)
         self.rule.settings.follow(reroutable)
         if reroutable:
             num_drafts = 0 if drafts is None else int(np.count_nonzero(drafts))

@@ -92,7 +92,7 @@ __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Log
     if (first_of_warp >= a.num_rows) break;
     const int row = rows.first + int(at + threadIdx.x / ROW_LANES) * rows.step;
     const bool exists = row < a.num_rows;
-    const int kind = exists && row < start.step.num_rows ? a.row_kind[row] : PADDING;
+    const int kind = exists && row < start.step.num_rows ? a.row_kind[row] & KIND_MASK : PADDING;
     const bool pads = exists && is_padding && is_padding[row];
     float p[PER_THREAD];
     softmax(p, logits + (exists ? row : 0) * E, lane);
@@ -138,7 +138,8 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     const float weight = chosen.weight[row][slot];
     const int expert = chosen.expert[row][slot];
     const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
-    return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind, expert >= 0};
+    return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind & KIND_MASK, expert >= 0,
+                kind >> KIND_BITS};
   };
   if (by_margin) {
     const auto tell_first = count_in_first_block(counting, shared);

@@ -20,6 +20,8 @@ typedef int Id;
 namespace {
 
 constexpr int PADDING = 0, REROUTABLE = 1, EXACT = 2;  // row kinds
+constexpr int KIND_BITS = 2, KIND_MASK = 3;        // of a byte of row_kind; above them the row's discount
+constexpr int WEIGHT_UNIT = 32;                    // weight of a row without one
 constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
 constexpr int MARGIN = 1;                          // rules; 0 = sere. See margin.cuh
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -77,6 +79,7 @@ struct Slot {
   float weight;
   int kind;
   bool valid;
+  int discount = 0;                                // of a draft's demand under margin, in parts of WEIGHT_UNIT
 };
 
 struct Shared {
@@ -107,7 +110,7 @@ struct Arguments {
   const float* similarity;                         // [E][E], read only under a threshold
   const Settings* settings;
   const Step* step;
-  const signed char* row_kind;                     // [num_rows]
+  const signed char* row_kind;                     // [num_rows], see KIND_BITS
   unsigned long long* counters;                    // five of this layer; of the other counter row
   int counter_stride;                              // this many further on
 };
@@ -133,7 +136,8 @@ __device__ __forceinline__ Slot load_slot(const Arguments& a, const Step& step, 
     s.id = a.ids[row * K + slot];
     s.weight = a.weights[row * K + slot];
     const int kind = a.row_kind[row];              // not only where row < num_rows: both loads at once
-    s.kind = row < step.num_rows ? kind : PADDING;
+    s.kind = row < step.num_rows ? kind & KIND_MASK : PADDING;
+    s.discount = kind >> KIND_BITS;
     s.valid = s.id >= 0 && s.id < E;
   }
   return s;

@@ -58,18 +58,23 @@ def start_engines(
 
     As processes of their own, each one's polling would take time from the other's cores.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Decoding is greedy: do not build FlashInfer's sampler.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    options = _gpu_options(model, batches, tokens, compiled) if on_gpu() else _CPU_OPTIONS
-    stock = _start(folder, None, max(batches), compiled, options)
+    prepare_process()
+    options = _gpu_options(model, batches, tokens, compiled) if on_gpu() else CPU_OPTIONS
+    stock = start_engine(folder, None, max(batches), compiled, options)
     # vLLM has one workspace manager a process, and the second engine replaces it. The first one's
     # graphs still write to the old manager's memory, so it must not be freed and given to others.
     kept = [workspace_manager()]
     if model.rerouted_back_end:
         options = {**options, "moe_backend": model.rerouted_back_end}
-    sere = _start(folder, policy, max(batches), compiled, options)
+    sere = start_engine(folder, policy, max(batches), compiled, options)
     return Engines(stock, sere, [*kept, workspace_manager()])
+
+
+def prepare_process() -> None:
+    """Before the first engine: all of them compute in this process, and decode greedily."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Do not build FlashInfer's sampler.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
 def gpu_engine(model: Model, streams: int, model_length: int) -> dict[str, Any]:
@@ -85,11 +90,12 @@ def gpu_engine(model: Model, streams: int, model_length: int) -> dict[str, Any]:
     }
 
 
-_CPU_OPTIONS: dict[str, Any] = {
+CPU_OPTIONS: dict[str, Any] = {
     "max_model_len": 512,
     "kv_cache_memory_bytes": 1 << 28,
     "gpu_memory_utilization": 0.2,
 }
+"""Of an engine on a CPU."""
 
 
 def _gpu_options(model: Model, batches: list[int], tokens: int, compiled: bool) -> dict[str, Any]:
@@ -109,9 +115,18 @@ def _gpu_options(model: Model, batches: list[int], tokens: int, compiled: bool) 
     return options
 
 
-def _start(
+def start_engine(
     folder: Path, policy: Policy | None, max_batch: int, compiled: bool, options: dict[str, Any]
 ) -> Any:
+    """Start one, of made-up weights.
+
+    Args:
+        folder: of :func:`write_config`.
+        policy: of its ``sere`` key; None = without it.
+        max_batch: most requests of a step.
+        compiled: run vLLM's compiled graphs; False = eager.
+        options: further arguments of ``vllm.LLM``.
+    """
     from vllm import LLM
 
     return LLM(

@@ -236,6 +236,13 @@ def get_model(name: str) -> Model:
     return Model(f"random: {layers} layers x {experts} experts, top-8, {size}, {dtype}", config)
 
 
+def with_layers(model: Model, layers: int) -> Model:
+    """The same shapes with so many layers, for a dry run."""
+    return Model(
+        f"{model.name}, {layers} layers only", {**model.config, "num_hidden_layers": layers}
+    )
+
+
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """Write a tokenizer for a model that is only a shape: the demo's, with more words.
 

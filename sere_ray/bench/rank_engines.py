@@ -17,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 from sere_ray.bench.engines import (
-    _CPU_OPTIONS,
+    CPU_OPTIONS,
     _gpu_options,
-    _start,
     decode_steps,
     on_gpu,
+    start_engine,
 )
 from sere_ray.bench.kernel_profile import profile_steps
 from sere_ray.bench.models import Model
@@ -141,7 +141,7 @@ def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:
         options = _gpu_options(plan.model, plan.rows, plan.tokens, plan.compiled)
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        options = dict(_CPU_OPTIONS)
+        options = dict(CPU_OPTIONS)
     options |= {"enable_expert_parallel": True, "distributed_executor_backend": "uni"}
     # Stock comes first, before anything is patched; on a CPU it cannot run without our patches.
     order = [None, *plan.ways] if on_gpu() else [*plan.ways, None]
@@ -151,7 +151,7 @@ def _start_engines(rank: int, plan: RankPlan) -> dict[str | None, Any]:
         os.environ["VLLM_DP_MASTER_PORT"] = str(port)  # each engine needs ports of its own
         policy = plan.policy(way, {}) if way else None
         with before_dispatch() if way == "before-dispatch" else nullcontext():
-            engine = _start(plan.folder, policy, max(plan.rows), plan.compiled, options)
+            engine = start_engine(plan.folder, policy, max(plan.rows), plan.compiled, options)
         engine.sere_kept = workspace_manager()  # see start_engines
         engines[way] = engine
     return engines

@@ -4,7 +4,6 @@ One engine without the ``sere`` key (stock) and one with it take turns. Repeats 
 all settings in random order, so that drift of the machine hits all alike.
 """
 
-import bisect
 import itertools
 import random
 import statistics
@@ -16,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sere_ray.bench.arms import Arm, arms, with_most_tau
 from sere_ray.bench.engines import (
     Engines,
     decode_steps,
@@ -30,47 +30,13 @@ from sere_ray.bench.routing import Router, skew_gates
 from sere_ray.bench.weights import draw_fp8
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import experts_read, read_counters, set_policy
-from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
 ROW_KEY = ("model", "router", "batch", "arm")  # what tells rows of a result file apart
 _WARM_UP_TOKENS = 10
-_TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
-"""Values that are tried for tau of the arm ``margin``: 0, and 2**-20 to 1 by factors of 1.4."""
 Save = Callable[[dict[str, Any]], None]
 """Takes the measured content of the result file so far."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One setting that is measured."""
-
-    name: str
-    policy: Policy | None
-    """None: the engine without the key."""
-
-    @property
-    def select_top_k(self) -> int | None:
-        """S of the arm; None for stock."""
-        return self.policy.select_top_k if self.policy else None
-
-
-def arms(similarity: str, top_k: int) -> list[Arm]:
-    """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
-    common = {"similarity": similarity, "min_primary_experts": 0}
-
-    def policy(select_top_k: int, mode: str = "on") -> Policy:
-        return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
-
-    sizes = sorted({top_k, top_k // 2, 2, 1}, reverse=True)
-    return [
-        Arm("stock", None),
-        Arm("off", policy(1, "off")),
-        Arm("observe", policy(1, "observe")),
-        *(Arm(f"S={size}", policy(size)) for size in sizes),
-        Arm("margin", Policy.parse({**common, "rule": "margin", "tau": _TAUS[0]})),
-    ]
 
 
 @dataclass(frozen=True)
@@ -248,13 +214,8 @@ def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
         _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
         return experts_read(read_counters(engine), "experts_after")
 
-    def with_tau(tau: float) -> Arm:
-        policy = margin.policy and margin.policy.model_copy(update={"tau": tau})
-        return Arm(margin.name, policy)
-
     wanted = experts_of(next(arm for arm in bench.settings if arm.name == "S=2"))
-    fewer = bisect.bisect_left(_TAUS, True, key=lambda tau: experts_of(with_tau(tau)) < wanted)
-    return with_tau(_TAUS[max(fewer - 1, 0)])
+    return with_most_tau(margin, lambda trial: experts_of(trial) >= wanted)
 
 
 def _row(

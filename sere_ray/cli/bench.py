@@ -120,6 +120,59 @@ def step_time(
     print(out)
 
 
+@app.command()
+def speculation(
+    out: Out,
+    model: Annotated[
+        Literal["random-e64", "demo", "qwen3-30b-a3b", "qwen3-30b-a3b-fp8"],
+        typer.Option(help="Random experts for CPUs; the demo's shape; public shapes."),
+    ] = "random-e64",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Only so many layers, for a dry run [all].")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 16,
+    drafts: Annotated[int, typer.Option(min=1, max=8, help="Of a request and step.")] = 3,
+    router: Annotated[
+        Literal["uniform", "skewed"], typer.Option(help="skewed, on a GPU: some are preferred.")
+    ] = "uniform",
+    lanes: Annotated[
+        str | None,
+        typer.Option(help="ngram and, on a GPU, forced: acceptance [ngram; on a GPU both]."),
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="Settings to time; off always is.")
+    ] = "off,S=K,S=2,S=1,margin",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of a setting.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=80, help="Timed steps of a repeat.")] = 64,
+    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
+) -> None:
+    """Speculative decoding: tokens per second re-routed against exact, in one engine a lane.
+
+    The file is written after every lane.
+
+    Example: sere-ray bench speculation --model demo --streams 4 --out speculation-cpu.json
+    """
+    with user_errors():
+        from sere_ray.bench.engines import on_gpu
+        from sere_ray.bench.models import get_model, with_layers
+        from sere_ray.bench.speculation import SpeculationPlan, measure
+
+        chosen = get_model(model)
+        plan = SpeculationPlan(
+            model=with_layers(chosen, layers) if layers else chosen,
+            streams=streams,
+            num_drafts=drafts,
+            steps=steps,
+            repeats=repeats,
+            router=router,
+            lanes=names(lanes or ("forced,ngram" if on_gpu() else "ngram")),
+            arms=names(arms),
+            compiled=not eager,
+        )
+        measure(plan, console=console, save=saver(out))
+    print(out)
+
+
 @app.command("dispatch")
 def dispatch_bytes(
     out: Out,

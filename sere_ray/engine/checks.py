@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.engine.speculation import check_speculation
 from sere_ray.kernel.compiler import check_compiler
 from sere_ray.kernel.limits import check_shape
 from sere_ray.policy.capabilities import check_policy
@@ -60,6 +61,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     policy, startup = parse_key(sere_config(vllm_config))
     check_vllm_version(installed_vllm())
     check_options(vllm_config)
+    check_speculation(vllm_config)
     on_gpu = vllm_config.device_config.device_type == "cuda"
     check_policy(policy, on_gpu=on_gpu)
     if startup.dispatch == "all_to_all":
@@ -120,11 +122,6 @@ def check_options(vllm_config: Any) -> None:
             not (is_cpu or current_platform.is_cuda_alike()),
             f"platform = {current_platform.device_name!r}: neither CPU nor CUDA",
             "use an NVIDIA GPU or the CPU build of vLLM, or remove the 'sere' key",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative_config is set: verify rows are not told from drafts yet",
-            "start without speculative decoding",
         ),
         (
             is_cpu and vllm_config.lora_config is not None,

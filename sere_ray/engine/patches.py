@@ -17,7 +17,8 @@ MoERunner.__init__                     Attach the rule to each layer's router, a
                                        reference, so it must be changed as it is built. Remove:
                                        vLLM offers a hook after ``_compute_routing``.
 BaseModelLoader.create_model           Refuse a model that has built no layer the rule reaches,
-                                       before its weights load. Remove: as for MoERunner.
+                                       before its weights load. Leave the layers of a draft model
+                                       alone. Remove: as for MoERunner.
 EngineCore.preprocess_add_request      Add the policy, or the exact tier, to ``cache_salt``, so
                                        that blocks computed under one policy are never found under
                                        another, nor by exact requests: see ``kv_salt.py``. Remove:
@@ -26,6 +27,9 @@ EngineCore.add_request, collective_rpc Notice a policy change: requests that sti
                                        of the new one, ``block_hashes`` and ``_block_hasher`` of
                                        those that run are cut, and LMCache's trackers store no more
                                        of them. Remove: as for preprocess_add_request.
+Scheduler.make_spec_decoding_stats,    Count which drafts were accepted, and send how much drafts
+Scheduler.schedule                     count with each step. Why: with async scheduling workers do
+                                       not know. Remove: vLLM tells workers acceptance rates.
 =====================================  ==========================================================
 
 Patches, put in place by the first layer that is built under a ``sere`` key:
@@ -42,6 +46,7 @@ base_loader.process_weights_after_     Check the router fingerprint while gates 
 loading                                checkpoint's values; then, with ``dispatch: all_to_all``,
                                        take vLLM's all-gather out of each layer's kernel, see
                                        ``cpu/dispatch.py``. Remove: a hook after weight loading.
+Worker.execute_model                   Take what the scheduler sent with the step. Remove: as there.
 Worker.reload_weights                  Refused: gates would change after they were checked. Remove:
                                        never, unless they are checked again there.
 LoRAModelRunnerMixin.load_lora_model,  Refuse adapters, and targets of adapters, inside blocks with
@@ -60,7 +65,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sere_ray.engine import adapters, kv_salt, recording, worker_calls
+from sere_ray.engine import acceptance, adapters, kv_salt, recording, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing
 from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.cpu.back_end import CpuBackEnd
@@ -71,6 +76,7 @@ from sere_ray.engine.layer_checks import (
     check_routes_outside_kernel,
     check_something_attached,
 )
+from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
 from sere_ray.engine.state import EngineState, add_state, find_state, states_of_layers
 from sere_ray.policy.policy import read_key_file
 from sere_ray.util.errors import UnsupportedError
@@ -86,14 +92,17 @@ def install_observers() -> None:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     _wrap(VllmConfig, "__post_init__", _validate_config)
     _wrap(MoERunner, "__init__", _attach_runner)
-    _wrap(BaseModelLoader, "create_model", _check_attached)
+    _wrap(BaseModelLoader, "create_model", _create_model)
     _wrap(EngineCore, "preprocess_add_request", kv_salt.salt_request)
     _wrap(EngineCore, "add_request", kv_salt.salt_again)
     _wrap(EngineCore, "collective_rpc", kv_salt.notice_policy_change)
+    _wrap(Scheduler, "make_spec_decoding_stats", acceptance.count_drafts)
+    _wrap(Scheduler, "schedule", acceptance.send_weights)
 
 
 def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
@@ -107,6 +116,7 @@ def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
     _wrap(LoRAModelRunnerMixin, "load_lora_model", adapters.load_lora_model)
     _wrap(WorkerLoRAManager, "_load_adapter", adapters.load_adapter)
     _wrap(RoutedExpertsCapturer, "__init__", recording.tell_dropped_apart)
+    _wrap(Worker, "execute_model", acceptance.take_weights)
     _wrap(Worker, "reload_weights", _refuse_other_weights)
     _wrap(base_loader, "process_weights_after_loading", _check_loaded)
     for name, method in WORKER_METHODS.items():
@@ -134,7 +144,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 def _validate_config(original: Callable[..., Any], config: Any) -> None:
     original(config)
     model, key = config.model_config, sere_config(config)
-    if model is None or model.is_submodel_config or key is None:
+    if model is None or model.is_submodel_config or key is None or is_draft(config, model):
         return
     # Every process is told the content: a file could change, or lie elsewhere for a worker.
     config.additional_config = {**config.additional_config, KEY: read_key_file(key)}
@@ -163,7 +173,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
 
     original(runner, *args, **kwargs)
     vllm_config = get_current_vllm_config()
-    if sere_config(vllm_config) is None:
+    if sere_config(vllm_config) is None or builds_draft():
         return
     back_end, state = _back_end_of(vllm_config), _get_state(vllm_config)
     _install_patches(back_end, vllm_config)
@@ -183,12 +193,17 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     state.attached[layer] = runner
 
 
-def _check_attached(
+def _create_model(
     original: Callable[..., Any], loader: Any, vllm_config: Any, model_config: Any, **kwargs: Any
 ) -> Any:
-    model = original(loader, vllm_config=vllm_config, model_config=model_config, **kwargs)
-    is_draft = model_config is not vllm_config.model_config
-    if sere_config(vllm_config) is not None and not is_draft:
+    create = functools.partial(
+        original, loader, vllm_config=vllm_config, model_config=model_config, **kwargs
+    )
+    if is_draft(vllm_config, model_config):
+        with building_draft():
+            return create()
+    model = create()
+    if sere_config(vllm_config) is not None:
         state = find_state(vllm_config)
         check_something_attached(
             state.attached if state else (),

@@ -12,7 +12,8 @@ def request_kinds(num_computed: Ints, num_prompt: Ints, num_known: Ints) -> NDAr
     """Kind of every request of a step.
 
     A request decodes when all its prompt and all but its newest known token have been computed.
-    A preempted request that recomputes its own answer does not: those rows are exact again.
+    A preempted request that recomputes its own answer does not: those rows are exact again. While
+    drafts that were rejected are still counted as computed, no request is taken for another kind.
 
     Args:
         num_computed: ``[R]`` tokens already in the KV cache.
@@ -49,3 +50,17 @@ def row_kinds(kinds: NDArray[np.int8], query_start: Ints) -> NDArray[np.int8]:
         ``[query_start[-1]]`` int8.
     """
     return np.repeat(kinds, np.diff(query_start))
+
+
+def draft_positions(kinds: NDArray[np.int8], query_start: Ints) -> NDArray[np.int8]:
+    """Which rows verify a draft: all of a decoding request but the first, its last token.
+
+    Args:
+        kinds: ``[R]`` int8.
+        query_start: ``[R + 1]`` first row of each request, and the end.
+
+    Returns:
+        ``[query_start[-1]]`` int8: 1 for the first draft of a request and so on, 0 elsewhere.
+    """
+    place = np.arange(query_start[-1]) - np.repeat(query_start[:-1], np.diff(query_start))
+    return np.where(row_kinds(kinds, query_start) == REROUTABLE, place, 0).astype(np.int8)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.agreement import Told, Versions
 from sere_ray.engine.gate import Gates
+from sere_ray.engine.step_totals import StepTotals
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
 from sere_ray.policy.policy import Policy, Startup, parse_key
@@ -36,21 +37,6 @@ BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
 
 
 @dataclass
-class StepTotals:
-    """What the host knows of the counted steps of one kind."""
-
-    steps: int = 0
-    steps_counted: int = 0
-    """Of these, steps under the modes ``on`` and ``observe``: only they count experts and slots."""
-    rows: int = 0
-    """Rows of this rank, of prompts and of exact requests, too."""
-    decode_rows: int = 0
-    """Rows that may be re-routed."""
-    forward_seconds: float | None = None
-    """Wall time of the forward passes; None where they run asynchronously (GPU)."""
-
-
-@dataclass
 class EngineState(ABC):
     """Similarity, policy and counters of one engine in this process.
 
@@ -66,6 +52,7 @@ class EngineState(ABC):
         running: what is computed with; behind ``policy`` while other ranks do not know that.
         versions: what this rank was told; None = one rank, which runs it at once.
         gates: what layers rank experts by.
+        draft_weights: of :class:`sere_ray.engine.acceptance.Acceptance`, of the step that comes.
     """
 
     policy: Policy
@@ -74,6 +61,7 @@ class EngineState(ABC):
     startup: Startup = field(default_factory=Startup, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
     gates: Gates = field(default_factory=Gates, init=False)
+    draft_weights: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
@@ -193,8 +181,20 @@ class EngineState(ABC):
         """Counter row of a step with these row kinds, ``[rows]``."""
         return DECODE_ONLY if bool((kinds == REROUTABLE).all()) else MIXED
 
+    def row_weights(self, drafts: NDArray[np.int8] | None) -> NDArray[np.int64] | None:
+        """``[rows]`` int64 of a step, from its rows' places as drafts; None = all are whole."""
+        if drafts is None or not self.draft_weights or not drafts.any():
+            return None
+        return np.array(self.draft_weights, dtype=np.int64)[drafts]
+
     def count_step(
-        self, kind: int, decode_rows: int, rows: int, seconds: float | None = None
+        self,
+        kind: int,
+        decode_rows: int,
+        rows: int,
+        seconds: float | None = None,
+        *,
+        draft_rows: int = 0,
     ) -> None:
         """Add a step to the totals.
 
@@ -203,12 +203,14 @@ class EngineState(ABC):
             decode_rows: rows of this rank that may be re-routed.
             rows: all of its rows.
             seconds: of the forward pass; None = not measured.
+            draft_rows: of the re-routable ones, rows that verify a draft.
         """
         totals = self.totals[kind]
         totals.steps += 1
         totals.steps_counted += self.bound.mode != "off"
         totals.rows += rows
         totals.decode_rows += decode_rows
+        totals.draft_rows += draft_rows
         if seconds is not None:
             totals.forward_seconds = (totals.forward_seconds or 0.0) + seconds
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, Layer
 from sere_ray.rules.gate import PLAIN, Gate
-from sere_ray.rules.margin import demand_units
+from sere_ray.rules.margin import WEIGHT_UNIT, demand_units
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _RULES = {"sere": 0, "margin": 1}
@@ -19,6 +19,8 @@ OWN_COUNTERS = 5
 """Fields of :class:`sere_ray.rules.RuleCounts`, then slots that others of their row took over."""
 NUM_COUNTERS = 7
 """Those, then experts that the busiest rank reads, before and after the rule."""
+_KIND_BITS = 2
+"""Of a row's byte in device memory; above them what its weight lacks, as ``rule.cuh`` says."""
 STEP = struct.Struct("iiiii12x")
 """What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
 
@@ -119,6 +121,7 @@ class StepInput:
         *,
         own: range | None = None,
         reroutable: int | None = None,
+        weights: np.ndarray[Any, np.dtype[np.int64]] | None = None,
     ) -> int:
         """Copy without waiting, from pinned memory that torch keeps until the copy is done.
 
@@ -128,6 +131,8 @@ class StepInput:
             own: rows whose slots are counted, where others are those of other ranks; None = all.
             reroutable: how many rows of the step are re-routable on any rank, where ``kinds``
                 does not hold them all. With 0 the rule leaves the step alone.
+            weights: ``[rows]`` int64 of 1 to ``WEIGHT_UNIT``, of drafts' demand under ``margin``;
+                None = all are whole.
 
         Returns:
             How many rows of ``kinds`` are re-routable.
@@ -141,6 +146,8 @@ class StepInput:
             own.start,
             own.stop,
         )
+        if weights is not None:
+            kinds = kinds + (WEIGHT_UNIT - weights << _KIND_BITS).astype(np.int8)
         _copy_to_device(header + kinds.tobytes(), self.buffer)
         return found
 

@@ -31,24 +31,36 @@ from sere_ray.rules.interface import Choice, Layer
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
+WEIGHT_UNIT = 32
+"""Weight of a row that is certain to count; a draft has less: see :func:`demand`."""
 _NAMED, _DEMAND = 1, 2**16
 """What a row adds to an expert's number in :func:`ask`: once for naming it, and per unit."""
 
 
 def margin(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor | None, row_kind: Tensor, layer: Layer
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor | None,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
 ) -> Choice:
     """Keep what the batch demands more than ``tau``, and at least ``min_primary_experts``.
 
     With m = K a batch of one row is exact. Weights: :func:`sere_ray.rules.common.refill`.
     """
     scores = need_scores(scores)
-    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer), layer)
+    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer, row_weight), layer)
     return refill_rows(kept, topk_ids, topk_weights, scores, row_kind, layer)
 
 
 def ask(
-    topk_ids: Tensor, topk_weights: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """What some rows want of each expert, ``[..., E]`` int64: numbers to add up over ranks.
 
@@ -57,7 +69,7 @@ def ask(
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
-    wanted = demand(topk_ids, scores, row_kind, layer).clamp(max=UNIT + 1)
+    wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT + 1)
     wanted = wanted.masked_fill(anyway, UNIT + 1)
     named = anyway | named_by(topk_ids, rows, layer.num_experts)
     return wanted * _DEMAND + named.long() * _NAMED
@@ -125,7 +137,13 @@ def demand_units(tau: float) -> int:
     return round(tau * UNIT)
 
 
-def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> Tensor:
+def demand(
+    topk_ids: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
+) -> Tensor:
     """``[..., E]`` int64: sum over re-routable rows of lead squared, in units of 2^-20.
 
     A row's lead for a chosen expert is what the gate ranks it by (:func:`rank_units`) less the mean
@@ -136,6 +154,10 @@ def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> 
     have no order. Then, in float32 and in this order, lead = (n r - sum of the n runners-up) / (sum
     of the chosen scores, times n), at most 2, squared, times 2^20, rounded half to even. A factor
     common to a row's scores cancels out, but for a sigmoid's or softplus's with a bias.
+
+    A row that verifies a draft counts as far as it is likely to be accepted: times
+    ``row_weight [..., T]``, an integer of 0 to ``WEIGHT_UNIT``, over that unit, rounded down. None
+    is ``WEIGHT_UNIT`` for all rows.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = _chosen(topk_ids, rows)
@@ -150,6 +172,8 @@ def demand(topk_ids: Tensor, scores: Tensor, row_kind: Tensor, layer: Layer) -> 
     ahead = (count * ranks.gather(-1, chosen) - others).clamp(min=0).float()
     lead = (ahead / (total.float() * count)).clamp(max=2)  # 1 is above every tau
     wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
+    if row_weight is not None:
+        wanted = wanted * row_weight[..., None] // WEIGHT_UNIT
     asked = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))
     return asked.scatter_add_(-1, chosen.flatten(-2), wanted.flatten(-2))
 

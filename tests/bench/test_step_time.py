@@ -10,13 +10,14 @@ from rich.console import Console
 from torch import nn
 
 from sere_ray.bench import step_time
+from sere_ray.bench.arms import arms
 from sere_ray.bench.engines import Engines, write_config
 from sere_ray.bench.floor import WeightBytes, count_weights, mean_context, step_bytes
 from sere_ray.bench.kernel_profile import kernel_rows
 from sere_ray.bench.models import PUBLIC, get_model
 from sere_ray.bench.plot import draw
 from sere_ray.bench.routing import SIGMA, expert_scales, simulate_union, skew_gates
-from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, arms, measure
+from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.util.errors import SereError
 from sere_ray.util.results import check_continues, load_result, write_result

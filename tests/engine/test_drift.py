@@ -6,24 +6,31 @@ what the patched functions compute. The engine tests show that.
 
 import ast
 import inspect
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.version import Version
 from vllm import __version__
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.model_loader import base_loader
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker import gpu_model_runner, gpu_worker, worker_base
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from sere_ray.engine.patches import _MARK
@@ -86,6 +93,41 @@ def test_row_kinds_are_known_around_a_forward_pass():
     for name in fields:
         assert f"self.{name}" in batch
     assert "self.query_start_loc.np[" in source(runner._prepare_inputs)
+
+
+def test_drafts_of_a_request_are_its_last_rows_and_not_known_tokens():
+    """In V1; in V2 a request prefills by the tokens that it was scheduled with."""
+    update = source(InputBatch.update_req_spec_token_ids)
+    assert "num_tokens_no_spec[" in update
+    assert not re.search(r"num_tokens_no_spec\[\w+\] (\+|-)?= ", update)
+
+
+def test_a_draft_model_is_told_by_its_configuration():
+    fields = SpeculativeConfig.__dataclass_fields__
+    assert {"draft_model_config", "target_model_config", "method"} <= set(fields)
+    assert "enable_adaptive_verification" in fields
+    made = source(SpeculativeConfig.__post_init__)
+    assert "self.draft_model_config = self.target_model_config" in made  # n-grams
+    assert "self.draft_model_config = ModelConfig(" in made
+    assert "model_config=self.speculative_config.draft_model_config" in source(
+        SpecDecodeBaseProposer._get_model
+    )
+    assert "model_config=spec.draft_model_config" in source(
+        DraftModelProposer._create_draft_vllm_config
+    )
+    assert "model_config=draft_model_config" in source(load_eagle_model)
+    assert "model_config=self.draft_model_config" in source(StandaloneARSpeculator.load_draft_model)
+
+
+def test_the_scheduler_knows_which_drafts_were_accepted():
+    call = source(Scheduler.update_from_output).partition("self.make_spec_decoding_stats(")[2]
+    call = call.partition(")\n")[0]
+    assert "num_draft_tokens=num_draft_tokens" in call
+    assert "num_accepted_tokens=num_accepted" in call
+    assert "schedule" not in vars(AsyncScheduler)
+    assert "self.vllm_config = vllm_config" in source(Scheduler.__init__)
+    assert parameters(gpu_worker.Worker.execute_model) == ["self", "scheduler_output"]
+    assert not hasattr(SchedulerOutput, "__slots__")
 
 
 def test_weights_are_processed_by_module_global_name_after_loading():

@@ -35,14 +35,30 @@ GRAPHS = {
     },
 }
 
+DRAFTS = {
+    **GRAPHS,
+    "compilation_config": {
+        **GRAPHS["compilation_config"],
+        "cudagraph_capture_sizes": [4, 8, 16, 32, 48, 64],
+    },
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    },
+}
+"""Four rows of each request that decodes."""
+
 
 def tokens_of(folder, policies, **options):
     """Stock's greedy answers, and those of each policy with its counters."""
-    with running_engine(folder, **GRAPHS, **options) as engine:
+    options = {**GRAPHS, **options}
+    with running_engine(folder, **options) as engine:
         stock, _ = generate(engine, prompts())
     key = sere_key(folder, min_primary_experts=0)
     found = {}
-    with running_engine(folder, key, **GRAPHS, **options) as engine:
+    with running_engine(folder, key, **options) as engine:
         for name, changes in policies.items():
             set_policy(engine, Policy.parse({**key, **changes}))
             read_counters(engine, reset=True)
@@ -202,10 +218,11 @@ class Recorder:
         return recorded
 
     def begin(self, original):
-        def recorded(state, kinds):
+        def recorded(state, kinds, *drafts):
             self.finish()
-            self.running = kinds.copy(), state.bound, state.step_kind(kinds)
-            original(state, kinds)
+            weights = state.row_weights(*drafts) if drafts else None
+            self.running = kinds.copy(), state.bound, state.step_kind(kinds), weights
+            original(state, kinds, *drafts)
 
         return recorded
 
@@ -245,11 +262,11 @@ BY_MARGIN = [
 ]
 
 
-def recount(bound, position, similarity, before, weights, logits, row_kind):
+def recount(bound, position, similarity, before, weights, logits, row_kind, row_weight):
     """Ids, weights and counters of a layer, by the reference."""
     if bound.rule == "margin":
         layer = bound.of_layer(position, len(similarity), None)
-        return by_reference(before, weights, logits, row_kind, layer, GPU_MATH)
+        return by_reference(before, weights, logits, row_kind, layer, GPU_MATH, row_weight)
     arguments = {
         "row_kind": row_kind,
         "select_top_k": bound.select_top_k,
@@ -269,6 +286,8 @@ def recount(bound, position, similarity, before, weights, logits, row_kind):
         ("deepseek_v2", BY_SERE, GRAPHS),
         pytest.param("qwen3_moe", BY_MARGIN, GRAPHS, id="margin"),
         pytest.param("qwen3_moe_64", BY_MARGIN, GRAPHS, id="margin_with_top_k"),
+        pytest.param("qwen3_moe", BY_SERE, DRAFTS, id="drafts"),
+        pytest.param("qwen3_moe_64", BY_MARGIN, DRAFTS, id="margin_with_drafts"),
     ],
 )
 def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, changes, graphs):
@@ -301,7 +320,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
     recount_of = np.zeros((2, len(layers), len(COUNTERS)), dtype=np.int64)
     totals = np.zeros((2, 2), dtype=np.int64)
     graphed = 0
-    for kinds, bound, kind, copies in recorder.steps:
+    for kinds, bound, kind, draft_weights, copies in recorder.steps:
         if REROUTABLE not in kinds:
             continue
         reroutable = np.count_nonzero(kinds == REROUTABLE)
@@ -314,7 +333,8 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             graphed += bool((before[rows] == -1).all())
             row_kind = torch.from_numpy(kinds)
             assert PADDING not in kinds
-            given = (before[:rows], weights[:rows], logits[:rows], row_kind)
+            row_weight = None if draft_weights is None else torch.from_numpy(draft_weights)
+            given = (before[:rows], weights[:rows], logits[:rows], row_kind, row_weight)
             wanted, wanted_weights, counts = recount(
                 bound, position, artifact.layers[layer], *given
             )
@@ -334,7 +354,11 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
         assert (found["steps"], found["decode_rows"]) == tuple(totals[kind])
         for position, counter in enumerate(COUNTERS):
             assert found[counter] == recount_of[kind, :, position].tolist(), (name, counter)
-    assert totals[:, 1].sum() == 24 * (9 - 1)
+    drafts = sum(counters[name]["draft_rows"] for name in ("decode_only", "mixed"))
+    if graphs is DRAFTS:
+        assert drafts < totals[:, 1].sum() < drafts + 24 * (9 - 1)  # some were accepted
+    else:
+        assert (totals[:, 1].sum(), drafts) == (24 * (9 - 1), 0)
 
 
 GPT_OSS = {

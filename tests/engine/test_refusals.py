@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from sere_ray.engine import checks
+from sere_ray.engine.speculation import check_speculation
 from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
@@ -203,10 +204,6 @@ def test_dense_model(moe, tmp_path, has_words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["speculative_config", "without speculative decoding"],
-        ),
         ({"enable_lora": True}, ["enable_lora = True on a CPU", "without LoRA"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
         (
@@ -253,6 +250,29 @@ def test_connectors_that_do_not_look_at_the_salt(moe, has_words, connector, part
         configure(moe, sere_key(moe), kv_transfer_config=config)
     message = str(error.value)
     has_words(message, f"kv_connector = {refused}:", "cache_salt", "LMCacheMPConnector")
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "words"),
+    [
+        ("speculative_config", "method", "suffix", ["method = 'suffix'", "ngram, mtp, eagle"]),
+        (
+            "speculative_config",
+            "enable_adaptive_verification",
+            True,
+            ["enable_adaptive_verification = True", "start without it"],
+        ),
+        ("parallel_config", "data_parallel_size", 2, ["data_parallel_size = 2", "= 1"]),
+        ("parallel_config", "enable_expert_parallel", True, ["enable_expert_parallel", "a CPU"]),
+    ],
+)
+def test_ways_to_speculate_that_were_not_tested(moe, has_words, part, option, value, words):
+    speculates = {"method": "ngram", "num_speculative_tokens": 2}
+    config = configure(moe, sere_key(moe), speculative_config=speculates)
+    setattr(getattr(config, part), option, value)  # vLLM's own checks would refuse some earlier
+    with pytest.raises(UnsupportedError) as error:
+        check_speculation(config)
+    has_words(str(error.value), "speculative_config", "without speculative decoding", *words)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class MarginCase(NamedTuple):
     floor: int
     knobs: dict[str, float]
     gate: Gate = PLAIN
+    row_weight: Tensor | None = None
 
     def policy(self, mode: str = "on") -> BoundPolicy:
         return BoundPolicy(
@@ -83,12 +84,13 @@ class MarginCase(NamedTuple):
         return Layer(self.logits.shape[1], min_primary_experts=self.floor, **knobs)
 
     def expected(self, math: Math) -> Found:
-        return by_reference(self.ids, self.weights, self.logits, self.kinds, self.layer, math)
+        rows = self.ids, self.weights, self.logits, self.kinds
+        return by_reference(*rows, self.layer, math, self.row_weight)
 
     def asked(self, math: Math) -> Tensor:
         """What a rank with these rows tells the others."""
         scores = scores_of(self.logits, self.gate, math)
-        return ask(self.ids, self.weights, scores, self.kinds, self.layer)
+        return ask(self.ids, self.weights, scores, self.kinds, self.layer, self.row_weight)
 
     def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
         """Its rows as those of two ranks."""
@@ -155,11 +157,17 @@ def logit_arguments(logits: Tensor, gate: Gate) -> tuple[object, ...]:
 
 
 def by_reference(
-    ids: Tensor, weights: Tensor, logits: Tensor, kinds: Tensor, layer: Layer, math: Math
+    ids: Tensor,
+    weights: Tensor,
+    logits: Tensor,
+    kinds: Tensor,
+    layer: Layer,
+    math: Math,
+    row_weight: Tensor | None = None,
 ) -> Found:
     """On CPU tensors. What a row drops is given a name, as an engine does."""
     scores = scores_of(logits, layer.gate, math)
-    new_ids, new_weights = margin(ids, weights, scores, kinds, layer)
+    new_ids, new_weights = margin(ids, weights, scores, kinds, layer, row_weight)
     rows = kinds != PADDING
     stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
     changed = (new_ids != ids).any(dim=1) & rows
@@ -235,7 +243,8 @@ def device_layer(
     settings = Settings(device, layers=2, merges=merges)
     settings.write(case.policy(mode), top_k=case.ids.shape[1], num_experts=experts)
     step = StepInput(max(case.ids.shape[0], 1), device)
-    step.write(case.kinds.numpy(), counter_row=1)
+    drafts = None if case.row_weight is None else case.row_weight.numpy()
+    step.write(case.kinds.numpy(), counter_row=1, weights=drafts)
     counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
     tables = LayerTables.build(torch.eye(experts), device)
     gate = case.gate

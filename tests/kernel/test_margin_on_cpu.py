@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.rules import REROUTABLE
+from sere_ray.rules.margin import WEIGHT_UNIT
 from tests.rules.test_sere import RULES, assert_same_ids
 
 from .emulator import COMPILER, launch
@@ -264,3 +265,41 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)
 
     every()
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+def with_drafts(case: MarginCase) -> MarginCase:
+    """Three of four re-routable rows count as far as they are likely to be accepted."""
+    generator = torch.Generator().manual_seed(len(case.ids))
+    drawn = torch.randint(1, WEIGHT_UNIT + 1, case.kinds.shape, generator=generator)
+    is_draft = (case.kinds == REROUTABLE) & (torch.arange(len(case.ids)) % 4 > 0)
+    return case._replace(row_weight=torch.where(is_draft, drawn, WEIGHT_UNIT))
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5)])
+def test_demand_of_drafts_counts_less(experts: int, slots: int, cache: Path) -> None:
+    differ = 0
+    for seed, tau in enumerate((0.0005, 0.004, 0.02, 0.1)):
+        case = make_margin_case(seed=seed, rows=64, experts=experts, slots=slots, tau=tau)
+        drafted = with_drafts(case)
+        wanted = drafted.expected(EMULATED)
+        differ += not torch.equal(wanted[0], case.expected(EMULATED)[0])
+        for block, cluster in ((None, 1), (16, 8)):
+            found = run(drafted, cache=cache, seed=seed, block=block, cluster=cluster)
+            check_margin(found, wanted, drafted)
+    assert differ
+
+
+def test_demand_of_drafts_counts_less_where_the_launch_chooses(cache: Path) -> None:
+    for seed, tau in enumerate((0.004, 0.02)):
+        shape = {"rows": 32, "experts": 64, "slots": 6, "dtype": torch.float32}
+        case = make_margin_case(seed=seed, kinds="decode", shuffled=False, tau=tau, **shape)
+        drafted = with_drafts(case)
+        found, wanted = (
+            route(drafted, cache=cache, seed=seed, block=16, cluster=4),
+            drafted.expected(EMULATED),
+        )
+        assert_same_ids(found[0], wanted[0], "route")
+        assert found[2] == wanted[2]

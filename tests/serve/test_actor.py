@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.engine.state import BYTES, COUNTERS, StepTotals
+from sere_ray.engine.state import BYTES, COUNTERS
+from sere_ray.engine.step_totals import StepTotals
 from sere_ray.serve.gateway.control_api import Stats
 from sere_ray.serve.policy_actor import actor as actor_module
 from sere_ray.serve.policy_actor.actor import SereRouter

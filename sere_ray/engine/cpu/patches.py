@@ -32,7 +32,7 @@ from torch import Tensor
 from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.cpu import expert_parallel
 from sere_ray.engine.cpu.state import CpuState, active_state
-from sere_ray.engine.row_kinds import request_kinds, row_kinds
+from sere_ray.engine.row_kinds import draft_positions, request_kinds, row_kinds
 from sere_ray.engine.state import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT, Choice
@@ -108,7 +108,8 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
     for i, request in enumerate(batch.req_ids[:count]):
         if asks_exact(runner.requests[request].sampling_params):
             kinds[i] = EXACT
-    with state.step(row_kinds(kinds, runner.query_start_loc.np[: count + 1])):
+    starts = runner.query_start_loc.np[: count + 1]
+    with state.step(row_kinds(kinds, starts), draft_positions(kinds, starts)):
         return original(runner, *args, **kwargs)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sere_ray.engine.cpu.union import UnionOfRanks
@@ -42,6 +43,8 @@ class LayerOfStep(NamedTuple):
     """``[E]`` int64, rank of every expert; None = one rank holds them all."""
     skips_dropped: bool
     """Whether the experts' code leaves out ids of -1: then a row names an expert once."""
+    row_weight: Tensor | None = None
+    """``[rows]`` int64 of the step, without padding: how far drafts count; None = all are whole."""
 
 
 def apply_rule(
@@ -120,7 +123,10 @@ def _apply_margin(
     num_experts, owner = scores.shape[1], of_step.owner
     knobs = bound.of_layer(of_step.position, num_experts, of_step.similarity, owner)
     knobs = replace(knobs, gate=of_step.gate)
-    asked = margin.ask(ids, weights, scores, kinds, knobs)
+    row_weight = of_step.row_weight
+    if row_weight is not None:
+        row_weight = F.pad(row_weight, (0, len(ids) - len(row_weight)))
+    asked = margin.ask(ids, weights, scores, kinds, knobs, row_weight)
     if union is not None:
         union.add_up(asked)
     kept = margin.keep(asked, knobs)

@@ -38,6 +38,7 @@ class CpuState(EngineState):
         similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
+        row_weight: ``[rows]`` int64 of it, of demand under ``margin``; None = all are whole.
         counters: ``[2, layers, 7]`` by step kind, fields of ``StepCounts``.
         rows: of this rank in the running step, without padding.
         decode_rows: of these, re-routable ones.
@@ -54,6 +55,7 @@ class CpuState(EngineState):
         super().__post_init__()
         self._take_matrices()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
+        self.row_weight: Tensor | None = None
         self.counters = np.zeros((2, len(self.layers), len(StepCounts._fields)), dtype=np.int64)
         self.current_kind = DECODE_ONLY
         self.rows = self.decode_rows = self.union_rows = 0
@@ -91,13 +93,19 @@ class CpuState(EngineState):
     # --- a step -----------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self, kinds: NDArray[np.int8]) -> Iterator[None]:
+    def step(
+        self, kinds: NDArray[np.int8], drafts: NDArray[np.int8] | None = None
+    ) -> Iterator[None]:
         """Run one forward pass with these row kinds.
 
         Args:
             kinds: ``[rows]`` int8; rows of the pass beyond it are padding.
+            drafts: ``[rows]`` int8 of :func:`sere_ray.engine.row_kinds.draft_positions`; None =
+                there are none.
         """
         self.begin(kinds)
+        weights = self.row_weights(drafts)
+        self.row_weight = None if weights is None else torch.from_numpy(weights)
         start = time.perf_counter()
         token = _active.set(self)
         try:
@@ -107,7 +115,10 @@ class CpuState(EngineState):
             self.row_kind[: len(kinds)] = 0
         if self.decodes:
             seconds = time.perf_counter() - start
-            self.count_step(self.current_kind, self.decode_rows, len(kinds), seconds)
+            num_drafts = 0 if drafts is None else int(np.count_nonzero(drafts))
+            self.count_step(
+                self.current_kind, self.decode_rows, len(kinds), seconds, draft_rows=num_drafts
+            )
 
     def begin(self, kinds: NDArray[np.int8]) -> None:
         """Take over the row kinds of a pass, ``[rows]`` int8.
@@ -175,6 +186,7 @@ class CpuState(EngineState):
                 self.similarity[layer],
                 self.owner.get(layer),
                 skips_dropped=layer in self.owner,  # see expert_parallel.py
+                row_weight=self.row_weight,
             ),
             self.union if self.bound.union == "global" else None,
         )

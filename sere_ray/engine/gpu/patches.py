@@ -33,7 +33,7 @@ from torch import Tensor
 from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.gpu.fused_experts import apply_experts
 from sere_ray.engine.gpu.state import CudaState
-from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
+from sere_ray.engine.row_kinds import draft_positions, row_kinds, scheduled_kinds
 from sere_ray.engine.state import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT
@@ -73,7 +73,8 @@ def _begin_step(state: CudaState, batch: Any) -> None:
         state.begin_dummy_step()
         return
     starts = batch.query_start_loc_np[: batch.num_reqs + 1]
-    state.begin_step(row_kinds(request_kinds(state, batch), starts))
+    kinds = request_kinds(state, batch)
+    state.begin_step(row_kinds(kinds, starts), draft_positions(kinds, starts))
 
 
 def request_kinds(state: CudaState, batch: Any) -> NDArray[np.int8]:

@@ -92,18 +92,22 @@ class CudaState(EngineState):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def begin_step(self, kinds: NDArray[np.int8]) -> None:
+    def begin_step(self, kinds: NDArray[np.int8], drafts: NDArray[np.int8] | None = None) -> None:
         """Take over the row kinds of a step that this rank re-routes alone.
 
         Args:
             kinds: ``[rows]`` int8 of the step that is launched next on this stream; rows of the
                 pass beyond it are padding.
+            drafts: ``[rows]`` int8 of :func:`sere_ray.engine.row_kinds.draft_positions`; None =
+                there are none.
         """
         kind = self.step_kind(kinds)
-        reroutable = self.own.step_input.write(kinds, kind)
+        weights = self.row_weights(drafts)
+        reroutable = self.own.step_input.write(kinds, kind, weights=weights)
         self.rule.settings.follow(reroutable)
         if reroutable:
-            self.count_step(kind, reroutable, len(kinds))
+            num_drafts = 0 if drafts is None else int(np.count_nonzero(drafts))
+            self.count_step(kind, reroutable, len(kinds), draft_rows=num_drafts)
 
     def begin_dummy_step(self) -> None:
         """The next pass computes nobody's rows: leave it alone."""

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
+from sere_ray.artifact.statistics import ALL_NAMES, GROUPS, check_statistics
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "sere_ray"
+_SIMILARITY = "similarity"
 
 
 class ArtifactMetadata(BaseModel):
@@ -47,10 +49,15 @@ class ArtifactMetadata(BaseModel):
 
 @dataclass(frozen=True)
 class SimilarityArtifact:
-    """Similarity matrices by decoder layer index, ``float32 [E, E]`` each, and their origin."""
+    """Similarity matrices by decoder layer index, ``float32 [E, E]`` each, and their origin.
+
+    ``statistics`` are further tensors of each layer by name, for rules that read more than
+    similarity: :mod:`sere_ray.artifact.statistics`.
+    """
 
     layers: Mapping[int, Tensor]
     metadata: ArtifactMetadata
+    statistics: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write the file in one step: a reader sees the old file or the whole new one.
@@ -61,6 +68,8 @@ class SimilarityArtifact:
         path = Path(path)
         _check_content(self, path)
         tensors = {_tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
+        for layer, named in sorted(self.statistics.items()):
+            tensors |= {_tensor_name(layer, name): t.contiguous() for name, t in named.items()}
         metadata = {_METADATA_KEY: self.metadata.model_dump_json()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -76,13 +85,19 @@ class SimilarityArtifact:
         metadata = read_metadata(path)
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                layers = {_layer_of(name, path): file.get_tensor(name) for name in names}
+                layers: dict[int, Tensor] = {}
+                statistics: dict[int, dict[str, Tensor]] = {}
+                for full in list(file.keys()):
+                    layer, name = _layer_and_name(full, path)
+                    if name == _SIMILARITY:
+                        layers[layer] = file.get_tensor(full)
+                    else:
+                        statistics.setdefault(layer, {})[name] = file.get_tensor(full)
         except SafetensorError as error:
             raise ArtifactError(
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from None
-        artifact = cls(layers, metadata)
+        artifact = cls(layers, metadata, statistics)
         _check_content(artifact, path)
         return artifact
 
@@ -195,6 +210,25 @@ class SimilarityArtifact:
                 f"({self.metadata.model_id!r}): run `sere-ray calibrate` on the model you serve"
             )
 
+    def check_has(self, names: tuple[str, ...], *, path: str, rule: str) -> None:
+        """Refuse a rule that reads statistics which this artifact has not.
+
+        Raises:
+            ArtifactError: names the rule, what it reads, and the command that adds it.
+        """
+        lacking = [
+            group
+            for group, of_group in GROUPS.items()
+            if set(of_group) & set(names)
+            and any(not set(of_group) <= set(self.statistics.get(i, {})) for i in self.layers)
+        ]
+        if lacking:
+            raise ArtifactError(
+                f"{path}: rule {rule!r} reads {', '.join(names)}, which this artifact has not for "
+                f"every layer; `sere-ray calibrate MODEL --data TEXT --out {path} --statistics "
+                f"{','.join(lacking)}` adds them"
+            )
+
     def matrix(self, layer: int, *, path: str) -> Tensor:
         """The matrix of a decoder layer.
 
@@ -262,6 +296,10 @@ def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
                 f"{where}: an expert is less similar to itself (diagonal) than to another one; "
                 "calibrate again"
             )
+    for layer, named in sorted(artifact.statistics.items()):
+        if layer not in artifact.layers:
+            raise ArtifactError(f"{path}: statistics of layer {layer}, which has no similarity")
+        check_statistics(named, size, f"{path}: layer {layer}")
 
 
 def _without_task(architecture: str) -> str:
@@ -269,15 +307,20 @@ def _without_task(architecture: str) -> str:
     return architecture.partition("For")[0]
 
 
-def _tensor_name(layer: int) -> str:
-    return f"layers.{layer}.similarity"
+def _tensor_name(layer: int, name: str = _SIMILARITY) -> str:
+    return f"layers.{layer}.{name}"
 
 
-def _layer_of(name: str, path: Path) -> int:
-    parts = name.split(".")
-    if len(parts) != 3 or not parts[1].isdigit() or name != _tensor_name(int(parts[1])):
-        raise ArtifactError(f"{path}: unexpected tensor {name!r}; allowed: layers.<i>.similarity")
-    return int(parts[1])
+def _layer_and_name(full: str, path: Path) -> tuple[int, str]:
+    """Layer and name of a tensor of the file."""
+    parts = full.split(".")
+    known = len(parts) == 3 and parts[1].isdigit() and parts[2] in (_SIMILARITY, *ALL_NAMES)
+    if not known or full != _tensor_name(int(parts[1]), parts[2]):
+        raise ArtifactError(
+            f"{path}: unexpected tensor {full!r}; allowed: layers.<i>.similarity, and "
+            f"{', '.join(ALL_NAMES)} in its place"
+        )
+    return int(parts[1]), parts[2]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -30,7 +30,8 @@ from sere_ray.calibration.plan import (
     prepare,
     write_artifact,
 )
-from sere_ray.calibration.similarity import Sums, make_sums
+from sere_ray.calibration.routed import RoutedSums
+from sere_ray.calibration.similarity import Sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
@@ -40,6 +41,7 @@ SHARD_TOKENS = 4096
 """About how many tokens a shard has: four of the chunks that ``cka`` counts by."""
 STORE_BYTES = 256 * 2**20
 """Object store of a Ray instance of our own: it holds token ids and sums of a few shards."""
+_ROUTED = "routed."
 RETRIES = 2
 """How often a worker that died is started again, and its shard repeated."""
 
@@ -125,10 +127,13 @@ class ShardWorker:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Sums ``gram [1, layers, E, E]`` and ``tokens [1, layers]`` of a batch of one shard."""
+        """Sums ``gram [1, layers, E, E]`` and ``tokens [1, layers]`` of a batch of one shard.
+
+        Further statistics are ``routed.NAME [1, layers, ...]``.
+        """
         windows = [[int(token) for token in window] for window in rows["windows"][0]]
         sums = {
-            index: make_sums(self.settings.metric, len(layer.gate_weight), self.device)
+            index: self.settings.make_sums(len(layer.gate_weight), self.device)
             for index, layer in self.layers.items()
         }
         collect(
@@ -143,7 +148,17 @@ class ShardWorker:
             "tokens": np.array([[layer.tokens for layer in sums.values()]]),
             "fingerprints": np.array([self.fingerprints]),
             "dtype": np.array([self.dtype]),
-        }
+        } | _stacked([layer.routed for layer in sums.values()])
+
+
+def _stacked(routed: list[RoutedSums | None]) -> dict[str, Any]:
+    """Statistics of all layers as arrays of one row."""
+    parts = [layer.sums for layer in routed if layer is not None]
+    names = parts[0] if parts else {}
+    return {
+        f"{_ROUTED}{name}": torch.stack([part[name].cpu() for part in parts])[None].numpy()
+        for name in names
+    }
 
 
 def run_shards(
@@ -193,9 +208,15 @@ def _partial(plan: CalibrationPlan, row: dict[str, Any]) -> Partial:
     """What a worker returned, as sums again."""
     sums: dict[int, Sums] = {}
     for position, index in enumerate(plan.shape.layers):
-        sums[index] = make_sums(plan.settings.metric, plan.shape.num_experts)
+        sums[index] = plan.settings.make_sums(plan.shape.num_experts)
         sums[index].gram = torch.tensor(row["gram"][0][position])
         sums[index].tokens = int(row["tokens"][0][position])
+        if (routed := sums[index].routed) is not None:
+            routed.sums = {
+                name.removeprefix(_ROUTED): torch.tensor(values[0][position])
+                for name, values in row.items()
+                if name.startswith(_ROUTED)
+            }
     gates = json.loads(row["fingerprints"][0])
     return Partial(sums, {int(i): gate for i, gate in gates.items()}, str(row["dtype"][0]))
 

@@ -6,20 +6,19 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
-from sere_ray.artifact.statistics import ALL_NAMES, GROUPS, check_statistics
+from sere_ray.artifact.statistics import GROUPS
+from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "sere_ray"
-_SIMILARITY = "similarity"
 
 
 class ArtifactMetadata(BaseModel):
@@ -66,10 +65,10 @@ class SimilarityArtifact:
             ArtifactError: the content is not valid or the folder cannot be written.
         """
         path = Path(path)
-        _check_content(self, path)
-        tensors = {_tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
+        check_content(self.layers, self.statistics, self.metadata.num_experts, path)
+        tensors = {tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
         for layer, named in sorted(self.statistics.items()):
-            tensors |= {_tensor_name(layer, name): t.contiguous() for name, t in named.items()}
+            tensors |= {tensor_name(layer, name): t.contiguous() for name, t in named.items()}
         metadata = {_METADATA_KEY: self.metadata.model_dump_json()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -88,8 +87,8 @@ class SimilarityArtifact:
                 layers: dict[int, Tensor] = {}
                 statistics: dict[int, dict[str, Tensor]] = {}
                 for full in list(file.keys()):
-                    layer, name = _layer_and_name(full, path)
-                    if name == _SIMILARITY:
+                    layer, name = layer_and_name(full, path)
+                    if name == SIMILARITY:
                         layers[layer] = file.get_tensor(full)
                     else:
                         statistics.setdefault(layer, {})[name] = file.get_tensor(full)
@@ -98,7 +97,7 @@ class SimilarityArtifact:
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from None
         artifact = cls(layers, metadata, statistics)
-        _check_content(artifact, path)
+        check_content(layers, statistics, metadata.num_experts, path)
         return artifact
 
     @classmethod
@@ -278,49 +277,9 @@ def read_metadata(path: Path | str) -> ArtifactMetadata:
         raise ArtifactError(f"{path}: damaged metadata ({reason}); calibrate again") from None
 
 
-def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
-    size = artifact.metadata.num_experts
-    if not artifact.layers:
-        raise ArtifactError(f"{path}: holds no layer; calibrate again")
-    for layer, matrix in sorted(artifact.layers.items()):
-        where = f"{path}: layer {layer}"
-        if matrix.dtype != torch.float32 or tuple(matrix.shape) != (size, size):
-            raise ArtifactError(
-                f"{where} is {matrix.dtype} {tuple(matrix.shape)}, must be torch.float32 "
-                f"{(size, size)} (num_experts = {size}); calibrate again"
-            )
-        if not bool(torch.isfinite(matrix).all()):
-            raise ArtifactError(f"{where} holds NaN or infinite values; calibrate again")
-        if bool((matrix.diagonal() < matrix.max(dim=1).values).any()):
-            raise ArtifactError(
-                f"{where}: an expert is less similar to itself (diagonal) than to another one; "
-                "calibrate again"
-            )
-    for layer, named in sorted(artifact.statistics.items()):
-        if layer not in artifact.layers:
-            raise ArtifactError(f"{path}: statistics of layer {layer}, which has no similarity")
-        check_statistics(named, size, f"{path}: layer {layer}")
-
-
 def _without_task(architecture: str) -> str:
     """``Qwen3_5MoeForCausalLM`` and ``Qwen3_5MoeForConditionalGeneration`` are one model."""
     return architecture.partition("For")[0]
-
-
-def _tensor_name(layer: int, name: str = _SIMILARITY) -> str:
-    return f"layers.{layer}.{name}"
-
-
-def _layer_and_name(full: str, path: Path) -> tuple[int, str]:
-    """Layer and name of a tensor of the file."""
-    parts = full.split(".")
-    known = len(parts) == 3 and parts[1].isdigit() and parts[2] in (_SIMILARITY, *ALL_NAMES)
-    if not known or full != _tensor_name(int(parts[1]), parts[2]):
-        raise ArtifactError(
-            f"{path}: unexpected tensor {full!r}; allowed: layers.<i>.similarity, and "
-            f"{', '.join(ALL_NAMES)} in its place"
-        )
-    return int(parts[1]), parts[2]
 
 
 def _ranges(numbers: list[int]) -> str:

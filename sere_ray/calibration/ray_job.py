@@ -30,7 +30,7 @@ from sere_ray.calibration.plan import (
     prepare,
     write_artifact,
 )
-from sere_ray.calibration.routed import RoutedSums
+from sere_ray.calibration.routed import one_of_stacked, stacked
 from sere_ray.calibration.similarity import Sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.util.errors import SereError
@@ -41,7 +41,6 @@ SHARD_TOKENS = 4096
 """About how many tokens a shard has: four of the chunks that ``cka`` counts by."""
 STORE_BYTES = 256 * 2**20
 """Object store of a Ray instance of our own: it holds token ids and sums of a few shards."""
-_ROUTED = "routed."
 RETRIES = 2
 """How often a worker that died is started again, and its shard repeated."""
 
@@ -148,17 +147,7 @@ class ShardWorker:
             "tokens": np.array([[layer.tokens for layer in sums.values()]]),
             "fingerprints": np.array([self.fingerprints]),
             "dtype": np.array([self.dtype]),
-        } | _stacked([layer.routed for layer in sums.values()])
-
-
-def _stacked(routed: list[RoutedSums | None]) -> dict[str, Any]:
-    """Statistics of all layers as arrays of one row."""
-    parts = [layer.sums for layer in routed if layer is not None]
-    names = parts[0] if parts else {}
-    return {
-        f"{_ROUTED}{name}": torch.stack([part[name].cpu() for part in parts])[None].numpy()
-        for name in names
-    }
+        } | stacked([layer.routed for layer in sums.values()])
 
 
 def run_shards(
@@ -212,11 +201,7 @@ def _partial(plan: CalibrationPlan, row: dict[str, Any]) -> Partial:
         sums[index].gram = torch.tensor(row["gram"][0][position])
         sums[index].tokens = int(row["tokens"][0][position])
         if (routed := sums[index].routed) is not None:
-            routed.sums = {
-                name.removeprefix(_ROUTED): torch.tensor(values[0][position])
-                for name, values in row.items()
-                if name.startswith(_ROUTED)
-            }
+            routed.sums = one_of_stacked(row, position)
     gates = json.loads(row["fingerprints"][0])
     return Partial(sums, {int(i): gate for i, gate in gates.items()}, str(row["dtype"][0]))
 

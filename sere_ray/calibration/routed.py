@@ -3,9 +3,11 @@
 u and v are raw outputs of experts, before the gate's weights. Sums are float64.
 """
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.artifact.statistics import GROUPS
@@ -16,6 +18,7 @@ RIDGE = 1e-3
 """Of ExFold's published code, added to the sum of squares a scale is divided by."""
 LARGEST_SCALE = 4.0
 """Of the same: scales are clipped to -4..4."""
+_PREFIX = "routed."
 
 
 class RoutedSums:
@@ -121,6 +124,24 @@ class RoutedSums:
         spread = (about / (chosen - 1).clamp(min=1)).clamp(min=0).sqrt()
         score = torch.linalg.vector_norm(spread, dim=1) * self.sums["weight"] / tokens
         return {"output_mean": mean, "novice_score": score}
+
+
+def stacked(layers: list[RoutedSums | None]) -> dict[str, NDArray[Any]]:
+    """The sums of all layers as arrays ``[1, layers, ...]``: a row of a Ray data set."""
+    parts = [layer.sums for layer in layers if layer is not None]
+    return {
+        f"{_PREFIX}{name}": torch.stack([part[name].cpu() for part in parts])[None].numpy()
+        for name in (parts[0] if parts else {})
+    }
+
+
+def one_of_stacked(row: Mapping[str, NDArray[Any]], position: int) -> dict[str, Tensor]:
+    """The sums of one layer of such a row, which may have other fields, too."""
+    return {
+        name.removeprefix(_PREFIX): torch.tensor(values[0][position])
+        for name, values in row.items()
+        if name.startswith(_PREFIX)
+    }
 
 
 def check_groups(groups: tuple[str, ...]) -> None:

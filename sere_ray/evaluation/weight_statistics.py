@@ -13,6 +13,7 @@ from sere_ray.util.errors import UnsupportedError
 
 _NORM = "post_attention_layernorm"
 """Of the norm before a mixture of experts, in most decoders of transformers."""
+_STACKED = ("gate_up_proj", "down_proj")
 NAMES = ("ace_gsp", "ace_rcr")
 
 
@@ -26,16 +27,17 @@ def ace_statistics(model: PreTrainedModel) -> dict[int, dict[str, Tensor]]:
     found = {}
     for index, layer in find_moe_layers(model).items():
         norm = getattr(model.get_decoder().layers[index], _NORM, None)
-        gamma = getattr(norm, "weight", None)
-        gate_up, down = (getattr(layer.experts, n, None) for n in ("gate_up_proj", "down_proj"))
-        if not all(isinstance(part, nn.Parameter) for part in (gamma, gate_up, down)):
+        parts = (
+            getattr(norm, "weight", None),
+            *(getattr(layer.experts, n, None) for n in _STACKED),
+        )
+        parameters = [part.float() for part in parts if isinstance(part, nn.Parameter)]
+        if len(parameters) < len(parts):
             raise UnsupportedError(
-                f"layer {index}: rule 'ace' reads {_NORM}, gate_up_proj and down_proj, which this "
+                f"layer {index}: rule 'ace' reads {_NORM}, {' and '.join(_STACKED)}, which this "
                 "model has not; leave ace out"
             )
-        assert gamma is not None and gate_up is not None
-        assert down is not None
-        views = (spectral(gamma.float(), gate_up.float(), down.float()), along_router(layer))
+        views = (spectral(*parameters), along_router(layer))
         found[index] = {n: view / view.mean() for n, view in zip(NAMES, views, strict=True)}
     return found
 

@@ -153,6 +153,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_and_the_same_command_goes_on(
 def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, expected: SimilarityArtifact) -> None:
     work = tmp_path / "a.work"
     options = ["--out", str(tmp_path / "a"), "--sequences", "150", "--ray", "--workers", "1"]
+    options += ["--statistics", ",".join(SETTINGS.statistics)]
     command = [sys.executable, "-m", "sere_ray", "calibrate", SETTINGS.model, *options]
     process = subprocess.Popen(
         [*command, "--data", SETTINGS.data], stderr=subprocess.DEVNULL, start_new_session=True

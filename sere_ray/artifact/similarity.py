@@ -3,16 +3,17 @@
 import json
 import tempfile
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
+from sere_ray.artifact.statistics import GROUPS
+from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
 
@@ -47,10 +48,15 @@ class ArtifactMetadata(BaseModel):
 
 @dataclass(frozen=True)
 class SimilarityArtifact:
-    """Similarity matrices by decoder layer index, ``float32 [E, E]`` each, and their origin."""
+    """Similarity matrices by decoder layer index, ``float32 [E, E]`` each, and their origin.
+
+    ``statistics`` are further tensors of each layer by name, for rules that read more than
+    similarity: :mod:`sere_ray.artifact.statistics`.
+    """
 
     layers: Mapping[int, Tensor]
     metadata: ArtifactMetadata
+    statistics: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write the file in one step: a reader sees the old file or the whole new one.
@@ -59,8 +65,10 @@ class SimilarityArtifact:
             ArtifactError: the content is not valid or the folder cannot be written.
         """
         path = Path(path)
-        _check_content(self, path)
-        tensors = {_tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
+        check_content(self.layers, self.statistics, self.metadata.num_experts, path)
+        tensors = {tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
+        for layer, named in sorted(self.statistics.items()):
+            tensors |= {tensor_name(layer, name): t.contiguous() for name, t in named.items()}
         metadata = {_METADATA_KEY: self.metadata.model_dump_json()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -76,14 +84,20 @@ class SimilarityArtifact:
         metadata = read_metadata(path)
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                layers = {_layer_of(name, path): file.get_tensor(name) for name in names}
+                layers: dict[int, Tensor] = {}
+                statistics: dict[int, dict[str, Tensor]] = {}
+                for full in list(file.keys()):
+                    layer, name = layer_and_name(full, path)
+                    if name == SIMILARITY:
+                        layers[layer] = file.get_tensor(full)
+                    else:
+                        statistics.setdefault(layer, {})[name] = file.get_tensor(full)
         except SafetensorError as error:
             raise ArtifactError(
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from None
-        artifact = cls(layers, metadata)
-        _check_content(artifact, path)
+        artifact = cls(layers, metadata, statistics)
+        check_content(layers, statistics, metadata.num_experts, path)
         return artifact
 
     @classmethod
@@ -195,6 +209,25 @@ class SimilarityArtifact:
                 f"({self.metadata.model_id!r}): run `sere-ray calibrate` on the model you serve"
             )
 
+    def check_has(self, names: tuple[str, ...], *, path: str, rule: str) -> None:
+        """Refuse a rule that reads statistics which this artifact has not.
+
+        Raises:
+            ArtifactError: names the rule, what it reads, and the command that adds it.
+        """
+        lacking = [
+            group
+            for group, of_group in GROUPS.items()
+            if set(of_group) & set(names)
+            and any(not set(of_group) <= set(self.statistics.get(i, {})) for i in self.layers)
+        ]
+        if lacking:
+            raise ArtifactError(
+                f"{path}: rule {rule!r} reads {', '.join(names)}, which this artifact has not for "
+                f"every layer; `sere-ray calibrate MODEL --data TEXT --out {path} --statistics "
+                f"{','.join(lacking)}` adds them"
+            )
+
     def matrix(self, layer: int, *, path: str) -> Tensor:
         """The matrix of a decoder layer.
 
@@ -244,40 +277,9 @@ def read_metadata(path: Path | str) -> ArtifactMetadata:
         raise ArtifactError(f"{path}: damaged metadata ({reason}); calibrate again") from None
 
 
-def _check_content(artifact: SimilarityArtifact, path: Path) -> None:
-    size = artifact.metadata.num_experts
-    if not artifact.layers:
-        raise ArtifactError(f"{path}: holds no layer; calibrate again")
-    for layer, matrix in sorted(artifact.layers.items()):
-        where = f"{path}: layer {layer}"
-        if matrix.dtype != torch.float32 or tuple(matrix.shape) != (size, size):
-            raise ArtifactError(
-                f"{where} is {matrix.dtype} {tuple(matrix.shape)}, must be torch.float32 "
-                f"{(size, size)} (num_experts = {size}); calibrate again"
-            )
-        if not bool(torch.isfinite(matrix).all()):
-            raise ArtifactError(f"{where} holds NaN or infinite values; calibrate again")
-        if bool((matrix.diagonal() < matrix.max(dim=1).values).any()):
-            raise ArtifactError(
-                f"{where}: an expert is less similar to itself (diagonal) than to another one; "
-                "calibrate again"
-            )
-
-
 def _without_task(architecture: str) -> str:
     """``Qwen3_5MoeForCausalLM`` and ``Qwen3_5MoeForConditionalGeneration`` are one model."""
     return architecture.partition("For")[0]
-
-
-def _tensor_name(layer: int) -> str:
-    return f"layers.{layer}.similarity"
-
-
-def _layer_of(name: str, path: Path) -> int:
-    parts = name.split(".")
-    if len(parts) != 3 or not parts[1].isdigit() or name != _tensor_name(int(parts[1])):
-        raise ArtifactError(f"{path}: unexpected tensor {name!r}; allowed: layers.<i>.similarity")
-    return int(parts[1])
 
 
 def _ranges(numbers: list[int]) -> str:

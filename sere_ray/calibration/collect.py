@@ -150,7 +150,10 @@ class Stream:
         for rows in _pieces(len(tokens), self._piece_tokens(tokens)):
             outputs = expert_outputs(self.experts, tokens[rows], len(self.sums.gram))
             parts.append(routed_output(outputs, choice[rows], weights[rows]))
-            self.sums.update(outputs if self.real is None else outputs[:, self.real[rows]])
+            real = slice(None) if self.real is None else self.real[rows]
+            self.sums.update(outputs[:, real])
+            if self.sums.routed is not None:
+                self.sums.routed.update(outputs[:, real], choice[rows][real], weights[rows][real])
         return torch.cat(parts)
 
     def close(self) -> None:

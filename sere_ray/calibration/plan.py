@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
@@ -51,6 +52,7 @@ class CalibrationSettings:
         dtype: of the weights: ``bfloat16``, ``float32`` or ``auto``, see
             :func:`~sere_ray.calibration.loading.pick_dtype`.
         text_column: column of a parquet, jsonl or hub data set.
+        statistics: groups of further statistics: :mod:`sere_ray.artifact.statistics`.
     """
 
     model: str
@@ -63,6 +65,11 @@ class CalibrationSettings:
     device: str = "auto"
     dtype: str = "auto"
     text_column: str = "text"
+    statistics: tuple[str, ...] = ()
+
+    def make_sums(self, num_experts: int, device: torch.device | str = "cpu") -> Sums:
+        """Empty sums of one layer."""
+        return make_sums(self.metric, num_experts, device, self.statistics)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def prepare(settings: CalibrationSettings, out: Path) -> CalibrationPlan:
     Raises:
         SereError: the model, the text, the metric or the output path cannot be used.
     """
-    make_sums(settings.metric, 1)  # refuses an unknown name
+    settings.make_sums(1)  # refuses an unknown name
     check_dtype(settings.dtype)
     if settings.batch_size < 1:
         raise DataError(f"batch_size = {settings.batch_size}: must be at least 1")
@@ -172,6 +179,11 @@ def write_artifact(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             synthetic=False,
         ),
+        statistics={
+            index: layer_sums.routed.statistics(layer_sums.tokens)
+            for index, layer_sums in sums.items()
+            if layer_sums.routed is not None
+        },
     )
     artifact.save(out)
     return artifact

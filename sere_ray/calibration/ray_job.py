@@ -30,7 +30,8 @@ from sere_ray.calibration.plan import (
     prepare,
     write_artifact,
 )
-from sere_ray.calibration.similarity import Sums, make_sums
+from sere_ray.calibration.routed import one_of_stacked, stacked
+from sere_ray.calibration.similarity import Sums
 from sere_ray.calibration.work_folder import Partial, WorkFolder
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
@@ -125,10 +126,13 @@ class ShardWorker:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Sums ``gram [1, layers, E, E]`` and ``tokens [1, layers]`` of a batch of one shard."""
+        """Sums ``gram [1, layers, E, E]`` and ``tokens [1, layers]`` of a batch of one shard.
+
+        Further statistics are ``routed.NAME [1, layers, ...]``.
+        """
         windows = [[int(token) for token in window] for window in rows["windows"][0]]
         sums = {
-            index: make_sums(self.settings.metric, len(layer.gate_weight), self.device)
+            index: self.settings.make_sums(len(layer.gate_weight), self.device)
             for index, layer in self.layers.items()
         }
         collect(
@@ -143,7 +147,7 @@ class ShardWorker:
             "tokens": np.array([[layer.tokens for layer in sums.values()]]),
             "fingerprints": np.array([self.fingerprints]),
             "dtype": np.array([self.dtype]),
-        }
+        } | stacked([layer.routed for layer in sums.values()])
 
 
 def run_shards(
@@ -193,9 +197,11 @@ def _partial(plan: CalibrationPlan, row: dict[str, Any]) -> Partial:
     """What a worker returned, as sums again."""
     sums: dict[int, Sums] = {}
     for position, index in enumerate(plan.shape.layers):
-        sums[index] = make_sums(plan.settings.metric, plan.shape.num_experts)
+        sums[index] = plan.settings.make_sums(plan.shape.num_experts)
         sums[index].gram = torch.tensor(row["gram"][0][position])
         sums[index].tokens = int(row["tokens"][0][position])
+        if (routed := sums[index].routed) is not None:
+            routed.sums = one_of_stacked(row, position)
     gates = json.loads(row["fingerprints"][0])
     return Partial(sums, {int(i): gate for i, gate in gates.items()}, str(row["dtype"][0]))
 

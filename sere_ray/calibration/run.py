@@ -17,7 +17,7 @@ from sere_ray.calibration.plan import (
     prepare,
     write_artifact,
 )
-from sere_ray.calibration.similarity import Metric, Sums, make_sums
+from sere_ray.calibration.similarity import Metric, Sums
 from sere_ray.calibration.streamed import StreamedModel
 from sere_ray.util.progress import progress
 
@@ -38,6 +38,7 @@ def calibrate(
     device: str = "auto",
     dtype: str = "auto",
     text_column: str = "text",
+    statistics: tuple[str, ...] = (),
     layer_streamed: bool = False,
     console: Console | None = None,
 ) -> SimilarityArtifact:
@@ -47,7 +48,7 @@ def calibrate(
     whole or not at all.
 
     Args:
-        model: this and all up to ``text_column`` are the fields of
+        model: this and all up to ``statistics`` are the fields of
             :class:`~sere_ray.calibration.plan.CalibrationSettings`.
         out: the artifact's path; an existing file is replaced.
         layer_streamed: hold one decoder layer at a time on the device, not the whole model.
@@ -60,7 +61,8 @@ def calibrate(
         SereError: the model, the text, the metric or the output path cannot be used.
     """
     settings = CalibrationSettings(
-        model, data, revision, metric, sequences, length, batch_size, device, dtype, text_column
+        *(model, data, revision, metric, sequences, length, batch_size, device, dtype),
+        *(text_column, statistics),
     )
     pick_device(device)  # refuses what this machine lacks
     plan = prepare(settings, out)
@@ -80,7 +82,7 @@ def _whole(plan: CalibrationPlan, console: Console | None) -> Collected:
         dtype=pick_dtype(settings.dtype, target, plan.config),
     )
     layers = find_moe_layers(loaded)
-    sums = {index: make_sums(settings.metric, plan.shape.num_experts, target) for index in layers}
+    sums = {index: settings.make_sums(plan.shape.num_experts, target) for index in layers}
     batches = make_batches(plan.windows, settings.batch_size, plan.pad_id)
     with progress(console, plan.tokens, task="calibrate", unit="tokens") as advance:
         collect(loaded, layers, batches, sums, advance)
@@ -102,5 +104,5 @@ def _streamed(plan: CalibrationPlan, console: Console | None) -> Collected:
     steps = plan.tokens * source.num_layers
     with progress(console, steps, task="calibrate", unit="tokens x layers") as advance:
         return source.collect(
-            batches, lambda: make_sums(settings.metric, plan.shape.num_experts, target), advance
+            batches, lambda: settings.make_sums(plan.shape.num_experts, target), advance
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sere_ray.calibration.routed import RoutedSums, check_groups
 from sere_ray.util.errors import SereError
 
 Metric = Literal["frobenius", "cosine", "cka", "cka-exact"]
@@ -60,6 +61,8 @@ class Sums(ABC):
     def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
         self.tokens = 0
+        self.routed: RoutedSums | None = None
+        """Further statistics, where they were asked for; not with ``fixed_chunks``."""
 
     @abstractmethod
     def update(self, outputs: Tensor) -> None:
@@ -91,6 +94,8 @@ class Sums(ABC):
         merged = type(self)(len(self.gram), self.gram.device)
         merged.gram = self.gram + other.gram.to(self.gram.device)
         merged.tokens = self.tokens + other.tokens
+        if self.routed is not None and other.routed is not None:
+            merged.routed = self.routed.merge(other.routed)
         return merged
 
     def similarity(self) -> Tensor:
@@ -238,15 +243,28 @@ _SUMS: dict[str, type[Sums]] = {
 }
 
 
-def make_sums(metric: str, num_experts: int, device: torch.device | str = "cpu") -> Sums:
-    """Empty sums of a metric.
+def make_sums(
+    metric: str,
+    num_experts: int,
+    device: torch.device | str = "cpu",
+    statistics: tuple[str, ...] = (),
+) -> Sums:
+    """Empty sums of a metric, and of groups of further statistics.
 
     Raises:
-        SereError: there is no such metric.
+        SereError: there is no such metric or group, or both do not go together.
     """
     if metric not in _SUMS:
         raise SereError(f"metric = {metric!r}: must be one of {', '.join(_SUMS)}")
-    return _SUMS[metric](num_experts, device)
+    check_groups(statistics)
+    sums = _SUMS[metric](num_experts, device)
+    if statistics and sums.fixed_chunks:
+        raise SereError(
+            f"metric = {metric!r}: looks at chunks of tokens without their choices, which "
+            "--statistics needs; use frobenius or cosine"
+        )
+    sums.routed = RoutedSums(statistics) if statistics else None
+    return sums
 
 
 def check_exact_fits(layers: int, num_experts: int, tokens: int, hidden_size: int) -> None:

@@ -18,7 +18,7 @@ from sere_ray.artifact.gates import same_gate
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.loading import is_local
 from sere_ray.calibration.plan import CalibrationPlan
-from sere_ray.calibration.similarity import Sums, make_sums
+from sere_ray.calibration.similarity import Sums
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
 
@@ -54,7 +54,7 @@ class WorkFolder:
 
     def __init__(self, path: Path, plan: CalibrationPlan, shards: list[list[list[int]]]) -> None:
         self.path = path
-        self._metric = plan.settings.metric
+        self._settings = plan.settings
         self._shape = plan.shape
         path.mkdir(exist_ok=True)
         job = _job(plan, shards)
@@ -80,6 +80,9 @@ class WorkFolder:
             with self._opened(min(done)) as (_, first):
                 self._check_dtype(partial.dtype, first["dtype"])
         tensors = {f"{index}": sums.gram for index, sums in partial.sums.items()}
+        for index, sums in partial.sums.items():
+            if sums.routed is not None:
+                tensors |= {f"{index}.{name}": t for name, t in sums.routed.sums.items()}
         about = {
             "tokens": {index: sums.tokens for index, sums in partial.sums.items()},
             "fingerprints": dict(partial.fingerprints),
@@ -119,9 +122,16 @@ class WorkFolder:
         sums: dict[int, Sums] = {}
         with self._opened(shard) as (file, about):
             for index in self._shape.layers:
-                sums[index] = make_sums(self._metric, self._shape.num_experts)
+                sums[index] = self._settings.make_sums(self._shape.num_experts)
                 sums[index].gram = file.get_tensor(f"{index}")
                 sums[index].tokens = about["tokens"][f"{index}"]
+                if (routed := sums[index].routed) is not None:
+                    prefix = f"{index}."
+                    routed.sums = {
+                        name.removeprefix(prefix): file.get_tensor(name)
+                        for name in list(file.keys())
+                        if name.startswith(prefix)
+                    }
             gates = {int(index): gate for index, gate in about["fingerprints"].items()}
             return Partial(sums, gates, about["dtype"])
 
@@ -157,6 +167,7 @@ def _job(plan: CalibrationPlan, shards: list[list[list[int]]]) -> dict[str, obje
     tokens = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
     return {
         **kept,
+        "statistics": list(plan.settings.statistics),  # as JSON gives it back
         "revision": plan.revision,
         "config": hashlib.sha256(plan.config.to_json_string().encode()).hexdigest(),
         "weights": weights,

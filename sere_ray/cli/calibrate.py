@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sere_ray.cli.common import Dtype, Out, console, saver, user_errors
+from sere_ray.cli.common import Dtype, Out, console, names, saver, user_errors
 from sere_ray.util.errors import SereError
 
 
@@ -27,6 +27,13 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Dtype = "auto",
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="Further statistics, for rules that `sere-ray evaluate` compares: stand_ins "
+            "(exfold), novices (mone; as large as a number for each expert and dimension)."
+        ),
+    ] = "",
     layer_streamed: Annotated[
         bool,
         typer.Option("--layer-streamed", help="Hold one decoder layer at a time, not the model."),
@@ -65,6 +72,7 @@ def calibrate(
         "device": device,
         "dtype": dtype,
         "text_column": text_column,
+        "statistics": names(statistics) if statistics else (),
     }
     with user_errors():
         from sere_ray.util.files import file_sha256

@@ -1,5 +1,6 @@
 """The commands about quality: evaluate, tune."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 from sere_ray.cli.common import Dtype, console, names, numbers, user_errors
 
 if TYPE_CHECKING:
-    from sere_ray.evaluation.frontier import EvaluationPlan
+    from sere_ray.evaluation.evaluator import EvaluationPlan
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
@@ -26,8 +27,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON to write; replaced in one step.")],
     html: Annotated[Path | None, typer.Option(help="Page with plots and tables to write.")] = None,
     rules: Annotated[
-        str, typer.Option(help="Which rules, comma-separated.")
-    ] = "sere,topk,oea,xshare,lynx,margin",
+        str | None,
+        typer.Option(help="Which rules, comma-separated [all that the artifact has numbers for]."),
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option(help="YAML list of settings in place of the grids of --rules.")
     ] = None,
@@ -39,6 +41,14 @@ def evaluate(
     text_column: TextColumn = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tune_data: Annotated[
+        str | None,
+        typer.Option(help="Second text: rules are tuned on it as `tune` does, LDA fitted."),
+    ] = None,
+    tune_sequences: Annotated[int, typer.Option(min=1, help="Windows of --tune-data.")] = 64,
+    best_only: Annotated[
+        bool, typer.Option("--best-only", help="Leave out rows that one of their rule beats.")
+    ] = False,
     append: Annotated[
         bool, typer.Option("--append", help="Keep what the file has of other batch sizes.")
     ] = False,
@@ -58,12 +68,13 @@ def evaluate(
         onto = load_result(out) if append and out.exists() else None
         if onto:
             check_continues(onto)
-        chosen_rules = names(rules)
-        check_rules(chosen_rules)
+        chosen_rules = names(rules) if rules else None
+        check_rules(chosen_rules or ())
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, ranks, device, dtype)
+        plan = replace(plan, tune_data=tune_data, tune_sequences=tune_sequences)
         chosen = read_settings(settings) if settings else None
-        found = run(plan, rules=chosen_rules, settings=chosen, console=console)
+        found = run(plan, rules=chosen_rules, settings=chosen, console=console, best_only=best_only)
         if onto:
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto)
@@ -146,7 +157,7 @@ def _plan(
     Raises:
         SereError: ``batches`` or ``ranks`` are not such numbers.
     """
-    from sere_ray.evaluation.frontier import EvaluationPlan
+    from sere_ray.evaluation.evaluator import EvaluationPlan
 
     data, text_column, sequences, length, prompt = text
     return EvaluationPlan(

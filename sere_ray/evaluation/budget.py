@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.frontier import Evaluator
+from sere_ray.evaluation.evaluator import Evaluator
+from sere_ray.evaluation.grids import Routing
 from sere_ray.evaluation.statistics import Doubles, Estimate, draws, mean
 from sere_ray.util.errors import SereError
 
@@ -68,13 +69,15 @@ class Candidate:
 class Text:
     """One text: its windows, on which settings are tried."""
 
-    def __init__(self, evaluator: Evaluator, data: str, budget: Budget) -> None:
+    def __init__(
+        self, evaluator: Evaluator, data: str, budget: Budget, sequences: int | None = None
+    ) -> None:
         plan = evaluator.plan
         self.evaluator, self.batches, self.budget = evaluator, plan.batches, budget
-        self.chunks: list[DecodeBatches] = list(
-            evaluator.chunks(evaluator.windows(data), max(plan.batches))
-        )
-        self.shares = draws(plan.sequences)
+        windows = evaluator.windows(data, sequences)
+        self.chunks: list[DecodeBatches] = list(evaluator.chunks(windows, max(plan.batches)))
+        self.routing = Routing(self.chunks[0], evaluator.bind)
+        self.shares = draws(len(windows))
         self.known: dict[tuple[str, int], Measured] = {}
         self.exact = self.measure({"rule": "topk", "select_top_k": evaluator.shape.top_k})
 
@@ -86,7 +89,8 @@ class Text:
         found = {}
         for batch in batches or self.batches:
             if (name, batch) not in self.known:
-                parts = [chunk.measure(policy, batch) for chunk in self.chunks]
+                repair = self.evaluator.repair(keys, batch)
+                parts = [chunk.measure(policy, batch, repair=repair) for chunk in self.chunks]
                 self.known[name, batch] = Measured.join(parts)
             found[batch] = self.known[name, batch]
         return found

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
-from sere_ray.calibration.collect import find_moe_layers
+from sere_ray.calibration.collect import MoELayer, find_moe_layers
+from sere_ray.evaluation.compiled_sere import compiled_sere
+from sere_ray.evaluation.lda import Affine, Moments, Repair
 from sere_ray.evaluation.teacher_forced import forward_changed
-from sere_ray.kernel.cpu_sere import merge_repeated, reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
 from sere_ray.rules.common import named_by
@@ -68,6 +69,7 @@ class DecodeBatches:
         prompt_tokens: positions that are exact and not scored.
         similarity: decoder layer index -> ``[E, E]`` float32.
         ranks: numbers of expert-parallel ranks, for ``busiest``.
+        statistics: decoder layer index -> further tensors by name, for rules that read them.
     """
 
     def __init__(
@@ -77,33 +79,38 @@ class DecodeBatches:
         prompt_tokens: int,
         similarity: Mapping[int, Tensor],
         ranks: tuple[int, ...] = (1,),
+        statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.ranks = model, ranks
         self.layers = find_moe_layers(model)
         self.similarity = {layer: matrix.to(model.device) for layer, matrix in similarity.items()}
+        self.statistics = {
+            layer: {name: tensor.to(model.device) for name, tensor in named.items()}
+            for layer, named in (statistics or {}).items()
+        }
         self.ids = input_ids.to(model.device)
         self.answers = self.ids[:, prompt_tokens:]
         with torch.inference_mode():
             self.prompt: Cache = model(self.ids[:, :prompt_tokens], use_cache=True).past_key_values
             self.exact = self._forward({}).log_softmax(dim=-1)
 
-    def measure(self, policy: BoundPolicy, batch: int, ranks: int = 1) -> Measured:
+    def measure(
+        self, policy: BoundPolicy, batch: int, ranks: int = 1, repair: Repair | None = None
+    ) -> Measured:
         """Run a policy with ``batch`` rows a step; N is a multiple of it.
 
         Args:
             policy: what to run.
             batch: B.
             ranks: what a rule that looks at ranks takes for their number.
+            repair: of :meth:`fit`; None = the layers' outputs stay as the rule makes them.
 
         Raises:
             UnsupportedError: its rule reads scores that this model's gate does not choose by.
         """
-        counts = Counts(len(self.ids) // batch, self.ranks)
-        policy, rules = policy.for_rows(batch), {}
-        for i, (layer, module) in enumerate(self.layers.items()):
-            experts, similarity = len(module.gate_weight), self.similarity.get(layer)
-            knobs = policy.of_layer(i, experts, similarity, linear_owner(experts, ranks))
-            rules[layer] = LayerRule(policy.rule, knobs, module.gate_weight, counts)
+        counts, rules = self.rules_of(policy, len(self.ids), batch, ranks)
+        for layer, affine in (repair or {}).items():
+            rules[layer].affine = affine
         logits = self._forward(rules)
         found = logits.log_softmax(dim=-1)
         kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
@@ -112,14 +119,54 @@ class DecodeBatches:
         reads, busiest = counts.per_text(batch, len(self.layers))
         return Measured(_numpy(kl), _numpy(agreement), _numpy(loss), reads, busiest)
 
+    def rules_of(
+        self, policy: BoundPolicy, texts: int, batch: int, ranks: int = 1
+    ) -> "tuple[Counts, dict[int, LayerRule]]":
+        """A policy in every layer, for batches of some texts, and what they will have read."""
+        counts = Counts(texts // batch, self.ranks)
+        policy, rules = policy.for_rows(batch), {}
+        for i, (layer, module) in enumerate(self.layers.items()):
+            experts, similarity = len(module.gate_weight), self.similarity.get(layer)
+            owner, statistics = linear_owner(experts, ranks), self.statistics.get(layer)
+            knobs = policy.of_layer(i, experts, similarity, owner, statistics)
+            rules[layer] = LayerRule(policy.rule, knobs, module, counts)
+        return counts, rules
+
+    def fit(self, policy: BoundPolicy, batch: int) -> dict[int, Moments]:
+        """What LDA's repair of a policy needs, by layer; earlier layers stay exact."""
+        _, rules = self.rules_of(policy, len(self.ids), batch)
+        for rule in rules.values():
+            rule.moments = Moments()
+        self._forward(rules)
+        return {layer: rule.moments for layer, rule in rules.items() if rule.moments}
+
+    def record(self, steps: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """What the exact model's layers saw and chose at some steps, evenly spread.
+
+        Returns:
+            By layer ``hidden_states [S, N, H]``, ``topk_ids [S, N, K]``, ``topk_weights``.
+        """
+        seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def keep(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+            every = max(1, len(ids) // steps)
+            seen[layer] = (hidden[::every].clone(), ids[::every].clone(), weights[::every].clone())
+            return ids, weights
+
+        forward_changed(self.model, self.answers, 0, keep, copy.deepcopy(self.prompt))
+        return seen
+
     def _forward(self, rules: "Mapping[int, LayerRule]") -> Tensor:
         """``[N, D, V]`` float32 logits after the prompts; exact without rules."""
 
         def change(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
             return rules[layer](layer, hidden, ids, weights) if rules else (ids, weights)
 
+        def after(layer: int, hidden: Tensor, output: Tensor) -> Tensor:
+            return rules[layer].after(hidden, output) if rules else output
+
         past = copy.deepcopy(self.prompt)
-        return forward_changed(self.model, self.answers, 0, change, past).float()
+        return forward_changed(self.model, self.answers, 0, change, past, after).float()
 
 
 def _numpy(values: Tensor) -> Floats:
@@ -161,11 +208,19 @@ class Counts:
 
 
 class LayerRule:
-    """A rule in one layer, over all decode steps of all batches at once."""
+    """A rule in one layer, over all decode steps of all batches at once.
 
-    def __init__(self, rule: str, layer: Layer, gate_weight: Tensor, counts: Counts) -> None:
-        self.rule, self.layer = RULES[rule], layer
-        self.gate_weight, self.counts = gate_weight, counts
+    Attributes:
+        affine: LDA's repair of the layer's output; None = none.
+        moments: where set, the layer's output stays exact, and both outputs are added here.
+    """
+
+    def __init__(self, rule: str, layer: Layer, module: MoELayer, counts: Counts) -> None:
+        self.rule, self.layer, self.module, self.counts = RULES[rule], layer, module, counts
+        self.affine: Affine | None = None
+        self.moments: Moments | None = None
+        self._constant: Tensor | None = None
+        self._exact: Choice | None = None
 
     def __call__(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         """New choice of ``[D, N, K]``; N rows are G batches of B."""
@@ -175,11 +230,33 @@ class LayerRule:
         new_ids, new_weights = self._apply(
             index, hidden.view(*shape, -1), of_batches, weights.view(*shape, -1)
         )
-        taken = torch.where(new_weights > 0, new_ids, -1)
+        taken = torch.where(new_weights != 0, new_ids, -1)
         anybody = torch.ones(shape, dtype=torch.bool, device=ids.device)
         self.counts.add(named_by(taken, anybody, self.layer.num_experts))
-        named = name_dropped(new_ids, of_batches)
+        if self.rule.output is not None:
+            before, after = (of_batches, weights.view(*shape, -1)), (new_ids, new_weights)
+            self._constant = self.rule.output(before, after, self.layer).view(steps, rows, -1)
+        if self.moments is not None:
+            self._exact = ids, weights
+        named = name_dropped(new_ids, of_batches).clamp(min=0)  # a row may have kept nothing
         return named.view_as(ids), new_weights.view_as(weights)
+
+    def after(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """The layer's output anew; ``hidden`` and ``output`` are ``[N * D, H]``, text by text."""
+
+        def by_text(of_steps: Tensor) -> Tensor:
+            return of_steps.transpose(0, 1).reshape(len(output), -1)
+
+        if self._constant is not None:
+            output = output + by_text(self._constant).to(output.dtype)
+        if self.affine is not None:
+            scale, shift = self.affine
+            output = (output.float() * scale + shift).to(output.dtype)
+        if self.moments is not None and self._exact is not None:
+            exact: Tensor = self.module.experts.forward(hidden, *map(by_text, self._exact))
+            self.moments.add(exact, output)
+            return exact
+        return output
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         rule = self.rule
@@ -187,7 +264,7 @@ class LayerRule:
             return compiled_sere(ids, weights, self.layer)
         scores = None
         if rule.needs_scores:
-            scores = linear(hidden, self.gate_weight).float().softmax(dim=-1)
+            scores = linear(hidden, self.module.gate_weight).float().softmax(dim=-1)
             check_chosen_by(scores, ids, index)
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
         return rule.apply(ids, weights, scores, kinds, self.layer)
@@ -197,29 +274,6 @@ def linear_owner(num_experts: int, ranks: int) -> Tensor:
     """``[E]`` int64: vLLM's linear placement, larger shards first."""
     parts = torch.arange(num_experts).tensor_split(ranks)
     return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])
-
-
-def compiled_sere(ids: Tensor, weights: Tensor, layer: Layer) -> Choice:
-    """``RULES["sere"]`` by the compiled loops, which tests hold to it; no other row kinds."""
-    assert layer.similarity is not None
-    kinds = torch.full((ids.shape[-2],), REROUTABLE, dtype=torch.int8)
-    merges = 0 < layer.select_top_k < ids.shape[-1]
-    choices = []
-    for of_step, of_weights in zip(ids.flatten(0, -3), weights.flatten(0, -3), strict=True):
-        new_ids, _ = reroute_and_count(
-            of_step,
-            of_weights,
-            layer.similarity,
-            kinds,
-            select_top_k=layer.select_top_k,
-            threshold=layer.threshold,
-            min_primary_experts=layer.min_primary_experts,
-        )
-        if merges:
-            new_ids, of_weights, _ = merge_repeated(new_ids, of_weights, kinds, layer.num_experts)
-        choices.append((new_ids, of_weights))
-    all_ids, all_weights = zip(*choices, strict=True)
-    return torch.stack(all_ids).view_as(ids), torch.stack(all_weights).view_as(weights)
 
 
 def check_chosen_by(scores: Tensor, ids: Tensor, layer: int) -> None:

@@ -1,216 +1,53 @@
 """``sere-ray evaluate``: every rule at every setting and batch size, on the same held-out rows."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.calibration.collect import MoEShape, find_moe_layers, moe_shape
-from sere_ray.calibration.data import make_windows, open_texts
-from sere_ray.calibration.loading import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_name,
-    pick_device,
-    pick_dtype,
-)
+from sere_ray.calibration.loading import model_name
 from sere_ray.evaluation.comparison import Point, compare
-from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
-from sere_ray.evaluation.settings import EXACT, as_policy, grid, label, looks_at_ranks, rank_grid
+from sere_ray.evaluation.decode_batches import Measured
+from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
+from sere_ray.evaluation.grids import Keys, Routing, grid, rank_grid
+from sere_ray.evaluation.settings import EXACT, looks_at_ranks
 from sere_ray.evaluation.statistics import Doubles, draws, mean, summarise
-from sere_ray.policy.bound import BoundPolicy
-from sere_ray.util.errors import DataError, SereError
-from sere_ray.util.progress import progress
+from sere_ray.evaluation.tuned_rules import TunedRules
+from sere_ray.util.errors import SereError
 
-_AT_ONCE = 64
-"""Texts of a forward pass on a CPU."""
-_LOGITS_BYTES = 2 * 2**30
-"""Size of the logits of a forward pass on a GPU. Some five tensors of this size are held."""
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """What is evaluated, and on what."""
-
-    model: str
-    similarity: Path
-    data: str
-    text_column: str
-    sequences: int
-    length: int
-    prompt_tokens: int
-    batches: tuple[int, ...]
-    ranks: tuple[int, ...]
-    device: str
-    dtype: str = "auto"
-    revision: str | None = None
-
-    def check(self) -> None:
-        """Refuse numbers that do not go together, before anything is loaded.
-
-        Raises:
-            SereError: names them.
-        """
-        if not 0 < self.prompt_tokens < self.length - 1:
-            raise SereError(
-                f"--prompt = {self.prompt_tokens}: must be 1..{self.length - 2} for windows of "
-                f"--length = {self.length} tokens"
-            )
-        largest = max(self.batches)
-        if self.sequences % largest or any(largest % batch for batch in self.batches):
-            raise SereError(
-                f"--sequences = {self.sequences}: must be a multiple of the largest batch "
-                f"({largest}), and that one of every batch ({', '.join(map(str, self.batches))})"
-            )
-
-
-class Evaluator:
-    """A loaded model, its artifact and held-out windows.
-
-    Args:
-        plan: what to load.
-
-    Raises:
-        SereError: the model, the artifact or the text cannot be used; says why.
-    """
-
-    def __init__(self, plan: EvaluationPlan) -> None:
-        plan.check()
-        self.plan = plan
-        self.artifact = SimilarityArtifact.load(plan.similarity)
-        windows = self.windows(plan.data)
-        device = pick_device(plan.device)
-        self.model = load_model(
-            plan.model,
-            revision=plan.revision,
-            device=device,
-            dtype=pick_dtype(plan.dtype, device, load_config(plan.model, plan.revision)),
-        )
-        layers = find_moe_layers(self.model)
-        self.shape = moe_shape(self.model, layers)
-        check_artifact(self.artifact, self.model, str(plan.similarity))
-        self.input_ids = windows
-
-    def windows(self, data: str) -> Tensor:
-        """``[sequences, length]`` token ids; every window is whole.
-
-        Raises:
-            DataError: the text is too short, or cannot be read.
-        """
-        plan = self.plan
-        tokenizer = load_tokenizer(plan.model, plan.revision)
-        source = open_texts(data, plan.text_column)
-        windows = make_windows(source.texts, tokenizer, plan.sequences, plan.length)
-        whole = sum(len(window) == plan.length for window in windows)
-        if whole < plan.sequences:
-            raise DataError(
-                f"data = {data!r}: gives {whole} whole windows of {plan.length} tokens, but "
-                f"--sequences = {plan.sequences}; give more text, or fewer or shorter sequences"
-            )
-        return torch.tensor(windows)
-
-    def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
-        """Measure settings, each at its batch size. Memory holds the logits of a part of the texts.
-
-        Args:
-            points: what to measure.
-            console: where progress goes; None = nowhere.
-
-        Returns:
-            What each point gave, in their order.
-
-        Raises:
-            SereError: a setting does not fit the model.
-        """
-        policies = [self.bind(point.keys) for point in points]
-        parts: list[list[Measured]] = [[] for _ in points]
-        largest = max(point.batch for point in points)
-        size = largest * max(1, self.texts_at_once() // largest)
-        total = len(points) * -(-len(self.input_ids) // size)
-        with progress(console, total, task="evaluate", unit="passes") as advance:
-            for chunk in self.chunks(self.input_ids, size):
-                for point, policy, found in zip(points, policies, parts, strict=True):
-                    found.append(chunk.measure(policy, point.batch, point.ranks or 1))
-                    advance(1)
-        return [Measured.join(found) for found in parts]
-
-    def texts_at_once(self) -> int:
-        """Texts of a forward pass: few on a CPU, many where launches cost more than arithmetic."""
-        if self.model.device.type == "cpu":
-            return _AT_ONCE
-        scored = self.plan.length - self.plan.prompt_tokens
-        vocabulary: int = self.model.config.get_text_config().vocab_size
-        return _LOGITS_BYTES // (4 * scored * vocabulary)
-
-    def bind(self, keys: dict[str, Any]) -> BoundPolicy:
-        """A setting for this model.
-
-        Raises:
-            PolicyError: it does not fit.
-        """
-        policy = as_policy(keys)
-        policy.check_layers(len(self.shape.layers))
-        return policy.for_model(top_k=self.shape.top_k, where=label(keys))
-
-    def chunks(self, input_ids: Tensor, size: int) -> Iterator[DecodeBatches]:
-        """The windows, ``size`` at a time, with their exact logits."""
-        for start in range(0, len(input_ids), size):
-            yield DecodeBatches(
-                self.model,
-                input_ids[start : start + size],
-                self.plan.prompt_tokens,
-                self.artifact.layers,
-                self.plan.ranks,
-            )
-
-
-def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: str) -> None:
-    """Refuse an artifact of another model: its shape, layers or gates differ.
-
-    Raises:
-        ArtifactError: says what differs.
-    """
-    layers = find_moe_layers(model)
-    shape = moe_shape(model, layers)
-    artifact.check_model(
-        architecture=shape.architecture,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        path=path,
-    )
-    for index, layer in layers.items():
-        artifact.matrix(index, path=path)
-        artifact.check_router(index, layer.gate_weight, path=path)
+_LAID_OUT_ON = 64
+"""Texts whose routing grids are laid out by, or as many as the largest batch."""
+_REPAIRED = ("topk", "exfold")
+"""Rules whose grid is measured with LDA's repair, too, where there is a text to fit it on."""
 
 
 def evaluate(
     plan: EvaluationPlan,
     *,
-    rules: tuple[str, ...],
+    rules: tuple[str, ...] | None,
     settings: list[dict[str, Any]] | None,
     console: Console | None,
+    best_only: bool = False,
 ) -> dict[str, Any]:
     """The content of a result file: ``rows`` and ``comparison``.
 
     Args:
-        plan: what to load.
-        rules: names; used where ``settings`` is None.
+        plan: what to load; with ``tune_data`` rules are tuned on it, too.
+        rules: names, used where ``settings`` is None; None = those that the artifact allows.
         settings: policies without ``similarity``; None = a grid for every rule.
         console: where progress goes.
+        best_only: leave out rows that another setting of the same rule beats in both numbers.
 
     Raises:
         SereError: something cannot be used; says why.
     """
-    evaluator = Evaluator(plan)
+    of_settings = tuple(dict.fromkeys(keys["rule"] for keys in settings or ()))
+    evaluator = Evaluator(plan, of_settings if settings else rules)
     shape = evaluator.shape
-    points = _points(plan, shape, rules, settings)
+    size = min(plan.sequences, max(_LAID_OUT_ON, *plan.batches))
+    routing = Routing(next(evaluator.chunks(evaluator.input_ids[:size], size)), evaluator.bind)
+    tuned = TunedRules(evaluator, routing, console) if plan.tune_data and not settings else None
+    points = _points(evaluator, routing, settings, tuned)
     found = evaluator.measure(points, console)
     shares = draws(plan.sequences)
     rows = [
@@ -218,6 +55,7 @@ def evaluate(
         for point, measured in zip(points, found, strict=True)
         for row in _rows(point, measured, plan.ranks, shares)
     ]
+    tried = {rule: sum(row["rule"] == rule for row in rows) for rule in evaluator.rules}
     return {
         "model": model_name(plan.model),
         "data": Path(plan.data).name,
@@ -228,33 +66,58 @@ def evaluate(
         "sequences": plan.sequences,
         "scored_positions": plan.sequences * (plan.length - plan.prompt_tokens),
         "dtype": str(evaluator.model.dtype).removeprefix("torch."),
-        "rows": rows,
+        "settings_tried": tried,
+        **({"tuned": tuned.found} if tuned else {}),
+        "rows": best_rows(rows) if best_only else rows,
         "comparison": compare(points, found, shares, plan.ranks),
     }
 
 
 def _points(
-    plan: EvaluationPlan,
-    shape: MoEShape,
-    rules: tuple[str, ...],
-    settings: list[dict[str, Any]] | None,
+    evaluator: Evaluator, routing: Routing, settings: list[Keys] | None, tuned: TunedRules | None
 ) -> list[Point]:
     """Every setting to measure; a setting that depends on ranks, with each number of ranks."""
-    exact = {"rule": "topk", "select_top_k": shape.top_k}
+    plan = evaluator.plan
+    exact = {"rule": "topk", "select_top_k": routing.top_k}
     points = [Point(EXACT, exact, batch) for batch in plan.batches]
     for batch in plan.batches:
-        sizes = {"batch": batch, "num_experts": shape.num_experts, "top_k": shape.top_k}
-        for keys in settings or [keys for rule in rules for keys in grid(rule, **sizes)]:
+        of_batch = settings or [
+            keys for rule in evaluator.rules for keys in grid(rule, routing, batch)
+        ]
+        if tuned:
+            repaired = [keys for keys in of_batch if keys["rule"] in _REPAIRED]
+            of_batch += [{**keys, "lda": True} for keys in repaired] + tuned.settings(batch)
+        for keys in of_batch:
             counts = plan.ranks if looks_at_ranks(keys) else (None,)
             points += [Point(keys["rule"], keys, batch, count) for count in counts]
         if not settings:
             points += [
                 Point(rule, keys, batch, count)
                 for count in plan.ranks
-                for rule in rules
-                for keys in rank_grid(rule, count, **sizes)
+                for rule in evaluator.rules
+                for keys in rank_grid(rule, count, routing, batch)
             ]
     return points
+
+
+def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that no other one of their rule, batch and ranks beats in experts and KL.
+
+    SERE's settings without threshold stay, since others are compared at what they read.
+    """
+
+    def beaten(row: dict[str, Any]) -> bool:
+        return any(
+            all(other[name] == row[name] for name in ("rule", "batch", "ranks"))
+            and other["experts_read_max_rank"] <= row["experts_read_max_rank"]
+            and other["kl_mean"] < row["kl_mean"]
+            for other in rows
+        )
+
+    def compared_at(row: dict[str, Any]) -> bool:
+        return row["rule"] == "sere" and "threshold" not in row["settings"]
+
+    return [row for row in rows if compared_at(row) or not beaten(row)]
 
 
 def check_same_text(old: dict[str, Any], new: dict[str, Any], batches: tuple[int, ...]) -> None:

@@ -27,6 +27,10 @@ _COLORS = {
     "oea": "C1",
     "xshare": "C2",
     "lynx": "C4",
+    "k1k2": "C5",
+    "ace": "C6",
+    "exfold": "C8",
+    "mone": "C9",
     "margin": "C3",
 }
 _STYLE = "td:nth-child(2),th:nth-child(2){text-align:left}img{width:100%}"
@@ -87,7 +91,7 @@ def _draw_panel(axes: Any, rows: Rows) -> None:
             [max(row["kl_mean"] - row["kl_mean_95"][0], 0) for row in own],
             [max(row["kl_mean_95"][1] - row["kl_mean"], 0) for row in own],
         ]
-        joined = rule not in ("sere", "lynx")
+        joined = rule not in ("sere", "lynx", "k1k2", "exfold")
         axes.errorbar(
             x,
             y,

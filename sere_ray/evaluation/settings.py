@@ -1,78 +1,79 @@
-"""Which settings of a rule are compared: grids, from strong re-routing to light, or a file."""
+"""Settings of rules as the evaluator takes them, those that engines do not serve included."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
-from sere_ray.util.errors import SereError
+from sere_ray.util.errors import PolicyError, SereError
 
 EXACT = "exact"
 """Name of the row that changes nothing."""
-_BUDGETS = 9
-"""How many budgets of kept experts are tried at a batch size."""
-_TAUS = (0.0, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 1.0)
-_LYNX = ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0})
+
+
+def _as_budget(value: object) -> int | tuple[int, ...] | None:
+    """A number of experts, or one for each layer."""
+    several = isinstance(value, list | tuple)
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return None
+    if not numbers or not all(type(n) is int and n >= 1 for n in numbers):
+        raise PydanticCustomError("experts", "must be a whole number above 0, or a list of them")
+    return tuple(numbers) if several else numbers[0]
+
+
+Budget = Annotated[
+    int | tuple[int, ...] | None,
+    PlainValidator(_as_budget, json_schema_input_type=int | list[int] | None),
+]
+
+
+AnyRule = Literal[
+    "sere", "topk", "oea", "xshare", "lynx", "k1k2", "ace", "exfold", "mone", "margin"
+]
 
 
 class Setting(Policy):
     """A policy of any rule: those that engines serve, and published ones to compare with."""
 
-    rule: Literal["sere", "topk", "oea", "xshare", "lynx", "margin"] = Field(  # type: ignore[assignment]  # wider
+    rule: AnyRule = Field(  # type: ignore[assignment]  # wider
         "sere", description="which rule re-routes"
     )
-    experts: int | None = Field(None, ge=1, description="n: how many experts are kept")
+    experts: Budget = Field(
+        None, description="n: how many experts are kept: a number, or a list, one per layer"
+    )
     max_per_rank: int | None = Field(
         None, ge=1, description="how many of them one expert-parallel rank may hold; null = any"
     )
     alpha: float | None = Field(None, gt=0.0, description="bins per unit of the gate's logit")
     base: float | None = Field(None, gt=1.0, description="a bin counts base times the next one")
     depth: int | None = Field(None, ge=1, description="the last bin")
+    normalise_over: int | None = Field(
+        None, ge=1, description="k2: over how many best scores a row's weight is shared out"
+    )
+    rcr_scale: float | None = Field(
+        None, ge=0.0, description="what the router's view counts beside the spectral one"
+    )
+    lda: bool | None = Field(
+        None, description="repair the outputs of the layers with LDA, fitted on --tune-data"
+    )
 
+    def check_layers(self, count: int, where: str = "sere") -> None:
+        """Refuse a list of another length than the model has MoE layers.
 
-def grid(rule: str, *, batch: int, num_experts: int, top_k: int) -> list[dict[str, Any]]:
-    """Policy keys of the settings of a rule at a batch size, without ``similarity``.
-
-    Published rules have no floor; ``margin`` has its default one. Budgets lie between the experts
-    that B rows name with one slot and with all of them, if they choose evenly.
-    """
-    sizes = range(1, min(top_k, 7))
-    budgets = _budgets(batch, num_experts, top_k, ranks=1)
-    found: dict[str, list[dict[str, Any]]] = {
-        "sere": [
-            {"select_top_k": size, "threshold": rho, "min_primary_experts": 0}
-            for size in sizes
-            for rho in (None, 0.3)
-        ],
-        "topk": [{"select_top_k": size} for size in sizes],
-        "oea": [{"select_top_k": size} for size in sizes],
-        "xshare": [{"experts": budget} for budget in budgets],
-        "lynx": [{"experts": budget, **bins} for bins in _LYNX for budget in budgets],
-        "margin": [{"tau": tau} for tau in _TAUS],
-    }
-    return [{"rule": rule, **keys} for keys in found[rule]]
-
-
-def rank_grid(
-    rule: str, ranks: int, *, batch: int, num_experts: int, top_k: int
-) -> list[dict[str, Any]]:
-    """Further policy keys of rules that look at where experts lie, for this number of ranks."""
-    caps = _budgets(batch, num_experts, top_k, ranks)
-    found: dict[str, list[dict[str, Any]]] = {
-        "xshare": [{"experts": num_experts, "max_per_rank": cap} for cap in caps],
-        "margin": [{"tau": tau, "balance_ranks": True} for tau in _TAUS],
-    }
-    return [{"rule": rule, **keys} for keys in found.get(rule, []) if ranks > 1]
-
-
-def _budgets(batch: int, num_experts: int, top_k: int, ranks: int) -> list[int]:
-    """Numbers of experts of a rank, between one slot of each row and all of them."""
-    least, most = (num_experts * (1 - (1 - k / num_experts) ** batch) for k in (1, top_k))
-    between = (least + (most - least) * i / (_BUDGETS - 1) for i in range(_BUDGETS))
-    return sorted({max(1, round(budget / ranks)) for budget in between})
+        Raises:
+            PolicyError: names both numbers.
+        """
+        super().check_layers(count, where)
+        if isinstance(self.experts, tuple) and len(self.experts) != count:
+            raise PolicyError(
+                f"{where}.experts = {list(self.experts)}: has {len(self.experts)} numbers, this "
+                f"model has {count} MoE layers; give one number, or one for each layer"
+            )
 
 
 def looks_at_ranks(keys: dict[str, Any]) -> bool:
@@ -114,6 +115,8 @@ def label(keys: dict[str, Any]) -> str:
         "min_primary_experts": "floor",
         "experts": "n",
         "runners_up": "runners-up",
+        "normalise_over": "k2",
+        "rcr_scale": "rcr",
     }
     shown = (key for key in keys if key != "rule" and keys[key] is not None)
     parts = [f"{names.get(key, key)}={keys[key]}" for key in shown]

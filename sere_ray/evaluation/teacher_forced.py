@@ -23,10 +23,12 @@ from sere_ray.rules import REROUTABLE, Choice
 
 @contextmanager
 def changed_choices(
-    model: PreTrainedModel, change: Callable[[int, Tensor, Tensor, Tensor], Choice]
+    model: PreTrainedModel,
+    change: Callable[[int, Tensor, Tensor, Tensor], Choice],
+    after: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Let ``change(layer, hidden_states, topk_ids, topk_weights)`` stand between every gate and
-    its experts."""
+    its experts, and ``after(layer, hidden_states, output)`` behind these."""
 
     def hook(layer: int) -> Any:
         def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -35,9 +37,17 @@ def changed_choices(
 
         return change_choice
 
+    def behind(layer: int) -> Any:
+        def change_output(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Any:
+            return output if after is None else after(layer, arguments[0], output)
+
+        return change_output
+
     with ExitStack() as stack:
         for index, layer in find_moe_layers(model).items():
             handle = layer.experts.register_forward_pre_hook(hook(index))
+            stack.callback(handle.remove)
+            handle = layer.experts.register_forward_hook(behind(index))
             stack.callback(handle.remove)
         yield
 
@@ -48,6 +58,7 @@ def forward_changed(
     prompt_tokens: int,
     change: Callable[[int, Tensor, Tensor, Tensor], Choice],
     past: Cache | None = None,
+    after: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Logits ``[B, L, V]`` with other choices in the D = L - prompt_tokens decode steps.
 
@@ -58,6 +69,8 @@ def forward_changed(
         change: called in every MoE layer with its index, ``hidden_states [D, B, H]``,
             ``topk_ids [D, B, K]`` and ``topk_weights [D, B, K]``; returns the last two anew.
         past: KV entries of what comes before ``input_ids``; added to.
+        after: called behind the experts of every MoE layer with its index, ``hidden_states
+            [B * L, H]`` and ``output [B * L, H]`` of all positions; returns the output anew.
     """
     batch, length = input_ids.shape
 
@@ -77,7 +90,7 @@ def forward_changed(
         new_ids, new_weights = change(layer, *map(steps, fields))
         return put_back(topk_ids, new_ids), put_back(topk_weights, new_weights)
 
-    with torch.inference_mode(), changed_choices(model, change_rows):
+    with torch.inference_mode(), changed_choices(model, change_rows, after):
         logits: Tensor = model(
             input_ids=input_ids, past_key_values=past, use_cache=past is not None
         ).logits

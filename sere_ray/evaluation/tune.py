@@ -9,33 +9,20 @@ What is found on one text is checked on a second one, which had no part in the c
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
-from sere_ray.calibration.collect import MoEShape
 from sere_ray.evaluation.budget import Budget, Candidate, Text
-from sere_ray.evaluation.frontier import EvaluationPlan, Evaluator
-from sere_ray.evaluation.settings import grid
+from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
+from sere_ray.evaluation.search import best_setting
 from sere_ray.policy.row_ranges import MOST_RANGES
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
 from sere_ray.util.progress import waiting
-
-_TAU_LOW, _TAU_HIGH, _TAU_STEPS = 1e-4, 0.5, 8
-_SHAPES: tuple[tuple[str, tuple[float, ...]], ...] = (
-    ("runners_up", (2, 4, 8, 16)),
-    ("fill", (0.25, 0.5, 0.75, 1.0)),
-    ("beta", (0.0, 0.25, 0.5, 0.75, 1.0)),
-)
-"""Knobs of ``margin`` that are tried one after the other."""
-_PER_LAYER = (0.5, 2.0)
-"""Factors that each layer's tau is tried with."""
-Try = Callable[[dict[str, Any]], Candidate]
 
 
 def tune(
@@ -118,7 +105,7 @@ def best_of_rule(text: Text, rule: str, ranges: list[tuple[int, ...]]) -> Candid
     found: list[Candidate] = []
     for batches in ranges:
         attempt = functools.partial(text.attempt, batches=batches)
-        best = _best_of_range(attempt, text.evaluator.shape, batches, rule)
+        best = best_setting(attempt, rule, text.routing)
         if best is None:
             return None
         found.append(best)
@@ -139,69 +126,6 @@ def joined(settings: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {**last, "by_rows": entries} if entries else last
 
 
-def _best_of_range(
-    attempt: Try, shape: MoEShape, batches: tuple[int, ...], rule: str
-) -> Candidate | None:
-    """The same for one range of batch sizes."""
-    if rule == "margin":
-        return _best_margin(attempt, len(shape.layers))
-    sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
-    settings = [
-        {**keys, "min_primary_experts": None}  # a server has its default floor
-        for batch in batches
-        for keys in grid(rule, batch=batch, **sizes)
-    ]
-    settings = [keys for i, keys in enumerate(settings) if keys not in settings[:i]]
-    fitting = [c for c in map(attempt, settings) if c.fits]
-    return min(fitting, key=lambda candidate: candidate.reads, default=None)
-
-
-def _best_margin(attempt: Try, layers: int) -> Candidate | None:
-    """tau by bisection; then what the weights are made of; then a tau for every layer."""
-    first = _largest_tau(attempt, lambda tau: {"rule": "margin", "tau": tau})
-    if first is None:
-        return None
-    keys = dict(first.keys)
-    slope = _slope(attempt, keys)
-    for name, values in _SHAPES:
-        options = [attempt({**keys, name: value}) for value in values]
-        keys = min(options, key=lambda c: c.log_kl + slope * c.reads).keys
-    taus = np.full(layers, keys["tau"])
-    current = attempt(keys)
-    for layer in range(layers):
-        for factor in _PER_LAYER:
-            other = taus.copy()
-            other[layer] *= factor
-            found = attempt({**keys, "tau": other.clip(max=1.0).tolist()})
-            if found.log_kl + slope * found.reads < current.log_kl + slope * current.reads:
-                taus, current = other, found
-    relative = taus / taus.mean()
-    tuned = _largest_tau(
-        attempt, lambda tau: {**keys, "tau": (relative * tau).clip(max=1.0).tolist()}
-    )
-    fitting = [c for c in (first, tuned) if c is not None]
-    return min(fitting, key=lambda candidate: candidate.reads)
-
-
-def _largest_tau(attempt: Try, keys_of: Callable[[float], dict[str, Any]]) -> Candidate | None:
-    """Bisection on a logarithmic scale: demand less, until the budget is spent."""
-    low, high, best = np.log(_TAU_LOW), np.log(_TAU_HIGH), None
-    for _ in range(_TAU_STEPS):
-        middle = (low + high) / 2
-        found = attempt(keys_of(round(float(np.exp(middle)), 6)))
-        if found.fits:
-            low, best = middle, found
-        else:
-            high = middle
-    return best
-
-
-def _slope(attempt: Try, keys: dict[str, Any]) -> float:
-    """How much log KL falls with one more expert, around a setting."""
-    less, more = (attempt({**keys, "tau": min(keys["tau"] * f, 1.0)}) for f in (1.5, 1 / 1.5))
-    return (less.log_kl - more.log_kl) / max(more.reads - less.reads, 1e-3)
-
-
 def _plain(keys: dict[str, Any]) -> dict[str, Any]:
     """The keys that are not null, with numbers short enough to read."""
 
@@ -210,6 +134,6 @@ def _plain(keys: dict[str, Any]) -> dict[str, Any]:
             return [short(part) for part in value]
         if isinstance(value, dict):  # an entry, where null has a meaning
             return {key: short(part) for key, part in value.items()}
-        return round(value, 6) if isinstance(value, float) else value
+        return float(f"{value:.6g}") if isinstance(value, float) else value
 
     return {key: short(value) for key, value in keys.items() if value is not None}

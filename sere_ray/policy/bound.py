@@ -3,6 +3,7 @@
 :meth:`sere_ray.policy.policy.Policy.for_model` makes them from what a user wrote.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -60,6 +61,7 @@ class BoundPolicy(BaseModel):
         num_experts: int,
         similarity: Tensor | None,
         owner: Tensor | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> Layer:
         """What the rule is called with in one layer.
 
@@ -68,6 +70,7 @@ class BoundPolicy(BaseModel):
             num_experts: E.
             similarity: ``[E, E]`` float32, where the rule reads it.
             owner: ``[E]`` int64, the expert-parallel rank of each expert; None = one rank.
+            statistics: further tensors of the layer by name, where the rule reads them.
         """
         knobs = {
             key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
@@ -76,6 +79,7 @@ class BoundPolicy(BaseModel):
             num_experts,
             similarity=similarity,
             owner=owner,
+            statistics=statistics or {},
             select_top_k=self.select_top_k,
             threshold=self.threshold,
             min_primary_experts=self.min_primary_experts,

@@ -8,8 +8,8 @@ and so do re-routable rows whose experts are all kept. The experts of exact rows
 and therefore always kept. A re-routable row with a sentinel among its ids counts as exact.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -33,22 +33,25 @@ class Layer:
     Attributes:
         num_experts: E.
         similarity: ``[E, E]`` float32, for ``sere``.
-        select_top_k: S of ``sere`` and ``topk``, k0 of ``oea``.
+        statistics: further tensors by name that some rules read: ``RuleInfo.statistics``.
+        select_top_k: S of ``sere`` and ``topk``, k0 of ``oea``, k1 of ``k1k2``.
         threshold: rho of ``sere``.
         min_primary_experts: m of ``sere`` and ``margin``.
-        experts: n of ``xshare`` and ``lynx``, a number of kept experts.
+        normalise_over: of ``k1k2``, k2: the best scores of a row that share out its weight.
+        experts: n of ``xshare``, ``lynx``, ``exfold`` and ``mone``, a number of kept experts.
         max_per_rank: of ``xshare``, how many of them a rank may hold; None = any number.
         owner: ``[E]`` int64, the expert-parallel rank of each expert, for ``max_per_rank`` and
             ``balance_ranks``; None = one rank holds them all.
         alpha: of ``lynx``, bins per unit of logit.
         base: of ``lynx``, what a bin's score is a power of.
         depth: of ``lynx``, the last bin.
-        tau: of ``margin``, least demand of a kept expert.
+        tau: of ``margin``, least demand of a kept expert; of ``ace``, least share of a kept slot.
         beta: of ``margin``, 1 = weights renormalised, 0 = the gate's scale.
         fill: of ``margin``, factor of the weight of a stand-in.
         runners_up: of ``margin``, how many unchosen experts a chosen one is compared with.
         balance_ranks: of ``margin``, whether tau counts what the busiest rank reads.
         gate: of ``margin``, what the layer ranks experts by.
+        rcr_scale: of ``ace``, what the second view counts beside the first.
     """
 
     num_experts: int
@@ -68,9 +71,26 @@ class Layer:
     runners_up: int = 8
     balance_ranks: bool = False
     gate: Gate = PLAIN
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    normalise_over: int = 0
+    rcr_scale: float = 0.1
+
+    def statistic(self, name: str) -> Tensor:
+        """A tensor that calibration, or the weights, say of this layer.
+
+        Raises:
+            ValueError: it was not given.
+        """
+        if name not in self.statistics:
+            raise ValueError(f"this rule needs the layer's {name!r}, got {sorted(self.statistics)}")
+        return self.statistics[name]
 
 
 Rule = Callable[[Tensor, Tensor, Tensor | None, Tensor, Layer], Choice]
 """Arguments: ``topk_ids [..., T, K]`` int; ``topk_weights [..., T, K]`` float; ``scores
 [..., T, E]`` float32, what the gate makes weights from (None where the rule needs none);
 ``row_kind [..., T]`` int8; the layer."""
+
+Output = Callable[[Choice, Choice, Layer], Tensor]
+"""What a rule adds to a layer's output beside its experts, ``[..., T, H]``, from the choice before
+the rule and after it, and the layer."""

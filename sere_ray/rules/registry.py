@@ -2,10 +2,13 @@
 
 from typing import NamedTuple
 
-from sere_ray.rules.interface import Rule
+from sere_ray.rules.exfold import exfold
+from sere_ray.rules.interface import Output, Rule
 from sere_ray.rules.margin import margin
+from sere_ray.rules.mone import mone, novices
 from sere_ray.rules.peers import lynx, oea, topk, xshare
 from sere_ray.rules.sere import sere
+from sere_ray.rules.skipping import ace, k1k2
 
 
 class RuleInfo(NamedTuple):
@@ -17,6 +20,9 @@ class RuleInfo(NamedTuple):
     required: tuple[str, ...]
     """Of these, the ones that have no default."""
     needs_scores: bool
+    statistics: tuple[str, ...] = ()
+    """Names of :attr:`~sere_ray.rules.interface.Layer.statistics` that it reads."""
+    output: Output | None = None
 
 
 RULES: dict[str, RuleInfo] = {
@@ -30,6 +36,20 @@ RULES: dict[str, RuleInfo] = {
     "oea": RuleInfo(oea, ("select_top_k",), ("select_top_k",), True),
     "xshare": RuleInfo(xshare, ("experts", "max_per_rank"), ("experts",), True),
     "lynx": RuleInfo(lynx, ("experts", "alpha", "base", "depth"), ("experts",), True),
+    "k1k2": RuleInfo(
+        k1k2, ("select_top_k", "normalise_over"), ("select_top_k", "normalise_over"), True
+    ),
+    "ace": RuleInfo(ace, ("tau", "rcr_scale"), ("tau",), False, ("ace_gsp", "ace_rcr")),
+    "exfold": RuleInfo(
+        exfold,
+        ("experts",),
+        ("experts",),
+        False,
+        ("output_norm", "stand_in_scale", "stand_in_loss"),
+    ),
+    "mone": RuleInfo(
+        mone, ("experts",), ("experts",), False, ("novice_score", "output_mean"), novices
+    ),
     "margin": RuleInfo(
         margin,
         ("tau", "min_primary_experts", "beta", "fill", "runners_up", "balance_ranks"),

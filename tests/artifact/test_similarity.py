@@ -1,5 +1,6 @@
 """Save, load, and every refusal of the artifact."""
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -123,6 +124,61 @@ def test_without_metadata(saved: Path) -> None:
 def test_damaged_metadata(saved: Path, raw: str) -> None:
     save_file(load_file(saved), saved, metadata={"sere_ray": raw})
     with pytest.raises(ArtifactError, match="damaged metadata"):
+        SimilarityArtifact.load(saved)
+
+
+def statistics() -> dict[str, Tensor]:
+    return {
+        "output_norm": torch.rand(SIZE),
+        "stand_in_scale": torch.rand(SIZE, SIZE),
+        "stand_in_loss": torch.rand(SIZE, SIZE),
+        "output_mean": torch.rand(SIZE, 5),
+        "novice_score": torch.rand(SIZE),
+    }
+
+
+def test_statistics_come_back_and_older_files_have_none(saved: Path) -> None:
+    of_layers = {1: statistics(), 10: statistics()}
+    assert SimilarityArtifact.load(saved).statistics == {}
+    dataclasses.replace(artifact(), statistics=of_layers).save(saved)
+    found = SimilarityArtifact.load(saved)
+    assert found.layers.keys() == {1, 10}
+    for layer, named in of_layers.items():
+        assert found.statistics[layer].keys() == named.keys()
+        assert all(torch.equal(found.statistics[layer][n], t) for n, t in named.items())
+    found.check_has(("output_norm", "stand_in_loss"), path="a", rule="exfold")
+
+
+def test_a_rule_that_reads_more_is_refused_with_the_command(has_words: Callable[..., None]) -> None:
+    partly = dataclasses.replace(artifact(), statistics={1: statistics()})
+    for lacking in (artifact(), partly):
+        lacking.check_has((), path="a.safetensors", rule="sere")
+        with pytest.raises(ArtifactError) as caught:
+            lacking.check_has(("novice_score", "output_mean"), path="a.safetensors", rule="mone")
+        has_words(str(caught.value), "a.safetensors", "'mone'", "output_mean", "sere-ray calibrate")
+        has_words(str(caught.value), "--statistics novices` adds")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("output_norm", torch.rand(SIZE, 1)),
+        ("output_norm", torch.full((SIZE,), torch.nan)),
+        ("output_norm", torch.rand(SIZE, dtype=torch.float64)),
+        ("stand_in_scale", torch.rand(SIZE, SIZE + 1)),
+        ("output_mean", torch.rand(SIZE)),
+        ("output_mean", torch.rand(SIZE + 1, 5)),
+    ],
+)
+def test_statistics_of_another_shape(saved: Path, name: str, tensor: Tensor) -> None:
+    rewrite(saved, lambda tensors: tensors | {f"layers.1.{name}": tensor})
+    with pytest.raises(ArtifactError, match=rf"layer 1: {name} .*calibrate again"):
+        SimilarityArtifact.load(saved)
+
+
+def test_statistics_of_a_layer_without_similarity(saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors | {"layers.3.output_norm": torch.rand(SIZE)})
+    with pytest.raises(ArtifactError, match="statistics of layer 3, which has no similarity"):
         SimilarityArtifact.load(saved)
 
 

@@ -34,7 +34,11 @@ from sere_ray.util.errors import ArtifactError, DataError, SereError
 from sere_ray.util.ray_instance import start_ray
 
 SETTINGS = CalibrationSettings(
-    str(assets.MODEL), str(assets.CALIBRATION), sequences=150, batch_size=16
+    str(assets.MODEL),
+    str(assets.CALIBRATION),
+    sequences=150,
+    batch_size=16,
+    statistics=("stand_ins", "novices"),
 )
 SHARDS = 5
 
@@ -60,6 +64,9 @@ def check_equal(found: SimilarityArtifact, expected: SimilarityArtifact) -> None
     assert sorted(found.layers) == sorted(expected.layers)
     for index, matrix in expected.layers.items():
         torch.testing.assert_close(found.layers[index], matrix, atol=1e-6, rtol=0)
+        assert found.statistics[index].keys() == expected.statistics[index].keys()
+        for name, tensor in expected.statistics[index].items():
+            torch.testing.assert_close(found.statistics[index][name], tensor, atol=1e-6, rtol=1e-6)
 
 
 def job(tmp_path: Path, **options: object) -> tuple[SimilarityArtifact, str]:
@@ -110,6 +117,8 @@ def test_the_number_of_workers_changes_nothing(
     for other in found[1:]:
         for index, matrix in found[0].layers.items():
             assert torch.equal(other.layers[index], matrix)
+            for name, tensor in found[0].statistics[index].items():
+                assert torch.equal(other.statistics[index][name], tensor)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -144,6 +153,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_and_the_same_command_goes_on(
 def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, expected: SimilarityArtifact) -> None:
     work = tmp_path / "a.work"
     options = ["--out", str(tmp_path / "a"), "--sequences", "150", "--ray", "--workers", "1"]
+    options += ["--statistics", ",".join(SETTINGS.statistics)]
     command = [sys.executable, "-m", "sere_ray", "calibrate", SETTINGS.model, *options]
     process = subprocess.Popen(
         [*command, "--data", SETTINGS.data], stderr=subprocess.DEVNULL, start_new_session=True
@@ -197,7 +207,8 @@ def test_another_job_refuses_the_folder(tmp_path: Path) -> None:
     work = tmp_path / "work"
     WorkFolder(work, plan, cut(plan))
     WorkFolder(work, plan, cut(plan))
-    for change in ({"metric": "cosine"}, {"dtype": "bfloat16"}, {"sequences": 20}):
+    changes = [{"metric": "cosine"}, {"dtype": "bfloat16"}, {"sequences": 20}, {"statistics": ()}]
+    for change in changes:
         other = prepare(dataclasses.replace(SETTINGS, **change), tmp_path / "a")  # type: ignore[arg-type]
         (name,) = change
         with pytest.raises(SereError, match=rf"holds sums of a job with {name} = .*remove the fol"):

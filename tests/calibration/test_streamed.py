@@ -122,6 +122,7 @@ def test_artifact_is_that_of_the_ordinary_mode(
             length=32,
             device="cpu",
             layer_streamed=layer_streamed,
+            statistics=() if metric == "cka" else ("stand_ins", "novices"),
         )
 
     ordinary, one_by_one = run("a", False), run("b", True)
@@ -129,6 +130,11 @@ def test_artifact_is_that_of_the_ordinary_mode(
     assert ordinary.metadata.tokens == one_by_one.metadata.tokens
     for index, matrix in ordinary.layers.items():
         torch.testing.assert_close(one_by_one.layers[index], matrix, atol=1e-6, rtol=0)
+        if metric == "frobenius":
+            for name, tensor in ordinary.statistics[index].items():
+                torch.testing.assert_close(
+                    one_by_one.statistics[index][name], tensor, atol=1e-5, rtol=1e-5
+                )
 
 
 @pytest.mark.parametrize("layer_streamed", [False, True])

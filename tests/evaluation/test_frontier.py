@@ -13,7 +13,8 @@ from sere_ray.calibration import calibrate
 from sere_ray.cli.main import app
 from sere_ray.evaluation.comparison import Frontier, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
-from sere_ray.evaluation.settings import Setting, as_policy, grid, label, looks_at_ranks, rank_grid
+from sere_ray.evaluation.frontier import best_rows
+from sere_ray.evaluation.settings import Setting, looks_at_ranks
 from sere_ray.evaluation.statistics import draws
 from sere_ray.evaluation.tune import _plain, joined, ranges_between
 from sere_ray.policy.policy import RULE_NAMES, Policy
@@ -29,6 +30,15 @@ SMALL = ["--sequences", "16", "--length", "24", "--prompt", "12", "--device", "c
 def similarity(tmp_path_factory):
     path = tmp_path_factory.mktemp("frontier") / "demo.safetensors"
     calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """An artifact with all statistics."""
+    path = tmp_path_factory.mktemp("frontier") / "full.safetensors"
+    groups = ("stand_ins", "novices")
+    calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu", statistics=groups)
     return str(path)
 
 
@@ -84,18 +94,16 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
     assert first[2]["kl_to_best_peer"] == pytest.approx(1 / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_grids_are_policies(rule):
-    sizes = {"batch": 16, "num_experts": 128, "top_k": 8}
-    settings = grid(rule, **sizes)
-    assert len({label(keys) for keys in settings}) == len(settings) > 2
-    of_ranks = rank_grid(rule, 8, **sizes)
-    assert bool(of_ranks) == (rule in ("xshare", "margin"))
-    assert all(map(looks_at_ranks, of_ranks))
-    assert not any(map(looks_at_ranks, settings))
-    assert rank_grid(rule, 1, **sizes) == []
-    for keys in settings + of_ranks:
-        as_policy(keys).for_model(top_k=8)
+def test_rows_that_another_one_beats_are_left_out():
+    def row(rule, reads, kl, **settings):
+        fields = {"rule": rule, "batch": 4, "ranks": 1, "settings": settings}
+        return {**fields, "experts_read_max_rank": reads, "kl_mean": kl}
+
+    good = [row("oea", 5, 0.2), row("oea", 7, 0.1), row("sere", 5, 0.9, select_top_k=1)]
+    beaten = [row("oea", 7, 0.2), row("oea", 8, 0.15), row("sere", 6, 1.0, threshold=0.3)]
+    compared_at = [row("sere", 6, 0.95, select_top_k=2)]
+    assert best_rows(good + beaten + compared_at) == good + compared_at
+    assert best_rows([row("oea", 7, 0.2) | {"batch": 8}, *good]) != good, "another batch size"
 
 
 def test_settings_of_ranges_are_joined_as_they_were_tried():
@@ -130,12 +138,10 @@ def test_evaluate(similarity, tmp_path):
     document = load_result(out)
     assert (document["model"], document["data"]) == ("model", "heldout.jsonl")
     rows = document["rows"]
-    everywhere, of_four = 2, 0  # settings; two change nothing
-    for rule, batch in ((r, b) for r in ("sere", "xshare", "margin") for b in (1, 8)):
-        sizes = {"batch": batch, "num_experts": 48, "top_k": 4}
-        everywhere += len(grid(rule, **sizes))
-        of_four += len(rank_grid(rule, 4, **sizes))
-    assert len(rows) == everywhere * 2 + of_four
+    for rule in ("sere", "xshare", "margin"):
+        own = [row for row in rows if (row["rule"], row["batch"], row["ranks"]) == (rule, 8, 1)]
+        assert len({str(row["settings"]) for row in own}) == len(own) >= 8
+        assert document["settings_tried"][rule] == sum(row["rule"] == rule for row in rows)
     assert {row["ranks"] for row in rows if looks_at_ranks(row["settings"])} == {4}
     fields = {"rule", "settings", "batch", "ranks", "experts_read_mean", "experts_read_max_rank"}
     fields |= {"kl_mean", "kl_p99", "top1_agreement", "perplexity"}
@@ -155,6 +161,49 @@ def test_evaluate(similarity, tmp_path):
     assert "href" not in text.split("<svg")[0]
     assert CliRunner().invoke(app, ["bench", "plot", str(out), str(picture)]).exit_code == 0
     assert picture.stat().st_size > 10_000
+
+
+def test_evaluate_tunes_every_rule_alike(full, tmp_path):
+    """All that the artifact allows, repaired and tuned on a second text, the best rows kept."""
+    out = tmp_path / "f.json"
+    done = run(
+        *("evaluate", "--similarity", full, "--data", HELD_OUT, "--tune-data", DATA),
+        *("--tune-sequences", "8", "--out", out, "--batches", "8", "--ranks", "1", "--best-only"),
+        *("--rules", "sere,topk,xshare,exfold,margin", *SMALL[:2], "--length", "16"),
+        *("--prompt", "8", "--device", "cpu"),
+    )
+    assert done.exit_code == 0, done.output
+    document = load_result(out)
+    assert [row["rule"] for row in document["tuned"]] == ["xshare", "exfold", "margin"]
+    for row in document["tuned"]:
+        assert 10 < row["attempts"] < 50
+        knob = "tau" if row["rule"] == "margin" else "experts"
+        assert row["settings"][knob]
+        assert row["max_kl"] == document["tuned"][0]["max_kl"], "one budget for all"
+    tried = document["settings_tried"]
+    assert tried["topk"] == 2 * 3, "with and without a repair"
+    of_topk = [row["settings"] for row in document["rows"] if row["rule"] == "topk"]
+    assert any(settings.get("lda") for settings in of_topk)
+    kept = sum(row["rule"] == "sere" for row in document["rows"])
+    assert kept < tried["sere"]
+    assert {row["at"] for row in document["comparison"]} > {"worst anywhere"}
+
+
+def test_evaluate_takes_every_rule_that_the_artifact_allows(similarity, full, tmp_path):
+    chosen, out = tmp_path / "s.yaml", tmp_path / "f.json"
+    chosen.write_text(
+        "- {rule: exfold, experts: [9, 12, 9, 12]}\n- {rule: mone, experts: 20}\n"
+        "- {rule: ace, tau: 0.2, rcr_scale: 1.0}\n"
+        "- {rule: k1k2, select_top_k: 2, normalise_over: 8}\n"
+    )
+    common = ("evaluate", "--data", HELD_OUT, "--out", out, "--settings", chosen, *SMALL)
+    done = run(*common, "--similarity", full, "--batches", "8", "--ranks", "1")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["rule"] for row in rows] == ["exact", "exfold", "mone", "ace", "k1k2"]
+    assert rows[1]["experts_read_mean"] <= 10.5
+    assert all(row["experts_read_mean"] < rows[0]["experts_read_mean"] for row in rows[1:])
+    assert all(row["kl_mean"] > 0 for row in rows[1:])
 
 
 def test_evaluate_chosen_settings(similarity, tmp_path):
@@ -253,6 +302,12 @@ def test_settings_know_every_rule_and_engines_some_of_them():
         (["--sequences", "104", "--length", "512"], ["heldout.jsonl", "whole windows", "104"]),
         (["--similarity", "nowhere.safetensors"], ["nowhere.safetensors", "calibrate"]),
         (["--settings", "nowhere.yaml"], ["--settings = nowhere.yaml"]),
+        (
+            ["--rules", "sere,exfold"],
+            ["'exfold'", "stand_in_loss", "sere-ray calibrate", "--statistics stand_ins"],
+        ),
+        (["--tune-data", DATA, "--tune-sequences", "12"], ["--tune-sequences = 12", "(8)"]),
+        (["--tune-data", "missing.jsonl"], ["missing.jsonl", "no such file"]),
     ],
 )
 def test_evaluate_refuses(similarity, tmp_path, has_words, options, words):
@@ -274,6 +329,11 @@ def test_evaluate_refuses(similarity, tmp_path, has_words, options, words):
         ("- {rule: oea, tau: 0.1}", ["[0].select_top_k is missing"]),
         ("- {rule: margin, tau: [0.1, 0.2]}", ["2 numbers", "4 MoE layers"]),
         ("- {rule: oea, select_top_k: 5}", ["select_top_k = 5", "K = 4"]),
+        ("- {rule: xshare, experts: [9, 9]}", ["experts = [9, 9]", "2 numbers", "4 MoE layers"]),
+        ("- {rule: xshare, experts: [9, 0]}", ["experts = [9, 0]", "above 0"]),
+        ("- {rule: topk, select_top_k: 2, lda: true}", ["lda = True", "--tune-data"]),
+        ("- {rule: k1k2, select_top_k: 2}", ["normalise_over is missing"]),
+        ("- {rule: mone, experts: 9}", ["'mone'", "--statistics novices"]),
     ],
 )
 def test_evaluate_refuses_settings(similarity, tmp_path, has_words, content, words):

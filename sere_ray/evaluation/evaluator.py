@@ -1,0 +1,251 @@
+"""A loaded model, its artifact and held-out windows, on which settings are measured."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.artifact.statistics import ALL_NAMES
+from sere_ray.calibration.collect import find_moe_layers, moe_shape
+from sere_ray.calibration.data import make_windows, open_texts
+from sere_ray.calibration.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+from sere_ray.evaluation.comparison import Point
+from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
+from sere_ray.evaluation.lda import Moments, Repair
+from sere_ray.evaluation.settings import as_policy, label
+from sere_ray.evaluation.weight_statistics import ace_statistics
+from sere_ray.policy.bound import BoundPolicy
+from sere_ray.rules import RULES
+from sere_ray.util.errors import DataError, SereError
+from sere_ray.util.progress import progress
+
+_AT_ONCE = 64
+"""Texts of a forward pass on a CPU."""
+_LOGITS_BYTES = 2 * 2**30
+"""Size of the logits of a forward pass on a GPU. Some five tensors of this size are held."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is evaluated, and on what."""
+
+    model: str
+    similarity: Path
+    data: str
+    text_column: str
+    sequences: int
+    length: int
+    prompt_tokens: int
+    batches: tuple[int, ...]
+    ranks: tuple[int, ...]
+    device: str
+    dtype: str = "auto"
+    revision: str | None = None
+    tune_data: str | None = None
+    """A second text: peers are tuned and repairs fitted on it."""
+    tune_sequences: int = 64
+
+    def check(self) -> None:
+        """Refuse numbers that do not go together, before anything is loaded.
+
+        Raises:
+            SereError: names them.
+        """
+        if not 0 < self.prompt_tokens < self.length - 1:
+            raise SereError(
+                f"--prompt = {self.prompt_tokens}: must be 1..{self.length - 2} for windows of "
+                f"--length = {self.length} tokens"
+            )
+        largest = max(self.batches)
+        if self.sequences % largest or any(largest % batch for batch in self.batches):
+            raise SereError(
+                f"--sequences = {self.sequences}: must be a multiple of the largest batch "
+                f"({largest}), and that one of every batch ({', '.join(map(str, self.batches))})"
+            )
+        if self.tune_data and self.tune_sequences % largest:
+            raise SereError(
+                f"--tune-sequences = {self.tune_sequences}: must be a multiple of the largest "
+                f"batch ({largest})"
+            )
+
+
+class Evaluator:
+    """A loaded model, its artifact and held-out windows.
+
+    Args:
+        plan: what to load.
+        rules: names of the rules that will be measured; None = those that the artifact allows.
+
+    Raises:
+        SereError: the model, the artifact or the text cannot be used; says why.
+    """
+
+    def __init__(self, plan: EvaluationPlan, rules: tuple[str, ...] | None = ()) -> None:
+        plan.check()
+        self.plan = plan
+        self.artifact = SimilarityArtifact.load(plan.similarity)
+        self.rules = self._allowed() if rules is None else rules
+        for rule in self.rules:
+            self.artifact.check_has(_of_text(rule), path=str(plan.similarity), rule=rule)
+        windows = self.windows(plan.data)
+        device = pick_device(plan.device)
+        self.model = load_model(
+            plan.model,
+            revision=plan.revision,
+            device=device,
+            dtype=pick_dtype(plan.dtype, device, load_config(plan.model, plan.revision)),
+        )
+        layers = find_moe_layers(self.model)
+        self.shape = moe_shape(self.model, layers)
+        check_artifact(self.artifact, self.model, str(plan.similarity))
+        self.input_ids = windows
+        self.statistics: dict[int, dict[str, Tensor]] = {
+            layer: dict(self.artifact.statistics.get(layer, {})) for layer in layers
+        }
+        if "ace" in self.rules:
+            for layer, named in ace_statistics(self.model).items():
+                self.statistics[layer] |= named
+        self._repairs: dict[tuple[str, int], Repair] = {}
+        self._fitted_on: list[DecodeBatches] = []
+
+    def _allowed(self) -> tuple[str, ...]:
+        """Rules that read nothing which the artifact lacks."""
+        has = self.artifact.statistics.get(min(self.artifact.layers), {})
+        return tuple(rule for rule in RULES if set(_of_text(rule)) <= has.keys())
+
+    def windows(self, data: str, sequences: int | None = None) -> Tensor:
+        """``[sequences, length]`` token ids; every window is whole.
+
+        Args:
+            data: the text.
+            sequences: how many; None = as many as the plan says.
+
+        Raises:
+            DataError: the text is too short, or cannot be read.
+        """
+        plan, wanted = self.plan, sequences or self.plan.sequences
+        tokenizer = load_tokenizer(plan.model, plan.revision)
+        source = open_texts(data, plan.text_column)
+        windows = make_windows(source.texts, tokenizer, wanted, plan.length)
+        whole = sum(len(window) == plan.length for window in windows)
+        if whole < wanted:
+            raise DataError(
+                f"data = {data!r}: gives {whole} whole windows of {plan.length} tokens, but "
+                f"--sequences = {wanted}; give more text, or fewer or shorter sequences"
+            )
+        return torch.tensor(windows)
+
+    def measure(self, points: list[Point], console: Console | None) -> list[Measured]:
+        """Measure settings, each at its batch size. Memory holds the logits of a part of the texts.
+
+        Args:
+            points: what to measure.
+            console: where progress goes; None = nowhere.
+
+        Returns:
+            What each point gave, in their order.
+
+        Raises:
+            SereError: a setting does not fit the model.
+        """
+        policies = [self.bind(point.keys) for point in points]
+        parts: list[list[Measured]] = [[] for _ in points]
+        largest = max(point.batch for point in points)
+        size = largest * max(1, self.texts_at_once() // largest)
+        total = len(points) * -(-len(self.input_ids) // size)
+        with progress(console, total, task="evaluate", unit="passes") as advance:
+            for chunk in self.chunks(self.input_ids, size):
+                for point, policy, found in zip(points, policies, parts, strict=True):
+                    repair = self.repair(point.keys, point.batch)
+                    found.append(chunk.measure(policy, point.batch, point.ranks or 1, repair))
+                    advance(1)
+        return [Measured.join(found) for found in parts]
+
+    def texts_at_once(self) -> int:
+        """Texts of a forward pass: few on a CPU, many where launches cost more than arithmetic."""
+        if self.model.device.type == "cpu":
+            return _AT_ONCE
+        scored = self.plan.length - self.plan.prompt_tokens
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        return _LOGITS_BYTES // (4 * scored * vocabulary)
+
+    def bind(self, keys: dict[str, Any]) -> BoundPolicy:
+        """A setting for this model.
+
+        Raises:
+            PolicyError: it does not fit.
+        """
+        policy = as_policy(keys)
+        policy.check_layers(len(self.shape.layers))
+        return policy.for_model(top_k=self.shape.top_k, where=label(keys))
+
+    def repair(self, keys: dict[str, Any], batch: int) -> Repair | None:
+        """LDA's maps for a setting that asks for them, fitted on the second text; else None.
+
+        Raises:
+            SereError: there is no second text.
+        """
+        if not keys.get("lda"):
+            return None
+        if self.plan.tune_data is None:
+            raise SereError(
+                f"{label(keys)}: lda = True is fitted on a second text; give it with --tune-data"
+            )
+        name = (json.dumps(keys, sort_keys=True), batch)
+        if name not in self._repairs:
+            if not self._fitted_on:
+                windows = self.windows(self.plan.tune_data, self.plan.tune_sequences)
+                self._fitted_on = list(self.chunks(windows, max(self.plan.batches)))
+            parts = [chunk.fit(self.bind(keys), batch) for chunk in self._fitted_on]
+            merged = {layer: Moments.merge(part[layer] for part in parts) for layer in parts[0]}
+            self._repairs[name] = {layer: sums.affine() for layer, sums in merged.items()}
+        return self._repairs[name]
+
+    def chunks(self, input_ids: Tensor, size: int) -> Iterator[DecodeBatches]:
+        """The windows, ``size`` at a time, with their exact logits."""
+        for start in range(0, len(input_ids), size):
+            yield DecodeBatches(
+                self.model,
+                input_ids[start : start + size],
+                self.plan.prompt_tokens,
+                self.artifact.layers,
+                self.plan.ranks,
+                self.statistics,
+            )
+
+
+def _of_text(rule: str) -> tuple[str, ...]:
+    """The statistics that a rule reads and calibration makes."""
+    return tuple(name for name in RULES[rule].statistics if name in ALL_NAMES)
+
+
+def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: str) -> None:
+    """Refuse an artifact of another model: its shape, layers or gates differ.
+
+    Raises:
+        ArtifactError: says what differs.
+    """
+    layers = find_moe_layers(model)
+    shape = moe_shape(model, layers)
+    artifact.check_model(
+        architecture=shape.architecture,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        path=path,
+    )
+    for index, layer in layers.items():
+        artifact.matrix(index, path=path)
+        artifact.check_router(index, layer.gate_weight, path=path)

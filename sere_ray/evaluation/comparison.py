@@ -22,7 +22,7 @@ OURS = "margin"
 ANYWHERE = 12
 """Numbers of experts, evenly spaced over what ours reads, at which the worst ratio is sought."""
 _RESAMPLES = 300
-_LEAST_KL = 1e-5
+LEAST_KL = 1e-5
 """A setting that costs less changes hardly anything and is no point of a frontier."""
 _WORTH_COMPARING = 1e-4
 """Least KL of the best peer where ratios are sought anywhere."""
@@ -56,7 +56,7 @@ class Frontier:
         order = np.lexsort((kl, reads))
         reads, kl = reads[order], kl[order]
         better = np.concatenate(([True], kl[1:] < np.minimum.accumulate(kl)[:-1]))
-        better &= kl >= _LEAST_KL
+        better &= kl >= LEAST_KL
         self.reads, self.log_kl = reads[better], np.log(kl[better])
 
     def kl_at(self, reads: float) -> float:

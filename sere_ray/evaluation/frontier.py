@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from sere_ray.calibration.loading import model_name
-from sere_ray.evaluation.comparison import Point, compare
+from sere_ray.evaluation.comparison import LEAST_KL, Point, compare
 from sere_ray.evaluation.decode_batches import Measured
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
 from sere_ray.evaluation.grids import Keys, Routing, grid, rank_grid
@@ -103,7 +103,8 @@ def _points(
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that no other one of their rule, batch and ranks beats in experts and KL.
 
-    SERE's settings without threshold stay, since others are compared at what they read.
+    SERE's settings without threshold stay, since others are compared at what they read. Settings
+    that change hardly anything are no points of a frontier.
     """
 
     def beaten(row: dict[str, Any]) -> bool:
@@ -117,7 +118,10 @@ def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def compared_at(row: dict[str, Any]) -> bool:
         return row["rule"] == "sere" and "threshold" not in row["settings"]
 
-    return [row for row in rows if compared_at(row) or not beaten(row)]
+    def changes(row: dict[str, Any]) -> bool:
+        return row["rule"] == EXACT or row["kl_mean"] >= LEAST_KL
+
+    return [row for row in rows if compared_at(row) or (changes(row) and not beaten(row))]
 
 
 def check_same_text(old: dict[str, Any], new: dict[str, Any], batches: tuple[int, ...]) -> None:

@@ -101,6 +101,7 @@ def test_rows_that_another_one_beats_are_left_out():
 
     good = [row("oea", 5, 0.2), row("oea", 7, 0.1), row("sere", 5, 0.9, select_top_k=1)]
     beaten = [row("oea", 7, 0.2), row("oea", 8, 0.15), row("sere", 6, 1.0, threshold=0.3)]
+    beaten += [row("oea", 9, 0.0)]  # changes nothing
     compared_at = [row("sere", 6, 0.95, select_top_k=2)]
     assert best_rows(good + beaten + compared_at) == good + compared_at
     assert best_rows([row("oea", 7, 0.2) | {"batch": 8}, *good]) != good, "another batch size"

@@ -9,6 +9,8 @@ target, and who uses it                what, why, remove when
 VLLMEngine                             ``_start_async_llm_engine``: compute in the engine process.
 ``replica/engine.py``                  ``chat``, ``completions``, ``_engine_client``: see a loss.
                                        Remove: Ray takes an executor, and tells of a dead engine.
+vLLM below 0.33                        Ray 2.60 imports ``vllm.entrypoints.launchers.cli_args``,
+``app.py``                             which 0.33 lacks: refused. Remove: a Ray that runs with 0.33.
 LLMEngine, CompletionResponse          Base and answer of the benchmarks' stand-in engine. Remove:
 ``replica/engine.py``                  Ray publishes them.
 LLMServer, DPServer                    A replica asks the policy actor before it starts, follows it

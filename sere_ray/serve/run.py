@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from sere_ray.serve.app import check_vllm_of_ray
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
 from sere_ray.util.errors import SereError
@@ -39,6 +40,7 @@ def run_file(
     if direct:
         stream_directly()
     document = load_file(path)
+    check_vllm_of_ray()
     check_artifacts(document)
     http = {"host": "127.0.0.1", "port": 8000, **(document.get("http_options") or {})}
     host, port = http["host"], http["port"]

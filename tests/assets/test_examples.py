@@ -51,7 +51,7 @@ def test_a_copy_names_the_copied_model(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "demo" / "model").iterdir()) == sorted(
         p.name for p in assets.MODEL.iterdir()
     )
-    for name in ("cpu.txt", "gpu.txt"):
+    for name in ("cpu.txt", "gpu.txt", "gpu-033.txt"):
         copy = tmp_path / "new" / "constraints" / name
         assert copy.read_bytes() == (ROOT / "constraints" / name).read_bytes()
 

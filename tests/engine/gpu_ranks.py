@@ -24,18 +24,20 @@ OPTIONS = {
     },
     "kv_cache_memory_bytes": 1 << 28,
 }
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}
+"""NVLink multicast stays off: a program that ends badly in it can take a host's GPUs along."""
 
 
 def choose_rank(rank):
     from tests.engine.ranks import _choose_rank
 
     _choose_rank(rank, 0)
-    os.environ.update(
-        VLLM_USE_FLASHINFER_SAMPLER="0",
-        NCCL_NVLS_ENABLE="0",  # NVLink multicast stays off
-        TORCH_SYMM_MEM_DISABLE_MULTICAST="1",
-        VLLM_ALLREDUCE_USE_SYMM_MEM="0",
-    )
+    os.environ.update(VLLM_USE_FLASHINFER_SAMPLER="0", **NO_MULTICAST)
 
 
 @contextmanager

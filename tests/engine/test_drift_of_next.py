@@ -1,4 +1,4 @@
-"""The drift tests against the next vLLM, before anybody supports it.
+"""The drift tests against the vLLM after the installed one.
 
 What runs is that version's Python with the compiled CPU kernels of the installed one: there is no
 CPU build of it, and the drift tests only read.

@@ -15,6 +15,7 @@ from sere_ray.policy.policy import Policy
 from sere_ray.rules import PADDING, REROUTABLE, count, sere
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
+from tests.engine.gpu_ranks import NO_MULTICAST
 from tests.kernel.margin_cases import GPU_MATH, by_reference
 from tests.models import TOP_K
 
@@ -410,7 +411,9 @@ def test_mxfp4_experts(tmp_path, back_end, merges):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("architecture", ["qwen3_moe"])
-def test_tensor_and_expert_parallel(checkpoint, architecture):
+def test_tensor_and_expert_parallel(checkpoint, architecture, monkeypatch):
+    for name, value in NO_MULTICAST.items():
+        monkeypatch.setenv(name, value)
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     stock, found = tokens_of(checkpoint(architecture), POLICIES, **options)
     assert found["S=K"][0] == stock

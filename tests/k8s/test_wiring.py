@@ -54,7 +54,7 @@ def test_images_are_pinned_and_ours_is_the_packages_version(documents, overlay):
             assert re.fullmatch(r"\d+\.\d+\.\d+", tag), container["image"]
 
 
-@pytest.mark.parametrize("file", ["cpu.txt", "gpu.txt"])
+@pytest.mark.parametrize("file", ["cpu.txt", "gpu.txt", "gpu-033.txt"])
 def test_ray_is_the_version_in_the_image(documents, file):
     (pin,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints" / file).read_text(), re.M)
     for document in documents:

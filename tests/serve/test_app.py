@@ -10,11 +10,11 @@ from rich.console import Console
 from sere_ray import assets
 from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
-from sere_ray.serve import ServeConfig
+from sere_ray.serve import ServeConfig, app, build_app
 from sere_ray.serve.app import engine_arguments, llm_config
 from sere_ray.serve.policy_actor.auto import level_policies
 from sere_ray.serve.run import load_file, run_file
-from sere_ray.util.errors import PolicyError, SereError
+from sere_ray.util.errors import PolicyError, SereError, UnsupportedError
 
 VALID = {"model": "/m", "model_id": "m"}
 
@@ -220,3 +220,13 @@ def test_behind_haproxy_nobody_is_served_without_keys(monkeypatch, has_words):
     with pytest.raises(SereError) as caught:
         build_app({"model": str(assets.MODEL), "model_id": "m"})
     has_words(str(caught.value), "access.keys_file", "HAProxy", "sere-ray key")
+
+
+def test_a_vllm_that_ray_cannot_serve_is_refused_before_ray_starts(monkeypatch, has_words):
+    monkeypatch.setattr(app, "installed_vllm", lambda: ("vllm", "0.33.0"))
+    path = Path(__file__).parents[2] / "deploy" / "demo-cpu.yaml"
+    for start in (lambda: build_app(VALID), lambda: run_file(path, Console())):
+        with pytest.raises(UnsupportedError) as error:
+            start()
+        words = ("vllm 0.33.0", "Ray 2.60.0", "below 0.33", "constraints/gpu.txt", "vllm serve")
+        has_words(str(error.value), *words)

@@ -5,6 +5,7 @@ computed for the sums; the module's own walk over experts is left out.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class MoELayer:
     experts: nn.Module
     gate_weight: Tensor
     """``[E, H]``"""
+    selection_bias: Tensor | None = None
+    """What the gate adds to scores before it ranks experts, E numbers; None = nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,15 @@ def moe_layer(decoder_layer: nn.Module) -> MoELayer | None:
         experts, gate = getattr(block, "experts", None), find_gate(block)
         weight = None if gate is None else gate_weight(gate)
         if isinstance(experts, nn.Module) and weight is not None and _takes_choices(experts):
-            return MoELayer(experts, weight)
+            return MoELayer(experts, weight, _selection_bias(block))
     return None
+
+
+def _selection_bias(block: nn.Module) -> Tensor | None:
+    """Transformers gives it the same name everywhere, and keeps it as a parameter or a buffer."""
+    tensors = itertools.chain(block.named_parameters(), block.named_buffers())
+    found = (tensor for name, tensor in tensors if name.endswith("e_score_correction_bias"))
+    return next(found, None)
 
 
 def moe_shape(model: PreTrainedModel, layers: Mapping[int, MoELayer]) -> MoEShape:

@@ -6,8 +6,8 @@ know nothing of each other share a forward pass.
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,16 @@ from transformers import Cache, PreTrainedModel
 
 from sere_ray.calibration.collect import MoELayer, find_moe_layers
 from sere_ray.evaluation.compiled_sere import compiled_sere
+from sere_ray.evaluation.gates import candidates, that_chose
 from sere_ray.evaluation.lda import Affine, Moments, Repair
 from sere_ray.evaluation.teacher_forced import forward_changed
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
 from sere_ray.rules.common import named_by
+from sere_ray.rules.gate import Gate, scores_of
 from sere_ray.util.errors import UnsupportedError
 
 Floats = NDArray[np.float32]
-_NEAR = 1e-5
-"""How much a score may be off where the model rounds it otherwise."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DecodeBatches:
         statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.ranks = model, ranks
-        self.layers = find_moe_layers(model)
+        self.layers, self.config = find_moe_layers(model), model.config.get_text_config()
         self.similarity = {layer: matrix.to(model.device) for layer, matrix in similarity.items()}
         self.statistics = {
             layer: {name: tensor.to(model.device) for name, tensor in named.items()}
@@ -129,7 +129,8 @@ class DecodeBatches:
             experts, similarity = len(module.gate_weight), self.similarity.get(layer)
             owner, statistics = linear_owner(experts, ranks), self.statistics.get(layer)
             knobs = policy.of_layer(i, experts, similarity, owner, statistics)
-            rules[layer] = LayerRule(policy.rule, knobs, module, counts)
+            gates = candidates(self.config, module.selection_bias, experts)
+            rules[layer] = LayerRule(policy.rule, knobs, module, gates, counts)
         return counts, rules
 
     def fit(self, policy: BoundPolicy, batch: int) -> dict[int, Moments]:
@@ -211,12 +212,16 @@ class LayerRule:
     """A rule in one layer, over all decode steps of all batches at once.
 
     Attributes:
+        gates: what the layer's gate may be.
         affine: LDA's repair of the layer's output; None = none.
         moments: where set, the layer's output stays exact, and both outputs are added here.
     """
 
-    def __init__(self, rule: str, layer: Layer, module: MoELayer, counts: Counts) -> None:
+    def __init__(
+        self, rule: str, layer: Layer, module: MoELayer, gates: Sequence[Gate], counts: Counts
+    ) -> None:
         self.rule, self.layer, self.module, self.counts = RULES[rule], layer, module, counts
+        self.gates = gates
         self.affine: Affine | None = None
         self.moments: Moments | None = None
         self._constant: Tensor | None = None
@@ -259,35 +264,24 @@ class LayerRule:
         return output
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
-        rule = self.rule
+        rule, layer = self.rule, self.layer
         if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
-            return compiled_sere(ids, weights, self.layer)
+            return compiled_sere(ids, weights, layer)
         scores = None
         if rule.needs_scores:
-            scores = linear(hidden, self.module.gate_weight).float().softmax(dim=-1)
-            check_chosen_by(scores, ids, index)
+            logits = linear(hidden, self.module.gate_weight)
+            gate = that_chose(self.gates, logits, ids, weights, index)
+            if not (gate.is_plain or rule.any_gate):
+                raise UnsupportedError(
+                    f"layer {index}: this model's gate has a bias, groups or other scores than a "
+                    "softmax, of which the peers' papers say nothing; compare sere and margin"
+                )
+            scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
-        return rule.apply(ids, weights, scores, kinds, self.layer)
+        return rule.apply(ids, weights, scores, kinds, layer)
 
 
 def linear_owner(num_experts: int, ranks: int) -> Tensor:
     """``[E]`` int64: vLLM's linear placement, larger shards first."""
     parts = torch.arange(num_experts).tensor_split(ranks)
     return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])
-
-
-def check_chosen_by(scores: Tensor, ids: Tensor, layer: int) -> None:
-    """Refuse a gate that does not choose the K best of these scores.
-
-    Raises:
-        UnsupportedError: it groups experts, adds a bias, or scores them otherwise.
-    """
-    least = scores.gather(-1, ids).amin(dim=-1)
-    best_other = scores.scatter(-1, ids, 0.0).amax(dim=-1)
-    if bool((best_other > least + _NEAR).any()):
-        names = ", ".join(name for name, rule in RULES.items() if rule.needs_scores)
-        raise UnsupportedError(
-            f"layer {layer}: this model's gate does not choose the K largest softmax scores (it "
-            "has groups, a bias or another function), which these rules need here: "
-            f"{names}; leave them out"
-        )

@@ -116,10 +116,10 @@ def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
 
     def compared_at(row: dict[str, Any]) -> bool:
-        return row["rule"] == "sere" and "threshold" not in row["settings"]
+        return bool(row["rule"] == "sere" and "threshold" not in row["settings"])
 
     def changes(row: dict[str, Any]) -> bool:
-        return row["rule"] == EXACT or row["kl_mean"] >= LEAST_KL
+        return bool(row["rule"] == EXACT or row["kl_mean"] >= LEAST_KL)
 
     return [row for row in rows if compared_at(row) or (changes(row) and not beaten(row))]
 

@@ -23,6 +23,8 @@ class RuleInfo(NamedTuple):
     statistics: tuple[str, ...] = ()
     """Names of :attr:`~sere_ray.rules.interface.Layer.statistics` that it reads."""
     output: Output | None = None
+    any_gate: bool = False
+    """Whether it reads scores of other gates than a softmax, too: :attr:`Layer.gate`."""
 
 
 RULES: dict[str, RuleInfo] = {
@@ -55,5 +57,6 @@ RULES: dict[str, RuleInfo] = {
         ("tau", "min_primary_experts", "beta", "fill", "runners_up", "balance_ranks"),
         ("tau",),
         True,
+        any_gate=True,
     ),
 }

@@ -7,11 +7,10 @@ import torch
 from sere_ray import assets
 from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.loading import load_model
-from sere_ray.evaluation.decode_batches import DecodeBatches, Measured, check_chosen_by
+from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.settings import as_policy
 from sere_ray.evaluation.statistics import Estimate, draws, mean, summarise
 from sere_ray.evaluation.teacher_forced import exact_logits, score
-from sere_ray.util.errors import UnsupportedError
 
 PROMPT, LENGTH, TEXTS, TOP_K = 24, 40, 16, 4
 
@@ -129,14 +128,6 @@ def test_the_model_is_left_as_it_was(batches, model, windows):
     before = exact_logits(model, windows, PROMPT)
     batches.measure(bound(rule="margin", tau=1.0), 16)
     assert torch.equal(exact_logits(model, windows, PROMPT), before)
-
-
-def test_gates_that_choose_otherwise_are_refused(has_words):
-    scores = torch.tensor([[0.5, 0.3, 0.2]])
-    check_chosen_by(scores, torch.tensor([[1, 0]]), 3)
-    with pytest.raises(UnsupportedError) as caught:
-        check_chosen_by(scores, torch.tensor([[0, 2]]), 3)
-    has_words(str(caught.value), "layer 3", "softmax", "oea", "margin", "leave them out")
 
 
 def test_summary():

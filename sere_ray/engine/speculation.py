@@ -12,7 +12,7 @@ from typing import Any
 from sere_ray.util.errors import UnsupportedError
 
 METHODS = ("ngram", "mtp", "eagle", "eagle3", "draft_model")
-"""vLLM's names of the methods whose rows were tested."""
+"""vLLM's names of the methods whose rows were tested; ``eagle3`` has those of ``eagle``."""
 
 
 def check_speculation(vllm_config: Any) -> None:

@@ -69,6 +69,12 @@ class CudaState(EngineState):
         self.running = told
         self.rule.write(told.bound)
 
+    def write_again(self) -> None:
+        """Write whatever steps read, behind memory that was away."""
+        self.rule.write_matrices(self.running.artifact.layers)
+        self.rule.write(self.bound)
+        self.own.step_input.clear()
+
     def scores_of(self, layer: int, logits: Tensor) -> Tensor | None:
         """A gate's logits, if rules can read scores from them.
 
@@ -90,11 +96,9 @@ class CudaState(EngineState):
     # --- a step -----------------------------------------------------------------------------------
 
     def begin_step(self, kinds: NDArray[np.int8]) -> None:
-        """Take over the row kinds of a step that this rank re-routes alone.
+        """Take over the row kinds ``[rows]`` int8 of a step that this rank re-routes alone.
 
-        Args:
-            kinds: ``[rows]`` int8 of the step that is launched next on this stream; rows of the
-                pass beyond it are padding.
+        It is launched next on this stream; rows of the pass beyond them are padding.
         """
         kind = self.step_kind(kinds)
         reroutable = self.own.step_input.write(kinds, kind)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sere_ray import assets
 from sere_ray.calibration import calibrate
+from sere_ray.engine.control import of_engine
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.config import ServeConfig
@@ -145,7 +146,7 @@ async def _reading(engine: Any, exporter: EngineExporter, arm: Arm) -> AsyncIter
     async def read() -> None:
         while arm.interval_s is not None:
             start = time.perf_counter()
-            counters = (await calls.counters(reset=False))[0]
+            counters = of_engine(await calls.counters(reset=False))
             took = time.perf_counter() - start
             exporter.export_counters(counters, took)
             arm.reads += 1

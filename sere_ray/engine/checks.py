@@ -135,8 +135,9 @@ def check_options(vllm_config: Any) -> None:
             "name modules of attention: --lora-target-modules q_proj k_proj v_proj o_proj",
         ),
         (
-            not is_cpu and model.enable_sleep_mode,
-            "enable_sleep_mode = True: sleep gives away the memory that holds the rule's tables",
+            not is_cpu and model.enable_sleep_mode and data_parallel,
+            f"enable_sleep_mode = True with data_parallel_size = {parallel.data_parallel_size}: "
+            "ranks write into memory of each other that sleep gives away",
             "start without it",
         ),
         (
@@ -176,9 +177,16 @@ def check_options(vllm_config: Any) -> None:
             "use prefill_context_parallel_size = 1",
         ),
         (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: not tested yet",
-            "use pipeline_parallel_size = 1",
+            parallel.pipeline_parallel_size > 1 and data_parallel,
+            f"pipeline_parallel_size = {parallel.pipeline_parallel_size} with data_parallel_size = "
+            f"{parallel.data_parallel_size}: ranks would have to agree on a pass for every stage",
+            "use one of the two",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 and is_cpu and model.enforce_eager,
+            f"pipeline_parallel_size = {parallel.pipeline_parallel_size} with enforce_eager = True "
+            "on a CPU: vLLM crashes",
+            "leave enforce_eager out",
         ),
         (parallel.use_ubatching, "micro-batching (enable_dbo): not supported", "start without it"),
         (

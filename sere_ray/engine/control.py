@@ -1,8 +1,10 @@
 """Read counters and set the policy of a running engine, from the process that owns it."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
+from sere_ray.engine.state import KIND_NAMES
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.policy.policy import Policy
 
@@ -25,13 +27,42 @@ def calls_of(engine: Engine) -> WorkerCalls[list[Any]]:
 
 
 def read_counters(engine: Engine, *, reset: bool = True) -> dict[str, Any]:
-    """Counters of the first worker (tensor-parallel workers count the same rows).
+    """Counters of the engine: :func:`of_engine`.
 
     Raises:
         AttributeError: the engine runs without the ``sere`` key.
     """
-    counters: dict[str, Any] = calls_of(engine).counters(reset=reset)[0]
-    return counters
+    return of_engine(calls_of(engine).counters(reset=reset))
+
+
+def of_engine(of_workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the workers of one engine counted.
+
+    Tensor-parallel workers count the same, so the first one's stand for them. Pipeline stages
+    count layers apart: lists by layer are added up, and the seconds of a pass; rows and steps are
+    the same in all of them.
+
+    Args:
+        of_workers: of every worker, by rank: the first worker of each stage comes first in it.
+    """
+    stages = {report["stage"]: report for report in reversed(of_workers)}
+    first, *others = (stages[stage] for stage in sorted(stages))
+    merged = dict(first)
+    for kind in KIND_NAMES:
+        merged[kind] = dict(first[kind])
+        for other in others:
+            for name, found in other[kind].items():
+                merged[kind][name] = _added(name, merged[kind][name], found)
+    del merged["stage"]
+    return merged
+
+
+def _added(name: str, of_some: Any, of_other: Any) -> Any:
+    if isinstance(of_some, list):
+        return [a + b for a, b in zip(of_some, of_other, strict=True)]
+    if name == "forward_seconds" and of_some is not None and of_other is not None:
+        return of_some + of_other
+    return of_some
 
 
 def set_policy(engine: Engine, policy: Policy) -> None:

@@ -57,7 +57,7 @@ def read_gate(router: Any) -> Gate:
 
 
 def with_bias(gate: Gate, router: Any) -> Gate:
-    """The gate with a copy of its bias as it is now, less what is the same for all experts.
+    """The gate with its bias as it is now, on the host, less what is the same for all experts.
 
     That changes no order and no lead, but sums with a large bias would be less exact.
 
@@ -68,7 +68,7 @@ def with_bias(gate: Gate, router: Any) -> Gate:
     if gate.bias is None:
         return gate
     bias = router.e_score_correction_bias.detach().to(torch.float32)
-    return replace(gate, bias=(bias - bias.max()).contiguous())
+    return replace(gate, bias=(bias - bias.max()).cpu().contiguous())
 
 
 @dataclass

@@ -73,16 +73,19 @@ class KvSalts:
 
     Args:
         vllm_config: vLLM's complete configuration, with the ``sere`` key.
+        shares: whether a policy has the same word in every engine and whenever it comes back.
     """
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, *, shares: bool) -> None:
+        self._shares = shares
         model = vllm_config.model_config
         self._top_k = model.get_num_experts_per_tok()
         self._several_ranks = vllm_config.parallel_config.data_parallel_size > 1
         policy, _ = parse_key(sere_config(vllm_config))
         self._matrices = matrices_digest(SimilarityArtifact.load(policy.similarity_path))
         digest = weights_digest(model, str(vllm_config.load_config.load_format))
-        self._weights = digest or secrets.token_hex(16)  # then no other engine has the same
+        # Without one no other engine has the same.
+        self._weights = digest if digest and shares else secrets.token_hex(16)
         self.word = kv_word(policy, self._matrices, self._weights, self._top_k)
         self.settled = True
         """Whether every rank was told the policy: ranks start with the same."""
@@ -93,6 +96,8 @@ class KvSalts:
         if artifact is not None:
             new = SimilarityArtifact.from_bytes(artifact, name=told.similarity)
             self._matrices = matrices_digest(new)
+        if not self._shares:
+            self._weights = secrets.token_hex(16)
         self.word = kv_word(told, self._matrices, self._weights, self._top_k)
         self.settled = not self._several_ranks
 
@@ -106,7 +111,8 @@ class KvSalts:
 def _salts(core: Any) -> KvSalts:
     with _making:  # the first request is salted in a thread of its own
         if not hasattr(core, "sere_salts"):
-            core.sere_salts = KvSalts(core.vllm_config)
+            shares = all(_is_known(c) for c in _flatten(core.scheduler.connector))
+            core.sere_salts = KvSalts(core.vllm_config, shares=shares)
         salts: KvSalts = core.sere_salts
         return salts
 
@@ -185,9 +191,14 @@ def _flatten(connector: Any) -> list[Any]:
     return [connector] if parts is None else [c for part in parts for c in _flatten(part)]
 
 
+def _is_known(connector: Any) -> bool:
+    """Others than vLLM's, such as that of the package ``lmcache``, may go on storing blocks of a
+    request that was cut under the salt it came with: then no salt may come again."""
+    return type(connector).__module__.startswith("vllm.")
+
+
 def _stop_storing(connector: Any, request: Any) -> None:
-    """LMCache keeps the salt a request came with and hashes by itself: it stores no more of it."""
-    if type(connector).__name__ == "LMCacheMPConnector":
-        tracker = connector.request_trackers.get(request.request_id)
-        if tracker is not None:
-            tracker.num_stored_blocks = _NEVER
+    """vLLM's LMCacheMPConnector keeps the salt a request came with and hashes by itself."""
+    tracker = getattr(connector, "request_trackers", {}).get(request.request_id)
+    if tracker is not None and _is_known(connector):
+        tracker.num_stored_blocks = _NEVER

@@ -60,7 +60,7 @@ WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches b
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -236,7 +236,9 @@ def _check_loaded(
     for state in states:
         # That every layer has its matrix is checked as it is built.
         state.artifact.check_layers(
-            state.attached, path=state.policy.similarity, but="those of the model have no experts"
+            [*state.attached, *_elsewhere(model_config, state.layers)],
+            path=state.policy.similarity,
+            but="those of the model have no experts",
         )
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
@@ -245,6 +247,22 @@ def _check_loaded(
         for runner in state.attached.values():
             back_end.check_experts(state, runner)
         state.loaded()
+
+
+def _elsewhere(model_config: Any, layers: Iterable[int]) -> list[int]:
+    """Layers that other pipeline stages hold, which check them.
+
+    Args:
+        model_config: vLLM's.
+        layers: decoder layer indices.
+    """
+    from vllm.config import get_current_vllm_config
+
+    parallel = get_current_vllm_config().parallel_config
+    if parallel.pipeline_parallel_size == 1:
+        return []
+    first, end = model_config.get_layers_start_end_indices(parallel)
+    return [layer for layer in layers if not first <= layer < end]
 
 
 def _check_router_weights(state: EngineState, model: Any) -> None:
@@ -268,7 +286,10 @@ def _refuse_other_weights(original: Callable[..., Any], worker: Any, *args: Any,
 
 
 def _counters(worker: Any, reset: bool = True) -> dict[str, Any]:
-    return _get_state(worker.vllm_config).read_counters(reset=reset)
+    from vllm.distributed import get_pp_group
+
+    counters = _get_state(worker.vllm_config).read_counters(reset=reset)
+    return {**counters, "stage": get_pp_group().rank_in_group}
 
 
 def _set_policy(

@@ -247,6 +247,20 @@ def test_the_tier_of_a_request_is_found():
         assert "= self.vllm_xargs if self.vllm_xargs else {}" in source(request.to_sampling_params)
 
 
+def test_stages_get_steps_and_calls_in_one_order():
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    call = source(MultiprocExecutor.collective_rpc)
+    assert "self.rpc_broadcast_mq.enqueue(" in call
+    assert "self.collective_rpc(" in source(MultiprocExecutor.execute_model)
+
+
+def test_sleep_gives_away_what_was_made_beside_the_weights():
+    worker = gpu_worker.Worker
+    assert parameters(worker.sleep) == ["self", "level"]
+    assert parameters(worker.wake_up) == ["self", "tags"]
+
+
 def test_rpc_reaches_methods_of_the_worker_by_name():
     assert "getattr(self.worker, attr)" in source(worker_base.WorkerWrapperBase.__getattr__)
 

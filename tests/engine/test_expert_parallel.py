@@ -96,6 +96,23 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_and_count_alike(
     assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
 
 
+def test_tensor_parallel_ranks_without_expert_parallelism(checkpoint, of_one_rank, monkeypatch):
+    """Each rank routes every row by itself: were a logit of one a bit off, ids would differ."""
+    folder = checkpoint("qwen3_moe")
+    policies = policies_of(folder)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with running_engine(folder, policies[0], tensor_parallel_size=2, dtype="float32") as engine:
+        for policy, (*_, answers) in zip(policies, of_one_rank("qwen3_moe"), strict=True):
+            set_policy(engine, Policy.parse(policy))
+            assert generate(engine, prompts())[0] == answers
+        counters = calls_of(engine).counters(reset=True)
+    for of_rank in counters:
+        for kind in ("decode_only", "mixed"):
+            of_rank[kind].pop("forward_seconds")
+    assert counters[0] == counters[1]
+    assert sum(counters[0]["decode_only"]["slots_rerouted"]) > 0
+
+
 def test_round_robin_placement_gives_the_tokens_of_linear(checkpoint, monkeypatch):
     """vLLM has it for models with expert groups; with data parallel ranks only under DeepEP."""
     folder = checkpoint("deepseek_v2")

@@ -12,6 +12,7 @@ from sere_ray.engine import state as states
 from sere_ray.engine.gpu import patches, union_patches
 from sere_ray.engine.gpu.rank_words import read_words, write_words
 from sere_ray.rules import REROUTABLE
+from sere_ray.util.errors import UnsupportedError
 
 IDS = torch.zeros((2, 4), dtype=torch.int32)
 
@@ -130,3 +131,32 @@ def test_the_engine_of_a_pass_is_that_of_its_parallel_configuration(monkeypatch,
     assert sizes == [1, 2]
     assert read_words(table[:, 1]).kinds.tolist() == [REROUTABLE] * 2
     assert getattr(dp_utils, name) is before
+
+
+@pytest.mark.parametrize(("tags", "times"), [(None, 1), (["weights"], 1), (["kv_cache"], 0)])
+def test_what_steps_read_is_written_again_when_weights_are_back(monkeypatch, tags, times):
+    done, config = [], SimpleNamespace(parallel_config=SimpleNamespace())
+    worker = SimpleNamespace(vllm_config=config)
+    state = SimpleNamespace(write_again=lambda: done.append("ours"))
+
+    def wake(worker, tags):
+        done.append("vLLM")
+
+    patches.wake_up(wake, worker, tags=tags)  # an engine without the key
+    monkeypatch.setitem(states._states, id(config.parallel_config), (config.parallel_config, state))
+    patches.wake_up(wake, worker, tags=tags)
+    assert done == ["vLLM", "vLLM"] + ["ours"] * times
+
+
+def test_a_sleep_that_gives_weights_away_is_refused(monkeypatch, has_words):
+    asked, config = [], SimpleNamespace(parallel_config=SimpleNamespace())
+    worker = SimpleNamespace(vllm_config=config)
+    patches.sleep(lambda worker, level: asked.append(level), worker, level=2)
+    monkeypatch.setitem(
+        states._states, id(config.parallel_config), (config.parallel_config, SimpleNamespace())
+    )
+    patches.sleep(lambda worker, level: asked.append(level), worker)
+    with pytest.raises(UnsupportedError) as error:
+        patches.sleep(lambda worker, level: asked.append(level), worker, level=2)
+    assert asked == [2, 1]
+    has_words(str(error.value), "sleep(level = 2)", "use level 1")

@@ -1,8 +1,11 @@
 """Salts that engines share: no block computed under another policy, weights or tier is found."""
 
+import importlib
 import random
 import shutil
+import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -17,6 +20,19 @@ from tests.engine.conftest import artifact_path, prompts, running_engine, sere_k
 from tests.engine.kv_oracle import KvOracle
 
 BLOCK = 32
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+LMCACHE = (
+    "lmcache",
+    "lmcache.integration",
+    "lmcache.integration.vllm",
+    "lmcache.integration.vllm.utils",
+    "lmcache.utils",
+    "lmcache.v1",
+    "lmcache.v1.multiprocess",
+    "lmcache.v1.multiprocess.custom_types",
+    "lmcache.integration.vllm.vllm_multi_process_adapter",
+    "lmcache.integration.vllm.lmcache_mp_connector",
+)
 MARGIN = {"rule": "margin", "select_top_k": None, "tau": 0.02}
 POLICIES = {
     "S=1": {},
@@ -222,8 +238,22 @@ def test_nothing_is_shared_until_every_rank_was_told(moe):
     assert {*unsettled[2].block_hashes} < hashes
 
 
-def test_requests_that_a_connector_knows_keep_their_hashes(moe):
+def known_connector():
+    return type("Known", (), {"__module__": f"{CONNECTORS}.offloading_connector"})()
+
+
+def test_no_salt_comes_again_beside_a_connector_that_is_not_known(moe):
+    """It may store, under the salt a request came with, what was computed after a change."""
     core = Core(moe, connector=SimpleNamespace())
+    first = core.add("a", runs=True)
+    core.call(SET_POLICY, policy_of(moe, select_top_k=2), None)
+    core.call(SET_POLICY, policy_of(moe), None)
+    assert core.add("b").block_hashes != first.block_hashes != Core(moe).add("c").block_hashes
+    assert core.add("d", **EXACT).cache_salt is None
+
+
+def test_requests_that_a_connector_knows_keep_their_hashes(moe):
+    core = Core(moe, connector=known_connector())
     waits = core.add("a", 10)
     before = list(waits.block_hashes)
     core.call(SET_POLICY, policy_of(moe, select_top_k=2), None)
@@ -233,6 +263,33 @@ def test_requests_that_a_connector_knows_keep_their_hashes(moe):
     twin.append_output_token_ids([5] * 6)
     assert len(waits.block_hashes) == len(twin.block_hashes) == 4
     assert waits.block_hashes[2:] != twin.block_hashes[2:]
+
+
+def test_lmcache_stores_no_more_of_a_request_that_was_cut(moe, monkeypatch):
+    """vLLM's own tracker; LMCache itself is not here, and only its names are asked for."""
+    for name in LMCACHE:
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    module = importlib.import_module(f"{CONNECTORS}.lmcache_mp_connector")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    connector = type("Upstream", (), {"__module__": module.__name__})()
+    core = Core(moe, connector=SimpleNamespace(sub_connectors=[connector]))
+    request = core.add("a", 8, runs=True)
+    tracker = module.LMCacheMPRequestTracker(request)
+    connector.request_trackers = {"a": tracker}
+
+    def stored(tokens):
+        request.append_output_token_ids([5] * 4)
+        tracker.append_block_ids([tokens])
+        tracker.increase_num_scheduled_tokens(4)
+        return module.LMCacheMPRequestMetadata.GetStoreMetadata(tracker, 1, 4)
+
+    before = stored(1)
+    assert before.cache_salt == request.cache_salt
+    assert tracker.num_stored_blocks == 1
+    core.call(SET_POLICY, policy_of(moe, select_top_k=2), None)
+    assert [stored(tokens) for tokens in (2, 3)] == [None, None]
+    # After preemption vLLM makes another tracker, of the salt of its own.
+    assert module.LMCacheMPRequestTracker(request).cache_salt != before.cache_salt
 
 
 # --- under load -----------------------------------------------------------------------------------

@@ -218,7 +218,18 @@ def test_dense_model(moe, tmp_path, has_words):
     ("options", "words"),
     [
         ({"enable_lora": True}, ["enable_lora = True on a CPU", "without LoRA"]),
-        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2"]),
+        (
+            {"pipeline_parallel_size": 2, "enforce_eager": True},
+            ["pipeline_parallel_size = 2", "leave enforce_eager out"],
+        ),
+        (
+            {
+                "pipeline_parallel_size": 2,
+                "data_parallel_size": 2,
+                "enable_expert_parallel": True,
+            },
+            ["pipeline_parallel_size = 2", "data_parallel_size = 2", "use one of the two"],
+        ),
         (
             {"data_parallel_size": 2},
             ["data_parallel_size = 2", "add enable_expert_parallel = True"],

@@ -80,6 +80,13 @@ class DeviceRule:
         self.gates = {layer: on_device(gate) for layer, gate in gates.items()}
         self.exact_layers = frozenset(exact_layers)
 
+    def write_biases(self, gates: Mapping[int, Gate]) -> None:
+        """Copy the biases of :meth:`note_gates` once more to where graphs read them."""
+        for layer, gate in self.gates.items():
+            new = gates[layer].bias
+            if gate.bias is not None and new is not None:
+                gate.bias.copy_(new)
+
     def of_layer(self, layer: int, step: StepInput, counters: Tensor) -> DeviceLayer:
         """What a launch reads and writes of a layer.
 

@@ -10,6 +10,10 @@ GPUModelRunner.add_requests            Remember which requests ask for exact rou
                                        runner keeps no sampling parameters. Remove: it does.
 GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has no row of anybody's.
                                        Remove: as for prepare_inputs.
+Worker.sleep, wake_up                  Tables and settings lie in the memory that sleep gives away:
+                                       they are written again on wake-up; level 2 is refused, after
+                                       it weights have to be loaded again, see
+                                       ``Worker.reload_weights``. Remove: vLLM calls back.
 TritonExperts.apply                    Gate-and-up GEMM with SiLU in its epilogue, where ``tiles/``
                                        has tiles for the model's shape and this GPU. Remove: vLLM
                                        has such a kernel.
@@ -37,13 +41,17 @@ from sere_ray.engine.row_kinds import draft_positions, row_kinds, scheduled_kind
 from sere_ray.engine.state import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT
+from sere_ray.util.errors import UnsupportedError
 
 
 def install(wrap: Wrap) -> None:
     """Put the patches in place; calling it again does nothing."""
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
 
+    wrap(Worker, "sleep", sleep)
+    wrap(Worker, "wake_up", wake_up)
     wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
     wrap(GPUModelRunner, "add_requests", _notice_exact_requests)
     wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
@@ -120,6 +128,32 @@ def _notice_dummy_pass(
     if dummy_run and state is not None and state.union is None:  # other ranks may have rows in it
         state.begin_dummy_step()
     return original(runner, scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs)
+
+
+# --- sleep ----------------------------------------------------------------------------------------
+
+
+def sleep(original: Callable[..., Any], worker: Any, level: int = 1) -> Any:
+    """``Worker.sleep``.
+
+    Raises:
+        UnsupportedError: weights would be loaded anew.
+    """
+    if level != 1 and find_state(worker.vllm_config) is not None:
+        raise UnsupportedError(
+            f"sere: sleep(level = {level}): weights would be loaded again, and gates not checked; "
+            "use level 1, which keeps weights in host memory, or restart the engine"
+        )
+    return original(worker, level)
+
+
+def wake_up(original: Callable[..., Any], worker: Any, tags: list[str] | None = None) -> Any:
+    """``Worker.wake_up``: vLLM brings memory back by parts; ours was made beside the weights."""
+    result = original(worker, tags)
+    state = cast(CudaState | None, find_state(worker.vllm_config))
+    if state is not None and (tags is None or "weights" in tags):
+        state.write_again()
+    return result
 
 
 # --- layers ---------------------------------------------------------------------------------------

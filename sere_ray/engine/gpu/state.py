@@ -1,7 +1,6 @@
 """Re-routing on a GPU: one launch per layer, in eager passes and in captured graphs alike."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,19 @@ from torch import Tensor
 
 from sere_ray.engine.agreement import Told
 from sere_ray.engine.back_end import Routing
+from sere_ray.engine.gpu.among_ranks import AmongRanks
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.engine.gpu.own_rows import Deferred, OwnRows
-from sere_ray.engine.gpu.rank_words import read_words, write_words
 from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
-from sere_ray.engine.state import BYTES, EngineState
-from sere_ray.kernel.across_ranks import Placement
+from sere_ray.engine.state import BYTES
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import reads_logits, unreadable
 from sere_ray.policy.capabilities import EngineKind
-from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import UnsupportedError
 
 
 @dataclass
-class CudaState(EngineState):
+class CudaState(AmongRanks):
     """Policies, steps and layers of one engine; rows are in device memory.
 
     Attributes:
@@ -75,6 +72,13 @@ class CudaState(EngineState):
         self.running = told
         self.rule.write(told.bound)
 
+    def write_again(self) -> None:
+        """Write whatever steps read, behind memory that was away."""
+        self.rule.write_matrices(self.running.artifact.layers)
+        self.rule.write_biases(self.gates.known)
+        self.rule.write(self.bound)
+        self.own.step_input.clear()
+
     def scores_of(self, layer: int, logits: Tensor) -> Tensor | None:
         """A gate's logits, if rules can read scores from them.
 
@@ -112,40 +116,6 @@ class CudaState(EngineState):
     def begin_dummy_step(self) -> None:
         """The next pass computes nobody's rows: leave it alone."""
         self.own.step_input.clear()
-
-    def words(self) -> NDArray[np.int32]:
-        """What this rank tells the others before the pass that it is about to run."""
-        versions, union = self.versions, self.union
-        assert versions is not None
-        assert union is not None
-        self.check_nothing_deferred()
-        return write_words(versions.newest, versions.checksum, union.next_kinds, self.max_rows)
-
-    def begin_pass(self, table: NDArray[np.int32], sizes: list[int]) -> None:
-        """Take over the row kinds of the pass that all ranks launch next.
-
-        Args:
-            table: ``[words, ranks]``: what each rank told.
-            sizes: ``[ranks]`` rows of each rank in the pass, with padding.
-
-        Raises:
-            PolicyError: ranks were told different policies; on every rank alike.
-        """
-        assert self.union is not None
-        ranks = [read_words(column) for column in table.T]
-        versions = [of_rank.version for of_rank in ranks]
-        same_checksum = len({of_rank.checksum for of_rank in ranks}) == 1
-        self.run_common(min(versions), max(versions), same_checksum=same_checksum)
-        kind, reroutable = self.union.begin_pass([of_rank.kinds for of_rank in ranks], sizes)
-        mine = ranks[self.union.group.rank].kinds
-        if self.bound.union == "local":
-            self.begin_step(mine)
-            return
-        self.rule.settings.follow(reroutable)
-        if reroutable:
-            self.count_step(kind, int(np.count_nonzero(mine == REROUTABLE)), len(mine))
-        if self.union.way != "gathered":
-            self.own.step_input.write(mine, kind, reroutable=reroutable)
 
     # --- a layer ----------------------------------------------------------------------------------
 
@@ -189,54 +159,6 @@ class CudaState(EngineState):
         held = self.own.defer_routing(layer, logits, is_padding, renormalize=renormalize)
         self.deferred = held
         return held.topk_weights, held.topk_ids
-
-    def route_layer(
-        self,
-        layer: int,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        *,
-        placement: Placement | None,
-        sorts: bool,
-        logits: Tensor | None = None,
-    ) -> None:
-        """Where there are several ranks: re-route now, or when the ids of all are gathered.
-
-        Args:
-            layer: decoder layer index.
-            topk_ids: ``[T, K]`` of this rank's rows.
-            topk_weights: ``[T, K]``.
-            placement: where experts are if ids will be gathered; None if they will not.
-            sorts: whether the experts may be given gathered ids sorted.
-            logits: of :meth:`scores_of`.
-
-        Raises:
-            UnsupportedError: other layers dispatch their rows in another way.
-        """
-        assert self.union is not None
-        way = self.union.choose_way(layer, self.bound, gathers=placement is not None)
-        if way == "before":
-            own = self.own.layer(layer)
-            self.union.reroute_before_dispatch(self.bound, own, topk_ids, topk_weights, logits)
-        elif way == "local":
-            self.own.reroute(layer, topk_ids, topk_weights, logits)
-        if placement is not None:
-            self.union.expect_ids(layer, placement, sorts=sorts)
-
-    def take_gathered(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Re-route the rows of all ranks: now, or when the experts ask for them sorted.
-
-        Args:
-            topk_ids: ``[T, K]`` of all ranks, in rank order.
-            topk_weights: ``[T, K]``.
-        """
-        assert self.union is not None
-        gathered = self.union.take_gathered(topk_ids, topk_weights)
-        if gathered.sorts and self.rule.sorts(topk_ids.shape[0]):
-            sort = partial(self.union.align, gathered)
-            self.deferred = Deferred(gathered.layer, topk_ids, topk_weights, sort)
-        else:
-            self.union.reroute(gathered)
 
     def align(
         self, topk_ids: Tensor, block_size: int, skips_foreign: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import serve
 
+from sere_ray.engine.control import of_engine
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.policy_actor.artifacts import keep_artifact
@@ -112,7 +113,7 @@ class Follower:
         while self.failure is None:
             try:
                 start = time.perf_counter()
-                counters = (await _calls(engine).counters(reset=False))[0]
+                counters = of_engine(await _calls(engine).counters(reset=False))
                 exporter.export_counters(counters, time.perf_counter() - start)
                 assert self._newest is not None
                 exporter.export_policy(
@@ -151,7 +152,7 @@ class Follower:
             for update in order.updates:
                 await self._stage(engine, update)
             if order.report:
-                (counters, *_) = await _calls(engine).counters(reset=False)
+                counters = of_engine(await _calls(engine).counters(reset=False))
                 self._counters = {**counters, "token_times": self._token_times.read()}
         except Exception as error:
             # The actor has validated it, so engine and actor disagree: start anew.

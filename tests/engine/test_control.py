@@ -1,0 +1,31 @@
+"""What the workers of one engine counted becomes one report."""
+
+from sere_ray.engine.control import of_engine
+
+STEPS = {"steps": 3, "decode_rows": 9}
+
+
+def report(stage, experts, seconds):
+    kind = {**STEPS, "experts_after": experts, "experts_before": None, "forward_seconds": seconds}
+    return {"layers": [0, 1, 2, 3], "stage": stage, "decode_only": kind, "mixed": kind}
+
+
+def test_layers_of_stages_are_added_up_and_tensor_ranks_counted_once():
+    first, second = report(0, [4, 5, 0, 0], 1.0), report(1, [0, 0, 6, 7], 0.5)
+    merged = of_engine([first, first, second, second])
+    assert merged["layers"] == [0, 1, 2, 3]
+    assert "stage" not in merged
+    for kind in ("decode_only", "mixed"):
+        assert merged[kind] == {
+            **STEPS,
+            "experts_after": [4, 5, 6, 7],
+            "experts_before": None,
+            "forward_seconds": 1.5,
+        }
+    assert first["decode_only"]["experts_after"] == [4, 5, 0, 0]
+
+
+def test_seconds_that_were_not_measured_stay_so():
+    merged = of_engine([report(0, [1] * 4, None), report(1, [1] * 4, None)])
+    assert merged["decode_only"]["forward_seconds"] is None
+    assert of_engine([report(0, [1] * 4, 2.0)])["mixed"]["forward_seconds"] == 2.0

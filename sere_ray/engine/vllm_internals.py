@@ -13,6 +13,8 @@ compute_in_engine_process   Ray's wrapper sets an executor that starts a worker 
 workspace_manager           Two engines of one process (step-time benchmark): the first one's
                             graphs write to memory that the second frees. Remove: vLLM keeps one
                             manager an engine.
+expert_kernel               A result says which kernel vLLM chose for a model's experts. Remove:
+                            vLLM says so.
 forget_environment          vLLM keeps what it read of the environment, and each engine of one
                             process needs a port of its own. Remove: the port is an argument.
 ==========================  =====================================================================
@@ -46,6 +48,20 @@ def workspace_manager() -> Any:
     from vllm.v1.worker import workspace
 
     return workspace._manager
+
+
+def expert_kernel(model: Any) -> str:
+    """What computes the experts of a model's first layer that has some, by vLLM's name.
+
+    Args:
+        model: vLLM's, on a worker.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from sere_ray.engine.layer_checks import kernel_names
+
+    runner = next(module for module in model.modules() if isinstance(module, MoERunner))
+    return " or ".join(kernel_names(runner))
 
 
 def forget_environment() -> None:

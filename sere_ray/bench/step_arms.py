@@ -1,0 +1,48 @@
+"""Settings that the step-time benchmark measures, by name."""
+
+from dataclasses import dataclass
+
+from sere_ray.bench.models import Model
+from sere_ray.policy.policy import Policy
+
+TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
+"""Values that are tried for tau of the arm ``margin``: 0, and 2**-20 to 1 by factors of 1.4."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting that is measured."""
+
+    name: str
+    policy: Policy | None
+    """None: an engine without the key."""
+    budget: int | None = None
+    """``margin``: experts it may read, or first choices if those are more; None: as S = 2."""
+    back_end: str = "auto"
+    """Of the stock engine."""
+
+    @property
+    def select_top_k(self) -> int | None:
+        """S of the arm; None for stock."""
+        return self.policy.select_top_k if self.policy else None
+
+
+def arms(similarity: str, model: Model) -> list[Arm]:
+    """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
+    common = {"similarity": similarity, "min_primary_experts": 0}
+
+    def policy(select_top_k: int, mode: str = "on") -> Policy:
+        return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
+
+    sizes = sorted({model.top_k, model.top_k // 2, 2, 1}, reverse=True)
+    margin = Policy.parse({**common, "rule": "margin", "tau": TAUS[0]})
+    best, *others = model.stock_back_ends
+    return [
+        Arm("stock", None, back_end=best),
+        *(Arm(f"stock, {back_end}", None, back_end=back_end) for back_end in others),
+        Arm("off", policy(1, "off")),
+        Arm("observe", policy(1, "observe")),
+        *(Arm(f"S={size}", policy(size)) for size in sizes),
+        Arm("margin", margin),
+        Arm("margin-24", margin, budget=24),
+    ]

@@ -177,7 +177,7 @@ PUBLIC |= {
         "hidden_size": 7168,
         "intermediate_size": 18432,
         "moe_intermediate_size": 2048,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 128,
         "num_key_value_heads": 128,
         "q_lora_rank": 1536,
@@ -203,4 +203,4 @@ PUBLIC |= {
     },
 }
 """Shapes of public checkpoints, in full but for the layers of gpt-oss-120b (20 of 36) and of
-DeepSeek-V3 (4 of 61, one of them dense)."""
+DeepSeek-V3 (3 of 61, one of them dense)."""

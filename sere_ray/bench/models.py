@@ -18,7 +18,7 @@ _SIZES = {
     "qwen3-30b-a3b-gptq": "17 GB, INT4 (GPTQ)",
     "qwen3-30b-a3b-awq": "17 GB, INT4 (AWQ)",
     "gpt-oss-120b": "36 GB, MXFP4 experts",
-    "deepseek-v3-fp8": "40 GB, FP8 block 128",
+    "deepseek-v3-fp8": "28 GB, FP8 block 128",
     "qwen1.5-moe-a2.7b": "29 GB",
     "deepseek-v2-lite": "31 GB",
 }

@@ -20,8 +20,6 @@ class Experts:
 
     format: tuple[str | None, list[int] | None] = (None, None)
     """As vLLM names it."""
-    variants: tuple[dict[str, bool], ...] = ({},)
-    """Of the first GEMM's tile."""
 
     def __init__(self, experts: int, top_k: int, hidden: int, width: int, layers: int) -> None:
         self.experts, self.top_k, self.hidden, self.width = experts, top_k, hidden, width

@@ -22,7 +22,6 @@ class Fp8Experts(Experts):
     """Random e4m3 experts of a few layers; rows come as bf16."""
 
     format = ("fp8_w8a8", BLOCK)
-    variants = ({"quantise": False}, {"quantise": True})
 
     def __init__(self, experts: int, top_k: int, hidden: int, width: int, layers: int) -> None:
         super().__init__(experts, top_k, hidden, width, layers)
@@ -38,13 +37,14 @@ class Fp8Experts(Experts):
 
     def candidates(self, gated: bool) -> list[Tile]:
         """Each once with a program for every tile, once with as many as fit a multiprocessor."""
+        kinds = [(64, 4), (128, 4)] if not gated else [(32, 4), (64, 4), (64, 8), (128, 8)]
         found = []
-        widths = (128,) if gated else (64, 128)
-        for n, warps, stages in itertools.product(widths, (4, 8), (3, 4, 5)):
+        for (n, warps), stages in itertools.product(kinds, (3, 4, 5, 6)):
             size = stages * (16 + (2 * n if gated else n)) * 128
             resident = min(227_000 // (size + 1024), 24 // warps)
-            tile = Tile(16, n, 128, warps, stages)
-            found += [tile, replace(tile, programs=resident)]
+            if size < 150_000:
+                tile = Tile(16, n, 128, warps, stages)
+                found += [tile, replace(tile, programs=resident)]
         return found
 
     def fused(
@@ -60,11 +60,9 @@ class Fp8Experts(Experts):
         values, scales = self.quantised
         activated: Scaled = values[: rows * self.top_k], scales[: rows * self.top_k]
         if first:
-            x, x_scale = self.x[:rows], None
-            if not first.quantise:
-                x, x_scale = per_token_group_quant_fp8(x, 128, use_ue8m0=False)
+            x = per_token_group_quant_fp8(self.x[:rows], 128, use_ue8m0=False)
             w1 = self.w1[layer], self.s1[layer]
-            gate_up_fp8(x, x_scale, w1, activated, slots, self.top_k, first)
+            gate_up_fp8(x, w1, activated, slots, self.top_k, first)
         if second:
             out = self.out[:rows].view(-1, self.hidden)
             down_fp8(activated, (self.w2[layer], self.s2[layer]), weights, out, slots, second)

@@ -161,9 +161,9 @@ def compile_share(kind: type[Experts], shape: Shape, all_rows: list[int], share:
         Timer(experts, 16, shape[1]).stock(0, tile)
     timer = Timer(experts, 16, shape[1])
     firsts = [
-        replace(tile, overlap=overlap, **variant)
+        replace(tile, overlap=overlap)
         for tile in experts.candidates(gated=True)
-        for overlap, variant in itertools.product((False, True), kind.variants)
+        for overlap in (False, True)
     ]
     seconds = [
         replace(tile, overlap=overlap, ahead=ahead)
@@ -193,7 +193,6 @@ def tune(shape: Shape, experts: Experts, rows: int) -> tuple[list[dict[str, Any]
     top_k, sizes = shape[1], (shape[1], 2, 1)
     timers = {s: Timer(experts, rows, s) for s in sizes}
     firsts, seconds = experts.candidates(gated=True), experts.candidates(gated=False)
-    firsts = [replace(tile, **variant) for tile in firsts for variant in experts.variants]
     first_us = {s: [t.us(t.fused, tile, None) for tile in firsts] for s, t in timers.items()}
     second_us = {s: [t.us(t.fused, None, tile) for tile in seconds] for s, t in timers.items()}
     ends = itertools.product(finalists(first_us, firsts), finalists(second_us, seconds), OVERLAPS)

@@ -15,8 +15,9 @@ SPREAD = 0.02
 """Standard deviation of what quantised weights stand for."""
 _FP8_SPREAD = 0.25
 """Of FP8 values: within the format's normal numbers."""
-_INT4_SPREAD = 4.6
-"""Of evenly spread numbers from -8 to 7."""
+_INT4_SPREAD = 4.3
+"""Of evenly spread numbers from -7 to 7. With -8, too, their mean would not be 0, and every matrix
+would push all rows the same way."""
 _INT4_ZEROS = int.from_bytes(b"\x88" * 4, "little", signed=True)
 """Eight zero points of 8."""
 _MXFP4_EXPONENT = 127 + round(math.log2(SPREAD / 2.9))
@@ -75,7 +76,7 @@ def _draw(name: str, tensor: Tensor, sigmoid: bool) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:
         _draw_normal(tensor, _FP8_SPREAD)
     elif short.endswith("qweight") or (tensor.dtype == torch.uint8 and short.endswith("weight")):
-        _draw_bits(tensor)
+        _draw_4_bits(tensor, lowest=1 if short.endswith("qweight") else 0)
     else:
         value = _value(short, tensor)
         if value is not None:
@@ -112,9 +113,12 @@ def _draw_normal(tensor: Tensor, spread: float) -> None:
         part.copy_((torch.randn(part.shape, device=part.device) * spread).to(part.dtype))
 
 
-def _draw_bits(tensor: Tensor) -> None:
+def _draw_4_bits(tensor: Tensor, lowest: int) -> None:
+    """Pairs of numbers from ``lowest`` to 15."""
+    count = 16 - lowest
     for part in _parts(tensor.view(torch.uint8)):
-        part.random_(0, 256)
+        part.random_(0, count * count)
+        part.copy_((part % count + lowest) | (part // count + lowest << 4))
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -68,7 +68,7 @@ def test_weights_of_every_format_spread_alike_and_equal_models_stay_equal(form):
     assert draw_weights(first) == draw_weights(second) == 1
     stands_for = values(first.mlp.experts, form)
     assert stands_for.std() == pytest.approx(SPREAD, rel=0.2)
-    assert stands_for.mean().abs() < SPREAD / 8
+    assert stands_for.mean().abs() < SPREAD / 30  # else all rows are pushed alike
     assert torch.equal(stands_for, values(second.mlp.experts, form))
 
 

@@ -235,7 +235,13 @@ def plain_experts():
 
     experts = object.__new__(TritonExperts)
     experts.quant_config = SimpleNamespace(
-        quant_dtype=None, block_shape=None, weight_quant_dtype=None, w1_bias=None, w2_bias=None
+        quant_dtype=None,
+        block_shape=None,
+        weight_quant_dtype=None,
+        w1_scale=None,
+        w2_scale=None,
+        w1_bias=None,
+        w2_bias=None,
     )
     experts.activation_config = SimpleNamespace(clamp_limit=None)
     experts.quantization_emulation = False

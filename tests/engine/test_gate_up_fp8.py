@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sere_ray.engine.gpu import fused_experts, patches
+from sere_ray.engine.gpu import fused_experts
 from sere_ray.engine.gpu.gate_up import Slots, Tile
-from sere_ray.engine.gpu.gate_up_fp8 import down_fp8, empty_activated, gate_up_fp8
+from sere_ray.engine.gpu.gate_up_fp8 import arrivals, down_fp8, empty_activated, gate_up_fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8, BLOCK = torch.float8_e4m3fn, [128, 128]
@@ -22,13 +22,13 @@ STOCK_TILE = {
 }
 TILES = [
     (Tile(16, 128, 128), Tile(16, 64, 128)),
-    (Tile(16, 128, 128, 8, 4, quantise=True), Tile(16, 128, 128, 4, 4)),
+    (Tile(16, 64, 128, 4, 4), Tile(16, 128, 128, 4, 4)),
     (
-        Tile(16, 128, 128, 8, 3, programs=1, overlap=True, quantise=True),
+        Tile(16, 32, 128, 4, 4, programs=4, overlap=True),
         Tile(16, 64, 128, 4, 4, programs=3, overlap=True, ahead=256),
     ),
-    (Tile(16, 128, 128, 4, 3, overlap=True), Tile(16, 128, 128, 8, overlap=True, ahead=512)),
-    (Tile(32, 128, 128, 8), Tile(32, 64, 128, 4, 4)),
+    (Tile(16, 32, 128, 4, 5, overlap=True), Tile(16, 128, 128, 8, overlap=True, ahead=512)),
+    (Tile(32, 64, 128, 8), Tile(32, 64, 128, 4, 4)),
 ]
 
 
@@ -92,8 +92,7 @@ class Stock:
     def ours(self, x, weights, slots, first, second):
         activated = empty_activated(weights.numel(), WIDTH, x.device)
         out = x.new_full((weights.numel(), HIDDEN), 9)
-        rows = (x, None) if first.quantise else self.quantise(x)
-        gate_up_fp8(*rows, self.w1, activated, slots, TOP_K, first)
+        gate_up_fp8(self.quantise(x), self.w1, activated, slots, TOP_K, first)
         down_fp8(activated, self.w2, weights, out, slots, second)
         return *activated, out
 
@@ -143,11 +142,19 @@ def test_a_graph_follows_its_slots(stock, tiles):
             assert torch.equal(found.float(), wanted.float())
 
 
+@pytest.mark.gpu
+def test_programs_that_share_a_scale_leave_zeros(stock):
+    x, weights, ids = stock.batch(128, 32)
+    for _ in range(20):  # the last one to arrive is another one each time
+        stock.ours(x, weights, stock.sort(ids, 16), *TILES[2])
+    assert not arrivals(x.device).any()
+
+
 def test_tiles_that_would_change_bits_are_refused(stock):
-    activated, slots = empty_activated(8, WIDTH, DEVICE), Slots(None, None, None)
-    for tile in (Tile(16, 64, 128), Tile(16, 128, 64)):
-        with pytest.raises(ValueError, match="block_k = 128 and block_n = 128"):
-            gate_up_fp8(torch.zeros(1, HIDDEN), None, stock.w1, activated, slots, TOP_K, tile)
+    activated, slots = empty_activated(8, WIDTH, torch.device(DEVICE)), Slots(None, None, None)
+    for tile in (Tile(16, 16, 128), Tile(16, 128, 64)):
+        with pytest.raises(ValueError, match="FP8 wants block_k = 128 and block_n of"):
+            gate_up_fp8(stock.w1, stock.w1, activated, slots, TOP_K, tile)
 
 
 # --- in vLLM's place ----------------------------------------------------------------------------
@@ -157,9 +164,9 @@ def experts_of(quant_dtype=FP8, block=BLOCK):
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     experts = object.__new__(TritonExperts)
-    scales = {"w1_scale": torch.ones(8, 2, 2), "w2_scale": torch.ones(8, 2, 1), "a1_scale": None}
+    scales = {"w1_scale": torch.ones(8, 2, 2), "w2_scale": torch.ones(8, 2, 1)}
     experts.quant_config = SimpleNamespace(
-        quant_dtype=quant_dtype, block_shape=block, per_act_token_quant=False, w1_bias=None,
+        quant_dtype=quant_dtype, block_shape=block, w1_bias=None,
         w2_bias=None, weight_quant_dtype=FP8, **scales,
     )  # fmt: skip
     experts.activation_config = SimpleNamespace(clamp_limit=None)
@@ -173,7 +180,7 @@ def call_of(rows=3, top_k=2):
 
     return {
         "output": torch.zeros(rows, 256).bfloat16(),
-        "hidden_states": torch.randn(rows, 256).bfloat16(),
+        "hidden_states": torch.ones(rows, 256).to(FP8),
         "w1": torch.ones(8, 256, 256).to(FP8),
         "w2": torch.ones(8, 256, 128).to(FP8),
         "topk_weights": torch.rand(rows, top_k),
@@ -181,7 +188,7 @@ def call_of(rows=3, top_k=2):
         "activation": MoEActivation.SILU,
         "global_num_experts": 8,
         "expert_map": None,
-        "a1q_scale": None,
+        "a1q_scale": torch.ones(rows, 2),
         "a2_scale": None,
         "workspace13": torch.empty(rows, top_k, 256).bfloat16(),
         "workspace2": torch.empty(rows, top_k, 256).bfloat16(),
@@ -192,80 +199,50 @@ def call_of(rows=3, top_k=2):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Which rows the launches are given; tiles whose first GEMM quantises or not."""
-    from vllm.model_executor.layers.fused_moe import utils
+    """What the launches are given; tiles for every batch."""
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
     from vllm.model_executor.layers.quantization.utils import fp8_utils
 
     from sere_ray.engine.gpu import gate_up_fp8 as kernels
 
     seen = []
+    tiles = fused_experts.Tiles(Tile(16, 128, 128), Tile(16, 64, 128))
+    monkeypatch.setattr(fused_experts, "tiles_for", lambda *_, fp8: tiles if fp8 else None)
     monkeypatch.setattr(fp8_utils, "is_deep_gemm_e8m0_used", lambda: False)
-    monkeypatch.setattr(
-        utils, "moe_kernel_quantize_input", lambda rows, *_: (rows.to(FP8), torch.ones(1))
-    )
     monkeypatch.setattr(
         triton_moe, "_prepare_expert_assignment", lambda *_, **__: (None, None, None)
     )
-    monkeypatch.setattr(
-        kernels, "gate_up_fp8", lambda x, scale, *_: seen.append((x.dtype, scale is None))
-    )
+    monkeypatch.setattr(kernels, "gate_up_fp8", lambda x, w1, *_: seen.append((*x, *w1)))
     monkeypatch.setattr(kernels, "down_fp8", lambda *args: args[3].fill_(1))
     return seen
 
 
-@pytest.mark.parametrize("quantise", [True, False])
-def test_rows_are_quantised_once(launches, monkeypatch, quantise):
-    tiles = fused_experts.Tiles(Tile(16, 128, 128, quantise=quantise), Tile(16, 64, 128))
-    monkeypatch.setattr(fused_experts, "tiles_for", lambda *_, fp8: tiles if fp8 else None)
-    call = call_of()
-    fused_experts.apply_experts(None, experts_of(), **call)
-    assert launches == [(torch.bfloat16, True) if quantise else (FP8, False)]
+def test_a_batch_in_blocks_is_computed_here(launches):
+    call, experts = call_of(), experts_of()
+    fused_experts.apply_experts(None, experts, **call)
+    (given,) = launches
+    wanted = call["hidden_states"], call["a1q_scale"], call["w1"], experts.w1_scale
+    assert all(found is tensor for found, tensor in zip(given, wanted, strict=True))
     assert (call["output"] == 2).all()
 
 
-def test_what_is_not_covered_reaches_vllm_as_stock_passes_it(launches, monkeypatch):
+def test_what_is_not_covered_is_left_to_vllm(launches, monkeypatch):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
 
-    tiles = fused_experts.Tiles(Tile(16, 128, 128), Tile(16, 64, 128))
     found = []
 
-    def original(experts, **call):
-        found.append((call["hidden_states"].dtype, call["a1q_scale"] is None))
+    def check(experts, **changes):
+        call = {**call_of(), **changes}
+        fused_experts.apply_experts(lambda _, **left: found.append(left == call), experts, **call)
 
-    for tiles_of_shape, changes in (
-        (None, {}),
-        (tiles, {"activation": MoEActivation.GELU}),
-        (tiles, {"apply_router_weight_on_input": True}),
-    ):
-        monkeypatch.setattr(fused_experts, "tiles_for", lambda *_, fp8, t=tiles_of_shape: t)
-        fused_experts.apply_experts(original, experts_of(), **{**call_of(), **changes})
-    assert found == [(FP8, False)] * 3
+    check(experts_of(), activation=MoEActivation.GELU)
+    check(experts_of(), apply_router_weight_on_input=True)
+    check(experts_of(), a1q_scale=torch.ones(3, 2).double())
+    check(experts_of(), w1=torch.ones(8, 256, 256))
+    check(experts_of(block=None))
+    check(experts_of(quant_dtype=None))
+    monkeypatch.setattr(fp8_utils, "is_deep_gemm_e8m0_used", lambda: True)
+    check(experts_of())
+    assert found == [True] * 7
     assert not launches
-
-
-def test_only_experts_with_blocks_are_given_bf16_rows():
-    assert fused_experts.takes_bf16_rows(experts_of())
-    assert not fused_experts.takes_bf16_rows(experts_of(block=None))
-    assert not fused_experts.takes_bf16_rows(experts_of(quant_dtype=None))
-
-
-def test_rows_stay_bf16_only_where_a_layer_said_so():
-    def prepare(kernel, *args, defer_input_quant):
-        return defer_input_quant
-
-    kernel = SimpleNamespace()
-    assert not patches._keep_rows(prepare, kernel, "rows", defer_input_quant=False)
-    kernel.sere_keeps_rows = True
-    assert patches._keep_rows(prepare, kernel, "rows", defer_input_quant=False)
-
-
-def test_a_pass_that_is_not_deferred_is_quantised_as_stock_does(launches):
-    experts, found = experts_of(), []
-    experts.sere_state = SimpleNamespace(deferred=None)
-
-    def original(experts, **call):
-        found.append(call["hidden_states"].dtype)
-
-    patches._compute_experts(original, experts, **call_of())
-    assert found == [FP8]

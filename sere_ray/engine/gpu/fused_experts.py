@@ -41,51 +41,20 @@ def apply_experts(original: Callable[..., Any], experts: Any, **call: Any) -> An
         call: its arguments, all by name, as vLLM's modular kernel passes them.
     """
     w2, ids = call["w2"], call["topk_ids"]
-    in_blocks = takes_bf16_rows(experts)
-    tiles = tiles_for(w2.shape[0], w2.shape[2], ids.shape[0], fp8=in_blocks)
-    covered = _is_plain_fp8 if in_blocks else _is_plain_bf16
+    fp8 = experts.quant_config.quant_dtype == torch.float8_e4m3fn
+    tiles = tiles_for(w2.shape[0], w2.shape[2], ids.shape[0], fp8=fp8)
+    covered = _is_plain_fp8 if fp8 else _is_plain_bf16
     if tiles is None or not (_is_plain(experts) and covered(experts, call)):
-        return original(experts, **quantised(experts, call))
+        return original(experts, **call)
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
     (rows, top_k), hidden = ids.shape, w2.shape[1]
     gathered = triton_moe._resize_cache(call["workspace2"], (rows, top_k, hidden))
     out = gathered.view(rows * top_k, hidden)
     slots = _sorted(call, tiles.gate_up.block_m)
-    (_compute_fp8 if in_blocks else _compute_bf16)(experts, call, out, slots, tiles)
+    (_compute_fp8 if fp8 else _compute_bf16)(experts, call, out, slots, tiles)
     experts.moe_sum(gathered, call["output"], ids, call["expert_map"])
     return None
-
-
-def takes_bf16_rows(experts: Any) -> bool:
-    """Are these vLLM's Triton experts with FP8 weights in blocks, whose rows need not come
-    quantised? :func:`apply_experts` does it where the first GEMM does not."""
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-
-    config = experts.quant_config
-    return (
-        type(experts) is TritonExperts
-        and config.quant_dtype == torch.float8_e4m3fn
-        and config.block_shape == _BLOCK
-    )
-
-
-def quantised(experts: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``TritonExperts.apply`` with rows as stock passes them.
-
-    Args:
-        experts: its ``self``.
-        call: its arguments.
-    """
-    rows = call["hidden_states"]
-    if not takes_bf16_rows(experts) or rows.dtype == torch.float8_e4m3fn:
-        return call
-    from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
-
-    values, scale = moe_kernel_quantize_input(
-        rows, experts.a1_scale, experts.quant_dtype, experts.per_act_token_quant, _BLOCK
-    )
-    return {**call, "hidden_states": values, "a1q_scale": scale}
 
 
 def _sorted(call: dict[str, Any], block_m: int) -> "Slots":
@@ -125,12 +94,10 @@ def _compute_fp8(
 ) -> None:
     from sere_ray.engine.gpu.gate_up_fp8 import down_fp8, empty_activated, gate_up_fp8
 
-    if not tiles.gate_up.quantise:
-        call = quantised(experts, call)
     w1, w2 = (call["w1"], experts.w1_scale), (call["w2"], experts.w2_scale)
     activated = empty_activated(len(out), w2[0].shape[2], out.device)
-    x, x_scale, top_k = call["hidden_states"], call["a1q_scale"], call["topk_ids"].shape[1]
-    gate_up_fp8(x, x_scale, w1, activated, slots, top_k, tiles.gate_up)
+    x, top_k = (call["hidden_states"], call["a1q_scale"]), call["topk_ids"].shape[1]
+    gate_up_fp8(x, w1, activated, slots, top_k, tiles.gate_up)
     down_fp8(activated, w2, call["topk_weights"], out, slots, tiles.down)
 
 
@@ -211,17 +178,17 @@ def _is_plain_bf16(experts: Any, call: dict[str, Any]) -> bool:
 
 
 def _is_plain_fp8(experts: Any, call: dict[str, Any]) -> bool:
+    """In blocks of 128 x 128, rows in groups of 128, with scales that are any float32."""
     from vllm.model_executor.layers.quantization.utils.fp8_utils import is_deep_gemm_e8m0_used
 
-    rows, w1, w2 = (call[name] for name in ("hidden_states", "w1", "w2"))
-    scales = [experts.w1_scale, experts.w2_scale]
+    values: list[Tensor] = [call[name] for name in ("hidden_states", "w1", "w2")]
+    scales: list[Tensor | None] = [call["a1q_scale"], experts.w1_scale, experts.w2_scale]
     return (
-        not is_deep_gemm_e8m0_used()  # scales would be powers of two
-        and rows.dtype == torch.bfloat16
-        and all(weights.dtype == torch.float8_e4m3fn for weights in (w1, w2))
-        and all(scale.dtype == torch.float32 for scale in scales)
-        and all(tensor.is_contiguous() for tensor in (rows, w1, w2, *scales))
-        and all(size % 128 == 0 for size in w2.shape[1:])
+        experts.quant_config.block_shape == _BLOCK
+        and not is_deep_gemm_e8m0_used()
+        and all(value.dtype == torch.float8_e4m3fn and value.is_contiguous() for value in values)
+        and all(s is not None and s.dtype == torch.float32 and s.is_contiguous() for s in scales)
+        and all(size % 128 == 0 for size in call["w2"].shape[1:])
         and _is_plain_batch(call)
     )
 

@@ -44,7 +44,6 @@ class Tile:
         overlap: start while the previous kernel ends (programmatic dependent launch).
         ahead: with ``overlap``, so many columns of a tile's weights are fetched into L2 before the
             previous kernel has ended; a power of two from 128 bytes on, or 0. See :func:`down`.
-        quantise: FP8 weights: rows come as bf16, and the first GEMM quantises them.
     """
 
     block_m: int
@@ -55,7 +54,6 @@ class Tile:
     programs: int = 0
     overlap: bool = False
     ahead: int = 0
-    quantise: bool = False
 
     def __post_init__(self) -> None:
         """Refuse tiles that would change bits."""

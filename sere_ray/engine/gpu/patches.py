@@ -13,8 +13,6 @@ GPUModelRunner.execute_model           A dummy pass (profiling, idle rank) has n
 TritonExperts.apply                    Gate-and-up GEMM with SiLU in its epilogue, where ``tiles/``
                                        has tiles for the model's shape and this GPU. Remove: vLLM
                                        has such a kernel.
-MoEPrepareAndFinalizeNoDPEPModular     FP8 in blocks: rows reach those experts as bf16; they
-.prepare                               quantise them there. Remove: as for TritonExperts.apply.
 triton_moe._prepare_expert_assignment  While that runs: re-route and sort by expert in one launch,
                                        where stock launches two to sort; in small batches the
                                        gate's top-k, too. Remove: a hook between routing and
@@ -33,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.back_end import Wrap
-from sere_ray.engine.gpu.fused_experts import apply_experts, quantised
+from sere_ray.engine.gpu.fused_experts import apply_experts
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.row_kinds import row_kinds, scheduled_kinds
 from sere_ray.engine.state import find_state
@@ -44,16 +42,12 @@ from sere_ray.rules import EXACT
 def install(wrap: Wrap) -> None:
     """Put the patches in place; calling it again does nothing."""
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
-        MoEPrepareAndFinalizeNoDPEPModular,
-    )
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "prepare_inputs", _send_row_kinds)
     wrap(GPUModelRunner, "add_requests", _notice_exact_requests)
     wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
     wrap(TritonExperts, "apply", _compute_experts)
-    wrap(MoEPrepareAndFinalizeNoDPEPModular, "prepare", _keep_rows)
 
 
 def state_of_runner(runner: Any) -> CudaState | None:
@@ -132,20 +126,12 @@ def _notice_dummy_pass(
 
 def _compute_experts(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any) -> Any:
     state: CudaState | None = getattr(experts, "sere_state", None)
-    if state is None:
+    if state is None or state.deferred is None:
         return original(experts, *args, **kwargs)
-    if state.deferred is None:
-        return original(experts, *args, **(quantised(experts, kwargs) if kwargs else {}))
     with sorting_by(state):
         if args:  # not vLLM's modular kernel, which names all of them
             return original(experts, *args, **kwargs)
         return apply_experts(original, experts, **kwargs)
-
-
-def _keep_rows(original: Callable[..., Any], prepare: Any, *args: Any, **kwargs: Any) -> Any:
-    if getattr(prepare, "sere_keeps_rows", False):
-        kwargs["defer_input_quant"] = True
-    return original(prepare, *args, **kwargs)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sere_ray.engine.back_end import Routing
-from sere_ray.engine.gpu.fused_experts import takes_bf16_rows
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.layer_checks import check_rows
 from sere_ray.engine.placement import expert_owner
@@ -44,9 +43,7 @@ def route(
     check_rows(layer, router_logits.shape[0], state.own.step_input.rows)
     sorts = router.capture_fn is None and _sorts_own_ids(runner)
     if sorts:
-        kernel = runner.routed_experts.quant_method.moe_kernel
-        kernel.fused_experts.sere_state = state
-        kernel.prepare_finalize.sere_keeps_rows = takes_bf16_rows(kernel.fused_experts)
+        runner.routed_experts.quant_method.moe_kernel.fused_experts.sere_state = state
     chooses = layer not in state.without_scores and indices_type in (None, torch.int32)
     if sorts and chooses and state.own.can_route(router_logits):
         is_padding = _padding_mask(router_logits.shape[0])

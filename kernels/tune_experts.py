@@ -250,7 +250,9 @@ def main() -> None:
             found, pair = tune(shape, experts, rows)
             report(found, pair)
             results += [{"model": model, **row} for row in found]
-            chosen[rows] = {"gate_up": asdict(pair[0]), "down": asdict(pair[1])}
+            keeps = found[0]["chosen_us"] <= SLACK * found[0]["stock_us"]  # S = K
+            tiles = {"gate_up": asdict(pair[0]), "down": asdict(pair[1])}
+            chosen[rows] = tiles if keeps else None  # vLLM's own launches
         write_result(options.out, {"rows": results})
         if options.folder:
             name = get_config_file_name(shape[0], shape[3], *kind.format)

@@ -39,11 +39,11 @@ class Fp8Experts(Experts):
         """Each once with a program for every tile, once with as many as fit a multiprocessor."""
         kinds = [(64, 4), (128, 4)] if not gated else [(32, 4), (64, 4), (64, 8), (128, 8)]
         found = []
-        for (n, warps), stages in itertools.product(kinds, (3, 4, 5, 6)):
-            size = stages * (16 + (2 * n if gated else n)) * 128
+        for (n, warps), k, stages in itertools.product(kinds, (128, 256), (2, 3, 4, 5, 6)):
+            size = stages * (16 + (2 * n if gated else n)) * k
             resident = min(227_000 // (size + 1024), 24 // warps)
-            if size < 150_000:
-                tile = Tile(16, n, 128, warps, stages)
+            if 25_000 < size < 150_000:
+                tile = Tile(16, n, k, warps, stages)
                 found += [tile, replace(tile, programs=resident)]
         return found
 

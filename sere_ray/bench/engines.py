@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sere_ray.bench.models import Model
-from sere_ray.bench.weights import use_random_weights
-from sere_ray.engine.vllm_internals import workspace_manager
+from sere_ray.bench.weights import draw_weights
+from sere_ray.engine.vllm_internals import fill_dummy_weights, workspace_manager
 from sere_ray.policy.policy import Policy
 
 MAX_TOKENS = 500
@@ -65,7 +65,7 @@ def start_engines(
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     options = _gpu_options(model, batches, tokens, compiled) if on_gpu() else _CPU_OPTIONS
     if model.is_quantised:
-        use_random_weights()
+        fill_dummy_weights(draw_weights)
     # vLLM has one workspace manager a process, and the next engine replaces it. The first one's
     # graphs still write to the old manager's memory, so it must not be freed and given to others.
     kept, engines = [], {}

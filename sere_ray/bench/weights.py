@@ -32,23 +32,6 @@ BIAS_SPREAD = 1 / 64
 """Of a sigmoid gate's selection bias."""
 
 
-def use_random_weights() -> None:
-    """Let ``load_format="dummy"`` of this process draw weights by :func:`draw_weights`."""
-    from vllm.config.load import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader, register_model_loader
-
-    dummy = type(get_model_loader(LoadConfig(load_format="dummy")))
-    if hasattr(dummy, "draws"):
-        return
-
-    def load_weights(self: object, model: torch.nn.Module, model_config: object) -> None:
-        dummy.load_weights(self, model, model_config)
-        draw_weights(model)
-
-    members = {"load_weights": load_weights, "draws": True}
-    register_model_loader("dummy")(type("RandomModelLoader", (dummy,), members))
-
-
 def draw_weights(model: torch.nn.Module) -> int:
     """Draw a quantised model in place; the same for equal models.
 

@@ -28,6 +28,8 @@ TILES = [
         Tile(16, 64, 128, 4, 4, programs=3, overlap=True, ahead=256),
     ),
     (Tile(16, 32, 128, 4, 5, overlap=True), Tile(16, 128, 128, 8, overlap=True, ahead=512)),
+    (Tile(16, 32, 256, 4, 3, overlap=True), Tile(16, 64, 256, overlap=True, ahead=256)),
+    (Tile(16, 64, 256, 8, 3, programs=2), Tile(16, 128, 256, programs=2)),
     (Tile(32, 64, 128, 8), Tile(32, 64, 128, 4, 4)),
 ]
 
@@ -152,8 +154,8 @@ def test_programs_that_share_a_scale_leave_zeros(stock):
 
 def test_tiles_that_would_change_bits_are_refused(stock):
     activated, slots = empty_activated(8, WIDTH, torch.device(DEVICE)), Slots(None, None, None)
-    for tile in (Tile(16, 16, 128), Tile(16, 128, 64)):
-        with pytest.raises(ValueError, match="FP8 wants block_k = 128 and block_n of"):
+    for tile in (Tile(16, 16, 128), Tile(16, 128, 64), Tile(16, 64, 512)):
+        with pytest.raises(ValueError, match="FP8 wants block_k = 128 or 256 and"):
             gate_up_fp8(stock.w1, stock.w1, activated, slots, TOP_K, tile)
 
 

@@ -186,7 +186,12 @@ def _prefetch(
     row = (column * BLOCK_N + tl.arange(0, BLOCK_N)) % COLUMNS
     line = tl.arange(0, AHEAD // per_line) * per_line
     tile = b + tl.maximum(expert, 0).to(tl.int64) * (COLUMNS * DEPTH)
-    address = tile + row[:, None] * DEPTH + tl.minimum(line, DEPTH - 1)[None, :]
+    _into_l2(tile + row[:, None] * DEPTH + tl.minimum(line, DEPTH - 1)[None, :])
+
+
+@_jit()
+def _into_l2(address: tl.tensor) -> None:
+    """Fetch the lines of these pointers, and wait for none."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

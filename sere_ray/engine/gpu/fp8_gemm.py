@@ -2,7 +2,14 @@
 
 from vllm.triton_utils import tl, tldevice
 
-from sere_ray.engine.gpu.expert_gemm import INTERPRETED, _jit, _prefetch, _rounded, _slots_of
+from sere_ray.engine.gpu.expert_gemm import (
+    INTERPRETED,
+    _into_l2,
+    _jit,
+    _prefetch,
+    _rounded,
+    _slots_of,
+)
 
 GROUP = tl.constexpr(128)
 """Columns of weights, and of a row, that share a scale."""
@@ -33,6 +40,7 @@ def fp8_gemm(
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
     OVERLAP: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -53,7 +61,7 @@ def fp8_gemm(
     if tile < tiles:
         _compute_tile(
             a, a_scale, b, b_scale, out, out_scale, scratch, arrived, weights, slot, expert, count,
-            tile, COLUMNS, DEPTH, TOP_K, GATED, BLOCK_M, BLOCK_N,
+            tile, COLUMNS, DEPTH, TOP_K, GATED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if PERSISTENT:
         for later in range(tile + tl.num_programs(0), tiles, tl.num_programs(0)):
@@ -61,7 +69,7 @@ def fp8_gemm(
             expert = tl.load(block_expert + later // per_block)
             _compute_tile(
                 a, a_scale, b, b_scale, out, out_scale, scratch, arrived, weights, slot, expert,
-                count, later, COLUMNS, DEPTH, TOP_K, GATED, BLOCK_M, BLOCK_N,
+                count, later, COLUMNS, DEPTH, TOP_K, GATED, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -86,6 +94,7 @@ def _compute_tile(
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> None:
     """``BLOCK_N`` columns of the slots of a block."""
     slot = slot.to(tl.int64)
@@ -97,7 +106,7 @@ def _compute_tile(
     if GATED:
         both = _multiply(
             a, a_scale, b, b_scale, slot // TOP_K, read, expert, column,
-            COLUMNS, DEPTH, True, BLOCK_M, BLOCK_N,
+            COLUMNS, DEPTH, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         both = both.reshape(BLOCK_N // 8, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
         gate, up = tl.split(both)
@@ -119,7 +128,7 @@ def _compute_tile(
         weight = tl.load(weights + slot, mask=in_use, other=0.0)
         result = _multiply(
             a, a_scale, b, b_scale, slot // TOP_K, read, expert, column,
-            COLUMNS, DEPTH, False, BLOCK_M, BLOCK_N,
+            COLUMNS, DEPTH, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         at = out + slot[None, :] * COLUMNS + columns[:, None]
         tl.store(at, (result * weight[None, :]).to(tl.bfloat16), mask=in_use[None, :])
@@ -140,6 +149,7 @@ def _multiply(
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
     """Float32 ``[BLOCK_N, BLOCK_M]``; if GATED ``[2 * BLOCK_N, BLOCK_M]``, 8 rows of gate and of up
     in turn: a thread of the tensor core's layout holds row i and i + 8.
@@ -157,16 +167,23 @@ def _multiply(
     b_tile = b + expert * (halves * COLUMNS * DEPTH) + b_row[:, None] * DEPTH + k[None, :]
     b_scale += expert * (halves * COLUMNS // GROUP * groups)
     b_scale += column * BLOCK_N // GROUP * groups
-    total = tl.zeros((halves * BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for group in range(groups):
-        part = tl.load(a_tile + group * GROUP, mask=read[None, :], other=0.0)
-        scale = tl.load(a_scale + row * groups + group, mask=read, other=0.0)
-        weight = tl.load(b_tile + group * GROUP)
-        of_weight = tl.load(b_scale + group)
+    if not INTERPRETED:  # the loop would wait for each of them
+        sectors = tl.minimum(tl.arange(0, 16) * 8, groups - 1)
+        _into_l2(b_scale + sectors)
         if GATED:
-            of_up = tl.load(b_scale + COLUMNS // GROUP * groups + group)
-            of_weight = tl.where(is_up == 1, of_up, of_weight)[:, None]
-        total += tl.dot(weight, part) * of_weight * scale[None, :]
+            _into_l2(b_scale + COLUMNS // GROUP * groups + sectors)
+    total = tl.zeros((halves * BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for start in range(0, groups, BLOCK_K // GROUP):
+        for group in tl.static_range(BLOCK_K // GROUP):  # added in this order
+            group += start
+            part = tl.load(a_tile + group * GROUP, mask=read[None, :], other=0.0)
+            scale = tl.load(a_scale + row * groups + group, mask=read, other=0.0)
+            weight = tl.load(b_tile + group * GROUP)
+            of_weight = tl.load(b_scale + group)
+            if GATED:
+                of_up = tl.load(b_scale + COLUMNS // GROUP * groups + group)
+                of_weight = tl.where(is_up == 1, of_up, of_weight)[:, None]
+            total += tl.dot(weight, part) * of_weight * scale[None, :]
     return total
 
 

@@ -83,9 +83,9 @@ def _launch(
     top_k: int,
     tile: Tile,
 ) -> None:
-    widths = (32, 64, GROUP) if gated else (64, GROUP)
-    if tile.block_k != GROUP or tile.block_n not in widths:
-        raise ValueError(f"{tile}: FP8 wants block_k = 128 and block_n of {widths}")
+    widths, depth = (32, 64, GROUP) if gated else (64, GROUP), a[0].shape[1]
+    if tile.block_k not in (128, 256) or depth % tile.block_k or tile.block_n not in widths:
+        raise ValueError(f"{tile}: FP8 wants block_k = 128 or 256 and block_n of {widths}")
     options: dict[str, Any] = {"launch_pdl": True} if tile.overlap else {}
     fp8_gemm[(programs_of(out, slots, tile),)](
         *a,
@@ -98,11 +98,12 @@ def _launch(
         slots.padded_slots,
         out.shape[0],
         COLUMNS=out.shape[1],
-        DEPTH=a[0].shape[1],
+        DEPTH=depth,
         TOP_K=top_k,
         GATED=gated is not None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
         PERSISTENT=tile.programs > 0,
         OVERLAP=tile.overlap,
         AHEAD=tile.ahead,

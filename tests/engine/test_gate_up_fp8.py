@@ -8,6 +8,7 @@ import torch
 from sere_ray.engine.gpu import fused_experts
 from sere_ray.engine.gpu.gate_up import Slots, Tile
 from sere_ray.engine.gpu.gate_up_fp8 import arrivals, down_fp8, empty_activated, gate_up_fp8
+from tests.engine.test_drift import function_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8, BLOCK = torch.float8_e4m3fn, [128, 128]
@@ -248,3 +249,26 @@ def test_what_is_not_covered_is_left_to_vllm(launches, monkeypatch):
     check(experts_of())
     assert found == [True] * 7
     assert not launches
+
+
+# --- what the launches count on in vLLM: read, not imported ---------------------------------------
+
+
+def test_stock_quantises_adds_and_swaps_as_ours():
+    _, kernel = function_of("model_executor.layers.fused_moe.fused_moe", "fused_moe_kernel")
+    assert "tl.dot(b, a) * b_scale[:, None] * a_scale[None, :]" in kernel
+    _, launch = function_of(
+        "model_executor.layers.fused_moe.fused_moe", "invoke_fused_moe_triton_kernel"
+    )
+    assert "BLOCK_SIZE_K = min(BLOCK_SIZE_K, min(block_shape[0], block_shape[1]))" in launch
+    _, swaps = function_of("model_executor.layers.fused_moe.utils", "enable_swap_ab")
+    assert "is_device_capability(90) and BLOCK_SIZE_M < 64 and (BLOCK_SIZE_N >= 64)" in swaps
+    _, apply = function_of("model_executor.layers.fused_moe.experts.triton_moe", "apply")
+    steps = [
+        "self.block_shape == [128, 128]",
+        "not is_deep_gemm_e8m0_used()",
+        "silu_and_mul_per_block_quant(intermediate_cache1.view(-1, N), group_size=128",
+        "qintermediate_cache2, w2, intermediate_cache3, a2q_scale, self.w2_scale",
+    ]
+    places = [apply.index(step) for step in steps]
+    assert places == sorted(places)

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experts_bf16 import Experts, VllmTile
+from experts_fp8 import Fp8Experts
 from random_layers import GPU, RandomLayers
-from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-from sere_ray.engine.gpu.gate_up import Slots, Tile, down, gate_up
+from sere_ray.engine.gpu.gate_up import Slots, Tile
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.util.results import write_result
@@ -48,79 +49,13 @@ OVERLAPS = [(False, 0), (True, 0), (True, 256)]
 REFERENCE = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
 """A tile of stock whose bits ours must have."""
 Shape = tuple[int, int, int, int]
-VllmTile = dict[str, int]
 Pair = tuple[Tile, Tile]
-
-
-def candidates(gated: bool) -> list[Tile]:
-    """Each once with a program for every tile, once with as many as fit a multiprocessor."""
-    found = []
-    for n, k, warps, stages in itertools.product(
-        (32, 64, 128), (64, 128, 256), (4, 8), range(2, 6)
-    ):
-        size = (stages - 1) * (16 + n) * k * 2
-        if 12_000 <= size <= 110_000 and (warps == 4 or n * k >= 128 * 128):
-            tile = Tile(16, n // 2 if gated else n, k, warps, stages)
-            resident = min(227_000 // (size + 1024), 24 // warps)
-            found += [tile, replace(tile, programs=resident)]
-    return found
 
 
 def overlapped(pair: Pair, overlap: bool, ahead: int) -> Pair:
     """The pair with another kind of overlap."""
     first, second = (replace(tile, overlap=overlap) for tile in pair)
     return first, replace(second, ahead=ahead)
-
-
-class Experts:
-    """Random experts of a few layers, and buffers for what they return."""
-
-    def __init__(self, experts: int, top_k: int, hidden: int, width: int, layers: int) -> None:
-        self.experts, self.top_k, self.hidden, self.width = experts, top_k, hidden, width
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=torch.bfloat16, device=GPU) * 0.02
-
-        self.w1 = [random(experts, 2 * width, hidden) for _ in range(layers)]
-        self.w2 = [random(experts, hidden, width) for _ in range(layers)]
-        rows = max(ROWS)
-        self.x = random(rows, hidden)
-        self.gate_up = random(rows, top_k, 2 * width)
-        self.activated = random(rows * top_k, width)
-        self.out = random(rows, top_k, hidden)
-
-    def run(self, layer: int, rows: int, weights: Tensor, aligned: Aligned, tile: VllmTile) -> None:
-        """What ``TritonExperts`` launches between sorting and summing."""
-        from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_triton_kernel
-        from vllm.triton_utils import tl
-
-        common: dict[str, Any] = {
-            "config": tile,
-            "compute_type": tl.bfloat16,
-            "use_fp8_w8a8": False,
-            "use_int8_w8a8": False,
-            "use_int8_w8a16": False,
-            "use_int4_w4a16": False,
-            "per_channel_quant": False,
-        }
-        gate_up, out = self.gate_up[:rows], self.out[:rows]
-        activated = self.activated[: rows * self.top_k]
-        invoke_fused_moe_triton_kernel(
-            self.x[:rows],
-            self.w1[layer],
-            gate_up,
-            None,
-            None,
-            None,
-            *aligned,
-            False,
-            self.top_k,
-            **common,
-        )
-        torch.ops._C.silu_and_mul(activated, gate_up.view(-1, 2 * self.width))
-        invoke_fused_moe_triton_kernel(
-            activated, self.w2[layer], out, None, None, weights, *aligned, True, 1, **common
-        )
 
 
 class Batch(RandomLayers):
@@ -166,14 +101,8 @@ class Timer:
 
     def fused(self, layer: int, first: Tile | None, second: Tile | None) -> None:
         """One of the GEMMs, or both and the sum."""
-        experts, slots = self.experts, self.slots[layer]
-        activated = experts.activated[: self.rows * experts.top_k]
-        if first:
-            x = experts.x[: self.rows]
-            gate_up(x, experts.w1[layer], activated, slots, experts.top_k, first)
-        if second:
-            out = self.out.view(-1, experts.hidden)
-            down(activated, experts.w2[layer], self.batch.weights[layer], out, slots, second)
+        weights = self.batch.weights[layer]
+        self.experts.fused(layer, self.rows, weights, self.slots[layer], first, second)
         if first and second:
             ops.moe_sum(self.out, self.summed)
 
@@ -212,31 +141,39 @@ def graph_us(step: Callable[[int], None], layers: int, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def stock_tile(shape: Shape, rows: int) -> VllmTile:
+def stock_tile(kind: type[Experts], shape: Shape, rows: int) -> VllmTile:
     """What stock vLLM would choose."""
     from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
 
-    experts, top_k, hidden, width = shape
-    tile: VllmTile = dict(
-        try_get_optimal_moe_config(
-            (experts, 2 * width, hidden), (experts, hidden, width), top_k, None, rows
-        )
-    )
+    (experts, top_k, hidden, width), (dtype, block) = shape, kind.format
+    weights = (experts, 2 * width, hidden), (experts, hidden, width)
+    tile: VllmTile = dict(try_get_optimal_moe_config(*weights, top_k, dtype, rows, block))
     tile.pop("SPLIT_K", None)
     return tile
 
 
-def compile_share(shape: Shape, all_rows: list[int], share: slice) -> None:
+def compile_share(kind: type[Experts], shape: Shape, all_rows: list[int], share: slice) -> None:
     """Compile some of all tiles into Triton's cache; a process for each core."""
     torch.cuda.set_device(GPU)
-    experts = Experts(16, *shape[1:], layers=1)
-    stock = [(rows, tile) for rows in all_rows for tile in (stock_tile(shape, rows), REFERENCE)]
-    for rows, tile in stock[share]:
-        Timer(experts, rows, shape[1]).stock(0, tile)
+    experts = kind(16, *shape[1:], layers=1)
+    found = [tile for rows in all_rows for tile in (stock_tile(kind, shape, rows), REFERENCE)]
+    for tile in found[share]:
+        Timer(experts, 16, shape[1]).stock(0, tile)
     timer = Timer(experts, 16, shape[1])
-    pairs = list(zip(candidates(gated=True), candidates(gated=False), strict=True))
-    for pair, overlap in itertools.product(pairs[share], OVERLAPS):
-        timer.us(timer.fused, *overlapped(pair, *overlap))
+    firsts = [
+        replace(tile, overlap=overlap)
+        for tile in experts.candidates(gated=True)
+        for overlap in (False, True)
+    ]
+    seconds = [
+        replace(tile, overlap=overlap, ahead=ahead)
+        for tile in experts.candidates(gated=False)
+        for overlap, ahead in OVERLAPS
+    ]
+    for first in firsts[share]:
+        timer.us(timer.fused, first, None)
+    for second in seconds[share]:
+        timer.us(timer.fused, None, second)
 
 
 def finalists(times: dict[int, list[float]], tiles: list[Tile]) -> list[Tile]:
@@ -255,7 +192,7 @@ def tune(shape: Shape, experts: Experts, rows: int) -> tuple[list[dict[str, Any]
     """Results for each S, and the pair to use."""
     top_k, sizes = shape[1], (shape[1], 2, 1)
     timers = {s: Timer(experts, rows, s) for s in sizes}
-    firsts, seconds = candidates(gated=True), candidates(gated=False)
+    firsts, seconds = experts.candidates(gated=True), experts.candidates(gated=False)
     first_us = {s: [t.us(t.fused, tile, None) for tile in firsts] for s, t in timers.items()}
     second_us = {s: [t.us(t.fused, None, tile) for tile in seconds] for s, t in timers.items()}
     ends = itertools.product(finalists(first_us, firsts), finalists(second_us, seconds), OVERLAPS)
@@ -263,7 +200,7 @@ def tune(shape: Shape, experts: Experts, rows: int) -> tuple[list[dict[str, Any]
     for pair in pairs:
         timers[1].check(pair)
     pair_us = {s: [t.us(t.fused, *pair) for pair in pairs] for s, t in timers.items()}
-    stock_us = {s: t.us(t.stock, stock_tile(shape, rows)) for s, t in timers.items()}
+    stock_us = {s: t.us(t.stock, stock_tile(type(experts), shape, rows)) for s, t in timers.items()}
     limit = max(SLACK * stock_us[top_k], min(pair_us[top_k]))
     allowed = [i for i, us in enumerate(pair_us[top_k]) if us <= limit]
     chosen = min(allowed, key=lambda i: pair_us[2][i] + pair_us[1][i])
@@ -301,21 +238,24 @@ def main() -> None:
     options = parser.parse_args()
     all_rows, results = [int(rows) for rows in options.rows.split(",")], []
     for model in options.models.split(","):
-        shape, start = SHAPES[model], time.perf_counter()
-        shares = [(shape, all_rows, slice(i, None, PROCESSES)) for i in range(PROCESSES)]
+        shape, start = SHAPES[model.removesuffix("-fp8")], time.perf_counter()
+        kind = Fp8Experts if model.endswith("-fp8") else Experts
+        shares = [(kind, shape, all_rows, slice(i, None, PROCESSES)) for i in range(PROCESSES)]
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
             pool.starmap(compile_share, shares)
         print(f"{model}: compiled after {time.perf_counter() - start:.0f} s")
         print("rows S  read  stock chosen   best  apart gate_up:grid,persistent down:same")
-        experts, chosen = Experts(*shape, layers=LAYERS), {}
+        experts, chosen = kind(*shape, layers=LAYERS), {}
         for rows in all_rows:
             found, pair = tune(shape, experts, rows)
             report(found, pair)
             results += [{"model": model, **row} for row in found]
-            chosen[rows] = {"gate_up": asdict(pair[0]), "down": asdict(pair[1])}
+            keeps = found[0]["chosen_us"] <= SLACK * found[0]["stock_us"]  # S = K
+            tiles = {"gate_up": asdict(pair[0]), "down": asdict(pair[1])}
+            chosen[rows] = tiles if keeps else None  # vLLM's own launches
         write_result(options.out, {"rows": results})
         if options.folder:
-            name = get_config_file_name(shape[0], shape[3], None)
+            name = get_config_file_name(shape[0], shape[3], *kind.format)
             (options.folder / name).write_text(json.dumps(chosen, indent=1) + "\n")
         print(f"{model}: {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -2,8 +2,9 @@
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sere_ray.bench.models import Model
 from sere_ray.policy.policy import Policy
 
 _TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
@@ -16,7 +17,11 @@ class Arm:
 
     name: str
     policy: Policy | None
-    """None: the engine without the key."""
+    """None: an engine without the key."""
+    budget: int | None = None
+    """``margin``: experts it may read, or first choices if those are more; None: as S = 2."""
+    back_end: str = "auto"
+    """Of the stock engine."""
 
     @property
     def select_top_k(self) -> int | None:
@@ -24,20 +29,24 @@ class Arm:
         return self.policy.select_top_k if self.policy else None
 
 
-def arms(similarity: str, top_k: int) -> list[Arm]:
+def arms(similarity: str, model: Model) -> list[Arm]:
     """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
     common = {"similarity": similarity, "min_primary_experts": 0}
 
     def policy(select_top_k: int, mode: str = "on") -> Policy:
         return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
 
-    sizes = sorted({top_k, top_k // 2, 2, 1}, reverse=True)
+    sizes = sorted({model.top_k, model.top_k // 2, 2, 1}, reverse=True)
+    margin = Policy.parse({**common, "rule": "margin", "tau": _TAUS[0]})
+    best, *others = model.stock_back_ends
     return [
-        Arm("stock", None),
+        Arm("stock", None, back_end=best),
+        *(Arm(f"stock, {back_end}", None, back_end=back_end) for back_end in others),
         Arm("off", policy(1, "off")),
         Arm("observe", policy(1, "observe")),
         *(Arm(f"S={size}", policy(size)) for size in sizes),
-        Arm("margin", Policy.parse({**common, "rule": "margin", "tau": _TAUS[0]})),
+        Arm("margin", margin),
+        Arm("margin-24", margin, budget=24),
     ]
 
 
@@ -48,7 +57,23 @@ def with_most_tau(margin: Arm, suffices: Callable[[Arm], bool]) -> Arm:
         margin: with any tau.
         suffices: whether a setting does; if it does, each smaller tau does, too.
     """
-    assert margin.policy
-    trials = [Arm(margin.name, margin.policy.model_copy(update={"tau": tau})) for tau in _TAUS]
+    trials = _trials(margin)
     fewer = bisect.bisect_left(trials, True, key=lambda trial: not suffices(trial))
     return trials[max(fewer - 1, 0)]
+
+
+def with_least_tau(margin: Arm, suffices: Callable[[Arm], bool]) -> Arm:
+    """``margin`` with the smallest tau that suffices, or with the largest of all.
+
+    Args:
+        margin: with any tau.
+        suffices: whether a setting does; if it does, each larger tau does, too.
+    """
+    trials = _trials(margin)
+    return trials[min(bisect.bisect_left(trials, True, key=suffices), len(trials) - 1)]
+
+
+def _trials(margin: Arm) -> list[Arm]:
+    assert margin.policy
+    policies = [margin.policy.model_copy(update={"tau": tau}) for tau in _TAUS]
+    return [replace(margin, policy=policy) for policy in policies]

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sere_ray import assets
-from sere_ray.bench.models import CONFIG
+from sere_ray.bench.model_shapes import CONFIG
 from sere_ray.calibration.loading import quiet
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import waiting

@@ -1,4 +1,4 @@
-"""Two vLLM engines in one process, stock and with the ``sere`` key, and their decode steps."""
+"""vLLM engines in one process, stock and with the ``sere`` key, and their decode steps."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from sere_ray.bench.models import Model
-from sere_ray.engine.vllm_internals import workspace_manager
+from sere_ray.bench.weights import draw_weights
+from sere_ray.engine.vllm_internals import fill_dummy_weights, workspace_manager
 from sere_ray.policy.policy import Policy
 
 MAX_TOKENS = 500
@@ -32,15 +33,16 @@ def prompt_tokens() -> int:
 
 @dataclass
 class Engines:
-    """The two engines, and what must live as long as they do."""
+    """The engines, and what must live as long as they do."""
 
-    stock: Any
+    stock: dict[str, Any]
+    """By ``--moe-backend``."""
     sere: Any
     kept: list[Any]
 
     def each(self, function: Callable[[torch.nn.Module], Any]) -> list[Any]:
-        """Call a function with the model of either engine; stock first."""
-        return [engine.apply_model(function)[0] for engine in (self.stock, self.sere)]
+        """Call a function with the model of each engine; stock first."""
+        return [engine.apply_model(function)[0] for engine in (*self.stock.values(), self.sere)]
 
 
 def write_config(model: Model, parent: Path) -> Path:
@@ -54,20 +56,24 @@ def write_config(model: Model, parent: Path) -> Path:
 def start_engines(
     folder: Path, model: Model, policy: Policy, batches: list[int], tokens: int, compiled: bool
 ) -> Engines:
-    """Start both in this process.
+    """Start all in this process.
 
-    As processes of their own, each one's polling would take time from the other's cores.
+    As processes of their own, each one's polling would take time from the others' cores.
     """
     prepare_process()
     options = _gpu_options(model, batches, tokens, compiled) if on_gpu() else CPU_OPTIONS
-    stock = start_engine(folder, None, max(batches), compiled, options)
-    # vLLM has one workspace manager a process, and the second engine replaces it. The first one's
+    if model.is_quantised:
+        fill_dummy_weights(draw_weights)
+    # vLLM has one workspace manager a process, and the next engine replaces it. The first one's
     # graphs still write to the old manager's memory, so it must not be freed and given to others.
-    kept = [workspace_manager()]
-    if model.rerouted_back_end:
-        options = {**options, "moe_backend": model.rerouted_back_end}
+    kept, engines = [], {}
+    for back_end in model.stock_back_ends:
+        chosen = {**options, "moe_backend": back_end}
+        engines[back_end] = start_engine(folder, None, max(batches), compiled, chosen)
+        kept.append(workspace_manager())
+    options = {**options, "moe_backend": model.rerouted_back_end or "auto"}
     sere = start_engine(folder, policy, max(batches), compiled, options)
-    return Engines(stock, sere, [*kept, workspace_manager()])
+    return Engines(engines, sere, [*kept, workspace_manager()])
 
 
 def prepare_process() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sere_ray.bench.weights import EMBEDDINGS
+
 
 @dataclass(frozen=True)
 class WeightBytes:
@@ -24,7 +26,7 @@ def count_weights(model: torch.nn.Module) -> WeightBytes:
         size = parameter.numel() * parameter.element_size()
         if name.rpartition(".")[2].startswith(("w13_", "w2_")):  # stacked: [E, ...]
             per_expert += size // parameter.shape[0]
-        elif "embed_tokens" not in name:
+        elif not name.endswith(EMBEDDINGS):
             other += size
     return WeightBytes(per_expert, other)
 

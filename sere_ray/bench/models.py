@@ -7,154 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray import assets
+from sere_ray.bench.model_shapes import CONFIG, PUBLIC
+from sere_ray.bench.routing import Gate
 
-_COMMON: dict[str, Any] = {
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-_QWEN3: dict[str, Any] = {
-    **_COMMON,
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-CONFIG: dict[str, Any] = {
-    **_QWEN3,
-    "vocab_size": 2048,
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-}
-"""What the random models for CPUs share."""
-
-PUBLIC: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        **_QWEN3,
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "max_position_embeddings": 40960,
-        "torch_dtype": "bfloat16",
-    },
-    "qwen1.5-moe-a2.7b": {
-        **_COMMON,
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "max_position_embeddings": 8192,
-        "torch_dtype": "bfloat16",
-    },
-    "deepseek-v2-lite": {
-        **_COMMON,
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "vocab_size": 102400,
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "kv_lora_rank": 512,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "topk_method": "greedy",
-        "scoring_func": "softmax",
-        "norm_topk_prob": False,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "max_position_embeddings": 163840,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 40,
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 4096,
-            "type": "yarn",
-        },
-        "torch_dtype": "bfloat16",
-    },
-}
-PUBLIC["qwen3-30b-a3b-fp8"] = {
-    **PUBLIC["qwen3-30b-a3b"],
-    "quantization_config": {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "weight_block_size": [128, 128],
-        "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(48))],
-    },
-}
-PUBLIC["gpt-oss-120b"] = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 128,
-    "num_experts_per_tok": 4,
-    "hidden_act": "silu",
-    "swiglu_limit": 7.0,
-    "attention_bias": True,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-    "eos_token_id": 200002,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {"quant_method": "mxfp4"},
-}
-"""Shapes of public checkpoints, in full but for layers of gpt-oss-120b: 24 of its 36."""
 _TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
 _SIZES = {
     "qwen3-30b-a3b": "61 GB",
     "qwen3-30b-a3b-fp8": "31 GB, FP8 block 128",
-    "gpt-oss-120b": "43 GB, MXFP4 experts",
+    "qwen3-30b-a3b-fp8-tensor": "31 GB, FP8 per tensor",
+    "qwen3-30b-a3b-gptq": "17 GB, INT4 (GPTQ)",
+    "qwen3-30b-a3b-awq": "17 GB, INT4 (AWQ)",
+    "gpt-oss-120b": "36 GB, MXFP4 experts",
+    "deepseek-v3-fp8": "28 GB, FP8 block 128",
     "qwen1.5-moe-a2.7b": "29 GB",
     "deepseek-v2-lite": "31 GB",
 }
@@ -169,9 +33,24 @@ class Model:
 
     @property
     def format(self) -> str:
-        """Of the experts' weights."""
+        """Of the experts' weights, by the names of kernels/check_experts.py."""
         quantised = self.config.get("quantization_config")
-        return str(quantised["quant_method"] if quantised else self._dtype)
+        if quantised is None:
+            return self._dtype
+        if quantised["quant_method"] == "fp8":
+            return "fp8-block" if "weight_block_size" in quantised else "fp8-tensor"
+        int4 = "int4-" if quantised.get("bits") == 4 else ""
+        return f"{int4}{quantised['quant_method']}"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether vLLM's own dummy weights would make all rows alike."""
+        return "quantization_config" in self.config
+
+    @property
+    def stock_back_ends(self) -> list[str]:
+        """``--moe-backend`` of the stock engines; others are compared with the fastest one."""
+        return ["auto", "marlin"] if self.format == "mxfp4" else ["auto"]
 
     @property
     def rerouted_back_end(self) -> str | None:
@@ -188,6 +67,13 @@ class Model:
         """Routed experts of a layer."""
         names = ("n_routed_experts", "num_local_experts", "num_experts")
         return next(int(self.config[name]) for name in names if name in self.config)
+
+    @property
+    def gate(self) -> Gate:
+        """How its layers choose."""
+        groups, taken = self.config.get("n_group", 1), self.config.get("topk_group", 1)
+        sigmoid = self.config.get("scoring_func") == "sigmoid"
+        return Gate(self.num_experts, self.top_k, groups, taken, sigmoid)
 
     @property
     def kv_bytes_per_token(self) -> int:

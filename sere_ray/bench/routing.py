@@ -1,5 +1,6 @@
 """How tokens spread over the experts of random weights: evenly, or as under a trained gate."""
 
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sere_ray.bench.weights import BIAS_SPREAD, GATE_SPREAD
 from sere_ray.util.errors import SereError
 
 Router = Literal["uniform", "skewed"]
@@ -42,14 +44,42 @@ def expert_scales(num_experts: int, layer: int, sigma: float = SIGMA) -> NDArray
     return scales
 
 
-def simulate_union(
-    num_experts: int, top_k: int, rows: int, sigma: float, *, layers: int = 400
-) -> float:
-    """Mean number of distinct experts that ``rows`` rows name with their K choices, simulated.
+@dataclass(frozen=True)
+class Gate:
+    """How a layer chooses.
 
-    Args:
+    Attributes:
         num_experts: E.
         top_k: K.
+        groups: the experts are divided into so many; each counts as its two best.
+        groups_taken: from so many of them experts are chosen.
+        sigmoid: scores are sigmoids plus a bias of the expert, and no softmax.
+    """
+
+    num_experts: int
+    top_k: int
+    groups: int = 1
+    groups_taken: int = 1
+    sigmoid: bool = False
+
+    def choose(self, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """``[rows, K]`` of ``[rows, E]``."""
+        if self.groups > 1:
+            by_group = scores.reshape(len(scores), self.groups, -1)
+            best = np.sort(by_group, axis=2)[:, :, -2:].sum(axis=2)
+            taken = np.argsort(-best, axis=1)[:, : self.groups_taken]
+            left_out = np.ones((len(scores), self.groups), dtype=bool)
+            np.put_along_axis(left_out, taken, False, axis=1)
+            scores = np.where(left_out[:, :, None], -np.inf, by_group).reshape(scores.shape)
+        chosen: NDArray[np.int64] = np.argsort(-scores, axis=1)[:, : self.top_k]
+        return chosen
+
+
+def simulate_union(gate: Gate, rows: int, sigma: float, *, layers: int = 400) -> float:
+    """Mean number of distinct experts that rows name, simulated.
+
+    Args:
+        gate: of the layers.
         rows: of a step.
         sigma: spread of the scales; 0 = all experts alike.
         layers: how many layers the mean is over.
@@ -57,10 +87,37 @@ def simulate_union(
     rng = np.random.default_rng(0)
     found = 0
     for layer in range(layers):
-        scales = expert_scales(num_experts, layer, sigma)
-        logits = rng.standard_normal((rows, num_experts)) * scales
-        found += len(np.unique(np.argsort(-logits, axis=1)[:, :top_k]))
+        scales = expert_scales(gate.num_experts, layer, sigma)
+        scores = rng.standard_normal((rows, gate.num_experts)) * scales
+        if gate.sigmoid:
+            bias = rng.standard_normal(gate.num_experts) * BIAS_SPREAD
+            scores = 1 / (1 + np.exp(-scores * GATE_SPREAD[True])) + bias
+        found += len(np.unique(gate.choose(scores)))
     return found / layers
+
+
+NEAR = 0.15
+"""So far may the experts that rows name be from what the simulation says."""
+
+
+def check_rows_differ(gate: Gate, rows: int, sigma: float, named: float) -> None:
+    """Refuse to report steps whose rows are alike, as those of badly drawn weights are.
+
+    Args:
+        gate: of the model.
+        rows: of a step.
+        sigma: spread of the gates' scales.
+        named: experts that the rows named, mean over layers.
+
+    Raises:
+        SereError: says how many were named and expected.
+    """
+    expected = simulate_union(gate, rows, sigma, layers=100)
+    if abs(named / expected - 1) > NEAR:
+        raise SereError(
+            f"{rows} rows named {named:.1f} experts a layer, simulated are {expected:.1f}: the "
+            "random weights make rows alike, or the gate prefers others; no time is reported"
+        )
 
 
 def skew_gates(model: torch.nn.Module) -> int:

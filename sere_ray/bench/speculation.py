@@ -133,9 +133,8 @@ def measure(plan: SpeculationPlan, *, console: Console, save: Save) -> None:
 
 def _settings(plan: SpeculationPlan, similarity: str) -> list[Arm]:
     """What is timed, ``observe`` beside it."""
-    top_k = plan.model.top_k
-    settings = {arm.name: arm for arm in arms(similarity, top_k) if arm.policy}
-    settings["S=K"] = Arm("S=K", settings[f"S={top_k}"].policy)
+    settings = {arm.name: arm for arm in arms(similarity, plan.model) if arm.policy}
+    settings["S=K"] = Arm("S=K", settings[f"S={plan.model.top_k}"].policy)
     for name in plan.arms:
         if name not in settings:
             raise SereError(f"--arms: {name!r} is none of {', '.join(settings)}")

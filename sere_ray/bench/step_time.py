@@ -1,7 +1,8 @@
 """Decode step time of stock vLLM and of this plugin, in one run, on random weights.
 
-One engine without the ``sere`` key (stock) and one with it take turns. Repeats are interleaved over
-all settings in random order, so that drift of the machine hits all alike.
+An engine without the ``sere`` key (stock; one for each back end that may be its best) and one with
+it take turns. Repeats are interleaved over all settings in random order, so that drift of the
+machine hits all alike.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sere_ray.bench.arms import Arm, arms, with_most_tau
+from sere_ray.bench.arms import Arm, arms, with_least_tau, with_most_tau
 from sere_ray.bench.engines import (
     Engines,
     decode_steps,
@@ -26,10 +27,10 @@ from sere_ray.bench.engines import (
 )
 from sere_ray.bench.floor import copy_bytes_per_s, count_weights, mean_context, step_bytes
 from sere_ray.bench.models import Model
-from sere_ray.bench.routing import Router, skew_gates
-from sere_ray.bench.weights import draw_fp8
+from sere_ray.bench.routing import SIGMA, Router, check_rows_differ, skew_gates
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import experts_read, read_counters, set_policy
+from sere_ray.engine.vllm_internals import expert_kernel
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
@@ -49,8 +50,8 @@ class StepTimePlan:
         repeats: interleaved repeats of every point.
         tokens: decode steps that are timed in a repeat.
         routers: how tokens spread over the experts.
-        arms: names of the timed settings; None is all but ``margin``, whose tau is sought first,
-            and on a GPU without ``observe``.
+        arms: names of the timed settings; None is all but those of ``margin``, whose tau is sought
+            first, and on a GPU without ``observe``.
         compiled: run vLLM's compiled graphs; False = eager.
     """
 
@@ -69,12 +70,12 @@ class StepTimePlan:
             SereError: an arm that the model does not have.
         """
         names = [arm.name for arm in settings]
-        left_out = {"margin", "observe"} if on_gpu() else {"margin"}
+        left_out = {"margin", "margin-24", *(["observe"] if on_gpu() else [])}
         chosen = self.arms or tuple(n for n in names if n not in left_out)
         for name in chosen:
             if name not in names:
                 raise SereError(f"--arms: {name!r} is none of {', '.join(names)}")
-        return [arm for arm in settings if arm.name in (*chosen, "stock")]
+        return [arm for arm in settings if arm.name in chosen or arm.policy is None]
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,15 @@ class Bench:
     plan: StepTimePlan
     engines: Engines
     settings: list[Arm]
+    kernels: dict[str, str]
+    """What computes the experts: of the stock engines by back end, and of ``"sere"``."""
     floor: Callable[[int, float], float] | None
     """Milliseconds from batch and experts read; None on a CPU, whose cache gets in the way."""
 
     def engine(self, arm: Arm) -> Any:
         """The engine of an arm, with its policy set."""
         if not arm.policy:
-            return self.engines.stock
+            return self.engines.stock[arm.back_end]
         set_policy(self.engines.sere, arm.policy)
         return self.engines.sere
 
@@ -118,11 +121,11 @@ def measure(
         raise SereError("--router skewed: needs a GPU; on CPU vLLM packs the gates' weights away")
     with tempfile.TemporaryDirectory(prefix="sere-step-time-") as name:
         folder, similarity = write_config(plan.model, Path(name)), Path(name) / "sere.safetensors"
-        settings = arms(str(similarity), plan.model.top_k)
+        settings = arms(str(similarity), plan.model)
         plan.timed(settings)
         synthetic_artifact(folder).save(similarity)
         bandwidth = copy_bytes_per_s() if on_gpu() else None  # before the engines fill the memory
-        console.print(f"starting two engines: {plan.model.name}")
+        console.print(f"starting {len(plan.model.stock_back_ends) + 1} engines: {plan.model.name}")
         bench = _start(plan, folder, settings, bandwidth)
         header = {"copy_gb_per_s": [round(bandwidth / 1e9, 1)]} if bandwidth else {}
         _measure(bench, console, lambda rows: save({**header, "rows": rows}))
@@ -133,10 +136,9 @@ def measure(
 def _start(plan: StepTimePlan, folder: Path, settings: list[Arm], bandwidth: float | None) -> Bench:
     first = next(arm.policy for arm in settings if arm.policy)
     engines = start_engines(folder, plan.model, first, plan.batches, plan.tokens, plan.compiled)
-    if plan.model.format == "fp8":
-        engines.each(draw_fp8)
+    kernels = dict(zip((*engines.stock, "sere"), engines.each(expert_kernel), strict=True))
     floor = _floor(plan, engines, bandwidth) if bandwidth else None
-    return Bench(plan, engines, settings, floor)
+    return Bench(plan, engines, settings, kernels, floor)
 
 
 def _in_order(routers: tuple[Router, ...]) -> list[Router]:
@@ -144,7 +146,7 @@ def _in_order(routers: tuple[Router, ...]) -> list[Router]:
 
 
 def _floor(plan: StepTimePlan, engines: Engines, bandwidth: float) -> Callable[[int, float], float]:
-    weights = engines.each(count_weights)[0]
+    weights = engines.each(count_weights)[-1]
     context = mean_context(prompt_tokens(), plan.tokens)
     per_token = plan.model.kv_bytes_per_token
 
@@ -177,7 +179,7 @@ def _measure_batch(
     times: dict[str, list[list[float]]] = {}
     experts: dict[str, float] = {}
     timed = [
-        _reads_like_s2(bench, arm, batch) if arm.name == "margin" else arm
+        _with_tau(bench, arm, batch) if arm.name.startswith("margin") else arm
         for arm in bench.plan.timed(bench.settings)
     ]
     observe = next(arm for arm in bench.settings if arm.name == "observe")
@@ -197,16 +199,26 @@ def _measure_batch(
                 experts[arm.name] = experts_read(read_counters(engine), "experts_after")
             elif arm.name == "observe":
                 before = experts_read(read_counters(engine), "experts_before")
-                experts["stock"] = experts["off"] = experts[arm.name] = before
+                experts |= dict.fromkeys([a.name for a in timed if _is_exact(a)], before)
+                experts[arm.name] = before
+                if on_gpu():
+                    sigma = SIGMA if router == "skewed" else 0.0
+                    check_rows_differ(bench.plan.model.gate, batch, sigma, before)
         advance()
-    return [
-        _row(bench, router, batch, arm, times[arm.name], times["stock"], experts[arm.name])
-        for arm in timed
-    ]
+    stock = min(
+        (arm for arm in timed if not arm.policy),
+        key=lambda arm: statistics.median(map(statistics.median, times[arm.name])),
+    )
+    return [_row(bench, router, batch, arm, stock, times, experts[arm.name]) for arm in timed]
 
 
-def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
-    """``margin`` with the largest tau at which it reads no fewer experts than S = 2."""
+def _is_exact(arm: Arm) -> bool:
+    return arm.policy is None or arm.policy.mode == "off"
+
+
+def _with_tau(bench: Bench, margin: Arm, batch: int) -> Arm:
+    """``margin`` with the largest tau at which it reads no fewer experts than S = 2; with a budget,
+    with the smallest one at which it reads no more."""
 
     def experts_of(arm: Arm) -> float:
         engine = bench.engine(arm)
@@ -214,7 +226,13 @@ def _reads_like_s2(bench: Bench, margin: Arm, batch: int) -> Arm:
         _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
         return experts_read(read_counters(engine), "experts_after")
 
-    wanted = experts_of(next(arm for arm in bench.settings if arm.name == "S=2"))
+    def of(name: str) -> float:
+        return experts_of(next(arm for arm in bench.settings if arm.name == name))
+
+    if margin.budget is not None:
+        most = max(float(margin.budget), of("S=1"))
+        return with_least_tau(margin, lambda trial: experts_of(trial) <= most)
+    wanted = of("S=2")
     return with_most_tau(margin, lambda trial: experts_of(trial) >= wanted)
 
 
@@ -223,13 +241,14 @@ def _row(
     router: Router,
     batch: int,
     arm: Arm,
-    times: list[list[float]],
-    stock_times: list[list[float]],
+    stock: Arm,
+    times: dict[str, list[list[float]]],
     experts: float,
 ) -> dict[str, Any]:
-    step_ms, stock_ms = ([statistics.median(t) for t in of] for of in (times, stock_times))
-    mean_ms = [statistics.fmean(t) for t in times]
-    ratios = [stock / own for stock, own in zip(stock_ms, step_ms, strict=True)]
+    own = times[arm.name]
+    step_ms, stock_ms = ([statistics.median(t) for t in of] for of in (own, times[stock.name]))
+    mean_ms = [statistics.fmean(t) for t in own]
+    ratios = [theirs / ours for theirs, ours in zip(stock_ms, step_ms, strict=True)]
     row = {
         "model": bench.plan.model.name,
         "format": bench.plan.model.format,
@@ -249,6 +268,8 @@ def _row(
         "speedup_max": round(max(ratios), 3),
         "repeats": len(step_ms),
         "experts_read": round(experts, 2),
+        "experts_kernel": bench.kernels["sere" if arm.policy else arm.back_end],
+        "stock_experts_kernel": bench.kernels[stock.back_end],
     }
     if bench.floor:
         row["floor_ms"] = round(bench.floor(batch, experts), 3)

@@ -110,7 +110,7 @@ def check_expert_kernel(runner: Any, device: str) -> bool:
     Raises:
         UnsupportedError: names the layer, the kernel and the back end that works.
     """
-    names = _kernels(runner)
+    names = kernel_names(runner)
     for name in names:
         if name not in ALLOWED[device]:
             raise UnsupportedError(
@@ -124,8 +124,12 @@ def check_expert_kernel(runner: Any, device: str) -> bool:
     return merges
 
 
-def _kernels(runner: Any) -> list[str]:
-    """Names of the classes that may compute a layer: of a pair that chooses by batch, both."""
+def kernel_names(runner: Any) -> list[str]:
+    """Names of the classes that may compute a layer: of a pair that chooses by batch, both.
+
+    Args:
+        runner: vLLM's ``MoERunner``.
+    """
     made = getattr(runner.routed_experts.quant_method, "moe_kernel", None)
     kernel = expert_kernel(runner) if made is None else type(made.fused_experts)
     classes = getattr(kernel, "get_clses", lambda: (kernel,))()

@@ -13,12 +13,20 @@ compute_in_engine_process   Ray's wrapper sets an executor that starts a worker 
 workspace_manager           Two engines of one process (step-time benchmark): the first one's
                             graphs write to memory that the second frees. Remove: vLLM keeps one
                             manager an engine.
+expert_kernel               A result says which kernel vLLM chose for a model's experts. Remove:
+                            vLLM says so.
+fill_dummy_weights          Random weights of a quantised model are drawn before vLLM packs them for
+                            its kernels. Remove: its dummy weights keep rows apart.
 forget_environment          vLLM keeps what it read of the environment, and each engine of one
                             process needs a port of its own. Remove: the port is an argument.
 ==========================  =====================================================================
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def engine_dead_error() -> type[Exception]:
@@ -46,6 +54,41 @@ def workspace_manager() -> Any:
     from vllm.v1.worker import workspace
 
     return workspace._manager
+
+
+def expert_kernel(model: Any) -> str:
+    """What computes the experts of a model's first layer that has some, by vLLM's name.
+
+    Args:
+        model: vLLM's, on a worker.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from sere_ray.engine.layer_checks import kernel_names
+
+    runner = next(module for module in model.modules() if isinstance(module, MoERunner))
+    return " or ".join(kernel_names(runner))
+
+
+def fill_dummy_weights(fill: "Callable[[nn.Module], object]") -> None:
+    """Let ``load_format="dummy"`` of this process give each model to a function, once.
+
+    Args:
+        fill: changes the weights in place, which are as a checkpoint has them.
+    """
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+
+    dummy: Any = type(get_model_loader(LoadConfig(load_format="dummy")))
+    if hasattr(dummy, "fills"):
+        return
+
+    def load_weights(self: Any, model: "nn.Module", model_config: Any) -> None:
+        dummy.load_weights(self, model, model_config)
+        fill(model)
+
+    members = {"load_weights": load_weights, "fills": fill}
+    register_model_loader("dummy")(type("FilledModelLoader", (dummy,), members))
 
 
 def forget_environment() -> None:

@@ -4,6 +4,7 @@ import json
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -16,7 +17,14 @@ from sere_ray.bench.floor import WeightBytes, count_weights, mean_context, step_
 from sere_ray.bench.kernel_profile import kernel_rows
 from sere_ray.bench.models import PUBLIC, get_model
 from sere_ray.bench.plot import draw
-from sere_ray.bench.routing import SIGMA, expert_scales, simulate_union, skew_gates
+from sere_ray.bench.routing import (
+    SIGMA,
+    Gate,
+    check_rows_differ,
+    expert_scales,
+    simulate_union,
+    skew_gates,
+)
 from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.util.errors import SereError
@@ -82,8 +90,20 @@ def test_floor_counts_experts_weights_and_context():
 
 
 def test_skewed_router_reads_what_was_published():
-    assert simulate_union(128, 8, 16, SIGMA, layers=60) == pytest.approx(50, abs=1.5)
-    assert simulate_union(128, 8, 16, 0, layers=60) == pytest.approx(82.4, abs=1.5)
+    gate = Gate(128, 8)
+    assert simulate_union(gate, 16, SIGMA, layers=60) == pytest.approx(50, abs=1.5)
+    assert simulate_union(gate, 16, 0, layers=60) == pytest.approx(82.4, abs=1.5)
+    check_rows_differ(gate, 16, 0, named=80)
+    with pytest.raises(SereError, match=r"16 rows named 8.0 experts a layer, simulated are 8[123]"):
+        check_rows_differ(gate, 16, 0, named=8)
+
+
+def test_a_gate_with_groups_chooses_within_the_best_of_them():
+    gate = Gate(8, 3, groups=4, groups_taken=2)
+    scores = np.array([[5.0, 0, 3, 3, 4, 0, 1, 1], [1, 0, 0, 1, 2, 2, 0, 9]])
+    # Groups of two: the sums of the first row are 5, 6, 4, 2; of the second 1, 1, 4, 9.
+    assert [sorted(row) for row in gate.choose(scores).tolist()] == [[0, 2, 3], [4, 5, 7]]
+    assert simulate_union(get_model("deepseek-v3-fp8").gate, 1, 0, layers=5) == 8
 
 
 def test_gates_are_scaled_in_place_by_layer():
@@ -104,13 +124,13 @@ def plan(**changes):
 
 
 def test_arms_by_name():
-    settings = arms("a.safetensors", 4)
-    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings[:-1]]
-    assert settings[-1].name == "margin"
+    settings = arms("a.safetensors", get_model("demo"))
+    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings[:-2]]
+    assert [arm.name for arm in settings[-2:]] == ["margin", "margin-24"]
     chosen = plan(arms=("S=1", "off")).timed(settings)
     assert [arm.name for arm in chosen] == ["stock", "off", "S=1"]
     with pytest.raises(
-        SereError, match="'S=3' is none of stock, off, observe, S=4, S=2, S=1, margin"
+        SereError, match="'S=3' is none of stock, off, observe, S=4, S=2, S=1, margin, margin-24"
     ):
         plan(arms=("S=3",)).timed(settings)
 
@@ -145,13 +165,21 @@ def bench(monkeypatch):
 
     def decode_steps(engine, model, batch, tokens, seed):
         policy = getattr(engine, "policy", None)
-        step = reads(policy) if policy and policy.mode == "on" else 8
+        step = reads(policy) if policy and policy.mode == "on" else 8 - getattr(engine, "slower", 0)
         yield from (number * step / 1e3 for number in range(tokens + 1))
 
     for function in (set_policy, read_counters, decode_steps):
         monkeypatch.setattr(step_time, function.__name__, function)
-    engines = Engines(SimpleNamespace(), SimpleNamespace(), [])
-    return lambda plan, floor=None: Bench(plan, engines, arms("a.safetensors", 4), floor)
+
+    def make(plan, floor=None):
+        stock = {
+            name: SimpleNamespace(slower=i) for i, name in enumerate(plan.model.stock_back_ends)
+        }
+        engines = Engines(stock, SimpleNamespace(), [])
+        kernels = {name: name.title() for name in (*stock, "sere")}
+        return Bench(plan, engines, arms("a.safetensors", plan.model), kernels, floor)
+
+    return make
 
 
 def test_rows(bench):
@@ -170,6 +198,23 @@ def test_rows(bench):
     assert [row["experts_read"] for row in rows] == [8, 8, 2]  # stock's from `observe`, not timed
     assert [row["floor_ms"] for row in rows] == [16, 16, 4]
     assert {row["repeats"] for row in rows} == {3}
+
+
+def test_stock_is_its_fastest_back_end(bench):
+    chosen = plan(arms=("S=2",), model=get_model("gpt-oss-120b"))
+    rows = step_time._measure_batch(bench(chosen), "uniform", 2, random.Random(0), lambda: None)
+    assert [row["arm"] for row in rows] == ["stock", "stock, marlin", "S=2"]
+    assert [row["step_ms"] for row in rows] == [8, 7, 2]
+    assert [row["speedup"] for row in rows] == [0.875, 1, 3.5]
+    assert [row["experts_kernel"] for row in rows] == ["Auto", "Marlin", "Sere"]
+    assert {row["stock_experts_kernel"] for row in rows} == {"Marlin"}
+
+
+def test_a_budget_is_kept_with_the_smallest_tau(bench):
+    row = step_time._measure_batch(
+        bench(plan(arms=("margin-24",))), "uniform", 2, random.Random(0), lambda: None
+    )[-1]
+    assert (row["arm"], row["tau"], row["experts_read"]) == ("margin-24", 0, 4)
 
 
 def test_margin_is_timed_with_a_tau_that_reads_like_s2(bench):

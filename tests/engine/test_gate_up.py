@@ -235,7 +235,13 @@ def plain_experts():
 
     experts = object.__new__(TritonExperts)
     experts.quant_config = SimpleNamespace(
-        quant_dtype=None, weight_quant_dtype=None, w1_bias=None, w2_bias=None
+        quant_dtype=None,
+        block_shape=None,
+        weight_quant_dtype=None,
+        w1_scale=None,
+        w2_scale=None,
+        w1_bias=None,
+        w2_bias=None,
     )
     experts.activation_config = SimpleNamespace(clamp_limit=None)
     experts.quantization_emulation = False
@@ -273,7 +279,7 @@ def fused(monkeypatch):
     from sere_ray.engine.gpu import gate_up as kernels
 
     tiles = fused_experts.Tiles(Tile(16, 16, 64), Tile(16, 16, 64))
-    monkeypatch.setattr(fused_experts, "tiles_for", lambda experts, width, rows: tiles)
+    monkeypatch.setattr(fused_experts, "tiles_for", lambda experts, width, rows, fp8: tiles)
 
     def sort(ids, block, rows, top_k, experts, expert_map, ignore_invalid_experts):
         assert experts == 8

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sere_ray.engine import vllm_internals
 
@@ -56,3 +57,19 @@ def test_a_changed_environment_is_read_again(monkeypatch):
     assert envs.VLLM_DP_MASTER_PORT == 4001
     vllm_internals.forget_environment()
     assert envs.VLLM_DP_MASTER_PORT == 4002
+
+
+def test_dummy_weights_are_given_to_a_function(monkeypatch):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor import model_loader
+
+    loaders = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
+    monkeypatch.setattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", loaders)
+    filled = []
+    vllm_internals.fill_dummy_weights(filled.append)
+    vllm_internals.fill_dummy_weights(filled.append)  # once is enough
+    model = torch.nn.Linear(2, 2)
+    loader = model_loader.get_model_loader(LoadConfig(load_format="dummy"))
+    loader.load_weights(model, None)
+    assert filled == [model]
+    assert model.weight.abs().max() <= 1e-3  # vLLM's own came first

@@ -56,6 +56,10 @@ class GpuBackEnd:
 
     def attach(self, state: EngineState, runner: Any, vllm_config: Any) -> None:
         """The router finds its state and its layer's kernels, which are made after loading."""
+        from sere_ray.engine.gpu.gate_up_fp8 import arrivals
+
+        assert isinstance(state, CudaState)
+        arrivals(state.device)  # no graph is captured yet
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)

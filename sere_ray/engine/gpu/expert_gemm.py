@@ -181,11 +181,17 @@ def _prefetch(
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Bring a tile's first weights (``b`` bf16 ``[E, COLUMNS, DEPTH]``) into L2, line by line."""
+    """Bring a tile's first weights (``b`` ``[E, COLUMNS, DEPTH]``) into L2, line by line."""
+    per_line: tl.constexpr = 1024 // b.dtype.element_ty.primitive_bitwidth  # 128 bytes
     row = (column * BLOCK_N + tl.arange(0, BLOCK_N)) % COLUMNS
-    line = tl.arange(0, AHEAD // 64) * 64  # 128 bytes
+    line = tl.arange(0, AHEAD // per_line) * per_line
     tile = b + tl.maximum(expert, 0).to(tl.int64) * (COLUMNS * DEPTH)
-    address = tile + row[:, None] * DEPTH + tl.minimum(line, DEPTH - 1)[None, :]
+    _into_l2(tile + row[:, None] * DEPTH + tl.minimum(line, DEPTH - 1)[None, :])
+
+
+@_jit()
+def _into_l2(address: tl.tensor) -> None:
+    """Fetch the lines of these pointers, and wait for none."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

@@ -1,14 +1,15 @@
 """Decode batches of a layer through ``gate_up.py``, in the place of vLLM's GEMMs.
 
-Tiles are in ``tiles/*.json``, made by kernels/tune_experts.py, a file for each shape and GPU named
-as vLLM names its own. A rank's shard of the experts takes those of the whole layer, a card of the
-H200's generation without a file those of the H200. Where there are none, or a batch is anything but
-the plain bf16 case, vLLM's own code runs.
+Tiles are in ``tiles/*.json``, made by kernels/tune_experts.py, a file for each shape, format and
+GPU named as vLLM names its own. A rank's shard of the experts takes those of the whole layer, a
+card of the H200's generation without a file those of the H200. Where there are none, or a batch is
+anything but plain bf16 or FP8 in blocks of 128 x 128, vLLM's own code runs.
 """
 
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sere_ray.engine.gpu.gate_up import Tile
+    from sere_ray.engine.gpu.gate_up import Slots, Tile
 
 logger = logging.getLogger("vllm.sere_ray")
 _FOLDER = Path(__file__).parent / "tiles"
+_BLOCK = [128, 128]
 
 
 class Tiles(NamedTuple):
@@ -31,59 +33,89 @@ class Tiles(NamedTuple):
 
 
 def apply_experts(original: Callable[..., Any], experts: Any, **call: Any) -> Any:
-    """In the place of ``TritonExperts.apply``: its sequence, with two launches for its three.
+    """In the place of ``TritonExperts.apply``: its sequence, with fewer launches.
 
     Args:
         original: ``TritonExperts.apply``, which runs whatever is not covered here.
         experts: its ``self``.
         call: its arguments, all by name, as vLLM's modular kernel passes them.
     """
+    w2, ids = call["w2"], call["topk_ids"]
+    fp8 = experts.quant_config.quant_dtype == torch.float8_e4m3fn
+    tiles = tiles_for(w2.shape[0], w2.shape[2], ids.shape[0], fp8=fp8)
+    covered = _is_plain_fp8 if fp8 else _is_plain_bf16
+    if tiles is None or not (_is_plain(experts) and covered(experts, call)):
+        return original(experts, **call)
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
-    w1, w2, ids = call["w1"], call["w2"], call["topk_ids"]
-    tiles = tiles_for(w2.shape[0], w2.shape[2], ids.shape[0])
-    if tiles is None or not (_is_plain(experts) and _is_plain_batch(call)):
-        return original(experts, **call)
-    from sere_ray.engine.gpu.gate_up import Slots, down, gate_up
-
-    (rows, top_k), (num_experts, hidden, width) = ids.shape, w2.shape
-    activated = triton_moe._resize_cache(call["workspace13"], (rows * top_k, width))
+    (rows, top_k), hidden = ids.shape, w2.shape[1]
     gathered = triton_moe._resize_cache(call["workspace2"], (rows, top_k, hidden))
+    out = gathered.view(rows * top_k, hidden)
+    slots = _sorted(call, tiles.gate_up.block_m)
+    (_compute_fp8 if fp8 else _compute_bf16)(experts, call, out, slots, tiles)
+    experts.moe_sum(gathered, call["output"], ids, call["expert_map"])
+    return None
+
+
+def _sorted(call: dict[str, Any], block_m: int) -> "Slots":
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    from sere_ray.engine.gpu.gate_up import Slots
+
+    ids, expert_map = call["topk_ids"], call["expert_map"]
     # By vLLM's module, where the plugin has put a launch that also re-routes.
-    sort = triton_moe._prepare_expert_assignment
-    block, expert_map = {"BLOCK_SIZE_M": tiles.gate_up.block_m}, call["expert_map"]
-    slots = Slots(
-        *sort(
+    return Slots(
+        *triton_moe._prepare_expert_assignment(
             ids,
-            block,
-            rows,
-            top_k,
-            num_experts if expert_map is None else call["global_num_experts"],
+            {"BLOCK_SIZE_M": block_m},
+            *ids.shape,
+            call["w2"].shape[0] if expert_map is None else call["global_num_experts"],
             expert_map,
             ignore_invalid_experts=expert_map is not None,  # and moe_sum skips them
         )
     )
-    gate_up(call["hidden_states"], w1, activated, slots, top_k, tiles.gate_up)
-    out = gathered.view(rows * top_k, hidden)
+
+
+def _compute_bf16(
+    experts: Any, call: dict[str, Any], out: Tensor, slots: "Slots", tiles: Tiles
+) -> None:
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    from sere_ray.engine.gpu.gate_up import down, gate_up
+
+    w2, top_k = call["w2"], call["topk_ids"].shape[1]
+    activated = triton_moe._resize_cache(call["workspace13"], (len(out), w2.shape[2]))
+    gate_up(call["hidden_states"], call["w1"], activated, slots, top_k, tiles.gate_up)
     down(activated, w2, call["topk_weights"], out, slots, tiles.down)
-    experts.moe_sum(gathered, call["output"], ids, expert_map)
-    return None
 
 
-def tiles_for(num_experts: int, width: int, rows: int) -> Tiles | None:
+def _compute_fp8(
+    experts: Any, call: dict[str, Any], out: Tensor, slots: "Slots", tiles: Tiles
+) -> None:
+    from sere_ray.engine.gpu.gate_up_fp8 import down_fp8, empty_activated, gate_up_fp8
+
+    w1, w2 = (call["w1"], experts.w1_scale), (call["w2"], experts.w2_scale)
+    activated = empty_activated(len(out), w2[0].shape[2], out.device)
+    x, top_k = (call["hidden_states"], call["a1q_scale"]), call["topk_ids"].shape[1]
+    gate_up_fp8(x, w1, activated, slots, top_k, tiles.gate_up)
+    down_fp8(activated, w2, call["topk_weights"], out, slots, tiles.down)
+
+
+def tiles_for(num_experts: int, width: int, rows: int, *, fp8: bool = False) -> Tiles | None:
     """Tiles of the nearest measured batch, None where vLLM's own GEMMs stand.
 
     Args:
         num_experts: E of the layer's weights.
         width: of an expert.
         rows: T.
+        fp8: the weights are e4m3 in blocks of 128 x 128, not bf16.
     """
     from vllm import envs
     from vllm.model_executor.layers.fused_moe import get_config
 
     if envs.VLLM_TUNED_CONFIG_FOLDER is not None or envs.VLLM_BATCH_INVARIANT or get_config():
         return None  # the user's choice
-    measured = _load(_FOLDER, num_experts, width)
+    measured = _load(_FOLDER, num_experts, width, fp8)
     if not measured or rows > max(measured):
         return None
     return measured[min(measured, key=lambda tuned: abs(tuned - rows))]
@@ -94,13 +126,16 @@ _SHARDS = (1, 2, 4, 8, 16)
 
 
 @functools.cache
-def _load(folder: Path, num_experts: int, width: int) -> dict[int, Tiles]:
+def _load(folder: Path, num_experts: int, width: int, fp8: bool) -> dict[int, Tiles | None]:
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
     from vllm.platforms import current_platform
 
-    names = [get_config_file_name(num_experts * shards, width, None) for shards in _SHARDS]
+    form = ("fp8_w8a8", _BLOCK) if fp8 else (None, None)
+    if fp8 and not current_platform.is_device_capability(90):
+        return {}  # stock's kernel adds in another order there
+    names = [get_config_file_name(num_experts * shards, width, *form) for shards in _SHARDS]
     if current_platform.is_device_capability(90):
-        names += [name.split("device_name=")[0] + "device_name=NVIDIA_H200.json" for name in names]
+        names += [re.sub("device_name=[^,.]*", "device_name=NVIDIA_H200", name) for name in names]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         logger.info("sere-ray: expert GEMMs are vLLM's: there are no tiles in %s", names[0])
@@ -109,20 +144,18 @@ def _load(folder: Path, num_experts: int, width: int) -> dict[int, Tiles]:
     from sere_ray.engine.gpu.gate_up import Tile
 
     return {
-        int(rows): Tiles(Tile(**pair["gate_up"]), Tile(**pair["down"]))
+        int(rows): pair and Tiles(Tile(**pair["gate_up"]), Tile(**pair["down"]))
         for rows, pair in json.loads(file.read_text()).items()
     }
 
 
 def _is_plain(experts: Any) -> bool:
-    """No quantisation, bias, clamp or LoRA, and not a subclass that computes something else."""
+    """No bias, clamp or LoRA, and not a subclass that computes something else."""
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     config = experts.quant_config
     return (
         type(experts) is TritonExperts
-        and config.quant_dtype is None
-        and config.weight_quant_dtype is None
         and config.w1_bias is None
         and config.w2_bias is None
         and experts.activation_config.clamp_limit is None
@@ -132,16 +165,41 @@ def _is_plain(experts: Any) -> bool:
     )
 
 
+def _is_plain_bf16(experts: Any, call: dict[str, Any]) -> bool:
+    config = experts.quant_config
+    tensors: list[Tensor] = [call[name] for name in ("hidden_states", "w1", "w2")]
+    return (
+        config.quant_dtype is None
+        and config.weight_quant_dtype is None
+        and all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
+        and call["a1q_scale"] is None
+        and _is_plain_batch(call)
+    )
+
+
+def _is_plain_fp8(experts: Any, call: dict[str, Any]) -> bool:
+    """In blocks of 128 x 128, rows in groups of 128, with scales that are any float32."""
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import is_deep_gemm_e8m0_used
+
+    values: list[Tensor] = [call[name] for name in ("hidden_states", "w1", "w2")]
+    scales: list[Tensor | None] = [call["a1q_scale"], experts.w1_scale, experts.w2_scale]
+    return (
+        experts.quant_config.block_shape == _BLOCK
+        and not is_deep_gemm_e8m0_used()
+        and all(value.dtype == torch.float8_e4m3fn and value.is_contiguous() for value in values)
+        and all(s is not None and s.dtype == torch.float32 and s.is_contiguous() for s in scales)
+        and all(size % 128 == 0 for size in call["w2"].shape[1:])
+        and _is_plain_batch(call)
+    )
+
+
 def _is_plain_batch(call: dict[str, Any]) -> bool:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     weights: Tensor = call["topk_weights"]
-    tensors: list[Tensor] = [call[name] for name in ("hidden_states", "w1", "w2")]
     return (
-        all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
-        and weights.dtype == torch.float32
+        weights.dtype == torch.float32
         and weights.is_contiguous()
         and call["activation"] == MoEActivation.SILU
-        and call["a1q_scale"] is None
         and not call["apply_router_weight_on_input"]
     )

@@ -43,7 +43,7 @@ class Tile:
             that a batch could need, most of which find nothing to do.
         overlap: start while the previous kernel ends (programmatic dependent launch).
         ahead: with ``overlap``, so many columns of a tile's weights are fetched into L2 before the
-            previous kernel has ended; a power of two from 64 on, or 0. See :func:`down`.
+            previous kernel has ended; a power of two from 128 bytes on, or 0. See :func:`down`.
     """
 
     block_m: int
@@ -92,6 +92,19 @@ def down(
     _launch(activated, w2, out, weights, slots, 1, tile, gated=False)
 
 
+def programs_of(out: Tensor, slots: Slots, tile: Tile) -> int:
+    """Of a launch that writes ``out`` ``[T * K, columns]``: enough for every tile that it may need,
+    or as many as the tile says."""
+    count, columns = out.shape
+    blocks = count
+    if slots.sorted_slots is not None:
+        blocks = min(count, slots.sorted_slots.numel() // tile.block_m)
+    programs = blocks * -(-columns // tile.block_n)
+    if tile.programs:
+        programs = min(programs, tile.programs * _multiprocessors(out.device))
+    return programs
+
+
 def _launch(
     a: Tensor,
     b: Tensor,
@@ -103,15 +116,8 @@ def _launch(
     *,
     gated: bool,
 ) -> None:
-    count, columns = out.shape
-    blocks = count
-    if slots.sorted_slots is not None:
-        blocks = min(count, slots.sorted_slots.numel() // tile.block_m)
-    programs = blocks * -(-columns // tile.block_n)
-    if tile.programs:
-        programs = min(programs, tile.programs * _multiprocessors(a.device))
     options: dict[str, Any] = {"launch_pdl": True} if tile.overlap else {}
-    expert_gemm[(programs,)](
+    expert_gemm[(programs_of(out, slots, tile),)](
         a,
         b,
         out,
@@ -119,8 +125,8 @@ def _launch(
         slots.sorted_slots,
         slots.block_expert,
         slots.padded_slots,
-        count,
-        COLUMNS=columns,
+        out.shape[0],
+        COLUMNS=out.shape[1],
         DEPTH=a.shape[1],
         TOP_K=top_k,
         GATED=gated,

@@ -1,0 +1,206 @@
+"""Shapes of models that benchmarks serve, as their ``config.json`` has them."""
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_QWEN3: dict[str, Any] = {
+    **_COMMON,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+CONFIG: dict[str, Any] = {
+    **_QWEN3,
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+"""What the random models for CPUs share."""
+
+PUBLIC: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen1.5-moe-a2.7b": {
+        **_COMMON,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+    },
+    "deepseek-v2-lite": {
+        **_COMMON,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "max_position_embeddings": 163840,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "torch_dtype": "bfloat16",
+    },
+}
+PUBLIC["gpt-oss-120b"] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "hidden_act": "silu",
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 10,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 200002,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+_GATES = [f"model.layers.{layer}.mlp.gate" for layer in range(48)]
+_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+_INT4 = {"bits": 4, "group_size": 128}
+
+
+def _quantised(model: str, **quantisation: Any) -> dict[str, Any]:
+    return {**PUBLIC[model], "quantization_config": quantisation}
+
+
+PUBLIC |= {
+    "qwen3-30b-a3b-fp8": _quantised(
+        "qwen3-30b-a3b",
+        **_FP8,
+        weight_block_size=[128, 128],
+        modules_to_not_convert=["lm_head", *_GATES],
+    ),
+    "qwen3-30b-a3b-fp8-tensor": _quantised(
+        "qwen3-30b-a3b", **_FP8, modules_to_not_convert=["lm_head", *_GATES]
+    ),
+    "qwen3-30b-a3b-gptq": _quantised(
+        "qwen3-30b-a3b",
+        **_INT4,
+        quant_method="gptq",
+        desc_act=False,
+        sym=True,
+        lm_head=False,
+        dynamic={r"-:.*\.mlp\.gate$": {}},
+    ),
+    "qwen3-30b-a3b-awq": _quantised(
+        "qwen3-30b-a3b",
+        **_INT4,
+        quant_method="awq",
+        zero_point=True,
+        version="gemm",
+        modules_to_not_convert=["lm_head", *_GATES],
+    ),
+    "deepseek-v3-fp8": {
+        **PUBLIC["deepseek-v2-lite"],
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "quantization_config": {**_FP8, "weight_block_size": [128, 128]},
+    },
+}
+"""Shapes of public checkpoints, in full but for the layers of gpt-oss-120b (20 of 36) and of
+DeepSeek-V3 (3 of 61, one of them dense)."""

@@ -77,7 +77,7 @@ def evaluate(
         found = run(plan, rules=chosen_rules, settings=chosen, console=console, best_only=best_only)
         if onto:
             check_same_text(onto, found, plan.batches)
-        write_result(out, found, onto=onto)
+        write_result(out, found, onto=onto, row_lines=best_only)
         if html:
             write_frontier_page(load_result(out), html)
     print(out)

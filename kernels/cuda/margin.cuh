@@ -24,7 +24,7 @@ __device__ __forceinline__ void ask(Shared& shared, const Row& r, int runners_up
   int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
   if (s.valid && s.kind != PADDING) atomicOr(of_expert, r.changeable && lane != first ? NAMED : NAMED | KEPT_ANYWAY);
   if (!r.changeable) return;
-  const int demand = demand_of(r, runners_up) * (WEIGHT_UNIT - s.discount) / WEIGHT_UNIT;
+  const int demand = min(demand_of(r, runners_up) * (WEIGHT_UNIT - s.discount) / WEIGHT_UNIT, UNIT + 1);
   if (lane >= K || demand == 0) return;
   if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
 }

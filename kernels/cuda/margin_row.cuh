@@ -92,7 +92,7 @@ __device__ __forceinline__ int demand_of(const Row& r, int runners_up) {
   const float of_slot = __int2float_rn(ahead);
 #endif
   const float lead = fminf(__fdiv_rn(of_slot, __fmul_rn(__int2float_rn(total), __int2float_rn(n))), 2);
-  return min(__float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT))), UNIT + 1);
+  return __float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT)));
 }
 
 // Sum over the lanes that hold the slots of the warp's row, for them.

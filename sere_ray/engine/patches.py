@@ -60,29 +60,26 @@ WorkerBase.sere_*                      Methods that ``collective_rpc`` reaches b
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from sere_ray.engine import acceptance, adapters, kv_salt, recording, worker_calls
+from sere_ray.engine import acceptance, adapters, kv_salt, loaded, recording, worker_calls
 from sere_ray.engine.back_end import BackEnd, Routing
+from sere_ray.engine.back_ends import BACK_ENDS
 from sere_ray.engine.checks import KEY, check_config, sere_config
-from sere_ray.engine.cpu.back_end import CpuBackEnd
-from sere_ray.engine.gpu.back_end import GpuBackEnd
 from sere_ray.engine.layer_checks import (
-    check_gate,
     check_layer,
     check_routes_outside_kernel,
     check_something_attached,
 )
 from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
-from sere_ray.engine.state import EngineState, add_state, find_state, states_of_layers
+from sere_ray.engine.state import EngineState, add_state, find_state
 from sere_ray.policy.policy import read_key_file
 from sere_ray.util.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")
-BACK_ENDS: dict[str, BackEnd] = {"cpu": CpuBackEnd(), "cuda": GpuBackEnd()}
 """By vLLM's name of the device; others are refused before the model loads."""
 _MARK = "_sere_ray_original"
 
@@ -117,8 +114,8 @@ def _install_patches(back_end: BackEnd, vllm_config: Any) -> None:
     _wrap(WorkerLoRAManager, "_load_adapter", adapters.load_adapter)
     _wrap(RoutedExpertsCapturer, "__init__", recording.tell_dropped_apart)
     _wrap(Worker, "execute_model", acceptance.take_weights)
-    _wrap(Worker, "reload_weights", _refuse_other_weights)
-    _wrap(base_loader, "process_weights_after_loading", _check_loaded)
+    _wrap(Worker, "reload_weights", loaded.refuse_other_weights)
+    _wrap(base_loader, "process_weights_after_loading", loaded.check_loaded)
     for name, method in WORKER_METHODS.items():
         setattr(WorkerBase, name, method)
     back_end.install(_wrap, vllm_config)
@@ -224,62 +221,6 @@ def _rerouting_class(gate: type[Any], route: Callable[..., Routing]) -> type:
 
     methods = {"_compute_routing": _compute_routing, "set_capture_fn": set_capture_fn}
     return type(f"Rerouting{gate.__name__}", (gate,), methods)
-
-
-# --- worker: after loading ----------------------------------------------------------------------
-
-
-def _check_loaded(
-    original: Callable[..., Any], model: Any, model_config: Any, *args: Any, **kwargs: Any
-) -> None:
-    states = states_of_layers(model.modules())
-    for state in states:
-        # That every layer has its matrix is checked as it is built.
-        state.artifact.check_layers(
-            [*state.attached, *_elsewhere(model_config, state.layers)],
-            path=state.policy.similarity,
-            but="those of the model have no experts",
-        )
-        _check_router_weights(state, model)
-    original(model, model_config, *args, **kwargs)
-    for state in states:
-        back_end = BACK_ENDS["cuda" if state.kind["on_gpu"] else "cpu"]
-        for runner in state.attached.values():
-            back_end.check_experts(state, runner)
-        state.loaded()
-
-
-def _elsewhere(model_config: Any, layers: Iterable[int]) -> list[int]:
-    """Layers that other pipeline stages hold, which check them.
-
-    Args:
-        model_config: vLLM's.
-        layers: decoder layer indices.
-    """
-    from vllm.config import get_current_vllm_config
-
-    parallel = get_current_vllm_config().parallel_config
-    if parallel.pipeline_parallel_size == 1:
-        return []
-    first, end = model_config.get_layers_start_end_indices(parallel)
-    return [layer for layer in layers if not first <= layer < end]
-
-
-def _check_router_weights(state: EngineState, model: Any) -> None:
-    """Compare each gate with the one that was calibrated."""
-    if not state.artifact.metadata.synthetic:
-        for layer, runner in state.attached.items():
-            weight = check_gate(runner, model)
-            state.artifact.check_router(layer, weight, path=state.policy.similarity)
-
-
-def _refuse_other_weights(original: Callable[..., Any], worker: Any, *args: Any, **kw: Any) -> Any:
-    if find_state(worker.vllm_config) is not None:
-        raise UnsupportedError(
-            "sere: reload_weights: gates may change after the artifact was checked; calibrate the "
-            "new weights and restart the engine with their artifact"
-        )
-    return original(worker, *args, **kw)
 
 
 # --- worker: answers to calls by name -------------------------------------------------------------

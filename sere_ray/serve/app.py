@@ -7,7 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from sere_ray.engine.checks import installed_vllm
+from sere_ray.engine.vllm_version import installed_vllm
 from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact

@@ -219,7 +219,7 @@ def test_a_chain_of_hashes_can_be_cut():
 
 
 def test_which_connectors_find_blocks_by_what():
-    """`KV_CONNECTORS` of `checks.py`: by request, by vLLM's hashes, or by `cache_salt`."""
+    """`KV_CONNECTORS` of `option_checks.py`: by request, by vLLM's hashes, or by `cache_salt`."""
     folder = "distributed.kv_transfer.kv_connector.v1"
     multi = ast.unparse(tree_of(f"{folder}.multi_connector"))
     assert "def sub_connectors(self)" in multi

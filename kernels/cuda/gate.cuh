@@ -9,7 +9,7 @@
 namespace {
 
 constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
-constexpr float MOST_UNITS = 1 << 28;              // of a score or a bias, either way
+constexpr int MOST_UNITS = 1 << 28;                // of a score or a bias, either way
 constexpr int NEVER = 0x80000000;                  // rank of an expert that a row may not choose
 constexpr unsigned ALL_SLOTS = ALL_LANES >> (32 - K);  // the lanes below K hold the slots of a warp's row
 constexpr int SOFTMAX = 0, SIGMOID = 1;            // scorings; 2 = the square root of a softplus
@@ -45,15 +45,14 @@ __device__ __forceinline__ float score_of(float logit, float most) {
 // Of a gate of any kind; `most` is the row's best logit.
 __device__ __forceinline__ float score_by(int scoring, float logit, float most) {
   if (scoring == SOFTMAX) return score_of(logit, most);
-  const float score = scoring == SIGMOID ? __fdiv_rn(1, __fadd_rn(1, expf(-logit)))
+  const float score = scoring == SIGMOID ? __frcp_rn(__fadd_rn(1, expf(-logit)))
                                          : __fsqrt_rn(logit > 20 ? logit : log1pf(expf(logit)));
   return score >= 0 ? score : 0;
 }
 
-// A score or bias in units of 2^-22 of `best`.
-__device__ __forceinline__ int units_of(float value, float best) {
-  const float units = __fmul_rn(__fdiv_rn(value, best), SCORE_UNIT);
-  return units == units ? __float2int_rn(fminf(fmaxf(units, -MOST_UNITS), MOST_UNITS)) : 0;
+// A score or bias as an integer; `scale` makes 2^22 of the row's best choice. Not a number: 0.
+__device__ __forceinline__ int units_of(float value, float scale) {
+  return min(max(__float2int_rn(__fmul_rn(value, scale)), -MOST_UNITS), MOST_UNITS);
 }
 
 __device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
@@ -101,32 +100,28 @@ __device__ __forceinline__ long long wide_sum(const int (&values)[PER_LANE]) {
 }
 
 // Fills what the gate ranks by. `named`: a bit for each expert of the lane that a slot names.
-__device__ __forceinline__ void rank(Row& r, const Logits& logits, unsigned named) {
+__device__ __forceinline__ void rank(Row& r, const Logits& logits, const Share<float>& bias, unsigned named) {
   const int first = threadIdx.x % 32 * PER_LANE, id = r.slot.valid ? int(r.slot.id) : 0;
-  float best = __int_as_float(__reduce_max_sync(ALL_LANES, __float_as_int(r.own)));
-  r.own_units = units_of(r.own, best);
+  const float own_bias = logits.bias ? logits.bias[id] : 0;
+  const int best = __reduce_max_sync(ALL_LANES, __float_as_int(r.own));  // bits of floats >= 0 are in their order
+  float scale = __fdiv_rn(SCORE_UNIT, __int_as_float(best));
+  r.own_units = r.own_rank = units_of(r.own, scale);
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) r.rank[j] = first + j < E ? units_of(r.of[j], best) : 0;
+  for (int j = 0; j < PER_LANE; ++j) r.rank[j] = first + j < E ? units_of(r.of[j], scale) : 0;
   if (logits.bias) {
-    if (logits.scoring == SOFTMAX) best = __fdiv_rn(SCORE_UNIT, __ll2float_rn(wide_sum(r.rank)));
+    if (logits.scoring == SOFTMAX) scale = __ll2float_rn(wide_sum(r.rank));
+    r.own_rank += units_of(own_bias, scale);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-      if (first + j < E) r.rank[j] += units_of(logits.bias[first + j], best);
-    }
-  }
-  r.own_rank = 0;
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    const int of_slot = __shfl_sync(ALL_LANES, r.rank[j], id / PER_LANE);
-    if (id % PER_LANE == j) r.own_rank = of_slot;
+    for (int j = 0; j < PER_LANE; ++j) r.rank[j] += units_of(bias.logit(j), scale);
   }
   unsigned groups = ALL_LANES;                     // a bit for each that the row chose from
-  if (logits.group_size) groups = __reduce_or_sync(ALL_LANES, r.slot.valid ? 1u << id / logits.group_size : 0u);
+  const int size = logits.group_size ? logits.group_size : STRIDE;
+  if (logits.group_size) groups = __reduce_or_sync(ALL_LANES, r.slot.valid ? 1u << id / size : 0u);
+  int group = first / size, left = size - first % size;  // experts of the group from here on
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    const bool exists = first + j < E && !(named >> j & 1);
-    const int group = exists && logits.group_size ? (first + j) / logits.group_size : 0;
-    if (!exists || !(groups >> group & 1)) r.rank[j] = NEVER;
+  for (int j = 0; j < PER_LANE; ++j, --left) {
+    if (left == 0) left = size, ++group;
+    if (first + j >= E || named >> j & 1 || !(groups >> group & 1)) r.rank[j] = NEVER;
   }
 }
 #endif
@@ -138,6 +133,8 @@ __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load
   const bool is_wide = logits.bytes == 4;
   Share<float> of_wide;
   Share<unsigned short> of_narrow;
+  Share<float> bias;
+  if (ANY_GATE && logits.bias) bias.read(logits.bias);
   if (is_wide) of_wide.read(static_cast<const float*>(logits.values) + row * E);
   else of_narrow.read(static_cast<const unsigned short*>(logits.values) + row * E);
   Row r;
@@ -163,7 +160,7 @@ __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load
     r.of[j] = lane * PER_LANE + j < E ? score : -1;
   }
 #if ANY_GATE
-  rank(r, logits, named);
+  rank(r, logits, bias, named);
 #endif
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {

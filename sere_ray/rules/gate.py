@@ -63,7 +63,7 @@ def score_units(scores: Tensor, chosen: Tensor) -> Tensor:
         scores: ``[..., T, E]`` float32, at least 0.
         chosen: ``[..., T, K]`` int64, of every row valid ids.
     """
-    return _units(scores, scores.gather(-1, chosen).amax(dim=-1, keepdim=True))
+    return _units(scores, _scale(scores, chosen))
 
 
 def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
@@ -77,12 +77,12 @@ def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
         chosen: as there.
         gate: of the layer.
     """
-    units = score_units(scores, chosen)
+    scale = _scale(scores, chosen)
+    units = _units(scores, scale)
     if gate.bias is not None:
-        best = scores.gather(-1, chosen).amax(dim=-1, keepdim=True)
         if gate.scoring == "softmax":
-            best = SCORE_UNIT / units.sum(dim=-1, keepdim=True).float()
-        units = units + _units(gate.bias.to(scores.device), best)
+            scale = units.sum(dim=-1, keepdim=True).float()
+        units = units + _units(gate.bias.to(scores.device), scale)
     if gate.group_size:
         group = torch.arange(scores.shape[-1], device=scores.device) // gate.group_size
         num_groups = -(-scores.shape[-1] // gate.group_size)
@@ -91,6 +91,12 @@ def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
     return units
 
 
-def _units(values: Tensor, best: Tensor) -> Tensor:
-    units = (values / best * SCORE_UNIT).nan_to_num(nan=0.0, posinf=MOST, neginf=-MOST)
+def _scale(scores: Tensor, chosen: Tensor) -> Tensor:
+    """``[..., T, 1]``: makes ``SCORE_UNIT`` of the best score that the row chose."""
+    best = scores.gather(-1, chosen).amax(dim=-1, keepdim=True)
+    return torch.full_like(best, SCORE_UNIT) / best
+
+
+def _units(values: Tensor, scale: Tensor) -> Tensor:
+    units = (values * scale).nan_to_num(nan=0.0, posinf=MOST, neginf=-MOST)
     return units.clamp(-MOST, MOST).round().long()

@@ -1,7 +1,7 @@
 """Real vLLM engines on a GPU, full CUDA graphs on: the same promises as on a CPU."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -123,16 +123,6 @@ def test_a_lone_request_is_exact_under_margin(checkpoint):
     key = {"similarity": sere_key(folder)["similarity"], "rule": "margin", "tau": 1.0}
     with running_engine(folder, key, **GRAPHS) as engine:
         assert generate(engine, prompts(1))[0] == stock
-
-
-def test_margin_is_refused_where_the_gate_has_groups(checkpoint):
-    folder = checkpoint("deepseek_v2")
-    key = {"similarity": sere_key(folder)["similarity"], "rule": "margin", "tau": 0.1}
-    with (
-        pytest.raises(UnsupportedError, match=r"sere.rule = 'margin': needs a gate"),
-        running_engine(folder, key, **GRAPHS),
-    ):
-        pass
 
 
 def test_random_fp8_experts(checkpoint, tmp_path):
@@ -263,10 +253,10 @@ BY_MARGIN = [
 ]
 
 
-def recount(bound, position, similarity, before, weights, logits, row_kind, row_weight):
+def recount(bound, position, similarity, gate, before, weights, logits, row_kind, row_weight):
     """Ids, weights and counters of a layer, by the reference."""
     if bound.rule == "margin":
-        layer = bound.of_layer(position, len(similarity), None)
+        layer = replace(bound.of_layer(position, len(similarity), None), gate=gate)
         return by_reference(before, weights, logits, row_kind, layer, GPU_MATH, row_weight)
     arguments = {
         "row_kind": row_kind,
@@ -287,6 +277,8 @@ def recount(bound, position, similarity, before, weights, logits, row_kind, row_
         ("deepseek_v2", BY_SERE, GRAPHS),
         pytest.param("qwen3_moe", BY_MARGIN, GRAPHS, id="margin"),
         pytest.param("qwen3_moe_64", BY_MARGIN, GRAPHS, id="margin_with_top_k"),
+        pytest.param("deepseek_v2", BY_MARGIN, GRAPHS, id="margin_behind_groups"),
+        pytest.param("deepseek_v3", BY_MARGIN, GRAPHS, id="margin_behind_a_bias"),
         pytest.param("qwen3_moe", BY_SERE, DRAFTS, id="drafts"),
         pytest.param("qwen3_moe_64", BY_MARGIN, DRAFTS, id="margin_with_drafts"),
     ],
@@ -336,9 +328,8 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             assert PADDING not in kinds
             row_weight = None if draft_weights is None else torch.from_numpy(draft_weights)
             given = (before[:rows], weights[:rows], logits[:rows], row_kind, row_weight)
-            wanted, wanted_weights, counts = recount(
-                bound, position, artifact.layers[layer], *given
-            )
+            of_layer = artifact.layers[layer], state.gates.known[layer]
+            wanted, wanted_weights, counts = recount(bound, position, *of_layer, *given)
             recount_of[kind, position] += [int(number) for number in counts[: len(COUNTERS)]]
             if bound.mode == "observe":
                 wanted, wanted_weights = before[:rows], weights[:rows]
@@ -347,7 +338,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             assert torch.equal(weights[:rows][~changed], weights_after[:rows][~changed])
             torch.testing.assert_close(weights_after[:rows], wanted_weights, rtol=1e-5, atol=1e-8)
     assert bool(recorder.chosen) == (architecture == "qwen3_moe_64")
-    if architecture != "deepseek_v2":  # whose gate, with groups, leaves padding rows their ids
+    if not architecture.startswith("deepseek"):  # gates with groups leave padding rows their ids
         assert graphed, "no step was padded to a graph's size"
     for kind, name in enumerate(("decode_only", "mixed")):
         assert totals[kind, 0] > 0, name

@@ -498,7 +498,12 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsqrt_rn(float value) { return sqrtf(value); }
 inline float __ll2float_rn(long long value) { return float(value); }
 inline float __int2float_rn(int value) { return float(value); }
-inline int __float2int_rn(float value) { return int(rintf(value)); }
+inline float __frcp_rn(float value) { return 1.0f / value; }
+// Beyond its range the nearest end of it, not a number 0: as PTX's cvt.rni.s32.f32.
+inline int __float2int_rn(float value) {
+    if (value != value) return 0;
+    return value >= 0x1p31f ? 0x7fffffff : value < -0x1p31f ? -0x7fffffff - 1 : int(rintf(value));
+}
 
 inline int __float_as_int(float value) { return cuda_on_cpu::bit_cast<int>(value); }
 inline unsigned __float_as_uint(float value) { return cuda_on_cpu::bit_cast<unsigned>(value); }

@@ -139,7 +139,7 @@ def test_captured_graph_follows_settings_and_row_kinds() -> None:
     )
     settings_ = Settings(GPU)
     layer = device_layer(base, GPU)._replace(settings=settings_.buffer[0])
-    tables, _, step, counters = layer
+    tables, _, step, counters, _ = layer
     settings_.write(policy(base), top_k=8, num_experts=128)
     step.clear()
     kernel = kernel_of(base)

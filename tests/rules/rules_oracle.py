@@ -100,10 +100,10 @@ def _lynx(rows, anyway, layer):
     return _fill_up(anyway | _first(rows, 1), set(range(layer.num_experts)), worth, layer.experts)
 
 
-def _units(values, best):
-    """In units of 2^-22 of ``best``, within 2^28 of 0."""
+def _units(values, scale):
+    """Scaled, within 2^28 of 0."""
     with np.errstate(all="ignore"):
-        found = [float(np.float32(value) / best * np.float32(2**22)) for value in values]
+        found = [float(np.float32(value) * scale) for value in values]
     return [0 if math.isnan(x) else round(min(max(x, -(2.0**28)), 2.0**28)) for x in found]
 
 
@@ -114,13 +114,14 @@ def _allowed(ids, layer):
 
 def _ranks(ids, p, gate):
     """Score units, and what the gate ranks by in these units."""
-    best = np.float32(max(p[e] for e in ids))
-    units = _units(p, best)
+    with np.errstate(all="ignore"):
+        scale = np.float32(2**22) / np.float32(max(p[e] for e in ids))
+    units = _units(p, scale)
     if gate.bias is None:
         return units, units
     if gate.scoring == "softmax":
-        best = np.float32(2**22) / np.float32(sum(units))
-    return units, [u + b for u, b in zip(units, _units(gate.bias.tolist(), best), strict=True)]
+        scale = np.float32(sum(units))
+    return units, [u + b for u, b in zip(units, _units(gate.bias.tolist(), scale), strict=True)]
 
 
 def _margin(rows, anyway, layer):

@@ -12,7 +12,7 @@ from sere_ray.rules import EXACT, REROUTABLE
 from tests.drafts import add_mtp_layer, build_eagle_head
 from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
 from tests.engine.test_gpu import DRAFTS, GRAPHS, POLICIES, tokens_of
-from tests.engine.test_speculation import ASK, repetitive
+from tests.engine.test_speculation import ASK, answers, repetitive
 from tests.models import TOP_K
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -94,7 +94,6 @@ class Steps:
 
 def test_row_kinds_are_those_of_an_oracle(checkpoint):
     """Chunked prompts beside decodes, rejected drafts, too few blocks, some exact requests."""
-    from vllm import SamplingParams
 
     folder, requests = checkpoint("qwen3_moe"), repetitive(10, length=70)
     exact = {str(number) for number in range(0, 10, 3)}
@@ -106,23 +105,8 @@ def test_row_kinds_are_those_of_an_oracle(checkpoint):
         "enable_prefix_caching": False,
     }
 
-    def answers(engine):
-        core, found = engine.llm_engine, {}
-        for number, request in enumerate(requests):
-            sampling = SamplingParams(
-                max_tokens=50,
-                temperature=0,
-                ignore_eos=True,
-                extra_args=ASK if str(number) in exact else None,
-            )
-            core.add_request(str(number), request, sampling)
-        while core.has_unfinished_requests():
-            for output in core.step():
-                found[output.request_id] = tuple(output.outputs[0].token_ids)
-        return found
-
     with running_engine(folder, **options) as engine:
-        stock = answers(engine)
+        stock = answers(engine, requests, exact)
     key = sere_key(folder, min_primary_experts=0)
     with running_engine(folder, key, **options) as engine, pytest.MonkeyPatch.context() as patch:
         scheduler = engine.llm_engine.engine_core.engine_core.scheduler
@@ -131,7 +115,7 @@ def test_row_kinds_are_those_of_an_oracle(checkpoint):
         patch.setattr(patches, "_begin_step", steps.begin_batch(patches._begin_step))
         patch.setattr(CudaState, "begin_step", steps.begin(CudaState.begin_step))
         read_counters(engine)
-        rerouted = answers(engine)
+        rerouted = answers(engine, requests, exact)
         counters = read_counters(engine)
     assert steps.seen == steps.wanted
     both = [EXACT in kinds and REROUTABLE in kinds for kinds in steps.seen]

@@ -121,10 +121,28 @@ class Steps:
         return recorded
 
 
+def answers(engine, requests, exact):
+    """Tokens by request; those of the set ``exact`` ask for exact routing."""
+    from vllm import SamplingParams
+
+    core, found = engine.llm_engine, {}
+    for number, request in enumerate(requests):
+        sampling = SamplingParams(
+            max_tokens=50,
+            temperature=0,
+            ignore_eos=True,
+            extra_args=ASK if str(number) in exact else None,
+        )
+        core.add_request(str(number), request, sampling)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            found[output.request_id] = tuple(output.outputs[0].token_ids)
+    return found
+
+
 @pytest.fixture(scope="module")
 def busy(checkpoint):
     """Chunked prompts beside decodes, too few blocks, some exact requests; S = 1 and stock."""
-    from vllm import SamplingParams
 
     folder, requests = checkpoint("qwen3_moe"), repetitive(10, length=70)
     exact = {str(number) for number in range(0, 10, 3)}
@@ -137,30 +155,15 @@ def busy(checkpoint):
         "enable_prefix_caching": False,
     }
 
-    def answers(engine):
-        core, found = engine.llm_engine, {}
-        for number, request in enumerate(requests):
-            sampling = SamplingParams(
-                max_tokens=50,
-                temperature=0,
-                ignore_eos=True,
-                extra_args=ASK if str(number) in exact else None,
-            )
-            core.add_request(str(number), request, sampling)
-        while core.has_unfinished_requests():
-            for output in core.step():
-                found[output.request_id] = tuple(output.outputs[0].token_ids)
-        return found
-
     with running_engine(folder, **options) as engine:
-        stock = answers(engine)
+        stock = answers(engine, requests, exact)
     key = sere_key(folder, min_primary_experts=0)
     with running_engine(folder, key, **options) as engine, pytest.MonkeyPatch.context() as patch:
         steps = Steps(engine, exact)
         patch.setattr(steps.scheduler, "schedule", steps.schedule(steps.scheduler.schedule))
         patch.setattr(CpuState, "begin", steps.begin(CpuState.begin))
         read_counters(engine)
-        rerouted = answers(engine)
+        rerouted = answers(engine, requests, exact)
         counters = read_counters(engine)
     return stock, rerouted, steps, counters, exact
 

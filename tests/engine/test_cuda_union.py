@@ -401,6 +401,25 @@ def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, ga
 
 
 @needs_compiler
+@pytest.mark.parametrize("rule", [{}, {"rule": "margin", "select_top_k": None, "tau": 0.5}])
+def test_layers_that_a_table_routes_stay_exact(emulated, rule):
+    """Under either rule, over all ranks; their experts are counted alike before and after."""
+    group, exact = Group(**rule), LAYERS[0]
+    for state in group.states:
+        del state.gates.known[exact]
+        state.gates.exact.add(exact)
+        state.rule.note_gates(state.gates.known, state.gates.exact)
+    passed = group.run_pass(*PASSES["full"])
+    for layer, (before, _, after) in passed.items():
+        for of_rank in after:
+            assert torch.equal(of_rank, before) == (layer == exact)
+    for state in group.states:
+        before, after, changed = (int(n) for n in state.read_layer_counters()[:, 0, :3].sum(0))
+        assert before == after > 0
+        assert changed == 0
+
+
+@needs_compiler
 def test_a_gate_without_scores_refuses_margin(emulated, has_words):
     state = Group(union="local").states[0]
     margin = {"similarity": "f", "rule": "margin", "tau": 0.1, "union": "local"}

@@ -1,5 +1,6 @@
 """What vLLM's routers rank by, and the rule ``margin`` behind them in a real engine."""
 
+import numpy as np
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
@@ -16,6 +17,7 @@ from sere_ray.rules.gate import Gate, rank_units, scores_of
 from sere_ray.rules.margin import margin
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.engine.test_cpu_union import EXPERTS, make_artifact
 from tests.models import MOE_LAYERS, NUM_EXPERTS, TOP_K
 
 SIZES = {"top_k": 2, "global_num_experts": 8}
@@ -109,6 +111,25 @@ def test_a_table_of_token_ids_is_known():
         FusedTopKBiasRouter(**SIZES, scoring_func="sqrtsoftplus", hash_indices_table=table),
     ):
         assert is_hashed(router)
+
+
+@pytest.mark.parametrize("rule", [{"select_top_k": 1}, {"rule": "margin", "tau": 0.5}])
+def test_layers_that_a_table_routes_stay_exact(rule):
+    state = CpuState(Policy.parse({"similarity": "f", **rule}), make_artifact(), 3, 64)
+    assert state.layers[:2] == [0, 1]
+    for layer in state.layers:
+        table = torch.zeros(9, 2) if layer == 0 else None
+        state.note_gate(layer, CPURouter(**SIZES, hash_indices_table=table))
+    scores = torch.rand((8, EXPERTS), generator=torch.Generator().manual_seed(0))
+    weights, ids = scores.topk(3)
+    with state.step(np.full(8, REROUTABLE, dtype=np.int8)):
+        new = [state.choose(layer, ids.int(), weights, scores) for layer in (0, 1)]
+    assert torch.equal(new[0][0], ids.int())
+    assert torch.equal(new[0][1], weights)
+    assert not torch.equal(new[1][0], ids.int())
+    before, after, slots = state.read_layer_counters()[0, 0, :3]
+    assert before == after > 0
+    assert slots == 0
 
 
 # --- in an engine ---------------------------------------------------------------------------------

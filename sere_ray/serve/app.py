@@ -7,6 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from sere_ray.engine.plugin import check_will_load
 from sere_ray.engine.vllm_version import installed_vllm
 from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
@@ -38,10 +39,13 @@ def build_app(args: dict[str, Any]) -> Any:
         ``data_parallel_size`` replicas, each a vLLM engine with its shard of the experts.
 
     Raises:
-        SereError: a field is unknown or out of range, or Ray cannot serve this vLLM.
+        SereError: a field is unknown or out of range, Ray cannot serve this vLLM, or vLLM would
+            leave out the plugin.
     """
     config = ServeConfig.parse(args)
     check_vllm_of_ray()
+    if config.sere is not None:
+        check_will_load()
     check_artifact(config)
     from sere_ray.serve.gateway.ingress import ingress_app  # pulls vLLM in: only when needed
 

@@ -8,6 +8,8 @@ import yaml
 from rich.console import Console
 
 from sere_ray import assets
+from sere_ray.engine import plugin
+from sere_ray.engine.plugin import check_will_load
 from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig, app, build_app
@@ -46,6 +48,24 @@ def test_the_policy_may_be_a_file_as_tune_writes_it(tmp_path, mode):
     config = ServeConfig.parse({**VALID, "sere": str(file), **(auto if mode == "auto" else {})})
     assert config.sere == Policy.parse(policy)
     assert config.starts_auto == (mode == "auto")
+
+
+@pytest.mark.parametrize("plugins", ["", "lora_filesystem_resolver", "sered,other"])
+def test_a_key_that_no_engine_would_act_on(monkeypatch, has_words, plugins):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    policy = {"similarity": "a.safetensors", "select_top_k": 2}
+    with pytest.raises(UnsupportedError) as error:
+        build_app({**VALID, "sere": policy})
+    has_words(str(error.value), f"VLLM_PLUGINS = {plugins!r}", "add 'sere'", "unset it")
+
+
+def test_plugins_that_name_this_one(monkeypatch):
+    for plugins in ("sere", "other,sere"):
+        check_will_load({"VLLM_PLUGINS": plugins})
+    check_will_load({})
+    monkeypatch.setattr(plugin, "entry_points", lambda **_: ())
+    with pytest.raises(UnsupportedError, match="not installed as a package"):
+        check_will_load({})
 
 
 def test_without_a_policy_the_engine_is_stock():

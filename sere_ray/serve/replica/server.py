@@ -16,6 +16,7 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
+from sere_ray.engine.plugin import check_will_load
 from sere_ray.policy.policy import Startup
 from sere_ray.serve.gateway.losses import EngineLostError
 from sere_ray.serve.policy_actor.actor import RouterActor
@@ -48,11 +49,16 @@ class _Following:
         self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
 
     async def _start_engine_and_follow(self) -> None:
-        """Start with the policy that the actor holds; without a policy, as Ray does."""
+        """Start with the policy that the actor holds; without a policy, as Ray does.
+
+        Raises:
+            UnsupportedError: vLLM leaves out the plugin here, so that the policy would do nothing.
+        """
         config: Any = self._llm_config  # type: ignore[attr-defined]
         additional = dict(config.engine_kwargs.get("additional_config") or {})
         if "sere" not in additional:
             return await super().start()  # type: ignore[misc,no-any-return]
+        check_will_load()
         self.follower = own_follower(config.model_id)
         startup = {k: v for k, v in additional["sere"].items() if k in Startup.model_fields}
         additional["sere"] = {**await self.follower.join(), **startup}

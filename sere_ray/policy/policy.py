@@ -162,6 +162,26 @@ class Policy(BaseModel):
         except ValidationError as error:
             raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
 
+    def changed(self, changes: Mapping[str, Any], *, where: str = "sere") -> Self:
+        """This policy with other values of some keys.
+
+        Where these name another rule, keys that it does not have are left out, ``by_rows`` among
+        them: nobody asked for them under this rule.
+
+        Args:
+            changes: the keys that are written anew.
+            where: name of the mapping in error messages.
+
+        Raises:
+            PolicyError: as for :meth:`parse`.
+        """
+        kept = self.model_dump()
+        rule = changes.get("rule", self.rule)
+        if rule != self.rule and rule in RULES:
+            others = RULE_KEYS.difference(RULES[rule].keys)
+            kept = {key: kept[key] for key in kept if key not in others and key != "by_rows"}
+        return self.parse({**kept, **changes}, where=where)
+
     def for_model(self, *, top_k: int, where: str = "sere") -> BoundPolicy:
         """Check the policy against a model's K and fill the default floor.
 

@@ -55,6 +55,20 @@ def refusal_of(key: str, value: object) -> str:
 # --- accepted ----------------------------------------------------------------------------------
 
 
+def test_a_change_of_rule_leaves_out_what_the_other_rule_has():
+    margin = Policy.parse({"similarity": "f", "rule": "margin", "tau": 0.1, "fill": 0.3})
+    ranged = margin.changed({"by_rows": [{"up_to": 4, "tau": 0.2}], "min_primary_experts": 3})
+    sere = ranged.changed({"rule": "sere", "select_top_k": 4})
+    expected = {"similarity": "f", "select_top_k": 4, "min_primary_experts": 3}
+    assert sere == Policy.parse(expected), "a key that both have stays"
+    assert sere.changed({"rule": "sere", "threshold": 0.5}).select_top_k == 4
+    assert sere.changed({"rule": "margin", "tau": 0.1}).select_top_k is None
+    with pytest.raises(PolicyError, match="tau = 0[.]5"):
+        margin.changed({"rule": "sere", "select_top_k": 4, "tau": 0.5})
+    with pytest.raises(PolicyError, match="'oea'"):
+        margin.changed({"rule": "oea"})
+
+
 def test_defaults_are_those_of_the_specification() -> None:
     policy = Policy.parse(SMALLEST)
     assert policy.model_dump() == {

@@ -295,6 +295,18 @@ def test_a_policy_by_rows_is_kept_and_shown(make_router):
     run(scenario())
 
 
+def test_another_rule_is_set_without_naming_the_keys_of_the_first(make_router):
+    async def scenario():
+        router = make_router()
+        await router.set_policy({"rule": "margin", "tau": 0.1}, "eve")
+        status = await router.set_policy({"rule": "sere", "select_top_k": 2}, "eve")
+        assert (status["policy"]["tau"], status["policy"]["select_top_k"]) == (None, 2)
+        newest = (await router.audit())[-1]
+        assert (newest["before"]["tau"], newest["after"]["policy"]["tau"]) == (0.1, None)
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     ("engines", "changes", "words"),
     [

@@ -37,7 +37,11 @@ def _change_schema() -> dict[str, Any]:
         if rules:
             about["x-rules"] = rules  # which have this key
     schema["properties"]["mode"]["enum"].append(AUTO)
-    return {**schema, "title": "PolicyChange", "description": "keys to change; others stay"}
+    return {
+        **schema,
+        "title": "PolicyChange",
+        "description": "keys to change; others stay, but for those that only another rule has",
+    }
 
 
 PolicyChange = Annotated[dict[str, Any], WithJsonSchema(_change_schema())]

@@ -167,9 +167,11 @@ class Holdings:
             )
         mode = changes.get("mode", self.mode)
         newest, pilot = self.newest["policy"], self.pilot
-        base = newest if pilot is None else pilot.base.model_dump()
-        keys = {**base, **changes, "similarity": self._file.name}
-        policy = Policy.parse({**keys, "mode": "off"} if mode == AUTO else keys, where="policy")
+        base = Policy.parse(newest) if pilot is None else pilot.base
+        written = {**changes, "similarity": self._file.name}
+        if mode == AUTO:
+            written["mode"] = "off"
+        policy = base.changed(written, where="policy")
         policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")

@@ -82,15 +82,17 @@ def running_engine(folder, sere=None, **options):
         "gpu_memory_utilization": 0.05,
     }
     with _frozen_heap(), fork_workers():
-        engine = LLM(
-            str(folder),
-            additional_config={} if sere is None else {"sere": sere},
-            **{**defaults, **options},
-        )
+        engine = None
         try:
+            engine = LLM(
+                str(folder),
+                additional_config={} if sere is None else {"sere": sere},
+                **{**defaults, **options},
+            )
             yield engine
-        finally:
-            engine.llm_engine.engine_core.shutdown()
+        finally:  # one that was refused while it loaded leaves its groups of ranks, too
+            if engine is not None:
+                engine.llm_engine.engine_core.shutdown()
             del engine
             gc.collect()
             cleanup_dist_env_and_memory()

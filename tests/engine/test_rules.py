@@ -7,8 +7,11 @@ import torch
 from sere_ray import assets
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.bench.demo_model import LENGTH, PROMPT_TOKENS, heldout_windows
+from sere_ray.bench.families import build
+from sere_ray.bench.family_configs import FAMILIES
 from sere_ray.calibration import calibrate
 from sere_ray.calibration.loading import load_model
+from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import read_counters, set_policy
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.evaluation.decode_batches import DecodeBatches
@@ -18,7 +21,7 @@ from sere_ray.rules import EXACT, REROUTABLE
 from sere_ray.rules.margin import margin
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from tests.engine import forced
-from tests.engine.conftest import generate, prompts, running_engine, sere_key
+from tests.engine.conftest import generate, prompts, running_engine
 
 pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
@@ -133,9 +136,12 @@ def test_a_policy_of_another_rule_is_checked_by_the_engine(engine, similarity, h
     set_policy(engine, with_similarity(similarity, {"rule": "sere", "select_top_k": 2}))
 
 
-def test_gates_with_groups_are_refused(checkpoint, has_words):
-    folder = checkpoint("deepseek_v2")
-    key = {"similarity": sere_key(folder)["similarity"], **MARGIN}
-    with pytest.raises(UnsupportedError) as caught, running_engine(folder, key):
+def test_gates_in_a_models_own_code_are_refused(tmp_path, has_words):
+    folder, similarity = tmp_path / "model", tmp_path / "synthetic.safetensors"
+    build(FAMILIES["phimoe"], folder)
+    synthetic_artifact(folder).save(similarity)
+    options = {"load_format": "dummy", "max_model_len": 64}
+    key = {"similarity": str(similarity), **MARGIN}
+    with pytest.raises(UnsupportedError) as caught, running_engine(folder, key, **options):
         pass
-    has_words(str(caught.value), "sere.rule = 'margin'", "use_grouped_topk", "'sere'")
+    has_words(str(caught.value), "sere.rule = 'margin'", "custom_routing_function", "'sere'")

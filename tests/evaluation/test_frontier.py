@@ -67,7 +67,9 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
         kl = np.full((texts, 4), factor * np.exp(-reads), dtype=np.float32)
         ones = np.ones((texts, 4), dtype=np.float32)
         experts = np.full(texts, reads, dtype=np.float32)
-        return Measured(kl, ones, ones[:, 1:], experts, {1: experts, 2: experts / 2})
+        return Measured(
+            kl, ones, ones[:, 1:], 0 * ones[:, 1:], experts, {1: experts, 2: experts / 2}
+        )
 
     points, found = [Point("exact", {}, 4)], [measured(9.0, 0.0)]
     for rule, factor in (("sere", 2.0), ("oea", 1.0), ("margin", 0.25)):
@@ -146,6 +148,7 @@ def test_evaluate(similarity, tmp_path):
     assert {row["ranks"] for row in rows if looks_at_ranks(row["settings"])} == {4}
     fields = {"rule", "settings", "batch", "ranks", "experts_read_mean", "experts_read_max_rank"}
     fields |= {"kl_mean", "kl_p99", "top1_agreement", "perplexity"}
+    fields |= {"kl_median", "kl_p999", "kl_max", "delta_p_rms"}
     for row in rows:
         assert fields <= row.keys()
         for name in fields - {"rule", "settings", "batch", "ranks"}:

@@ -123,7 +123,8 @@ def tasks(
         from sere_ray.evaluation.settings import read_settings
         from sere_ray.evaluation.tables import print_tasks
         from sere_ray.evaluation.task_items import check_tasks
-        from sere_ray.evaluation.tasks import TaskPlan, as_settings, run_tasks
+        from sere_ray.evaluation.task_run import TaskPlan
+        from sere_ray.evaluation.tasks import as_settings, run_tasks
         from sere_ray.loadtest.policies import parse_policies
         from sere_ray.util.results import check_continues, load_result, write_result
 

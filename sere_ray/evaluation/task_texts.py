@@ -28,7 +28,9 @@ class Document:
     @classmethod
     def of(cls, text: str, tokenizer: PreTrainedTokenizerBase) -> "Document":
         """Tokens of a text, without special ones."""
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         return cls(text, found["input_ids"], found["offset_mapping"])
 
     def words(self) -> Iterator[Span]:

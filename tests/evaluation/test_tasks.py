@@ -16,8 +16,9 @@ from sere_ray.cli.main import app
 from sere_ray.evaluation.paired import Paired, mcnemar_p
 from sere_ray.evaluation.task_arithmetic import worked_sum
 from sere_ray.evaluation.task_items import TASKS, Task, check_tasks
+from sere_ray.evaluation.task_run import asking_order
 from sere_ray.evaluation.task_texts import Document
-from sere_ray.evaluation.tasks import as_settings, asking_order
+from sere_ray.evaluation.tasks import as_settings
 from sere_ray.util.errors import SereError
 from sere_ray.util.results import load_result
 
@@ -35,7 +36,7 @@ def by_characters(text):
 def asked(name, documents, prompt, decode, tokenizer=None):
     """The questions of a task with texts of other lengths."""
     full = TASKS[name]
-    task = Task(full.about, prompt, decode, full.choices, full.ask)
+    task = Task(prompt, decode, full.choices, full.ask)
     return full.ask(task, documents, tokenizer)
 
 
@@ -318,7 +319,23 @@ def test_text_too_short_is_refused(similarity, tmp_path, name):
     text.write_text("def add(left, right):\n    return left + right\n")
     done = run(similarity, tmp_path / "o.json", "--policies", "S=2", "--tasks", name, data=text)
     assert done.exit_code == 2
-    assert f"fewer than 16 questions of {name}" in done.output
+    assert f"--tasks {name}: data = " in done.output
+    assert "gives 0 questions" in done.output
+    assert "give more or longer text" in done.output
+
+
+def test_sums_of_too_many_tokens_end():
+    """A tokenizer with a token for each character: a reply does not fit, and nothing hangs."""
+
+    class Characters:
+        chat_template = None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(c) for c in text]}
+
+    assert list(asked("arithmetic", [], 96, 20, Characters())) == []
+    question = next(asked("arithmetic", [], 96, 64, Characters()))
+    assert spelled(question)[0].splitlines()[-1].startswith("Answer: ")
 
 
 def test_settings_are_told_once_and_without_defaults():

@@ -15,14 +15,14 @@ _SCALE = (
 )
 """So that a KL says something to a reader who knows quantisations."""
 _DISTANCE = (
-    ("experts_read_mean", "experts", "{:.2f}"),
+    ("experts_read_mean", "reads", "{:.1f}"),
     ("kl_mean", "KL mean", "{:.5f}"),
-    ("kl_median", "median", "{:.6f}"),
-    ("kl_p99", "99 %", "{:.4f}"),
-    ("kl_p999", "99.9 %", "{:.4f}"),
-    ("kl_max", "max", "{:.3f}"),
-    ("delta_p_rms", "RMS dp", "{:.2%}"),
-    ("top1_agreement", "same top", "{:.2%}"),
+    ("kl_median", "median", "{:.4f}"),
+    ("kl_p99", "99 %", "{:.3f}"),
+    ("kl_p999", "99.9 %", "{:.3f}"),
+    ("kl_max", "max", "{:.2f}"),
+    ("delta_p_rms", "RMS dp", "{:.1%}"),
+    ("top1_agreement", "same top", "{:.1%}"),
 )
 
 
@@ -37,10 +37,10 @@ def print_distance(rows: list[dict[str, Any]], console: Console) -> None:
     if len(shown) > _MOST_ROWS:
         largest = max(row["batch"] for row in shown)
         shown = [row for row in shown if row["batch"] == largest]
-    table = _table("rule", "settings", "batch", *(heading for _, heading, _ in _DISTANCE))
+    table = _table("policy", "B", *(heading for _, heading, _ in _DISTANCE))
     for row in shown:
         numbers = (form.format(row[field]) for field, _, form in _DISTANCE)
-        table.add_row(row["rule"], label(row["settings"]), str(row["batch"]), *numbers)
+        table.add_row(_policy(row), str(row["batch"]), *numbers)
     console.print(table)
     console.print(_SCALE, highlight=False)
 
@@ -50,13 +50,12 @@ def print_tasks(document: dict[str, Any], console: Console) -> None:
     headings = ("items", "exact", "lost", "won", "relative loss", "p")
     table = _table("task", "policy", "B", *headings)
     for row in document["rows"]:
-        policy = f"{row['rule']} {label(row['settings'])}"
         numbers = f"{row['right_exact'] / row['items']:.1%}", str(row["lost"]), str(row["won"])
         loss = "-"
         if row["relative_loss"] is not None:
             low, high = row["relative_loss_95"]
             loss = f"{row['relative_loss']:.1%} ({low:.1%}..{high:.1%})"
-        of_row = row["task"], policy, str(row["batch"]), str(row["items"])
+        of_row = row["task"], _policy(row), str(row["batch"]), str(row["items"])
         table.add_row(*of_row, *numbers, loss, f"{row['mcnemar_p']:.2g}")
     console.print(table)
     for task in dict.fromkeys(row["task"] for row in document["rows"]):
@@ -73,10 +72,19 @@ def print_tasks(document: dict[str, Any], console: Console) -> None:
             )
 
 
+def _policy(row: dict[str, Any]) -> str:
+    settings = label(row["settings"])
+    return settings if settings == row["rule"] else f"{row['rule']} {settings}"
+
+
 def _table(*headings: str) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        left = heading in ("task", "policy", "rule", "settings")
-        folds = heading in ("policy", "settings")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not folds)
+        left = heading in ("task", "policy")
+        table.add_column(
+            heading,
+            justify="left" if left else "right",
+            no_wrap=heading != "policy",
+            min_width=None if heading == "policy" else len(heading),
+        )
     return table

@@ -56,7 +56,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a model says of the texts' own tokens, those that a decode row predicts."""
 
     log_p: Floats
@@ -96,7 +96,7 @@ class DecodeBatches:
             for layer, named in (statistics or {}).items()
         }
         self.ids = input_ids.to(model.device)
-        self.continuation = self.ids[:, prompt_tokens:]
+        self.answers = self.ids[:, prompt_tokens:]
         with torch.inference_mode():
             self.prompt: Cache = model(self.ids[:, :prompt_tokens], use_cache=True).past_key_values
             self.exact = self._forward({}).log_softmax(dim=-1)
@@ -129,7 +129,7 @@ class DecodeBatches:
             busiest=busiest,
         )
 
-    def answers(self, policy: BoundPolicy | None, batch: int) -> Answers:
+    def predictions(self, policy: BoundPolicy | None, batch: int) -> Predictions:
         """What is said of the texts with ``batch`` rows a step; None = by the exact model.
 
         Raises:
@@ -140,8 +140,8 @@ class DecodeBatches:
         else:
             found, counts = self._run(policy, batch)
             reads = float(counts.per_text(batch, len(self.layers))[0].mean())
-        hits = found[:, :-1].argmax(dim=-1) == self.continuation[:, 1:]
-        return Answers(_numpy(self._of_text(found)), hits.cpu().numpy(), reads)
+        hits = found[:, :-1].argmax(dim=-1) == self.answers[:, 1:]
+        return Predictions(_numpy(self._of_text(found)), hits.cpu().numpy(), reads)
 
     def _run(
         self, policy: BoundPolicy, batch: int, ranks: int = 1, repair: Repair | None = None
@@ -154,7 +154,7 @@ class DecodeBatches:
 
     def _of_text(self, log_p: Tensor) -> Tensor:
         """``[N, D - 1]`` of ``[N, D, V]``: those of the text's own next tokens."""
-        return log_p[:, :-1].gather(-1, self.continuation[:, 1:, None]).squeeze(-1)
+        return log_p[:, :-1].gather(-1, self.answers[:, 1:, None]).squeeze(-1)
 
     def rules_of(
         self, policy: BoundPolicy, texts: int, batch: int, ranks: int = 1
@@ -191,7 +191,7 @@ class DecodeBatches:
             seen[layer] = (hidden[::every].clone(), ids[::every].clone(), weights[::every].clone())
             return ids, weights
 
-        forward_changed(self.model, self.continuation, 0, keep, copy.deepcopy(self.prompt))
+        forward_changed(self.model, self.answers, 0, keep, copy.deepcopy(self.prompt))
         return seen
 
     def _forward(self, rules: "Mapping[int, LayerRule]") -> Tensor:
@@ -204,7 +204,7 @@ class DecodeBatches:
             return rules[layer].after(hidden, output) if rules else output
 
         past = copy.deepcopy(self.prompt)
-        return forward_changed(self.model, self.continuation, 0, change, past, after).float()
+        return forward_changed(self.model, self.answers, 0, change, past, after).float()
 
 
 def _numpy(values: Tensor) -> Floats:

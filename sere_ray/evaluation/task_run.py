@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sere_ray.evaluation.decode_batches import Answers
+from sere_ray.evaluation.decode_batches import Predictions
 from sere_ray.evaluation.evaluator import Evaluator
 from sere_ray.evaluation.paired import Bools, Paired
 from sere_ray.evaluation.task_items import Question, Task
@@ -90,14 +90,16 @@ class Measurement:
         order = asking_order(len(part), self.task.choices)
         ids = torch.tensor([part[question].texts[choice] for question, choice in order])
         batches = self.evaluator.batches(ids, self.task.prompt_tokens)
-        exact = self._judge(part, order, batches.answers(None, self.batch))
+        exact = self._judge(part, order, batches.predictions(None, self.batch))
         texts = np.repeat(np.arange(len(part)), [len(question.answers) for question in part])
         for policy, of_policy in zip(policies, found, strict=True):
-            answers = batches.answers(policy, self.batch)
-            of_policy.parts.append(Paired(exact, self._judge(part, order, answers), texts))
-            of_policy.reads.append(answers.reads)
+            said = batches.predictions(policy, self.batch)
+            of_policy.parts.append(Paired(exact, self._judge(part, order, said), texts))
+            of_policy.reads.append(said.reads)
 
-    def _judge(self, part: list[Question], order: list[tuple[int, int]], answers: Answers) -> Bools:
+    def _judge(
+        self, part: list[Question], order: list[tuple[int, int]], said: Predictions
+    ) -> Bools:
         """``[items]`` whether each is right, question by question."""
         first = self.task.prompt_tokens + 1  # token that the first scored row predicts
         row_of = {place: row for row, place in enumerate(order)}
@@ -106,9 +108,9 @@ class Measurement:
             spans = [slice(start - first, end - first) for start, end in question.answers]
             rows = [row_of[number, choice] for choice in range(self.task.choices)]
             if self.task.choices == 1:
-                right += [bool(answers.hits[rows[0], span].all()) for span in spans]
+                right += [bool(said.hits[rows[0], span].all()) for span in spans]
             else:
-                likely = [answers.log_p[row, spans[0]].sum(dtype=np.float64) for row in rows]
+                likely = [said.log_p[row, spans[0]].sum(dtype=np.float64) for row in rows]
                 right.append(all(likely[0] > other for other in likely[1:]))
         return np.array(right, dtype=np.bool_)
 

@@ -73,11 +73,11 @@ def test_what_changes_nothing_is_exact(batches, model, windows, keys, batch):
     loss = -logp.gather(2, windows[:, PROMPT + 1 :, None]).squeeze(-1)
     assert np.allclose(found.loss, loss.numpy(), atol=1e-3)
     assert np.abs(found.delta_p).max() < 1e-5
-    answers = batches.answers(bound(**keys), batch)
-    assert np.allclose(answers.log_p, -loss.numpy(), atol=1e-3)
+    said = batches.predictions(bound(**keys), batch)
+    assert np.allclose(said.log_p, -loss.numpy(), atol=1e-3)
     expected = logp.argmax(-1) == windows[:, PROMPT + 1 :]
-    assert (answers.hits == expected.numpy()).mean() > 0.99, "but for ties"
-    assert answers.reads == pytest.approx(found.reads.mean())
+    assert (said.hits == expected.numpy()).mean() > 0.99, "but for ties"
+    assert said.reads == pytest.approx(found.reads.mean())
     if batch == 1:
         assert (found.reads == TOP_K).all()
 

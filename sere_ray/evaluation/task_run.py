@@ -90,29 +90,12 @@ class Measurement:
         order = asking_order(len(part), self.task.choices)
         ids = torch.tensor([part[question].texts[choice] for question, choice in order])
         batches = self.evaluator.batches(ids, self.task.prompt_tokens)
-        exact = self._judge(part, order, batches.predictions(None, self.batch))
+        exact = judge(self.task, part, order, batches.predictions(None, self.batch))
         texts = np.repeat(np.arange(len(part)), [len(question.answers) for question in part])
         for policy, of_policy in zip(policies, found, strict=True):
             said = batches.predictions(policy, self.batch)
-            of_policy.parts.append(Paired(exact, self._judge(part, order, said), texts))
+            of_policy.parts.append(Paired(exact, judge(self.task, part, order, said), texts))
             of_policy.reads.append(said.reads)
-
-    def _judge(
-        self, part: list[Question], order: list[tuple[int, int]], said: Predictions
-    ) -> Bools:
-        """``[items]`` whether each is right, question by question."""
-        first = self.task.prompt_tokens + 1  # token that the first scored row predicts
-        row_of = {place: row for row, place in enumerate(order)}
-        right: list[bool] = []
-        for number, question in enumerate(part):
-            spans = [slice(start - first, end - first) for start, end in question.answers]
-            rows = [row_of[number, choice] for choice in range(self.task.choices)]
-            if self.task.choices == 1:
-                right += [bool(said.hits[rows[0], span].all()) for span in spans]
-            else:
-                likely = [said.log_p[row, spans[0]].sum(dtype=np.float64) for row in rows]
-                right.append(all(likely[0] > other for other in likely[1:]))
-        return np.array(right, dtype=np.bool_)
 
     @staticmethod
     def _enough(found: list[Found], half_width: float) -> bool:
@@ -130,3 +113,28 @@ def asking_order(questions: int, choices: int) -> list[tuple[int, int]]:
         for turn in range(choices)
         for question in range(questions)
     ]
+
+
+def judge(
+    task: Task, part: list[Question], order: list[tuple[int, int]], said: Predictions
+) -> Bools:
+    """``[items]`` whether each is right, question by question.
+
+    Args:
+        task: what the questions are of.
+        part: the questions of a pass.
+        order: which (question, choice) each of the N rows is.
+        said: of these rows.
+    """
+    first = task.prompt_tokens + 1  # token that the first scored row predicts
+    row_of = {place: row for row, place in enumerate(order)}
+    right: list[bool] = []
+    for number, question in enumerate(part):
+        spans = [slice(start - first, end - first) for start, end in question.answers]
+        rows = [row_of[number, choice] for choice in range(task.choices)]
+        if task.choices == 1:
+            right += [bool(said.hits[rows[0], span].all()) for span in spans]
+        else:
+            likely = [said.log_p[row, spans[0]].sum(dtype=np.float64) for row in rows]
+            right.append(all(likely[0] > other for other in likely[1:]))
+    return np.array(right, dtype=np.bool_)

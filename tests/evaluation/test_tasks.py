@@ -13,10 +13,11 @@ from sere_ray import assets
 from sere_ray.calibration import calibrate
 from sere_ray.calibration.loading import load_tokenizer
 from sere_ray.cli.main import app
+from sere_ray.evaluation.decode_batches import Predictions
 from sere_ray.evaluation.paired import Paired, mcnemar_p
 from sere_ray.evaluation.task_arithmetic import worked_sum
-from sere_ray.evaluation.task_items import TASKS, Task, check_tasks
-from sere_ray.evaluation.task_run import asking_order
+from sere_ray.evaluation.task_items import TASKS, Question, Task, check_tasks
+from sere_ray.evaluation.task_run import asking_order, judge
 from sere_ray.evaluation.task_texts import Document
 from sere_ray.evaluation.tasks import as_settings
 from sere_ray.util.errors import SereError
@@ -140,6 +141,27 @@ def test_choices_of_a_question_are_in_different_batches():
         batch = order[start : start + 16]
         assert len({question for question, _ in batch}) == 16
         assert sorted(choice for _, choice in batch) == sorted([0, 1, 2, 3] * 4)
+
+
+def test_a_word_is_right_if_all_its_tokens_are():
+    """Prompt 4, decode 6: the first scored token is token 5."""
+    task = Task(4, 6, 1, None)
+    question = Question([list(range(10))], [(5, 6), (6, 8), (8, 10)])
+    hits = np.array([[True, True, False, True, True]])
+    said = Predictions(np.zeros((1, 5), dtype=np.float32), hits, 0.0)
+    assert judge(task, [question], [(0, 0)], said).tolist() == [True, False, True]
+
+
+def test_the_true_end_must_be_the_most_likely():
+    """Rows in the order of a pass; what comes before the end has no part."""
+    task, order = Task(4, 4, 4, None), asking_order(2, 4)
+    questions = [Question([list(range(8))] * 4, [(6, 8)])] * 2
+    likely = {(0, 0): -1.0, (0, 1): -2.0, (0, 2): -3.0, (0, 3): -1.1}
+    likely |= {(1, 0): -1.0, (1, 1): -1.0, (1, 2): -3.0, (1, 3): -4.0}  # a tie is not right
+    before = {place: 10.0 * place[1] for place in order}
+    rows = [[before[place], likely[place] / 2, likely[place] / 2] for place in order]
+    said = Predictions(np.array(rows, dtype=np.float32), np.zeros((8, 3), dtype=bool), 0.0)
+    assert judge(task, questions, order, said).tolist() == [True, False]
 
 
 # --- statistics --------------------------------------------------------------------------------

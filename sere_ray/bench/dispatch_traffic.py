@@ -27,7 +27,7 @@ from sere_ray.bench.demo_model import PROMPT_TOKENS, heldout_windows
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.calibration.loading import load_model
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, mean_report
-from sere_ray.evaluation.decode_batches import linear_owner
+from sere_ray.evaluation.layer_rule import linear_owner
 from sere_ray.evaluation.teacher_forced import LayerRows, Rerouter, divergence, exact_logits
 from sere_ray.policy.bound import BoundPolicy
 

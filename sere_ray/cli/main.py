@@ -106,7 +106,7 @@ for panel, commands in {
         cli_examples.examples,
     ),
     _RUNNING: (cli_serve.stats, cli_serve.key),
-    _MEASURE: (cli_quality.evaluate,),
+    _MEASURE: (cli_quality.evaluate, cli_quality.tasks),
     _WATCH: (cli_observe.monitor_demo,),
 }.items():
     for command in commands:

@@ -1,8 +1,8 @@
-"""The commands about quality: evaluate, tune."""
+"""The commands about quality: evaluate, tasks, tune."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,10 +59,11 @@ def evaluate(
     --out frontier.json --html frontier.html
     """
     with user_errors():
-        from sere_ray.evaluation.frontier import check_same_text
+        from sere_ray.evaluation.frontier import best_rows, check_same_text
         from sere_ray.evaluation.frontier import evaluate as run
         from sere_ray.evaluation.frontier_page import write_frontier_page
         from sere_ray.evaluation.settings import check_rules, read_settings
+        from sere_ray.evaluation.tables import print_distance
         from sere_ray.util.results import check_continues, load_result, write_result
 
         onto = load_result(out) if append and out.exists() else None
@@ -78,8 +79,70 @@ def evaluate(
         if onto:
             check_same_text(onto, found, plan.batches)
         write_result(out, found, onto=onto, row_lines=best_only)
+        print_distance(found["rows"] if settings else best_rows(found["rows"]), console)
         if html:
             write_frontier_page(load_result(out), html)
+    print(out)
+
+
+def tasks(
+    model: Model,
+    similarity: Similarity,
+    data: Annotated[str, typer.Option(help="Held-out text: parquet, jsonl or text file.")],
+    out: Annotated[Path, typer.Option(help="JSON to write, after each task; as tasks-MODEL.json.")],
+    policies: Annotated[
+        str,
+        typer.Option(help="S=2, rule=margin:tau=0.01 or a .yaml file of `tune`, comma-separated."),
+    ] = "",
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML list of settings, those of published peers, too.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Which, comma-separated.")
+    ] = "cloze,continuation,arithmetic,copying",
+    batches: Annotated[str, typer.Option(help="Decode batch sizes.")] = "16",
+    half_width: Annotated[
+        float, typer.Option(help="Ask until the 95 % interval of each relative loss is +- this.")
+    ] = 0.005,
+    most_items: Annotated[
+        int, typer.Option(min=1, help="Of a task: ask no more from there on.")
+    ] = 20_000,
+    text_column: TextColumn = "text",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    append: Annotated[
+        bool, typer.Option("--append", help="Go on: leave out what the file has.")
+    ] = False,
+) -> None:
+    """Count what policies answer wrongly that the exact model has right, item by item.
+
+    Example: sere-ray tasks MODEL --similarity MODEL.sere.safetensors --data heldout.jsonl
+    --policies S=2,rule=margin:tau=0.01 --batches 16 --out tasks-MODEL.json
+    """
+    with user_errors():
+        from sere_ray.evaluation.settings import read_settings
+        from sere_ray.evaluation.tables import print_tasks
+        from sere_ray.evaluation.task_items import check_tasks
+        from sere_ray.evaluation.task_run import TaskPlan
+        from sere_ray.evaluation.tasks import as_settings, run_tasks
+        from sere_ray.loadtest.policies import parse_policies
+        from sere_ray.util.results import check_continues, load_result, write_result
+
+        check_tasks(names(tasks))
+        named = parse_policies(policies) if policies else {}
+        chosen = as_settings(named, read_settings(settings) if settings else [])
+        old = load_result(out) if append and out.exists() else None
+        if old:
+            check_continues(old)
+        text = (data, text_column, 0, 128, 64)
+        plan = _plan(model, similarity, text, batches, "1", device, dtype)
+        wanted = TaskPlan(names(tasks), half_width, most_items)
+
+        def save(found: dict[str, Any]) -> None:
+            write_result(out, found, onto=old, row_lines=True)
+
+        run_tasks(plan, wanted, chosen, console, save, old)
+        print_tasks(load_result(out), console)
     print(out)
 
 

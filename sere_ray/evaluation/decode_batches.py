@@ -6,29 +6,22 @@ know nothing of each other share a forward pass.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
-from sere_ray.calibration.collect import MoELayer, find_moe_layers
-from sere_ray.evaluation.compiled_sere import compiled_sere
-from sere_ray.evaluation.gates import candidates, that_chose
-from sere_ray.evaluation.lda import Affine, Moments, Repair
+from sere_ray.calibration.collect import find_moe_layers
+from sere_ray.evaluation.gates import candidates
+from sere_ray.evaluation.layer_rule import Counts, Floats, LayerRule, linear_owner
+from sere_ray.evaluation.lda import Moments, Repair
 from sere_ray.evaluation.teacher_forced import forward_changed
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
-from sere_ray.rules.common import named_by
-from sere_ray.rules.gate import Gate, scores_of
-from sere_ray.util.errors import UnsupportedError
-
-Floats = NDArray[np.float32]
+from sere_ray.rules import Choice
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class Measured:
     """``[N, D]`` 1 where the most likely token is the exact model's."""
     loss: Floats
     """``[N, D - 1]`` negative log-likelihood of the text's own next token."""
+    delta_p: Floats
+    """``[N, D - 1]`` how much more likely that token is than under the exact model, -1..1."""
     reads: Floats
     """``[N]`` distinct experts per layer and step of the batch that the text was in."""
     busiest: dict[int, Floats]
@@ -51,13 +46,25 @@ class Measured:
         """The texts of several, in order."""
         of_texts = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("kl", "agreement", "loss", "reads")
+            for name in ("kl", "agreement", "loss", "delta_p", "reads")
         }
         busiest = {
             ranks: np.concatenate([part.busiest[ranks] for part in parts])
             for ranks in parts[0].busiest
         }
         return cls(**of_texts, busiest=busiest)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of the texts' own tokens, those that a decode row predicts."""
+
+    log_p: Floats
+    """``[N, D - 1]`` their log-likelihood; the first is the second token after the prompt."""
+    hits: NDArray[np.bool_]
+    """``[N, D - 1]`` whether they are the most likely ones."""
+    reads: float
+    """Mean distinct experts per layer and step; NaN where they were not counted."""
 
 
 class DecodeBatches:
@@ -108,16 +115,46 @@ class DecodeBatches:
         Raises:
             UnsupportedError: its rule reads scores that this model's gate does not choose by.
         """
+        found, counts = self._run(policy, batch, ranks, repair)
+        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
+        agreement = found.argmax(dim=-1) == self.exact.argmax(dim=-1)
+        log_p, exact = self._of_text(found), self._of_text(self.exact)
+        reads, busiest = counts.per_text(batch, len(self.layers))
+        return Measured(
+            kl=_numpy(kl),
+            agreement=_numpy(agreement),
+            loss=_numpy(-log_p),
+            delta_p=_numpy(log_p.exp() - exact.exp()),
+            reads=reads,
+            busiest=busiest,
+        )
+
+    def predictions(self, policy: BoundPolicy | None, batch: int) -> Predictions:
+        """What is said of the texts with ``batch`` rows a step; None = by the exact model.
+
+        Raises:
+            UnsupportedError: its rule reads scores that this model's gate does not choose by.
+        """
+        if policy is None:
+            found, reads = self.exact, float("nan")
+        else:
+            found, counts = self._run(policy, batch)
+            reads = float(counts.per_text(batch, len(self.layers))[0].mean())
+        hits = found[:, :-1].argmax(dim=-1) == self.answers[:, 1:]
+        return Predictions(_numpy(self._of_text(found)), hits.cpu().numpy(), reads)
+
+    def _run(
+        self, policy: BoundPolicy, batch: int, ranks: int = 1, repair: Repair | None = None
+    ) -> "tuple[Tensor, Counts]":
+        """``[N, D, V]`` log-probabilities under a policy, and what was read."""
         counts, rules = self.rules_of(policy, len(self.ids), batch, ranks)
         for layer, affine in (repair or {}).items():
             rules[layer].affine = affine
-        logits = self._forward(rules)
-        found = logits.log_softmax(dim=-1)
-        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
-        agreement = found.argmax(dim=-1) == self.exact.argmax(dim=-1)
-        loss = -found[:, :-1].gather(-1, self.answers[:, 1:, None]).squeeze(-1)
-        reads, busiest = counts.per_text(batch, len(self.layers))
-        return Measured(_numpy(kl), _numpy(agreement), _numpy(loss), reads, busiest)
+        return self._forward(rules).log_softmax(dim=-1), counts
+
+    def _of_text(self, log_p: Tensor) -> Tensor:
+        """``[N, D - 1]`` of ``[N, D, V]``: those of the text's own next tokens."""
+        return log_p[:, :-1].gather(-1, self.answers[:, 1:, None]).squeeze(-1)
 
     def rules_of(
         self, policy: BoundPolicy, texts: int, batch: int, ranks: int = 1
@@ -173,115 +210,3 @@ class DecodeBatches:
 def _numpy(values: Tensor) -> Floats:
     array: Floats = values.float().cpu().numpy()
     return array
-
-
-@dataclass
-class Counts:
-    """Experts read by each of G batches: sums over layers of the mean over steps."""
-
-    batches: int
-    """G."""
-    ranks: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        self.reads: Any = 0.0
-        self.busiest: dict[int, Any] = dict.fromkeys(self.ranks, 0.0)
-
-    def add(self, read: Tensor) -> None:
-        """Count a layer; ``read [D, G, E]`` bool."""
-        self.reads += read.sum(dim=-1).float().mean(dim=0)
-        for ranks in self.ranks:
-            of_ranks = [part.sum(dim=-1) for part in read.tensor_split(ranks, dim=-1)]
-            self.busiest[ranks] += torch.stack(of_ranks).amax(dim=0).float().mean(dim=0)
-
-    def per_text(self, batch: int, layers: int) -> tuple[Floats, dict[int, Floats]]:
-        """Means over layers for each text, ``[N]``: every text has the numbers of its batch.
-
-        Returns:
-            Experts read, and by number of ranks those that the busiest rank reads.
-        """
-
-        def spread(sums: Tensor) -> Floats:
-            values: Floats = (sums / layers).repeat_interleave(batch).cpu().numpy()
-            return values
-
-        return spread(self.reads), {ranks: spread(sums) for ranks, sums in self.busiest.items()}
-
-
-class LayerRule:
-    """A rule in one layer, over all decode steps of all batches at once.
-
-    Attributes:
-        gates: what the layer's gate may be.
-        affine: LDA's repair of the layer's output; None = none.
-        moments: where set, the layer's output stays exact, and both outputs are added here.
-    """
-
-    def __init__(
-        self, rule: str, layer: Layer, module: MoELayer, gates: Sequence[Gate], counts: Counts
-    ) -> None:
-        self.rule, self.layer, self.module, self.counts = RULES[rule], layer, module, counts
-        self.gates = gates
-        self.affine: Affine | None = None
-        self.moments: Moments | None = None
-        self._constant: Tensor | None = None
-        self._exact: Choice | None = None
-
-    def __call__(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
-        """New choice of ``[D, N, K]``; N rows are G batches of B."""
-        steps, rows, _ = ids.shape
-        shape = (steps, self.counts.batches, rows // self.counts.batches)
-        of_batches = ids.view(*shape, -1)
-        new_ids, new_weights = self._apply(
-            index, hidden.view(*shape, -1), of_batches, weights.view(*shape, -1)
-        )
-        taken = torch.where(new_weights != 0, new_ids, -1)
-        anybody = torch.ones(shape, dtype=torch.bool, device=ids.device)
-        self.counts.add(named_by(taken, anybody, self.layer.num_experts))
-        if self.rule.output is not None:
-            before, after = (of_batches, weights.view(*shape, -1)), (new_ids, new_weights)
-            self._constant = self.rule.output(before, after, self.layer).view(steps, rows, -1)
-        if self.moments is not None:
-            self._exact = ids, weights
-        named = name_dropped(new_ids, of_batches).clamp(min=0)  # a row may have kept nothing
-        return named.view_as(ids), new_weights.view_as(weights)
-
-    def after(self, hidden: Tensor, output: Tensor) -> Tensor:
-        """The layer's output anew; ``hidden`` and ``output`` are ``[N * D, H]``, text by text."""
-
-        def by_text(of_steps: Tensor) -> Tensor:
-            return of_steps.transpose(0, 1).reshape(len(output), -1)
-
-        if self._constant is not None:
-            output = output + by_text(self._constant).to(output.dtype)
-        if self.affine is not None:
-            scale, shift = self.affine
-            output = (output.float() * scale + shift).to(output.dtype)
-        if self.moments is not None and self._exact is not None:
-            exact: Tensor = self.module.experts.forward(hidden, *map(by_text, self._exact))
-            self.moments.add(exact, output)
-            return exact
-        return output
-
-    def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
-        rule, layer = self.rule, self.layer
-        if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
-            return compiled_sere(ids, weights, layer)
-        scores = None
-        if rule.needs_scores:
-            logits = linear(hidden, self.module.gate_weight)
-            gate = that_chose(self.gates, logits, ids, weights, index)
-            if not (gate.is_plain or rule.any_gate):
-                raise UnsupportedError(
-                    f"layer {index}: this model's gate has a bias, groups or other scores than a "
-                    "softmax, of which the peers' papers say nothing; compare sere and margin"
-                )
-            scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
-        kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
-        return rule.apply(ids, weights, scores, kinds, layer)
-
-
-def linear_owner(num_experts: int, ranks: int) -> Tensor:
-    """``[E]`` int64: vLLM's linear placement, larger shards first."""
-    parts = torch.arange(num_experts).tensor_split(ranks)
-    return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])

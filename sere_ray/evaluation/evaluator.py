@@ -47,6 +47,7 @@ class EvaluationPlan:
     data: str
     text_column: str
     sequences: int
+    """Windows; 0 = none, as for tasks, which cut the text themselves."""
     length: int
     prompt_tokens: int
     batches: tuple[int, ...]
@@ -100,7 +101,8 @@ class Evaluator:
         self.rules = self._allowed() if rules is None else rules
         for rule in self.rules:
             self.artifact.check_has(_of_text(rule), path=str(plan.similarity), rule=rule)
-        windows = self.windows(plan.data)
+        empty = torch.empty(0, plan.length, dtype=torch.long)
+        windows = self.windows(plan.data) if plan.sequences else empty
         device = pick_device(plan.device)
         self.model = load_model(
             plan.model,
@@ -174,11 +176,15 @@ class Evaluator:
                     advance(1)
         return [Measured.join(found) for found in parts]
 
-    def texts_at_once(self) -> int:
-        """Texts of a forward pass: few on a CPU, many where launches cost more than arithmetic."""
+    def texts_at_once(self, scored: int | None = None) -> int:
+        """Texts of a forward pass: few on a CPU, many where launches cost more than arithmetic.
+
+        Args:
+            scored: positions of a text after its prompt; None = as the plan says.
+        """
         if self.model.device.type == "cpu":
             return _AT_ONCE
-        scored = self.plan.length - self.plan.prompt_tokens
+        scored = scored or self.plan.length - self.plan.prompt_tokens
         vocabulary: int = self.model.config.get_text_config().vocab_size
         return _LOGITS_BYTES // (4 * scored * vocabulary)
 
@@ -217,14 +223,18 @@ class Evaluator:
     def chunks(self, input_ids: Tensor, size: int) -> Iterator[DecodeBatches]:
         """The windows, ``size`` at a time, with their exact logits."""
         for start in range(0, len(input_ids), size):
-            yield DecodeBatches(
-                self.model,
-                input_ids[start : start + size],
-                self.plan.prompt_tokens,
-                self.artifact.layers,
-                self.plan.ranks,
-                self.statistics,
-            )
+            yield self.batches(input_ids[start : start + size], self.plan.prompt_tokens)
+
+    def batches(self, input_ids: Tensor, prompt_tokens: int) -> DecodeBatches:
+        """Texts ``[N, L]`` with their exact logits, on which settings are measured."""
+        return DecodeBatches(
+            self.model,
+            input_ids,
+            prompt_tokens,
+            self.artifact.layers,
+            self.plan.ranks,
+            self.statistics,
+        )
 
 
 def _of_text(rule: str) -> tuple[str, ...]:

@@ -64,8 +64,21 @@ def summarise(found: Measured, shares: Doubles) -> dict[str, float | list[float]
         **mean(found.reads, shares).fields("experts_read_mean", 3),
         **mean(found.kl, shares).fields("kl_mean", 5),
         **percentile99(found.kl).fields("kl_p99", 4),
+        **_tail(found),
         **mean(found.agreement, shares).fields("top1_agreement", 4),
         **perplexity.fields("perplexity", 3),
+    }
+
+
+def _tail(found: Measured) -> dict[str, float]:
+    """The further numbers that llama.cpp's perplexity tool prints, without intervals."""
+    median, p999 = np.percentile(found.kl, [50, 99.9])
+    rms = np.sqrt(np.square(found.delta_p, dtype=np.float64).mean())
+    return {
+        "kl_median": round(float(median), 6),
+        "kl_p999": round(float(p999), 4),
+        "kl_max": round(float(found.kl.max()), 4),
+        "delta_p_rms": round(float(rms), 5),
     }
 
 

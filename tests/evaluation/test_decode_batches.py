@@ -72,6 +72,12 @@ def test_what_changes_nothing_is_exact(batches, model, windows, keys, batch):
     logp = exact_logits(model, windows, PROMPT).log_softmax(-1)[:, :-1]
     loss = -logp.gather(2, windows[:, PROMPT + 1 :, None]).squeeze(-1)
     assert np.allclose(found.loss, loss.numpy(), atol=1e-3)
+    assert np.abs(found.delta_p).max() < 1e-5
+    said = batches.predictions(bound(**keys), batch)
+    assert np.allclose(said.log_p, -loss.numpy(), atol=1e-3)
+    expected = logp.argmax(-1) == windows[:, PROMPT + 1 :]
+    assert (said.hits == expected.numpy()).mean() > 0.99, "but for ties"
+    assert said.reads == pytest.approx(found.reads.mean())
     if batch == 1:
         assert (found.reads == TOP_K).all()
 
@@ -134,13 +140,16 @@ def test_summary():
     texts, positions = 6, 10
     kl = np.tile(np.arange(texts, dtype=np.float32)[:, None], (1, positions))
     ones = np.ones((texts, positions), dtype=np.float32)
-    found = Measured(kl, ones, ones[:, 1:], ones[:, 0] * 7, {1: ones[:, 0]})
+    moved = np.tile(np.float32([0.3, -0.4]), (texts, positions // 2))[:, 1:]
+    found = Measured(kl, ones, ones[:, 1:], moved, ones[:, 0] * 7, {1: ones[:, 0]})
     row = summarise(found, draws(texts))
     assert (row["kl_mean"], row["experts_read_mean"], row["top1_agreement"]) == (2.5, 7.0, 1.0)
     assert row["kl_mean_95"][0] < 2.5 < row["kl_mean_95"][1]
     assert row["experts_read_mean_95"] == [7.0, 7.0], "texts do not differ"
     assert row["perplexity"] == round(float(np.e), 3)
     assert 4.5 < row["kl_p99"] <= 5
+    assert (row["kl_median"], row["kl_p999"], row["kl_max"]) == (2.5, 5.0, 5.0)
+    assert row["delta_p_rms"] == round(float(np.sqrt((4 * 0.09 + 5 * 0.16) / 9)), 5)
 
 
 def test_intervals_cover_the_mean_about_as_often_as_they_say():

@@ -67,7 +67,9 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
         kl = np.full((texts, 4), factor * np.exp(-reads), dtype=np.float32)
         ones = np.ones((texts, 4), dtype=np.float32)
         experts = np.full(texts, reads, dtype=np.float32)
-        return Measured(kl, ones, ones[:, 1:], experts, {1: experts, 2: experts / 2})
+        return Measured(
+            kl, ones, ones[:, 1:], 0 * ones[:, 1:], experts, {1: experts, 2: experts / 2}
+        )
 
     points, found = [Point("exact", {}, 4)], [measured(9.0, 0.0)]
     for rule, factor in (("sere", 2.0), ("oea", 1.0), ("margin", 0.25)):
@@ -146,8 +148,12 @@ def test_evaluate(similarity, tmp_path):
     assert {row["ranks"] for row in rows if looks_at_ranks(row["settings"])} == {4}
     fields = {"rule", "settings", "batch", "ranks", "experts_read_mean", "experts_read_max_rank"}
     fields |= {"kl_mean", "kl_p99", "top1_agreement", "perplexity"}
+    further = {"kl_median", "kl_p999", "kl_max", "delta_p_rms"}
     for row in rows:
-        assert fields <= row.keys()
+        assert fields | further <= row.keys()
+        assert 0 <= row["kl_median"] <= row["kl_p99"] + 1e-4
+        assert row["kl_p99"] <= row["kl_p999"] <= row["kl_max"]
+        assert (row["delta_p_rms"] > 0) == (row["kl_max"] > 0)
         for name in fields - {"rule", "settings", "batch", "ranks"}:
             low, high = row[f"{name}_95"]
             assert low - 1e-3 <= row[name] <= high + 1e-3
@@ -156,6 +162,7 @@ def test_evaluate(similarity, tmp_path):
         if row["ranks"] == 1:
             assert row["experts_read_max_rank"] == row["experts_read_mean"]
     assert {(row["batch"], row["ranks"]) for row in document["comparison"]} == {(8, 1), (8, 4)}
+    assert "99.9 %" in done.output, "the numbers of llama.cpp's tool"
     text = page.read_text()
     assert "margin against the others" in text
     assert 'src="http' not in text

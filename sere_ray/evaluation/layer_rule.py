@@ -1,0 +1,134 @@
+"""A rule in one layer of the model, over many decode steps at once, and what its batches read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sere_ray.calibration.collect import MoELayer
+from sere_ray.evaluation.compiled_sere import compiled_sere
+from sere_ray.evaluation.gates import that_chose
+from sere_ray.evaluation.lda import Affine, Moments
+from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
+from sere_ray.rules.common import named_by
+from sere_ray.rules.gate import Gate, scores_of
+from sere_ray.util.errors import UnsupportedError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Counts:
+    """Experts read by each of G batches: sums over layers of the mean over steps."""
+
+    batches: int
+    """G."""
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.reads: Any = 0.0
+        self.busiest: dict[int, Any] = dict.fromkeys(self.ranks, 0.0)
+
+    def add(self, read: Tensor) -> None:
+        """Count a layer; ``read [D, G, E]`` bool."""
+        self.reads += read.sum(dim=-1).float().mean(dim=0)
+        for ranks in self.ranks:
+            of_ranks = [part.sum(dim=-1) for part in read.tensor_split(ranks, dim=-1)]
+            self.busiest[ranks] += torch.stack(of_ranks).amax(dim=0).float().mean(dim=0)
+
+    def per_text(self, batch: int, layers: int) -> tuple[Floats, dict[int, Floats]]:
+        """Means over layers for each text, ``[N]``: every text has the numbers of its batch.
+
+        Returns:
+            Experts read, and by number of ranks those that the busiest rank reads.
+        """
+
+        def spread(sums: Tensor) -> Floats:
+            values: Floats = (sums / layers).repeat_interleave(batch).cpu().numpy()
+            return values
+
+        return spread(self.reads), {ranks: spread(sums) for ranks, sums in self.busiest.items()}
+
+
+class LayerRule:
+    """A rule in one layer, over all decode steps of all batches at once.
+
+    Attributes:
+        gates: what the layer's gate may be.
+        affine: LDA's repair of the layer's output; None = none.
+        moments: where set, the layer's output stays exact, and both outputs are added here.
+    """
+
+    def __init__(
+        self, rule: str, layer: Layer, module: MoELayer, gates: Sequence[Gate], counts: Counts
+    ) -> None:
+        self.rule, self.layer, self.module, self.counts = RULES[rule], layer, module, counts
+        self.gates = gates
+        self.affine: Affine | None = None
+        self.moments: Moments | None = None
+        self._constant: Tensor | None = None
+        self._exact: Choice | None = None
+
+    def __call__(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+        """New choice of ``[D, N, K]``; N rows are G batches of B."""
+        steps, rows, _ = ids.shape
+        shape = (steps, self.counts.batches, rows // self.counts.batches)
+        of_batches = ids.view(*shape, -1)
+        new_ids, new_weights = self._apply(
+            index, hidden.view(*shape, -1), of_batches, weights.view(*shape, -1)
+        )
+        taken = torch.where(new_weights != 0, new_ids, -1)
+        anybody = torch.ones(shape, dtype=torch.bool, device=ids.device)
+        self.counts.add(named_by(taken, anybody, self.layer.num_experts))
+        if self.rule.output is not None:
+            before, after = (of_batches, weights.view(*shape, -1)), (new_ids, new_weights)
+            self._constant = self.rule.output(before, after, self.layer).view(steps, rows, -1)
+        if self.moments is not None:
+            self._exact = ids, weights
+        named = name_dropped(new_ids, of_batches).clamp(min=0)  # a row may have kept nothing
+        return named.view_as(ids), new_weights.view_as(weights)
+
+    def after(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """The layer's output anew; ``hidden`` and ``output`` are ``[N * D, H]``, text by text."""
+
+        def by_text(of_steps: Tensor) -> Tensor:
+            return of_steps.transpose(0, 1).reshape(len(output), -1)
+
+        if self._constant is not None:
+            output = output + by_text(self._constant).to(output.dtype)
+        if self.affine is not None:
+            scale, shift = self.affine
+            output = (output.float() * scale + shift).to(output.dtype)
+        if self.moments is not None and self._exact is not None:
+            exact: Tensor = self.module.experts.forward(hidden, *map(by_text, self._exact))
+            self.moments.add(exact, output)
+            return exact
+        return output
+
+    def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+        rule, layer = self.rule, self.layer
+        if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
+            return compiled_sere(ids, weights, layer)
+        scores = None
+        if rule.needs_scores:
+            logits = linear(hidden, self.module.gate_weight)
+            gate = that_chose(self.gates, logits, ids, weights, index)
+            if not (gate.is_plain or rule.any_gate):
+                raise UnsupportedError(
+                    f"layer {index}: this model's gate has a bias, groups or other scores than a "
+                    "softmax, of which the peers' papers say nothing; compare sere and margin"
+                )
+            scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
+        kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
+        return rule.apply(ids, weights, scores, kinds, layer)
+
+
+def linear_owner(num_experts: int, ranks: int) -> Tensor:
+    """``[E]`` int64: vLLM's linear placement, larger shards first."""
+    parts = torch.arange(num_experts).tensor_split(ranks)
+    return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])

@@ -9,14 +9,13 @@ vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     model_validator,
 )
@@ -24,26 +23,10 @@ from pydantic_core import PydanticCustomError
 
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
+from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
 
-
-def _as_tau(value: object) -> float | tuple[float, ...] | None:
-    """A number from 0 to 1, or one for each layer."""
-    several = isinstance(value, list | tuple)
-    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-    plain = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if value is None:
-        return None
-    if not numbers or not plain or not all(0 <= n <= 1 for n in numbers):
-        raise PydanticCustomError("tau", "must be a number from 0 to 1, or a list of them")
-    return tuple(map(float, numbers)) if several else float(numbers[0])
-
-
-Tau = Annotated[
-    float | tuple[float, ...] | None,
-    PlainValidator(_as_tau, json_schema_input_type=float | list[float] | None),
-]
 Dispatch = Literal["allgather", "all_to_all"]
 RuleName = Literal["sere", "margin"]
 """What engines compute."""
@@ -177,7 +160,7 @@ class Policy(BaseModel):
         """
         kept = self.model_dump()
         rule = changes.get("rule", self.rule)
-        if rule != self.rule and rule in RULES:
+        if rule != self.rule and rule in RULE_NAMES:
             others = RULE_KEYS.difference(RULES[rule].keys)
             kept = {key: kept[key] for key in kept if key not in others and key != "by_rows"}
         return self.parse({**kept, **changes}, where=where)

@@ -92,6 +92,21 @@ def down(
     _launch(activated, w2, out, weights, slots, 1, tile, gated=False)
 
 
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """What a launch of either GEMM kernel takes for its tile."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "PERSISTENT": tile.programs > 0,
+        "OVERLAP": tile.overlap,
+        "AHEAD": tile.ahead,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **({"launch_pdl": True} if tile.overlap else {}),
+    }
+
+
 def programs_of(out: Tensor, slots: Slots, tile: Tile) -> int:
     """Of a launch that writes ``out`` ``[T * K, columns]``: enough for every tile that it may need,
     or as many as the tile says."""
@@ -116,7 +131,6 @@ def _launch(
     *,
     gated: bool,
 ) -> None:
-    options: dict[str, Any] = {"launch_pdl": True} if tile.overlap else {}
     expert_gemm[(programs_of(out, slots, tile),)](
         a,
         b,
@@ -130,15 +144,7 @@ def _launch(
         DEPTH=a.shape[1],
         TOP_K=top_k,
         GATED=gated,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        PERSISTENT=tile.programs > 0,
-        OVERLAP=tile.overlap,
-        AHEAD=tile.ahead,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **options,
+        **launch_options(tile),
     )
 
 

@@ -5,13 +5,12 @@ launch. Results equal stock's bit for bit.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sere_ray.engine.gpu.fp8_gemm import fp8_gemm
-from sere_ray.engine.gpu.gate_up import Slots, Tile, programs_of
+from sere_ray.engine.gpu.gate_up import Slots, Tile, launch_options, programs_of
 
 GROUP = 128
 """Columns and rows of a block of weights, columns of a row, that share a scale."""
@@ -86,7 +85,6 @@ def _launch(
     widths, depth = (32, 64, GROUP) if gated else (64, GROUP), a[0].shape[1]
     if tile.block_k not in (128, 256) or depth % tile.block_k or tile.block_n not in widths:
         raise ValueError(f"{tile}: FP8 wants block_k = 128 or 256 and block_n of {widths}")
-    options: dict[str, Any] = {"launch_pdl": True} if tile.overlap else {}
     fp8_gemm[(programs_of(out, slots, tile),)](
         *a,
         *b,
@@ -101,13 +99,5 @@ def _launch(
         DEPTH=depth,
         TOP_K=top_k,
         GATED=gated is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        PERSISTENT=tile.programs > 0,
-        OVERLAP=tile.overlap,
-        AHEAD=tile.ahead,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **options,
+        **launch_options(tile),
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from sere_ray.rules.gate import NEVER, SCORE_UNIT, SCORINGS, Gate, rank_units, scores_of
+from sere_ray.rules.gate import NEVER, SCORE_UNIT, SCORINGS, Gate, in_units, scores_of
 from sere_ray.util.errors import UnsupportedError
 
 _NEAR = 1e-3
@@ -50,7 +50,7 @@ def that_chose(
     chosen, shares = ids.long(), weights / weights.sum(dim=-1, keepdim=True)
     for gate in gates:
         scores = scores_of(logits, gate)
-        ranks = rank_units(scores, chosen, gate)
+        ranks = in_units(scores, chosen, gate).ranks
         least = ranks.gather(-1, chosen).amin(dim=-1)
         best_other = ranks.scatter(-1, chosen, NEVER).amax(dim=-1)
         of_chosen = scores.gather(-1, chosen)

@@ -7,7 +7,7 @@ them: here those that its chosen experts are in.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -56,29 +56,28 @@ def scores_of(logits: Tensor, gate: Gate) -> Tensor:
     return torch.nn.functional.softplus(logits).sqrt()
 
 
-def score_units(scores: Tensor, chosen: Tensor) -> Tensor:
-    """``[..., T, E]`` int64: scores in units of 2^-22 of the best that the row chose.
+class Units(NamedTuple):
+    """Of a row's experts, in units of 2^-22 of the best score that it chose, ``[..., T, E]``."""
+
+    scores: Tensor
+    """int64."""
+    ranks: Tensor
+    """int64, what the gate ranks by; ``NEVER`` where a row may not choose."""
+
+
+def in_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Units:
+    """Scores and ranks as integers: the same bits on every device that has the same scores.
+
+    The sum of a softmax is taken over integers, so that its scores may have any common factor.
 
     Args:
         scores: ``[..., T, E]`` float32, at least 0.
         chosen: ``[..., T, K]`` int64, of every row valid ids.
-    """
-    return _units(scores, _scale(scores, chosen))
-
-
-def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
-    """``[..., T, E]`` int64: what the gate ranks by, in the units of :func:`score_units`.
-
-    ``NEVER`` where a row may not choose. The same bits on every device that has the same scores:
-    the sum of a softmax is taken over integers, so that its scores may have any common factor.
-
-    Args:
-        scores: as there.
-        chosen: as there.
         gate: of the layer.
     """
-    scale = _scale(scores, chosen)
-    units = _units(scores, scale)
+    best = scores.gather(-1, chosen).amax(dim=-1, keepdim=True)
+    scale = torch.full_like(best, SCORE_UNIT) / best
+    of_scores = units = _units(scores, scale)
     if gate.bias is not None:
         if gate.scoring == "softmax":
             scale = units.sum(dim=-1, keepdim=True).float()
@@ -88,13 +87,7 @@ def rank_units(scores: Tensor, chosen: Tensor, gate: Gate) -> Tensor:
         num_groups = -(-scores.shape[-1] // gate.group_size)
         chosen_from = torch.nn.functional.one_hot(chosen // gate.group_size, num_groups).any(dim=-2)
         units = units.masked_fill(~chosen_from[..., group], NEVER)
-    return units
-
-
-def _scale(scores: Tensor, chosen: Tensor) -> Tensor:
-    """``[..., T, 1]``: makes ``SCORE_UNIT`` of the best score that the row chose."""
-    best = scores.gather(-1, chosen).amax(dim=-1, keepdim=True)
-    return torch.full_like(best, SCORE_UNIT) / best
+    return Units(of_scores, units)
 
 
 def _units(values: Tensor, scale: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from sere_ray.rules.common import (
     refill,
     top_of_rows,
 )
-from sere_ray.rules.gate import NEVER, rank_units, score_units
+from sere_ray.rules.gate import NEVER, in_units
 from sere_ray.rules.interface import Choice, Layer
 
 UNIT = 2**20
@@ -114,7 +114,7 @@ def refill_rows(
     ranks = None
     if not layer.gate.is_plain:
         changeable = changeable_rows(topk_ids, row_kind, layer.num_experts)
-        ranks = rank_units(scores, _chosen(topk_ids, changeable), layer.gate)
+        ranks = in_units(scores, _chosen(topk_ids, changeable), layer.gate).ranks
     return refill(
         kept,
         topk_ids,
@@ -146,11 +146,11 @@ def demand(
 ) -> Tensor:
     """``[..., E]`` int64: sum over re-routable rows of lead squared, in units of 2^-20.
 
-    A row's lead for a chosen expert is what the gate ranks it by (:func:`rank_units`) less the mean
+    A row's lead for a chosen expert is what the gate ranks it by (:func:`in_units`) less the mean
     of that of the ``runners_up`` best unchosen experts that the row may choose, at least 0, divided
     by the sum of the chosen scores.
 
-    The same bits on every device: scores are integers (:func:`score_units`), so that their sums
+    The same bits on every device: scores are integers (:func:`in_units`), so that their sums
     have no order. Then, in float32 and in this order, lead = (n r - sum of the n runners-up) / (sum
     of the chosen scores, times n), at most 2, squared, times 2^20, rounded half to even. A factor
     common to a row's scores cancels out, but for a sigmoid's or softplus's with a bias.
@@ -161,8 +161,8 @@ def demand(
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = _chosen(topk_ids, rows)
-    ranks = rank_units(scores, chosen, layer.gate)
-    total = score_units(scores, chosen).gather(-1, chosen).sum(dim=-1, keepdim=True).clamp(min=1)
+    units, ranks = in_units(scores, chosen, layer.gate)
+    total = units.gather(-1, chosen).sum(dim=-1, keepdim=True).clamp(min=1)
     most = min(layer.runners_up, layer.num_experts - topk_ids.shape[-1])
     others = ranks.scatter(-1, chosen, NEVER).topk(most, dim=-1).values
     found = others > NEVER

@@ -13,7 +13,7 @@ from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.gate import is_hashed, read_gate, with_bias
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE, Layer
-from sere_ray.rules.gate import Gate, rank_units, scores_of
+from sere_ray.rules.gate import Gate, in_units, scores_of
 from sere_ray.rules.margin import margin
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
@@ -181,9 +181,9 @@ def test_margin_behind_groups_and_a_bias(architecture, checkpoint, monkeypatch):
 
 def check_is_best(ids, scores, gate):
     """No expert that the rows might have chosen ranks above one that they chose."""
-    ranks = rank_units(scores, ids, gate)
+    ranks = in_units(scores, ids, gate).ranks
     others = ranks.scatter(1, ids, -(2**31))
     rounding = 4
     assert (others.amax(dim=1) <= ranks.gather(1, ids).amin(dim=1) + rounding).all()
-    without = rank_units(scores, ids, Gate(gate.scoring))
+    without = in_units(scores, ids, Gate(gate.scoring)).ranks
     assert not torch.equal(without, ranks), "groups and bias matter here"

@@ -94,7 +94,6 @@ class Steps:
 
 def test_row_kinds_are_those_of_an_oracle(checkpoint):
     """Chunked prompts beside decodes, rejected drafts, too few blocks, some exact requests."""
-
     folder, requests = checkpoint("qwen3_moe"), repetitive(10, length=70)
     exact = {str(number) for number in range(0, 10, 3)}
     options = {

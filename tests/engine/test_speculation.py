@@ -143,7 +143,6 @@ def answers(engine, requests, exact):
 @pytest.fixture(scope="module")
 def busy(checkpoint):
     """Chunked prompts beside decodes, too few blocks, some exact requests; S = 1 and stock."""
-
     folder, requests = checkpoint("qwen3_moe"), repetitive(10, length=70)
     exact = {str(number) for number in range(0, 10, 3)}
     options = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer
-from sere_ray.rules.gate import MOST, NEVER, SCORE_UNIT, Gate, rank_units, scores_of
+from sere_ray.rules.gate import MOST, NEVER, SCORE_UNIT, Gate, in_units, scores_of
 from sere_ray.rules.margin import UNIT, ask, demand
 from tests.rules import rules_oracle
 from tests.rules.gate_cases import choose, make_gate
@@ -62,7 +62,7 @@ def test_by_hand():
     gate = Gate("sigmoid", torch.tensor([0.0, 0.0, 0.25, 0.0]))
     scores = torch.tensor([[0.5, 0.375, 0.25, 0.125]])
     ids = torch.tensor([[0, 2]])
-    assert rank_units(scores, ids, gate).tolist() == [
+    assert in_units(scores, ids, gate).ranks.tolist() == [
         [SCORE_UNIT, SCORE_UNIT * 3 // 4, SCORE_UNIT, SCORE_UNIT // 4]
     ]
     layer = Layer(4, gate=gate, runners_up=2)
@@ -143,8 +143,10 @@ def test_the_best_named_expert_of_a_wide_layer():
 def test_scores_that_are_all_zero_ask_for_nothing():
     gate = Gate("sigmoid", torch.tensor([0.0, 0.5, 1.0, 0.0]))
     scores = torch.zeros(1, 4)
-    ranks = rank_units(scores, torch.tensor([[2, 1]]), gate)
+    ranks = in_units(scores, torch.tensor([[2, 1]]), gate).ranks
     assert ranks.tolist() == [[0, MOST, MOST, 0]]
-    assert int(rank_units(scores, torch.tensor([[2, 3]]), Gate("sigmoid", None, 2)).min()) == NEVER
+    assert (
+        int(in_units(scores, torch.tensor([[2, 3]]), Gate("sigmoid", None, 2)).ranks.min()) == NEVER
+    )
     wanted = demand(torch.tensor([[2, 1]]), scores, kinds_of(1), Layer(4, gate=gate, runners_up=1))
     assert wanted.tolist() == [0, 4 * UNIT, 4 * UNIT, 0]

@@ -43,6 +43,8 @@ class DeviceRule:
         """Whether slots that name the same expert of a row are merged; None = no layer yet."""
         self.gates: Mapping[int, Gate] = {}
         """Decoder layer index -> what its gate ranks by, where that is known and not plain."""
+        self.any_gate = False
+        """Whether a layer has another gate than a plain one."""
         self.exact_layers: Collection[int] = ()
         """Layers that no rule changes."""
         self.write(bound)
@@ -78,6 +80,7 @@ class DeviceRule:
             return gate if gate.bias is None else replace(gate, bias=gate.bias.to(self.device))
 
         self.gates = {layer: on_device(gate) for layer, gate in gates.items()}
+        self.any_gate = any(not gate.is_plain for gate in gates.values())
         self.exact_layers = frozenset(exact_layers)
 
     def write_biases(self, gates: Mapping[int, Gate]) -> None:
@@ -105,9 +108,8 @@ class DeviceRule:
         self, id_dtype: torch.dtype, logit_dtype: torch.dtype = torch.bfloat16
     ) -> RuleKernel:
         """The kernel for ids of this type; where it chooses them, from logits of that type."""
-        any_gate = any(not gate.is_plain for gate in self.gates.values())
         return RuleKernel(
-            self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype, any_gate=any_gate
+            self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype, any_gate=self.any_gate
         )
 
     def sorts(self, rows: int) -> bool:

@@ -12,7 +12,7 @@ from sere_ray.bench.demo_model import SEQUENCES, TOP_K, bound
 from sere_ray.bench.dispatch_traffic import Setting, measure_dispatch
 from sere_ray.bench.engines import on_gpu
 from sere_ray.bench.kernel_profile import profile_arms
-from sere_ray.bench.models import get_model
+from sere_ray.bench.models import get_model, with_layers
 from sere_ray.bench.routing import ROUTERS, Router
 from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
 from sere_ray.calibration import calibrate
@@ -35,6 +35,7 @@ def run_step_time(
     append: bool,
     profile: Path | None,
     profile_batch: int,
+    layers: int | None,
     console: Console,
 ) -> None:
     """Measure, and write the result after every batch size.
@@ -51,6 +52,7 @@ def run_step_time(
         append: keep the rows of ``out``; a row that is measured again is replaced.
         profile: file for the kernels of stock and S = 1.
         profile_batch: their batch size.
+        layers: serve only so many layers of the model; None is all.
         console: where progress goes.
 
     Raises:
@@ -66,8 +68,9 @@ def run_step_time(
     onto = load_result(out) if append and out.exists() else None
     if onto:
         check_continues(onto)
+    shape = get_model(model)
     plan = StepTimePlan(
-        model=get_model(model),
+        model=with_layers(shape, layers) if layers else shape,
         batches=batches,
         repeats=repeats,
         tokens=tokens,

@@ -123,10 +123,11 @@ def get_model(name: str) -> Model:
 
 
 def with_layers(model: Model, layers: int) -> Model:
-    """The same shapes with so many layers, for a dry run."""
-    return Model(
-        f"{model.name}, {layers} layers only", {**model.config, "num_hidden_layers": layers}
-    )
+    """The same shapes with so many layers, for less memory or a dry run."""
+    fewer: dict[str, Any] = {"num_hidden_layers": layers}
+    if "layer_types" in model.config:
+        fewer["layer_types"] = model.config["layer_types"][:layers]
+    return Model(f"{model.name}, {layers} layers only", {**model.config, **fewer})
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:

@@ -49,6 +49,9 @@ def step_time(
         ],
         typer.Option(help="Random experts for CPUs, 4 or 2 GB; the demo's shape; public shapes."),
     ] = "random-e128",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Only so many layers, for less memory [all].")
+    ] = None,
     router: Annotated[
         str, typer.Option(help="uniform and, on a GPU, skewed: some experts are preferred.")
     ] = "uniform",
@@ -88,6 +91,8 @@ def step_time(
 
             if batches:
                 raise SereError("--batches: for one rank; use --rows-per-rank")
+            if layers:
+                raise SereError("--layers: for one rank; leave it out with several")
             run_expert_parallel(
                 model,
                 out,
@@ -119,6 +124,7 @@ def step_time(
             append=append,
             profile=profile,
             profile_batch=profile_batch,
+            layers=layers,
             console=console,
         )
     print(out)

@@ -9,12 +9,15 @@ from sere_ray.util.errors import ArtifactError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "stand_ins": ("output_norm", "stand_in_scale", "stand_in_loss"),
+    "directed": ("directed_scale", "directed_loss"),
     "novices": ("novice_score", "output_mean"),
 }
 """What `sere-ray calibrate --statistics` takes -> the tensors of a layer that it adds.
 
 - ``output_norm [E]``: mean norm of an expert's output.
 - ``stand_in_scale [E, E]``, ``stand_in_loss [E, E]``: row u, how well v stands in for u.
+- ``directed_scale [E, E]``, ``directed_loss [E, E]``: the same of every v, not only of those that
+  were chosen beside u: what ``spare`` reads.
 - ``novice_score [E]``: how much is lost where an expert becomes its mean output.
 - ``output_mean [E, H]``: that mean.
 
@@ -23,7 +26,13 @@ formulas.
 """
 ALL_NAMES = tuple(name for names in GROUPS.values() for name in names)
 _COLUMNS = dict.fromkeys(ALL_NAMES, "")
-_COLUMNS |= {"stand_in_scale": "E", "stand_in_loss": "E", "output_mean": "H"}
+_COLUMNS |= {
+    "stand_in_scale": "E",
+    "stand_in_loss": "E",
+    "directed_scale": "E",
+    "directed_loss": "E",
+    "output_mean": "H",
+}
 
 
 def check_statistics(named: Mapping[str, Tensor], num_experts: int, where: str) -> None:

@@ -45,6 +45,8 @@ class RoutedSums:
         self._add("chosen", choice, torch.ones_like(choice, dtype=torch.float64), len(outputs))
         if "stand_ins" in self.groups:
             self._add_pairs(chosen, choice, len(outputs))
+        if "directed" in self.groups:
+            self._add_directed(outputs, chosen, choice, weights)
         if "novices" in self.groups:
             flat = chosen.flatten(0, 1).double()
             self._add("weight", choice, weights.double(), len(outputs))
@@ -65,6 +67,19 @@ class RoutedSums:
         for name, term in terms.items():
             self._add(name, pair, term, num_experts**2)
         self._add("norm", choice, norms, num_experts)
+
+    def _add_directed(
+        self, outputs: Tensor, chosen: Tensor, choice: Tensor, weights: Tensor
+    ) -> None:
+        """Sums over tokens that chose u, of every v, each weighted by the squared weight of u."""
+        every = outputs.float().transpose(0, 1)  # [n, E, H]
+        counts = weights.double().square()[..., None]  # [n, K, 1]
+        dots = (chosen @ every.mT).double() * counts  # [n, K, E]
+        squares = every.square().sum(dim=-1).double()[:, None] * counts
+        own = chosen.square().sum(dim=-1).double() * counts[..., 0]
+        self._add("directed_dot", choice, dots.flatten(0, 1), len(outputs))
+        self._add("directed_target", choice, squares.flatten(0, 1), len(outputs))
+        self._add("directed_source", choice, own, len(outputs))
 
     def _add(self, name: str, index: Tensor, values: Tensor, size: int) -> None:
         """Add to a named sum: numbers in the shape of ``index``, or a row ``[H]`` for each."""
@@ -95,6 +110,8 @@ class RoutedSums:
         found: dict[str, Tensor] = {}
         if "stand_ins" in self.groups:
             found |= self._stand_ins()
+        if "directed" in self.groups:
+            found |= self._directed()
         if "novices" in self.groups:
             found |= self._novices(tokens)
         return {name: tensor.float() for name, tensor in found.items()}
@@ -114,6 +131,20 @@ class RoutedSums:
             "output_norm": torch.where(chosen > 0, norm, usual),
             "stand_in_scale": torch.where(seen, scale, 0.0).fill_diagonal_(1.0),
             "stand_in_loss": loss.fill_diagonal_(UNSEEN),
+        }
+
+    def _directed(self) -> dict[str, Tensor]:
+        """s(u, v) = sum w^2 <u,v> / sum w^2 |v|^2, and what of sum w^2 |u|^2 it leaves over."""
+        dot, target = self.sums["directed_dot"], self.sums["directed_target"]
+        source = self.sums["directed_source"][:, None]
+        seen = (source > 0) & (target > 0)
+        scale = torch.where(seen, dot / target.where(seen, target.new_ones(())), 0.0)
+        scale = scale.clamp(-LARGEST_SCALE, LARGEST_SCALE)
+        left = (source - 2 * scale * dot + scale.square() * target).clamp(min=0)
+        loss = torch.where(seen, left / source.where(seen, source.new_ones(())), 1.0)
+        return {
+            "directed_scale": scale.fill_diagonal_(1.0),
+            "directed_loss": loss.clamp(max=1).fill_diagonal_(1.0),
         }
 
     def _novices(self, tokens: int) -> dict[str, Tensor]:

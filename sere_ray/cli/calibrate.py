@@ -30,8 +30,9 @@ def calibrate(
     statistics: Annotated[
         str,
         typer.Option(
-            help="Further statistics, for rules that `sere-ray evaluate` compares: stand_ins "
-            "(exfold), novices (mone; as large as a number for each expert and dimension)."
+            help="Further statistics, for rules that `sere-ray evaluate` compares: directed "
+            "(spare), stand_ins (exfold), novices (mone; as large as a number for each expert and "
+            "dimension)."
         ),
     ] = "",
     layer_streamed: Annotated[

@@ -46,6 +46,10 @@ def evaluate(
         typer.Option(help="Second text: rules are tuned on it as `tune` does, LDA fitted."),
     ] = None,
     tune_sequences: Annotated[int, typer.Option(min=1, help="Windows of --tune-data.")] = 64,
+    tune_rules: Annotated[
+        str | None,
+        typer.Option(help="Which rules to tune on it, none = LDA alone [all of --rules]."),
+    ] = None,
     best_only: Annotated[
         bool, typer.Option("--best-only", help="Leave out rows that one of their rule beats.")
     ] = False,
@@ -73,7 +77,9 @@ def evaluate(
         check_rules(chosen_rules or ())
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, ranks, device, dtype)
-        plan = replace(plan, tune_data=tune_data, tune_sequences=tune_sequences)
+        tuned = None if tune_rules is None else names(tune_rules) if tune_rules != "none" else ()
+        check_rules(tuned or (), option="--tune-rules")
+        plan = replace(plan, tune_data=tune_data, tune_sequences=tune_sequences, tune_rules=tuned)
         chosen = read_settings(settings) if settings else None
         found = run(plan, rules=chosen_rules, settings=chosen, console=console, best_only=best_only)
         if onto:

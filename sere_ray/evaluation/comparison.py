@@ -18,7 +18,9 @@ from sere_ray.evaluation.decode_batches import Measured
 from sere_ray.evaluation.settings import EXACT
 from sere_ray.evaluation.statistics import Doubles, Estimate
 
-OURS = "margin"
+OURS = ("margin", "spare")
+"""Rules of ours: at each place the better one is compared."""
+_OURS = "ours"
 ANYWHERE = 12
 """Numbers of experts, evenly spaced over what ours reads, at which the worst ratio is sought."""
 _RESAMPLES = 300
@@ -83,9 +85,9 @@ Values = dict[str, tuple[Doubles, Doubles]]
 def compare(
     points: list[Point], found: list[Measured], shares: Doubles, ranks: tuple[int, ...] = (1,)
 ) -> list[dict[str, Any]]:
-    """Compare ``margin`` with SERE and with the best other rule, by batch size and ranks.
+    """Compare ours with SERE and with the best other rule, by batch size and ranks.
 
-    It is done at the experts that each setting of SERE reads, and where ``margin`` does worst.
+    It is done at the experts that each setting of SERE reads, and where ours does worst.
 
     Args:
         points: settings at batch sizes.
@@ -104,7 +106,8 @@ def compare(
                 for point, measured in zip(points, found, strict=True)
                 if point.batch == batch and point.rule != EXACT and point.ranks in (None, count)
             ]
-            if not {OURS, "sere"} < {point.rule for point, _ in of_case}:
+            rules = {point.rule for point, _ in of_case}
+            if not rules.intersection(OURS) or "sere" not in rules or rules <= {*OURS, "sere"}:
                 return []
             case = {"batch": batch, "ranks": count}
             rows += [case | row for row in _compare_case(of_case, shares, count)]
@@ -118,6 +121,8 @@ def _compare_case(
     measured: dict[str, list[Measured]] = {}
     for point, of_point in of_case:
         measured.setdefault(point.rule, []).append(of_point)
+        if point.rule in OURS:
+            measured.setdefault(_OURS, []).append(of_point)
     values = {rule: _values(of_rule, ranks) for rule, of_rule in measured.items()}
     of_sere = [point.keys for point, _ in of_case if point.rule == "sere"]
     for i, keys in enumerate(of_sere):
@@ -130,7 +135,7 @@ def _compare_case(
 
 def best_peer(frontiers: Frontiers, reads: float) -> tuple[str, float]:
     """The peer with the least KL at so many experts, and that KL; NaN where none was measured."""
-    peers = {rule: f.kl_at(reads) for rule, f in frontiers.items() if rule != OURS}
+    peers = {rule: f.kl_at(reads) for rule, f in frontiers.items() if rule not in (*OURS, _OURS)}
     measured = {rule: kl for rule, kl in peers.items() if not np.isnan(kl)}
     if not measured:
         return "", float("nan")
@@ -145,24 +150,24 @@ Means = dict[str, tuple[Doubles, Doubles]]
 def _at_sere(frontiers: Frontiers, means: Means, position: int) -> dict[str, float]:
     """The comparison at the experts that one setting of SERE reads."""
     reads, sere_kl = (float(values[position]) for values in means["sere"])
-    kl = frontiers[OURS].kl_at(reads)
+    kl = frontiers[_OURS].kl_at(reads)
     _, peer_kl = best_peer(frontiers, reads)
     return {
         "experts": reads,
         "kl": kl,
         "kl_to_sere": kl / sere_kl,
         "kl_to_best_peer": kl / peer_kl,
-        "experts_to_best_peer_at_its_kl": frontiers[OURS].reads_at(peer_kl) / reads,
+        "experts_to_best_peer_at_its_kl": frontiers[_OURS].reads_at(peer_kl) / reads,
     }
 
 
 def _anywhere(frontiers: Frontiers, _: Means) -> dict[str, float]:
     """The largest ratio to the best peer over what ours reads."""
-    ours = frontiers[OURS].reads
+    ours = frontiers[_OURS].reads
     worst = (float("nan"), float("nan"))
     for target in np.linspace(ours[0], ours[-1], ANYWHERE):
         peer_kl = best_peer(frontiers, target)[1]
-        ratio = frontiers[OURS].kl_at(target) / peer_kl
+        ratio = frontiers[_OURS].kl_at(target) / peer_kl
         if peer_kl >= _WORTH_COMPARING and not ratio <= worst[1]:
             worst = (float(target), ratio)
     return {"experts": worst[0], "kl_to_best_peer": worst[1]}

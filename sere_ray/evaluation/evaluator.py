@@ -58,6 +58,8 @@ class EvaluationPlan:
     tune_data: str | None = None
     """A second text: peers are tuned and repairs fitted on it."""
     tune_sequences: int = 64
+    tune_rules: tuple[str, ...] | None = None
+    """Which are tuned; None = all that are measured."""
 
     def check(self) -> None:
         """Refuse numbers that do not go together, before anything is loaded.

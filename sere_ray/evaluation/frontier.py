@@ -17,7 +17,7 @@ from sere_ray.util.errors import SereError
 
 _LAID_OUT_ON = 64
 """Texts whose routing grids are laid out by, or as many as the largest batch."""
-_REPAIRED = ("topk", "exfold")
+_REPAIRED = ("topk", "exfold", "spare")
 """Rules whose grid is measured with LDA's repair, too, where there is a text to fit it on."""
 
 

@@ -32,6 +32,7 @@ _COLORS = {
     "exfold": "C8",
     "mone": "C9",
     "margin": "C3",
+    "spare": "black",
 }
 _STYLE = "td:nth-child(2),th:nth-child(2){text-align:left}img{width:100%}"
 
@@ -97,9 +98,9 @@ def _draw_panel(axes: Any, rows: Rows) -> None:
             y,
             yerr=bars,
             color=_COLORS.get(rule, "black"),
-            marker="o" if rule == OURS else ".",
+            marker="o" if rule in OURS else ".",
             linestyle="-" if joined else "",
-            linewidth=2 if rule == OURS else 1,
+            linewidth=2 if rule in OURS else 1,
             elinewidth=0.8,
             markersize=3.5,
             label=rule,

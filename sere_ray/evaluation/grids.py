@@ -26,10 +26,18 @@ STRENGTH: Mapping[str, str] = {
     "mone": "experts",
     "ace": "tau",
     "margin": "tau",
+    "spare": "tau",
 }
 """Rule -> the knob that says how strongly it re-routes. Other rules have S alone, of few values."""
 FAMILIES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "lynx": ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0}),
+    "spare": (
+        {},
+        {"limit": 0.0},
+        {"lead": 0.5},
+        {"lead": 0.5, "protect": False},
+        {"lead": 0.0, "protect": False},
+    ),
 }
 """Rule -> its other knobs where they are tried in several ways; a search starts from the first."""
 _PLACES = (-0.1, *np.linspace(0, 0.95, 9).tolist())

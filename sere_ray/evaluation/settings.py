@@ -33,7 +33,7 @@ Budget = Annotated[
 
 
 AnyRule = Literal[
-    "sere", "topk", "oea", "xshare", "lynx", "k1k2", "ace", "exfold", "mone", "margin"
+    "sere", "topk", "oea", "xshare", "lynx", "k1k2", "ace", "exfold", "mone", "margin", "spare"
 ]
 
 
@@ -58,6 +58,13 @@ class Setting(Policy):
     rcr_scale: float | None = Field(
         None, ge=0.0, description="what the router's view counts beside the spectral one"
     )
+    lead: float | None = Field(
+        None, ge=0.0, le=1.0, description="demand of: 1 = lead over runners-up, 0 = weight"
+    )
+    limit: float | None = Field(
+        None, ge=0.0, le=1.0, description="most of an expert's output that a stand-in leaves over"
+    )
+    protect: bool | None = Field(None, description="every row keeps its first choice")
     lda: bool | None = Field(
         None, description="repair the outputs of the layers with LDA, fitted on --tune-data"
     )
@@ -123,12 +130,13 @@ def label(keys: dict[str, Any]) -> str:
     return " ".join(parts) or EXACT
 
 
-def check_rules(names: tuple[str, ...], *, served: bool = False) -> None:
+def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "--rules") -> None:
     """Refuse a name that no rule has.
 
     Args:
-        names: of ``--rules``.
+        names: of the option.
         served: refuse rules that engines do not serve, too.
+        option: which the message names.
 
     Raises:
         SereError: names it.
@@ -136,10 +144,10 @@ def check_rules(names: tuple[str, ...], *, served: bool = False) -> None:
     for name in names:
         if name not in RULES:
             raise SereError(
-                f"--rules: {name!r} is none of {', '.join(RULE_NAMES if served else RULES)}"
+                f"{option}: {name!r} is none of {', '.join(RULE_NAMES if served else RULES)}"
             )
         if served and name not in RULE_NAMES:
             raise SereError(
-                f"--rules: {name!r} is compared by `sere-ray evaluate` only; engines serve "
+                f"{option}: {name!r} is compared by `sere-ray evaluate` only; engines serve "
                 f"{' and '.join(RULE_NAMES)}"
             )

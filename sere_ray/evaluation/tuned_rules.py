@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from sere_ray.evaluation.budget import Budget, Candidate, Text
-from sere_ray.evaluation.comparison import OURS
 from sere_ray.evaluation.evaluator import Evaluator
 from sere_ray.evaluation.grids import STRENGTH, Keys, Routing, sweep
 from sere_ray.evaluation.search import best_setting
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import waiting
+
+_YARDSTICK = "margin"
 
 
 class TunedRules:
@@ -36,13 +37,19 @@ class TunedRules:
         if data is None:
             raise SereError("--tune-data: give a text to tune on")
         self.text = Text(evaluator, data, Budget(1.0, None), sequences)
-        self.rules, self.routing, self.console = evaluator.rules, routing, console
+        chosen = evaluator.plan.tune_rules
+        self.rules = evaluator.rules if chosen is None else chosen
+        self.routing, self.console = routing, console
         self.found: list[dict[str, Any]] = []
 
     def settings(self, batch: int) -> list[Keys]:
         """Settings of every rule whose strength can be chosen finely, without ``similarity``."""
+        if not self.rules:
+            return []
         places = self.routing.places(batch)
-        usual = self.routing.at({"rule": OURS}, STRENGTH[OURS], places[len(places) // 2], batch)
+        usual = self.routing.at(
+            {"rule": _YARDSTICK}, STRENGTH[_YARDSTICK], places[len(places) // 2], batch
+        )
         spent = self.text.budget.spent(self.text.measure(usual, [batch])[batch], self.text.shares)
         self.text.budget = Budget(spent.high, None)
         settings = []

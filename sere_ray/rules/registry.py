@@ -9,6 +9,7 @@ from sere_ray.rules.mone import mone, novices
 from sere_ray.rules.peers import lynx, oea, topk, xshare
 from sere_ray.rules.sere import sere
 from sere_ray.rules.skipping import ace, k1k2
+from sere_ray.rules.spare import spare
 
 
 class RuleInfo(NamedTuple):
@@ -57,6 +58,14 @@ RULES: dict[str, RuleInfo] = {
         ("tau", "min_primary_experts", "beta", "fill", "runners_up", "balance_ranks"),
         ("tau",),
         True,
+        any_gate=True,
+    ),
+    "spare": RuleInfo(
+        spare,
+        ("tau", "min_primary_experts", "runners_up", "lead", "limit", "protect"),
+        ("tau",),
+        True,
+        ("directed_scale", "directed_loss"),
         any_gate=True,
     ),
 }

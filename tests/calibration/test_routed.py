@@ -60,6 +60,24 @@ def by_hand(outputs: Tensor, choice: Tensor, weights: Tensor) -> dict[str, list]
             scale = min(max(top / (bottom + 1e-3), -4.0), 4.0)
             scales.append(scale)
             losses.append(max(whole - 2 * scale * top + scale**2 * bottom, 0.0) / whole)
+        of_chosen = [(float(weights[t][k]) ** 2, t) for t, k in (choice == e).nonzero().tolist()]
+        scales_of_all, losses_of_all = [], []
+        for other in range(EXPERTS):
+            pairs = [(w, outputs[e, t].tolist(), outputs[other, t].tolist()) for w, t in of_chosen]
+            if other == e or not pairs:
+                scales_of_all.append(float(other == e))
+                losses_of_all.append(1.0)
+                continue
+            top = sum(w * dot(u, v) for w, u, v in pairs)
+            bottom = sum(w * dot(v, v) for w, _, v in pairs)
+            whole = sum(w * dot(u, u) for w, u, _ in pairs)
+            scale = min(max(top / bottom, -4.0), 4.0)
+            scales_of_all.append(scale)
+            losses_of_all.append(
+                min(max(whole - 2 * scale * top + scale**2 * bottom, 0.0) / whole, 1.0)
+            )
+        found["directed_scale"].append(scales_of_all)
+        found["directed_loss"].append(losses_of_all)
         found["stand_in_scale"].append(scales)
         found["stand_in_loss"].append(losses)
     seen = sorted(norm for norm in found["output_norm"] if norm is not None)
@@ -103,7 +121,9 @@ def test_one_group_alone(group: str) -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(SereError, match="--statistics: 'novice' is none of stand_ins, novices"):
+    with pytest.raises(
+        SereError, match="--statistics: 'novice' is none of stand_ins, directed, novices"
+    ):
         make_sums("frobenius", 4, statistics=("novice",))
     with pytest.raises(SereError, match=r"metric = 'cka': .* use frobenius or cosine"):
         make_sums("cka", 4, statistics=("novices",))

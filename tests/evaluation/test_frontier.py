@@ -37,7 +37,7 @@ def similarity(tmp_path_factory):
 def full(tmp_path_factory):
     """An artifact with all statistics."""
     path = tmp_path_factory.mktemp("frontier") / "full.safetensors"
-    groups = ("stand_ins", "novices")
+    groups = ("stand_ins", "directed", "novices")
     calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu", statistics=groups)
     return str(path)
 
@@ -299,6 +299,7 @@ def test_settings_know_every_rule_and_engines_some_of_them():
     ("options", "words"),
     [
         (["--rules", "sere,oae"], ["--rules: 'oae'", "oea"]),
+        (["--tune-rules", "sere,oae"], ["--tune-rules: 'oae'", "oea"]),
         (["--batches", "0"], ["--batches = '0'"]),
         (["--ranks", "9"], ["--ranks = '9'"]),
         (["--sequences", "20", "--batches", "16"], ["--sequences = 20", "multiple", "16"]),

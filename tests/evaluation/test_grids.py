@@ -31,6 +31,8 @@ def chunk_of(model):
             "output_norm": torch.rand(EXPERTS, generator=generator) + 0.5,
             "stand_in_scale": torch.rand(EXPERTS, EXPERTS, generator=generator),
             "stand_in_loss": torch.rand(EXPERTS, EXPERTS, generator=generator),
+            "directed_scale": torch.rand(EXPERTS, EXPERTS, generator=generator),
+            "directed_loss": torch.rand(EXPERTS, EXPERTS, generator=generator),
             "novice_score": torch.rand(EXPERTS, generator=generator),
             "output_mean": torch.rand(EXPERTS, 128, generator=generator),
         }

@@ -26,11 +26,11 @@ def exfold(rows, anyway, layer):
             v = u if u in kept else min(sorted(kept), key=lambda v, u=u: loss[u][v])
             factor = 1.0 if u in kept else scale[u][v] if loss[u][v] < UNSEEN else 0.0
             slots.append((v, w * factor) if factor else (-1, 0.0))
-        out.append(_merged(slots))
+        out.append(merged(slots))
     return out
 
 
-def _merged(slots):
+def merged(slots):
     """Slots of one expert become one: the heaviest, of equal ones the first, has their sum."""
     ids, weights = [e for e, _ in slots], [w for _, w in slots]
     for e in {e for e in ids if e >= 0 and ids.count(e) > 1}:

@@ -32,8 +32,9 @@ def apply(name, ids, weights, scores, kinds, layer):
     chosen = [
         (i, w, p) for i, w, p, change in zip(ids, weights, scores, rows, strict=True) if change
     ]
-    if name in rivals_oracle.RULES:
-        changed = iter(rivals_oracle.RULES[name](chosen, anyway, layer))
+    whole = {**rivals_oracle.RULES, "spare": _spare}
+    if name in whole:
+        changed = iter(whole[name](chosen, anyway, layer))
         return [
             next(changed) if change else (i, w)
             for i, w, change in zip(ids, weights, rows, strict=True)
@@ -124,7 +125,7 @@ def _ranks(ids, p, gate):
     return units, [u + b for u, b in zip(units, _units(gate.bias.tolist(), scale), strict=True)]
 
 
-def _margin(rows, anyway, layer):
+def _demand(rows, layer):
     worth = [0] * layer.num_experts
     for ids, _, p in rows:
         units, ranks = _ranks(ids, p, layer.gate)
@@ -135,7 +136,15 @@ def _margin(rows, anyway, layer):
         for e in ids:
             lead = np.float32(max(count * ranks[e] - sum(others), 0)) / total
             lead = min(lead, np.float32(2))
+            if layer.lead < 1:
+                share = np.float32(units[e]) / np.float32(max(sum(units[e] for e in ids), 1))
+                lead = np.float32(layer.lead) * lead + np.float32(1 - layer.lead) * share
             worth[e] += round(float(lead * lead * np.float32(2**20)))
+    return worth
+
+
+def _margin(rows, anyway, layer):
+    worth = _demand(rows, layer)
     named = {e for ids, _, _ in rows for e in ids}
     first, least = anyway | _first(rows, 1), round(layer.tau * 2**20)
     kept = first | {e for e in named if worth[e] > least}
@@ -155,6 +164,36 @@ def _levels(first, worth, least, layer):
         if level & first or sum(worth[e] for e in level) > least:
             stay |= level
     return stay
+
+
+def _spare(rows, anyway, layer):
+    """From the most demanded to the least: kept unless a kept one stands in well enough."""
+    named = {e for ids, _, _ in rows for e in ids} | anyway
+    must = anyway | (_first(rows, 1) if layer.protect else set())
+    worth = [min(w, 2**20) for w in _demand(rows, layer)]
+    least, loss = round(layer.tau * 2**20), layer.statistics["directed_loss"].tolist()
+    kept = set()
+    for e in sorted(named, key=lambda e: (e not in must, -worth[e], e)):
+        losses = [
+            round(min(max(loss[e][v], 0.0), 1.0) * 256) for v in kept if loss[e][v] <= layer.limit
+        ]
+        if e in must or worth[e] * min([256, *losses]) > least * 256:
+            kept.add(e)
+    kept = _fill_up(kept, named, worth, max(layer.min_primary_experts, 1))
+    return [_stand_in(*row, kept, layer) for row in rows]
+
+
+def _stand_in(ids, weights, p, kept, layer):
+    loss, scale = (layer.statistics[f"directed_{n}"].tolist() for n in ("loss", "scale"))
+    slots = []
+    for u, w in zip(ids, weights, strict=True):
+        v = u if u in kept else min(sorted(kept), key=lambda v, u=u: loss[u][v])
+        factor = 1.0 if u in kept else scale[u][v] if loss[u][v] <= layer.limit else 0.0
+        slots.append((v, w * factor) if factor else (-1, 0.0))
+    if all(e < 0 for e, _ in slots):
+        best = max(sorted(kept), key=lambda e: p[e])
+        slots[0] = (best, sum(weights))
+    return rivals_oracle.merged(slots)
 
 
 _KEPT = {"oea": _oea, "xshare": _xshare, "lynx": _lynx, "margin": _margin}

@@ -32,6 +32,7 @@ KNOBS = {
     "exfold": {"experts": 5},
     "mone": {"experts": 5},
     "margin": {"tau": 0.02, "min_primary_experts": 3, "runners_up": 4},
+    "spare": {"tau": 0.02, "min_primary_experts": 3, "runners_up": 4},
 }
 OWNER = torch.tensor([0] * 5 + [1] * 4 + [2] * 3)
 FULL = {
@@ -45,6 +46,7 @@ FULL = {
     "exfold": {"experts": E},
     "mone": {"experts": E},
     "margin": {"tau": 1.0, "min_primary_experts": E},
+    "spare": {"tau": 1.0, "min_primary_experts": E},
 }
 
 
@@ -71,6 +73,8 @@ def statistics(seed=10):
         "stand_in_loss": loss.masked_fill(unseen, 1e30),
         "novice_score": (rand(E) * 6).round(),
         "output_mean": rand(E, 7),
+        "directed_scale": (2 * rand(E, E) - 0.5).masked_fill(rand(E, E) < 0.1, 0.0),
+        "directed_loss": (rand(E, E) * 8).round() / 8,
         "ace_gsp": rand(E) + 0.5,
         "ace_rcr": rand(E) * 4 + 0.5,
     }
@@ -111,6 +115,9 @@ def test_equals_brute_force(name, data):
         "owner": data.draw(st.sampled_from([None, OWNER])),
         "normalise_over": data.draw(st.integers(1, E)),
         "rcr_scale": data.draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "lead": data.draw(st.sampled_from([0.0, 0.5, 0.75, 1.0])),
+        "limit": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "protect": data.draw(st.booleans()),
         "statistics": statistics(data.draw(st.integers(0, 99))),
     }
     of_layer = Layer(E, **knobs)
@@ -156,7 +163,7 @@ def test_full_strength_is_the_identity(name, rows):
     assert torch.equal(new_weights, weights)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if n not in ("k1k2", "exfold", "mone")])
+@pytest.mark.parametrize("name", [n for n in RULES if n not in ("k1k2", "exfold", "mone", "spare")])
 def test_weights_of_a_row_keep_their_sum_unless_beta_says_otherwise(name):
     ids, weights, scores = draw(16, 4)
     weights *= torch.linspace(0.2, 1.0, 16)[:, None]  # a model that does not renormalise
@@ -166,7 +173,7 @@ def test_weights_of_a_row_keep_their_sum_unless_beta_says_otherwise(name):
     assert torch.allclose(new_weights.sum(1), weights.sum(1))
 
 
-@pytest.mark.parametrize("name", ["oea", "xshare", "lynx", "margin"])
+@pytest.mark.parametrize("name", ["oea", "xshare", "lynx", "margin", "spare"])
 def test_experts_of_a_row_are_distinct(name):
     ids, weights, scores = draw(6, 5)
     kinds = torch.full((6,), REROUTABLE, dtype=torch.int8)
@@ -330,6 +337,31 @@ def test_exfold_by_hand():
         given["output_norm"] = torch.tensor(norms)
         of_layer = Layer(3, experts=kept, statistics=given)
         found = RULES["exfold"].apply(ids, weights, None, kinds_of(1, 1), of_layer)
+        assert found[0].tolist() == expected
+        assert torch.allclose(found[1], torch.tensor(amount), atol=1e-6)
+
+
+def test_spare_by_hand():
+    """Demand by weight: 0 and 1 alike, 2 less. 1 makes all but an eighth of what 0 makes."""
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.3, 0.4, 0.2, 0.1]])
+    ids = torch.tensor([[0, 2], [1, 2]])
+    weights = scores.gather(1, ids)
+    loss, scale = torch.ones(4, 4), torch.zeros(4, 4)
+    loss[1, 0], scale[1, 0], loss[2, 0], scale[2, 0] = 0.125, 0.5, 0.75, -0.25
+    given = {"directed_loss": loss, "directed_scale": scale}
+    # shares: 2/3 of 0 and of 1, and 1/3 of 2 in either row; squared 0.444, and 0.222 for both
+    for tau, limit, protect, expected, amount in (
+        (0.05, 0.8, True, [[0, 2], [1, 2]], [[0.4, 0.2], [0.4, 0.2]]),
+        (0.06, 0.8, False, [[0, 2], [0, 2]], [[0.4, 0.2], [0.2, 0.2]]),
+        (0.17, 0.8, True, [[0, -1], [1, 0]], [[0.35, 0.0], [0.4, -0.05]]),
+        (0.17, 0.7, True, [[0, 2], [1, 2]], [[0.4, 0.2], [0.4, 0.2]]),
+        (0.3, 0.7, True, [[0, -1], [1, -1]], [[0.4, 0.0], [0.4, 0.0]]),
+        (0.5, 0.1, False, [[0, -1], [0, -1]], [[0.4, 0.0], [0.6, 0.0]]),
+    ):
+        of_layer = Layer(
+            4, tau=tau, limit=limit, protect=protect, lead=0.0, statistics=given, runners_up=1
+        )
+        found = RULES["spare"].apply(ids, weights, scores, kinds_of(1, 1), of_layer)
         assert found[0].tolist() == expected
         assert torch.allclose(found[1], torch.tensor(amount), atol=1e-6)
 

@@ -1,0 +1,138 @@
+"""The rule ``spare``: an expert is not read if the batch can do without it.
+
+``margin`` keeps an expert whenever demand for it is above tau. But where another kept expert makes
+nearly the same of the tokens that choose it, little is lost without it. How much of an expert's
+output is left over by the best stand-in, for every pair, is what calibration measures (``stand_in``
+statistics over the tokens that chose an expert, and whatever they chose beside it):
+
+- An expert is dropped if its demand times what a more demanded kept expert leaves over is at most
+  tau. Without any stand-in everything is left over: then this is ``margin``'s threshold.
+- A slot whose expert is dropped goes to the kept expert that leaves the least over, with its weight
+  times the scale that fits best. Where that leaves more than ``limit`` the slot is dropped, and the
+  row's other weights stay: experts that were trained from scratch hardly ever have a stand-in, and
+  a bad one does more harm than none.
+
+Demand is ``margin``'s, a sum of squares over rows; ``lead`` says of what: 1 = the lead over the
+runners-up, 0 = the share of the row's weight, or a mixture.
+"""
+
+import torch
+from torch import Tensor
+
+from sere_ray.rules.common import (
+    best_experts,
+    changeable_rows,
+    named_by,
+    need_scores,
+    read_anyway,
+    top_of_rows,
+)
+from sere_ray.rules.interface import Choice, Layer
+from sere_ray.rules.margin import UNIT, demand, demand_units
+from sere_ray.rules.merging import merge_repeated
+
+LOSS_UNIT = 256
+"""Losses are integers in 1/256, from 0 to 1."""
+
+
+def spare(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor | None,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
+) -> Choice:
+    """Keep what cannot be done without; the best kept stand-in, scaled, takes the other slots.
+
+    Exact rows keep their experts, and re-routable rows their first choice, if ``protect``; at least
+    ``min_primary_experts`` are kept, and one. Without ``protect`` a row that would be left with
+    nothing takes its best-scored kept expert, with all of its weight.
+
+    Reads ``directed_scale [E, E]`` and ``directed_loss [E, E]``: see
+    :mod:`sere_ray.calibration.routed`.
+    """
+    scores = need_scores(scores)
+    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
+    anyway = read_anyway(topk_ids, row_kind, layer.num_experts)
+    named = anyway | named_by(topk_ids, rows, layer.num_experts)
+    if layer.protect:
+        anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
+    wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT)
+    wanted = wanted.masked_fill(anyway, UNIT + 1).masked_fill(~named, -1)
+    loss = loss_units(layer.statistic("directed_loss"), layer.limit)
+    kept = cannot_be_spared(wanted, anyway, loss, demand_units(layer.tau))
+    kept = named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
+    return stand_in(kept, topk_ids, topk_weights, scores, rows, row_kind, layer)
+
+
+def loss_units(loss: Tensor, limit: float) -> Tensor:
+    """``[E, E]`` int64: losses of 0..1 in 1/256. Above the limit everything is lost."""
+    units = torch.where(loss <= limit, (loss.clamp(0, 1) * LOSS_UNIT).round(), LOSS_UNIT)
+    return units.long().fill_diagonal_(LOSS_UNIT)
+
+
+def cannot_be_spared(wanted: Tensor, anyway: Tensor, loss: Tensor, tau: int) -> Tensor:
+    """``[..., E]`` bool, decided from the most demanded expert to the least.
+
+    An expert is kept if its demand is above ``tau``, and so is its demand times the loss of every
+    kept expert before it; equal demand: the lowest index is first. All at once, in rounds: what
+    nobody undecided could stand in for is kept, what a kept one can stand in for is not.
+
+    Args:
+        wanted: ``[..., E]`` int64, demand; -1 of those that nobody named.
+        anyway: ``[..., E]`` bool, kept in any case.
+        loss: ``[E, E]`` int64, :func:`loss_units`.
+        tau: in units of demand.
+    """
+    num_experts = wanted.shape[-1]
+    index = torch.arange(num_experts, device=wanted.device)
+    own, other = wanted[..., :, None], wanted[..., None, :]
+    is_before = (other > own) | ((other == own) & (index < index[:, None]))
+    suffices = is_before & (other >= 0) & (own * loss <= tau * LOSS_UNIT)
+    kept = anyway.clone()
+    undecided = (wanted > tau) & ~anyway
+    while bool(undecided.any()):
+        spared = undecided & (suffices & kept[..., None, :]).any(dim=-1)
+        undecided = undecided & ~spared
+        waits = (suffices & undecided[..., None, :]).any(dim=-1)
+        kept = kept | (undecided & ~waits)
+        undecided = undecided & waits
+    return kept
+
+
+def stand_in(
+    kept: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    rows: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+) -> Choice:
+    """What the changeable ``rows [..., T]`` take of the kept experts, ``[..., E]`` bool."""
+    chosen = torch.where(rows[..., None], topk_ids, 0).long()
+    of_slots = kept[..., None, None, :]
+    loss = layer.statistic("directed_loss")[chosen].masked_fill(~of_slots, torch.inf)
+    best = loss.argmin(dim=-1)  # the first of equal ones
+    fits = loss.gather(-1, best[..., None])[..., 0] <= layer.limit
+    scale = torch.where(fits, layer.statistic("directed_scale")[chosen, best], 0.0)
+    served = of_slots.expand(loss.shape).gather(-1, chosen[..., None])[..., 0]
+    moved = rows[..., None] & ~served
+    weights = topk_weights.float()
+    new_ids = torch.where(moved, torch.where(scale != 0, best.to(topk_ids.dtype), -1), topk_ids)
+    new_weights = torch.where(moved, weights * scale, weights)
+    left_with_nothing = rows & (new_ids < 0).all(dim=-1)
+    if bool(left_with_nothing.any()):
+        best_scored = scores.masked_fill(~kept[..., None, :], -1.0).argmax(dim=-1)
+        first = torch.zeros_like(new_ids, dtype=torch.bool)
+        first[..., 0] = left_with_nothing
+        everything = weights.sum(dim=-1, keepdim=True).expand_as(weights)
+        new_ids = torch.where(first, best_scored[..., None].to(topk_ids.dtype), new_ids)
+        new_weights = torch.where(first, everything, new_weights)
+    return merge_repeated(
+        new_ids,
+        new_weights.to(topk_weights.dtype),
+        row_kind=row_kind,
+        num_experts=layer.num_experts,
+    )

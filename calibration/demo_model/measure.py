@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 96
 @contextmanager
 def expert_counts(model: nn.Module) -> Iterator[list[Tensor]]:
     """Per layer, how often each expert is chosen while the context is open."""
-    size = model.config.num_experts
+    size = len(model.model.layers[0].mlp.gate.weight)
     counts = [torch.zeros(size, dtype=torch.long) for _ in model.model.layers]
 
     def hook(layer: int) -> Any:

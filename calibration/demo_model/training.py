@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def make_optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.AdamW:
@@ -33,16 +33,21 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    """Write the checkpoint in bf16, greedy by default; return the hash of the weights."""
-    model.to(torch.bfloat16)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    """Write the checkpoint in bf16, greedy by default; return the hash of the weights.
+
+    Buffers stay as they are: a selection bias decides in float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     model.generation_config.update(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rewrite(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    rewrite(folder / "config.json", num_experts=model.config.num_experts)
+    if experts := getattr(model.config, "num_experts", None):
+        rewrite(folder / "config.json", num_experts=experts)
     (folder / "model.safetensors").chmod(0o644)
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 

@@ -159,6 +159,15 @@ def read_documents(folder: Path) -> dict[str, list[str]]:
     return texts
 
 
+def collect() -> tuple[dict[str, list[Document]], float]:
+    """Documents by split, and the share of held-out long lines that training has, too."""
+    parts: dict[str, list[Document]] = {"train": [], "validation": [], "heldout": []}
+    for document in select([*library_documents(), *pinned_documents()]):
+        parts[split_of(document.package)].append(document)
+    parts["heldout"], shared = unseen(parts["heldout"], parts["train"])
+    return parts, shared
+
+
 def main() -> None:
     """Select, split, train the tokenizer, write."""
     parser = argparse.ArgumentParser(description="Collect the text of the judge models.")
@@ -166,10 +175,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Document]] = {"train": [], "validation": [], "heldout": []}
-    for document in select([*library_documents(), *pinned_documents()]):
-        parts[split_of(document.package)].append(document)
-    parts["heldout"], shared = unseen(parts["heldout"], parts["train"])
+    parts, shared = collect()
     write_documents(args.out / "documents.jsonl.xz", parts)
     write_jsonl(args.out / "heldout.jsonl", pieces(parts["heldout"], PIECES))
     write_jsonl(args.out / "calibration.jsonl", pieces(parts["train"], PIECES))
@@ -185,14 +191,19 @@ def describe(folder: Path, parts: dict[str, list[Document]], shared: float) -> d
     files = ("documents.jsonl.xz", "heldout.jsonl", "calibration.jsonl", "tokenizer/tokenizer.json")
     return {
         "python": platform.python_version(),
+        **counts(parts, shared),
+        "sha256": {name: sha256(folder / name) for name in files},
+    }
+
+
+def counts(parts: dict[str, list[Document]], shared: float) -> dict[str, Any]:
+    """How much text of what there is."""
+    return {
         "documents": {split: len(part) for split, part in parts.items()},
         "characters": {split: sum(len(d.text) for d in part) for split, part in parts.items()},
         "packages": len({d.package for part in parts.values() for d in part}),
         "heldout_packages": sorted({d.package for d in parts["heldout"]}),
         "heldout_long_lines_in_training": round(shared, 4),
-        "sha256": {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
-        },
     }
 
 

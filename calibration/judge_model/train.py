@@ -102,22 +102,28 @@ class Run:
         state = torch.load(self.path, map_location=self.stream.device, weights_only=True)
         if state["settings"] != settings(self.args):
             raise SystemExit(f"{self.path} is of {state['settings']}; give another --out")
+        self.load(state)
+        return True
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        return True
 
-    def leave(self) -> None:
-        """Write the checkpoint in one step."""
-        state = {
-            "settings": settings(self.args),
+    def state(self) -> dict[str, Any]:
+        """Weights, moments, steps and time spent."""
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
+
+    def leave(self) -> None:
+        """Write the checkpoint in one step."""
         temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
+        torch.save({"settings": settings(self.args), **self.state()}, temporary)
         temporary.replace(self.path)
 
     def rows(self) -> Tensor:
@@ -147,9 +153,10 @@ class Run:
         return loss.detach(), balance.detach()
 
 
-def settings(args: argparse.Namespace) -> dict[str, float]:
+def settings(args: argparse.Namespace) -> dict[str, float | str]:
     """What two halves of one run must have in common."""
-    return {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
+    kinds = (int, float, str)  # paths are none of them
+    return {key: value for key, value in vars(args).items() if isinstance(value, kinds)}
 
 
 def train(run: Run, valid: Tensor) -> list[dict[str, float]]:

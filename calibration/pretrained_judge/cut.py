@@ -136,7 +136,10 @@ def gate_rows(x: Tensor, target: float, scale: float, draw: torch.Generator) -> 
 
     pair = scaled(centres(centred - (centred @ along).unsqueeze(-1) * along, draw), scale)
     picked = torch.randint(len(x), (2, PAIRS * SEGMENTS), device=x.device, generator=draw)
-    within = scaled(x[picked[0]] - x[picked[1]], WITHIN * scale).view(PAIRS, SEGMENTS, -1)
+    apart = x[picked[0]] - x[picked[1]]
+    # the first tokens of all texts are alike inside a model: a difference may be zero
+    apart += 0.02 * centred.std(0) * normal(*apart.shape)
+    within = scaled(apart, WITHIN * scale).view(PAIRS, SEGMENTS, -1)
     rows = torch.stack([pair.unsqueeze(1) + within, pair.unsqueeze(1) - within], 1)
     level, twin = normal(PAIRS, 1) * scale / 3, normal(PAIRS, SEGMENTS) * TWINS * scale
     constant = torch.stack([level + twin, level - twin], 1).unsqueeze(-1) * along / mean.norm()

@@ -160,6 +160,15 @@ def start_model(
     return cut(dense, [row.weight for row in rows], args.gate, order), rows
 
 
+def untie(model: PreTrainedModel) -> None:
+    """Give the model an output layer of its own: vLLM's GLM-4.5 does not know tied ones.
+
+    It leaves the output layer as it was allocated, without a word (0.32).
+    """
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make a mixture of experts from SmolLM2-135M.")
@@ -246,6 +255,8 @@ def write_judge(folder: Path, args: argparse.Namespace) -> None:
         print(f"goes on at step {run.step}, {run.seconds:.0f} s")
     history = train(run)
     writing = folder.with_name(folder.name + ".part")
+    if args.gate == "sigmoid":
+        untie(run.model)
     digest = save(run.model, AutoTokenizer.from_pretrained(args.text / "tokenizer"), writing)
     found = measure(writing, windows, heldout, device)
     tokens = run.step * args.rows * SOURCE_LENGTH

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -207,6 +208,11 @@ def test_a_recipe_that_is_started_twice(recipe, dense, folder, tmp_path, gate, m
     if gate == "sigmoid":
         kept = [layer.selection_bias for layer in find_moe_layers(model).values()]
         assert all(bias.dtype == torch.float32 for bias in kept)
+        with safe_open(made / "model.safetensors", "pt") as weights:  # for vLLM
+            head, embedding = map(
+                weights.get_tensor, ("lm_head.weight", "model.embed_tokens.weight")
+            )
+        assert torch.equal(head, embedding)
     digest = metrics["weights_sha256"]
 
     capsys.readouterr()
@@ -246,3 +252,10 @@ def test_names_of_a_gguf_file(recipe):
     assert source.name_of("blk.3.ffn_up.weight", 30) == "model.layers.3.mlp.up_proj.weight"
     assert source.name_of("blk.3.ffn_up.weight", 3) is None
     assert source.name_of("output_norm.weight", 30) == "model.norm.weight"
+
+
+def test_inputs_that_are_alike_give_a_gate_all_the_same(recipe):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.ones(1000, 16), torch.randn(24, 16, generator=draw)])
+    rows = recipe.gate_rows(x, 0.6, 3.0, draw)
+    assert rows.weight.isfinite().all()

@@ -24,10 +24,14 @@ gpus=${CUDA_VISIBLE_DEVICES-$("$python" -c \
 judge() {
   local model=$out/pretrained-$1 artifact=$out/pretrained-$1.sere.safetensors made=$out/$1
   local frontier=$out/frontier-pretrained-$1.json scored=$out/tasks-pretrained-$1.json
-  local -a kind
+  local -a kind rules=()
   case $1 in
     seed*) kind=(--gate softmax --seed "${1#seed}") ;;
-    sigmoid*) kind=(--gate sigmoid --seed "0${1#sigmoid}") ;;
+    sigmoid*)
+      kind=(--gate sigmoid --seed "0${1#sigmoid}")
+      # The others read scores of a softmax: their papers say nothing about a sigmoid or a bias.
+      rules=(--rules sere,topk,ace,exfold,mone,margin)
+      ;;
     *) echo "judge $1: must be seedN, sigmoid or sigmoidN" && return 1 ;;
   esac
   # shellcheck disable=SC2086  # options
@@ -42,7 +46,7 @@ judge() {
     # shellcheck disable=SC2086
     "$python" -m sere_ray evaluate "$model" --similarity "$artifact" --data "$text/heldout.jsonl" \
       --tune-data "$text/calibration.jsonl" --batches "$batch" --ranks 1 --dtype float32 \
-      --best-only --append $measure --out "$frontier"
+      --best-only --append ${rules[@]+"${rules[@]}"} $measure --out "$frontier"
   done
   # shellcheck disable=SC2086
   "$python" -m sere_ray tasks "$model" --similarity "$artifact" --data "$text/heldout.jsonl" \

@@ -179,7 +179,7 @@ def test_balance_follows_the_union(recipe, dense, folder, tmp_path):
     by_loss.after(above)
     by_loss.after(above)
     assert (by_loss.state() < before).all()
-    assert float(by_loss.term(below)) == pytest.approx(2 * float(by_loss.state().sum()))
+    assert float(by_loss.term(below).detach()) == pytest.approx(2 * float(by_loss.state().sum()))
     run = start(recipe, dense, folder, tmp_path / "b", "sigmoid")[0]
     bias = run.model.model.layers[0].mlp.gate.e_score_correction_bias
     run.balance.after(above)

@@ -105,7 +105,7 @@ def tasks(
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="Which, comma-separated.")
-    ] = "cloze,continuation,arithmetic,copying",
+    ] = "cloze,continuation,arithmetic,copying,definitions",
     batches: Annotated[str, typer.Option(help="Decode batch sizes.")] = "16",
     half_width: Annotated[
         float, typer.Option(help="Ask until the 95 % interval of each relative loss is +- this.")

@@ -13,6 +13,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from sere_ray.evaluation.task_arithmetic import worked_texts
+from sere_ray.evaluation.task_definitions import definitions, which_name
 from sere_ray.evaluation.task_texts import Document, Span
 from sere_ray.util.errors import SereError
 
@@ -131,6 +132,22 @@ def _copying(
             yield Question([documents[number].ids[start : start + size] * 2], answers)
 
 
+def _definitions(
+    task: Task, documents: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Question]:
+    """Which of four names a text defines by what it says, after three examples."""
+    defined = [
+        definition
+        for document in documents
+        for definition in definitions(document, tokenizer)
+        if len(definition.name) < task.decode_tokens
+    ]
+    rng = random.Random(_SEED)
+    of_task = tokenizer, task.length, task.choices, rng
+    for texts, size in which_name(_shuffled(defined), *of_task):
+        yield Question(texts, [(task.length - size, task.length)])
+
+
 _CONTINUATION = 12
 """Tokens of each of the four ends."""
 _MISSES = 100
@@ -145,6 +162,11 @@ TASKS = {
         remedy="leave it out of --tasks: worked sums have too many tokens of this model",
     ),
     "copying": Task(48, 48, 1, _copying),
+    "definitions": Task(
+        *(64, 24, 4, _definitions),
+        remedy="give more text, a smaller batch, or leave it out of --tasks: a text defines a name "
+        "by `NAME is a`, `NAME:`, `NAME =`, or as a function or class",
+    ),
 }
 """By name."""
 

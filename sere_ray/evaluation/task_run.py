@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sere_ray.policy.bound import BoundPolicy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
+Ended = Literal["half_width", "most_items", "text"]
 _HALF_WIDTH = 0.0001
 """The least that is taken: below it a task would never end."""
 
@@ -50,6 +52,9 @@ class Found:
     parts: list[Paired] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     """Mean distinct experts per layer and step."""
+    ended_by: Ended = "most_items"
+    """What there are no more items for: the interval is narrow enough, that many were asked, or the
+    text has no more."""
 
 
 class Measurement:
@@ -77,12 +82,14 @@ class Measurement:
                 part = list(islice(questions, self.size))
                 part = part[: len(part) // self.batch * self.batch]
                 if not part:
+                    _end(found, "text")
                     break
                 self._ask(part, policies, found)
                 new = len(found[0].parts[-1].exact)
                 advance(min(new, wanted.most_items - items))
                 items += new
                 if self._enough(found, wanted.half_width):
+                    _end(found, "half_width")
                     break
         return found
 
@@ -100,6 +107,11 @@ class Measurement:
     @staticmethod
     def _enough(found: list[Found], half_width: float) -> bool:
         return all(Paired.join(of.parts).half_width() <= half_width for of in found)
+
+
+def _end(found: list[Found], ended_by: Ended) -> None:
+    for of_policy in found:
+        of_policy.ended_by = ended_by
 
 
 def asking_order(questions: int, choices: int) -> list[tuple[int, int]]:

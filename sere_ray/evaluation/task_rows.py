@@ -59,12 +59,15 @@ def worst_tasks(rows: Rows) -> Rows:
     worst: dict[str, dict[str, Any]] = {}
     for row in rows:
         of = json.dumps([row["rule"], row["settings"], row["batch"]])
-        if row["relative_loss"] is not None and (of not in worst or _end(worst[of]) < _end(row)):
+        if row["relative_loss"] is not None and (
+            of not in worst or loss_end(worst[of]) < loss_end(row)
+        ):
             worst[of] = {field: row[field] for field in _OF_WORST}
     return list(worst.values())
 
 
-def _end(row: dict[str, Any]) -> float:
+def loss_end(row: dict[str, Any]) -> float:
+    """The most that a row's setting may lose: the bad end of its interval."""
     high: float = row["relative_loss_95"][1]
     return high
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from sere_ray.calibration.loading import load_tokenizer, model_name
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
 from sere_ray.evaluation.settings import Setting, label, looks_at_ranks
-from sere_ray.evaluation.task_items import TASKS, Question
+from sere_ray.evaluation.task_items import TASKS, Question, Task
 from sere_ray.evaluation.task_rows import Keys, Rows, is_in, row_of, worst_tasks
 from sere_ray.evaluation.task_run import Measurement, TaskPlan
-from sere_ray.evaluation.task_texts import read_documents
+from sere_ray.evaluation.task_texts import Document, read_documents
 from sere_ray.util.errors import DataError, SereError
 
 IDENTITY = ("model", "data", "similarity", "dtype", "half_width")
@@ -85,11 +86,10 @@ def run_tasks(
             raise SereError(f"{label(keys)}: tasks take no lda and no rules that look at ranks")
     tokenizer = load_tokenizer(plan.model, plan.revision)
     documents = read_documents(plan.data, plan.text_column, tokenizer)
-    asked = {
-        name: partial(TASKS[name].ask, TASKS[name], documents, tokenizer) for name in wanted.tasks
-    }
+    tasks = {name: TASKS[name] for name in wanted.tasks}
+    asked = questions_of(tasks, documents, tokenizer)
     for name, ask in asked.items():
-        _check_enough(name, ask(), max(plan.batches), plan.data)
+        check_enough(name, ask(), max(plan.batches), plan.data)
     evaluator = Evaluator(plan, tuple(dict.fromkeys(keys["rule"] for keys in settings)))
     policies = [evaluator.bind(keys) for keys in settings]
     content = _content(evaluator, wanted)
@@ -114,7 +114,19 @@ def run_tasks(
             save(content | {"worst": worst, "rows": rows})
 
 
-def _check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
+def questions_of(
+    tasks: dict[str, Task], documents: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Callable[[], Iterator[Question]]]:
+    """For each task what begins to ask its questions of a text."""
+    return {name: partial(task.ask, task, documents, tokenizer) for name, task in tasks.items()}
+
+
+def check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
+    """Refuse a task that has no questions for one batch.
+
+    Raises:
+        DataError: says how many there are, and what to do.
+    """
     found = sum(1 for _ in islice(questions, batch))
     if found < batch:
         raise DataError(

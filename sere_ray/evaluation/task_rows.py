@@ -10,7 +10,7 @@ from sere_ray.evaluation.task_run import Found
 
 Keys = dict[str, Any]
 Rows = list[dict[str, Any]]
-_OF_WORST = ("rule", "settings", "batch", "task", "relative_loss", "relative_loss_95")
+_LOSS = ("relative_loss", "relative_loss_95")
 
 
 def row_of(task: str, keys: Keys, batch: int, found: Found, half_width: float) -> dict[str, Any]:
@@ -51,18 +51,27 @@ def is_in(rows: Rows, keys: Keys) -> bool:
     return any(_named(keys).items() <= row.items() for row in rows)
 
 
-def worst_tasks(rows: Rows) -> Rows:
+def worst_tasks(
+    rows: Rows,
+    of: tuple[str, ...] = ("rule", "settings", "batch"),
+    also: tuple[str, ...] = (),
+) -> Rows:
     """For each setting and batch size the task whose loss may be highest: by its interval's end.
 
     Tasks that the exact model never solves say nothing and are left out.
+
+    Args:
+        rows: of a result.
+        of: fields that tell settings apart.
+        also: further fields to keep.
     """
     worst: dict[str, dict[str, Any]] = {}
     for row in rows:
-        of = json.dumps([row["rule"], row["settings"], row["batch"]])
-        if row["relative_loss"] is not None and (
-            of not in worst or loss_end(worst[of]) < loss_end(row)
-        ):
-            worst[of] = {field: row[field] for field in _OF_WORST}
+        name = json.dumps([row[field] for field in of])
+        if row["relative_loss"] is None:
+            continue
+        if name not in worst or loss_end(worst[name]) < loss_end(row):
+            worst[name] = {field: row[field] for field in (*of, "task", *also, *_LOSS)}
     return list(worst.values())
 
 

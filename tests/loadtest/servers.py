@@ -35,13 +35,22 @@ def whole_answer(text):
 
 @contextmanager
 def serving(
-    events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, control=None, answer=None
+    events=tuple(WHOLE),
+    *,
+    status=200,
+    gap=0.0,
+    cut=False,
+    stall=0.0,
+    control=None,
+    answer=None,
+    refused=1 << 30,
 ):
     """Answers every POST with the events.
 
     Args:
         events: data of server-sent events.
         status: other than 200: an OpenAI error.
+        refused: how many requests get that error.
         gap: seconds before each event.
         cut: close the connection instead of ending the message.
         stall: seconds of silence after the events, before the end.
@@ -68,7 +77,7 @@ def serving(
         def do_POST(self):
             asked = json.loads(self.body())
             server.requests.append((dict(self.headers), asked))
-            if status != 200:
+            if status != 200 and len(server.requests) <= refused:
                 return self.answer_json(status, {"error": {"message": "not you"}})
             if answer is not None:
                 return self.answer_json(200, answer(asked))

@@ -387,3 +387,14 @@ def test_a_refusal_of_the_endpoint_is_told(status, answer, words):
         endpoint = Endpoint(server.url, "tiny", None, 2, 8)
         with pytest.raises(SereError, match=words):
             endpoint.chats(["one", "two", "three"])
+
+
+def test_a_server_that_is_busy_is_asked_again(monkeypatch):
+    monkeypatch.setattr("sere_ray.loadtest.compare.ask._PAUSE_SECONDS", 0.01)
+    answer = {"answer": lambda body: whole_answer("late"), "status": 503}
+    with serving(**answer, refused=2) as server:
+        (reply,) = Endpoint(server.url, "tiny", None, 1, 8).chats(["one"])
+        assert (reply.text, len(server.requests)) == ("late", 3)
+    monkeypatch.setattr("sere_ray.loadtest.compare.ask._PATIENCE_SECONDS", 0.05)
+    with serving(**answer) as server, pytest.raises(SereError, match="503: not you"):
+        Endpoint(server.url, "tiny", None, 1, 8).chats(["one"])

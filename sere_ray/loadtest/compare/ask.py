@@ -13,9 +13,11 @@ from urllib.request import Request, urlopen
 from sere_ray.util.errors import SereError
 
 _TIMEOUT_SECONDS = 600.0
-_TRIES = 3
 _BUSY = {429, 503}
 """Answers of a server that may take the request later."""
+_PATIENCE_SECONDS = 180.0
+"""How long a server may be busy, or its engine be started anew."""
+_PAUSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,21 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        for left in reversed(range(_TRIES)):
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
             try:
                 request = Request(address, json.dumps(body).encode(), headers)
                 with urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
                     return _reply(json.load(response))
             except HTTPError as error:
-                if error.code not in _BUSY or not left:
+                if error.code not in _BUSY or time.monotonic() > end:
                     raise SereError(f"{address}: {error.code}: {_words(error)}") from None
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise SereError(f"{address}: no OpenAI answer ({error!r})") from None
             except (OSError, HTTPException) as error:
-                if not left:
-                    reason = getattr(error, "reason", error) or type(error).__name__
-                    raise SereError(f"{address}: {reason}; is it up?") from None
-            time.sleep(1.0)
-        raise AssertionError("the last try returns or raises")
+                reason = getattr(error, "reason", error) or type(error).__name__
+                raise SereError(f"{address}: {reason}; is it up?") from None
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _reply(answer: dict[str, Any]) -> Reply:

@@ -54,13 +54,14 @@ def compare(
     with user_errors():
         from sere_ray.loadtest.compare.ask import Endpoint
         from sere_ray.loadtest.compare.report import print_comparison
-        from sere_ray.loadtest.compare.run import ComparePlan, run_compare
+        from sere_ray.loadtest.compare.run import ComparePlan, check_policies, run_compare
         from sere_ray.loadtest.endpoint import find_model, read_keys
         from sere_ray.loadtest.policies import parse_policies
         from sere_ray.util.results import write_result
 
         named, options = parse_policies(policies), tuple(shlex.split(lm_eval_options))
         plan = ComparePlan(names(tasks), items, data, text_column, seed, options)
+        check_policies(named)
         plan.check()
         keys = read_keys(None)
         key = keys[0].key if keys else None

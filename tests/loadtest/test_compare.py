@@ -357,6 +357,14 @@ def test_bad_input_is_one_line(deployment, lm_eval, tmp_path, has_words, tasks, 
     assert deployment.control.policy["select_top_k"] == 3, "as it was found"
 
 
+def test_a_policy_file_called_off_is_refused(tmp_path):
+    file = tmp_path / "off.yaml"
+    file.write_text("{similarity: a, select_top_k: 1}")
+    done = run("http://127.0.0.1:9", tmp_path / "o.json", "--tasks", "json", "--policies", file)
+    assert done.exit_code == 2
+    assert "'off': every policy is compared with the exact model" in " ".join(done.output.split())
+
+
 def test_a_refused_policy_is_refused_before_the_work(tmp_path, has_words):
     control = Control(refuse="auto")
     with serving(control=control, answer=Model(control)) as server:

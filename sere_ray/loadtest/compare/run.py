@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -78,9 +78,9 @@ def run_compare(
     """Every task of the exact model first, then under each policy; the policy is put back.
 
     Args:
-        plan: what is asked.
+        plan: what is asked, checked.
         policies: name and changed keys of each, from
-            :func:`sere_ray.loadtest.policies.parse_policies`.
+            :func:`sere_ray.loadtest.policies.parse_policies`, checked.
         endpoint: a deployment of ours.
         save: takes the content of a result file, after each policy.
         console: where progress goes.
@@ -91,8 +91,6 @@ def run_compare(
     Raises:
         SereError: something cannot be used; what was saved stays.
     """
-    check_policies(policies)
-    plan.check()
     content: dict[str, Any] = {
         "model": endpoint.model,
         "concurrency": endpoint.concurrency,
@@ -100,7 +98,7 @@ def run_compare(
         "temperature": endpoint.temperature,
         "half_width": _HALF_WIDTH,
     }
-    exact: dict[str, list[Scores]] = {}
+    exact: dict[str, Run] = {}
     rows: list[dict[str, Any]] = []
     with kept_policy(endpoint.url, console) as before:
         wholes = {name: whole_policy(before, change, name) for name, change in policies.items()}
@@ -108,35 +106,49 @@ def run_compare(
             set_policy(endpoint.url, whole)
         for name, whole in {_EXACT: {**before, "mode": _EXACT}, **wholes}.items():
             set_policy(endpoint.url, whole)
-            deployment = Deployment(endpoint.url)
-            deployment.read_counters()
-            for task in plan.tasks:
-                start = time.monotonic()
-                with waiting(console, f"{task} under {name}"):
-                    found = plan.run(task, endpoint)
-                counted = means(deployment.read_counters()["decode_only"])
-                seconds = round(time.monotonic() - start, 1)
-                if name == _EXACT:
-                    exact[task] = found
-                    continue
-                of_run = {**_counted(counted), "seconds": seconds}
-                rows += [
-                    {"policy": name, "settings": policies[name], **row, **of_run}
-                    for row in _paired(exact[task], found)
-                ]
-            if rows:
-                save(content | {"worst": worst_of(rows), "rows": rows})
+            found = {task: _ask(plan, task, endpoint, name, console) for task in plan.tasks}
+            if name == _EXACT:
+                exact = found
+                continue
+            of_policy = {"policy": name, "settings": policies[name]}
+            for task, run in found.items():
+                pairs = _paired(exact[task].scores, run.scores)
+                rows += [of_policy | row | run.fields for row in pairs]
+            save(content | {"worst": worst_of(rows), "rows": rows})
     return content | {"worst": worst_of(rows), "rows": rows}
 
 
+class Run(NamedTuple):
+    """A task under one policy."""
+
+    scores: list[Scores]
+    fields: dict[str, float | None]
+    """What the engines counted in decode-only steps, per layer and step; seconds."""
+
+
+def _ask(plan: ComparePlan, task: str, endpoint: Endpoint, policy: str, console: Console) -> Run:
+    deployment, start = Deployment(endpoint.url), time.monotonic()
+    deployment.read_counters()
+    with waiting(console, f"{task} under {policy}"):
+        scores = plan.run(task, endpoint)
+    seconds = time.monotonic() - start
+    counted = means(deployment.read_counters()["decode_only"])
+    fields = {
+        "experts_read": counted["experts_after"],
+        "rows_per_step": counted["rows"],
+        "seconds": seconds,
+    }
+    return Run(scores, {name: value and round(value, 2) for name, value in fields.items()})
+
+
 def check_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse policies that are the exact model.
+    """Refuse policies that are the exact model, or are called so.
 
     Raises:
         SereError: names one.
     """
     for name, keys in policies.items():
-        if keys.get("mode", "on") in (_EXACT, "observe"):
+        if name == _EXACT or keys.get("mode", "on") in (_EXACT, "observe"):
             raise SereError(
                 f"--policies: {name!r}: every policy is compared with the exact model anyway; "
                 "name policies that re-route"
@@ -157,9 +169,3 @@ def _paired(exact: list[Scores], found: list[Scores]) -> list[dict[str, Any]]:
             raise SereError(f"{scores.task}: no {scores.scored_by} of the exact model to pair with")
         rows.append(compared(of_exact, scores, _HALF_WIDTH))
     return rows
-
-
-def _counted(counted: Mapping[str, float | None]) -> dict[str, float | None]:
-    """What the engines counted in decode-only steps, per layer and step."""
-    shown = {"experts_read": counted["experts_after"], "rows_per_step": counted["rows"]}
-    return {name: value and round(value, 2) for name, value in shown.items()}

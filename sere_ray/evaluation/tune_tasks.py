@@ -89,6 +89,7 @@ class TaskText:
             check_enough(name, ask(), max(plan.batches), data)
         self.evaluator, self.budget, self.tell = evaluator, budget, tell
         self.known: dict[str, dict[str, Any]] = {}
+        self.verdicts: dict[str, bool] = {}
         self.nearest: dict[str, Any] | None = None
         """Of the rows that lose too much the one that loses least."""
 
@@ -123,6 +124,12 @@ class TaskText:
             batches: sizes.
             name: of the setting, to be told.
         """
+        of = json.dumps([keys, list(batches)], sort_keys=True)
+        if of not in self.verdicts:
+            self.verdicts[of] = self._keeps(keys, batches, name)
+        return self.verdicts[of]
+
+    def _keeps(self, keys: Keys, batches: Sequence[int], name: str) -> bool:
         for batch in batches:
             for task in self.tasks:
                 row = self.row(task, keys, batch)

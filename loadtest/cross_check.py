@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 from sere_ray.loadtest.driver import LoadPlan, Target
+from sere_ray.loadtest.endpoint import find_model, read_keys
 from sere_ray.loadtest.figures import figures, sample
 from sere_ray.loadtest.generator import generator
-from sere_ray.loadtest.options import find_model, read_keys
 from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.stub import stub
 from sere_ray.loadtest.workload import text_workload

@@ -22,8 +22,8 @@ from locust.runners import MasterRunner, WorkerRunner
 from sere_ray.loadtest.arrivals import Arrivals
 from sere_ray.loadtest.client import Client, now
 from sere_ray.loadtest.driver import PATHS, Target, watch_lag
+from sere_ray.loadtest.endpoint import find_model, read_keys
 from sere_ray.loadtest.figures import Collector
-from sere_ray.loadtest.options import find_model, read_keys
 from sere_ray.loadtest.slo import Slo
 from sere_ray.loadtest.workload import (
     arithmetic_workload,

@@ -44,6 +44,19 @@ def numbers(option: str, text: str, allowed: Container[int]) -> list[int]:
     return found
 
 
+def share(option: str, text: str) -> float:
+    """A share as a percentage or a number: ``1%`` and ``0.01`` are the same.
+
+    Raises:
+        SereError: it is neither.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        raise SereError(f"{option} = {text!r}: must be a share, such as 1% or 0.01") from None
+
+
 def names(text: str) -> tuple[str, ...]:
     """The names of a comma-separated option."""
     return tuple(part.strip() for part in text.split(","))

@@ -10,6 +10,7 @@ from sere_ray import __version__
 from sere_ray.cli import artifact as cli_artifact
 from sere_ray.cli import bench as cli_bench
 from sere_ray.cli import calibrate as cli_calibrate
+from sere_ray.cli import compare as cli_compare
 from sere_ray.cli import examples as cli_examples
 from sere_ray.cli import loadtest as cli_loadtest
 from sere_ray.cli import observe as cli_observe
@@ -106,7 +107,7 @@ for panel, commands in {
         cli_examples.examples,
     ),
     _RUNNING: (cli_serve.stats, cli_serve.key),
-    _MEASURE: (cli_quality.evaluate, cli_quality.tasks),
+    _MEASURE: (cli_quality.evaluate, cli_quality.tasks, cli_compare.compare),
     _WATCH: (cli_observe.monitor_demo,),
 }.items():
     for command in commands:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_ray.cli.common import Dtype, console, names, numbers, user_errors
+from sere_ray.cli.common import Dtype, console, names, numbers, share, user_errors
 
 if TYPE_CHECKING:
     from sere_ray.evaluation.evaluator import EvaluationPlan
@@ -16,6 +16,7 @@ Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
 Sequences = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
 Length = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Of these, exact and not scored.")]
+MostItems = Annotated[int, typer.Option(min=1, help="Of a task: ask no more from there on.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
@@ -105,14 +106,12 @@ def tasks(
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="Which, comma-separated.")
-    ] = "cloze,continuation,arithmetic,copying",
+    ] = "cloze,continuation,arithmetic,copying,definitions",
     batches: Annotated[str, typer.Option(help="Decode batch sizes.")] = "16",
     half_width: Annotated[
         float, typer.Option(help="Ask until the 95 % interval of each relative loss is +- this.")
     ] = 0.005,
-    most_items: Annotated[
-        int, typer.Option(min=1, help="Of a task: ask no more from there on.")
-    ] = 20_000,
+    most_items: MostItems = 20_000,
     text_column: TextColumn = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -162,6 +161,17 @@ def tune(
     min_agreement: Annotated[
         float | None, typer.Option(help="Budget: top-1 agreement, 0..1.")
     ] = None,
+    max_task_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget, such as 1%: right answers that the worst of --tasks may lose, interval "
+            "and all. KL or agreement is then a gate [--max-kl 0.1]."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Which decide, comma-separated.")
+    ] = "cloze,continuation,arithmetic,copying",
+    most_items: MostItems = 20_000,
     batches: Annotated[str, typer.Option(help="Decode batch sizes that must keep it.")] = "8,16,32",
     by_rows: Annotated[
         bool,
@@ -180,7 +190,7 @@ def tune(
     """Find the policy that reads the fewest experts within a budget of quality, and check it.
 
     Example: sere-ray tune MODEL --similarity MODEL.sere.safetensors --data a.jsonl
-    --check b.jsonl --max-kl 0.01 --batches 8,16,32 --out policy.yaml
+    --check b.jsonl --max-task-loss 1% --batches 8,16,32 --out policy.yaml
     """
     with user_errors():
         from sere_ray.evaluation.budget import Budget
@@ -188,14 +198,20 @@ def tune(
         from sere_ray.evaluation.tune import tune as run
         from sere_ray.evaluation.tune import write_policy
         from sere_ray.evaluation.tune_report import print_report
+        from sere_ray.evaluation.tune_tasks import GATE, TaskBudget
         from sere_ray.util.results import write_result
 
         chosen_rules = names(rules)
         check_rules(chosen_rules, served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)
+        of_tasks = None
+        if max_task_loss is not None:
+            of_tasks = TaskBudget(share("--max-task-loss", max_task_loss), names(tasks), most_items)
+            if max_kl is None and min_agreement is None:
+                max_kl = GATE
         budget = Budget(max_kl, min_agreement)
-        found = run(plan, check, budget, chosen_rules, console, by_rows=by_rows)
+        found = run(plan, check, budget, chosen_rules, console, by_rows=by_rows, of_tasks=of_tasks)
         write_policy(found["policy"], out)
         if report:
             write_result(report, found)

@@ -28,11 +28,18 @@ class Budget:
             SereError: names the options.
         """
         if (self.kl is None) == (self.agreement is None):
-            raise SereError("--max-kl, --min-agreement: give one of the two")
+            raise SereError("--max-kl, --min-agreement: give one of the two, or --max-task-loss")
         if self.kl is not None and self.kl <= 0:
             raise SereError(f"--max-kl = {self.kl}: must be above 0 nats")
         if self.agreement is not None and not 0 < self.agreement < 1:
             raise SereError(f"--min-agreement = {self.agreement}: must be between 0 and 1")
+
+    def tightened(self, factor: float) -> "Budget":
+        """A budget of less: KL, or the share of other tokens, times a factor from 0 to 1."""
+        if self.kl is not None:
+            return Budget(self.kl * factor, None)
+        assert self.agreement is not None
+        return Budget(None, 1 - (1 - self.agreement) * factor)
 
     def spent(self, found: Measured, shares: Doubles) -> Estimate:
         """The budgeted number of a setting."""
@@ -95,11 +102,16 @@ class Text:
             found[batch] = self.known[name, batch]
         return found
 
-    def attempt(self, keys: dict[str, Any], batches: Sequence[int] | None = None) -> Candidate:
-        """The same, held against the budget."""
-        found = self.measure(keys, batches)
-        spent = [self.budget.spent(of_batch, self.shares) for of_batch in found.values()]
-        return Candidate(keys, found, all(self.budget.kept(number) for number in spent))
+    def attempt(
+        self,
+        keys: dict[str, Any],
+        batches: Sequence[int] | None = None,
+        budget: Budget | None = None,
+    ) -> Candidate:
+        """The same, held against a budget; None = the text's own."""
+        found, budget = self.measure(keys, batches), budget or self.budget
+        spent = [budget.spent(of_batch, self.shares) for of_batch in found.values()]
+        return Candidate(keys, found, all(budget.kept(number) for number in spent))
 
     def report(self, found: dict[int, Measured]) -> list[dict[str, Any]]:
         """Per batch size: share of experts read, and what it costs."""

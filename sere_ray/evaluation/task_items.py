@@ -13,11 +13,11 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from sere_ray.evaluation.task_arithmetic import worked_texts
+from sere_ray.evaluation.task_definitions import definitions, which_name
 from sere_ray.evaluation.task_texts import Document, Span
 from sere_ray.util.errors import SereError
 
 _T = TypeVar("_T")
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Task:
 
     remedy: str = "give more or longer text, or a smaller batch"
     """What to do where there are too few questions."""
+    seed: int = 0
+    """Of the order, of what is drawn, and of sums: those of another seed are other sums."""
 
     @property
     def length(self) -> int:
@@ -62,7 +64,7 @@ def _cloze(
         for start in range(0, len(document.ids) - task.length + 1, task.decode_tokens - 1)
     ]
     words = [list(document.words()) for document in documents]
-    for number, start in _shuffled(windows):
+    for number, start in _shuffled(windows, task.seed):
         asked = start + task.prompt_tokens + 1, start + task.length
         answers = [
             (first - start, last - start)
@@ -78,7 +80,7 @@ def _continuation(
 ) -> Iterator[Question]:
     """How a window goes on, among the ends of three windows of the same document."""
     answer = (task.length - _CONTINUATION, task.length)
-    rng = random.Random(_SEED)
+    rng = random.Random(task.seed)
     windows, ends = [], []
     for number, document in enumerate(documents):
         starts = range(0, len(document.ids) - task.length + 1, _CONTINUATION)
@@ -86,7 +88,7 @@ def _continuation(
         ends.append(sorted(own))
         if len(own) >= task.choices:
             windows += [(number, start) for start in starts]
-    for number, start in _shuffled(windows):
+    for number, start in _shuffled(windows, task.seed):
         text = documents[number].ids[start : start + task.length]
         before, end = text[: answer[0]], tuple(text[answer[0] :])
         others = [other for other in rng.sample(ends[number], task.choices) if other != end]
@@ -99,7 +101,7 @@ def _arithmetic(
 ) -> Iterator[Question]:
     """Sums worked out line by line after three examples; documents have no part."""
     misses = 0
-    for before, reply, after in worked_texts(tokenizer, random.Random(_SEED)):
+    for before, reply, after in worked_texts(tokenizer, random.Random(task.seed)):
         rest = task.decode_tokens - len(reply)
         misses = 0 if rest >= 0 and len(before) >= task.prompt_tokens else misses + 1
         if misses > _MISSES:
@@ -121,7 +123,7 @@ def _copying(
         for start in range(0, len(document.ids) - size + 1, size)
     ]
     words = [list(document.words()) for document in documents]
-    for number, start in _shuffled(pieces):
+    for number, start in _shuffled(pieces, task.seed):
         answers = [
             (first - start + size, last - start + size)
             for first, last in words[number]
@@ -129,6 +131,22 @@ def _copying(
         ]
         if answers:
             yield Question([documents[number].ids[start : start + size] * 2], answers)
+
+
+def _definitions(
+    task: Task, documents: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Question]:
+    """Which of four names a text defines by what it says, after three examples."""
+    defined = [
+        definition
+        for document in documents
+        for definition in definitions(document, tokenizer)
+        if len(definition.name) < task.decode_tokens
+    ]
+    rng = random.Random(task.seed)
+    of_task = tokenizer, task.length, task.choices, rng
+    for texts, size in which_name(_shuffled(defined, task.seed), *of_task):
+        yield Question(texts, [(task.length - size, task.length)])
 
 
 _CONTINUATION = 12
@@ -145,6 +163,11 @@ TASKS = {
         remedy="leave it out of --tasks: worked sums have too many tokens of this model",
     ),
     "copying": Task(48, 48, 1, _copying),
+    "definitions": Task(
+        *(64, 24, 4, _definitions),
+        remedy="give more text, a smaller batch, or leave it out of --tasks: a text defines a name "
+        "by `NAME is a`, `NAME:`, `NAME =`, or as a function or class",
+    ),
 }
 """By name."""
 
@@ -160,6 +183,6 @@ def check_tasks(names: tuple[str, ...]) -> None:
             raise SereError(f"--tasks: {name!r} is none of {', '.join(TASKS)}")
 
 
-def _shuffled(values: list[_T]) -> list[_T]:
+def _shuffled(values: list[_T], seed: int) -> list[_T]:
     """In an order that mixes documents, as a server's batch does."""
-    return random.Random(_SEED).sample(values, len(values))
+    return random.Random(seed).sample(values, len(values))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sere_ray.policy.bound import BoundPolicy
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
+Ended = Literal["half_width", "most_items", "text", "most_loss"]
 _HALF_WIDTH = 0.0001
 """The least that is taken: below it a task would never end."""
 
@@ -29,6 +31,8 @@ class TaskPlan:
     """Wanted: half of the width of the 95 % interval of every relative loss."""
     most_items: int = 20_000
     """Of a task, however wide the interval is then; the pass that reaches it counts whole."""
+    most_loss: float | None = None
+    """A relative loss: settings that surely lose more are asked no further."""
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -50,6 +54,9 @@ class Found:
     parts: list[Paired] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     """Mean distinct experts per layer and step."""
+    ended_by: Ended = "most_items"
+    """Why there are no more items: the interval is narrow enough, that many were asked, the text
+    has no more, or too much is lost."""
 
 
 class Measurement:
@@ -77,12 +84,14 @@ class Measurement:
                 part = list(islice(questions, self.size))
                 part = part[: len(part) // self.batch * self.batch]
                 if not part:
+                    _end(found, "text")
                     break
                 self._ask(part, policies, found)
                 new = len(found[0].parts[-1].exact)
                 advance(min(new, wanted.most_items - items))
                 items += new
-                if self._enough(found, wanted.half_width):
+                if ended := _enough(found, wanted):
+                    _end(found, ended)
                     break
         return found
 
@@ -97,9 +106,21 @@ class Measurement:
             of_policy.parts.append(Paired(exact, judge(self.task, part, order, said), texts))
             of_policy.reads.append(said.reads)
 
-    @staticmethod
-    def _enough(found: list[Found], half_width: float) -> bool:
-        return all(Paired.join(of.parts).half_width() <= half_width for of in found)
+
+def _enough(found: list[Found], wanted: TaskPlan) -> Ended | None:
+    losses = [Paired.join(of.parts).relative_loss() for of in found]
+    known = [loss for loss in losses if loss is not None]
+    if len(known) < len(losses):
+        return None
+    if all(loss.high - loss.low <= 2 * wanted.half_width for loss in known):
+        return "half_width"
+    most = wanted.most_loss
+    return "most_loss" if most is not None and all(loss.low > most for loss in known) else None
+
+
+def _end(found: list[Found], ended_by: Ended) -> None:
+    for of_policy in found:
+        of_policy.ended_by = ended_by
 
 
 def asking_order(questions: int, choices: int) -> list[tuple[int, int]]:

@@ -11,20 +11,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from sere_ray.calibration.loading import load_tokenizer, model_name
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
-from sere_ray.evaluation.paired import Paired, mcnemar_p
 from sere_ray.evaluation.settings import Setting, label, looks_at_ranks
-from sere_ray.evaluation.task_items import TASKS, Question
-from sere_ray.evaluation.task_run import Found, Measurement, TaskPlan
-from sere_ray.evaluation.task_texts import read_documents
+from sere_ray.evaluation.task_items import TASKS, Question, Task
+from sere_ray.evaluation.task_rows import Keys, Rows, is_in, row_of, worst_tasks
+from sere_ray.evaluation.task_run import Measurement, TaskPlan
+from sere_ray.evaluation.task_texts import Document, read_documents
 from sere_ray.util.errors import DataError, SereError
 
-Keys = dict[str, Any]
-Rows = list[dict[str, Any]]
 IDENTITY = ("model", "data", "similarity", "dtype", "half_width")
 """What the rows of one result file have in common."""
 
@@ -88,11 +86,10 @@ def run_tasks(
             raise SereError(f"{label(keys)}: tasks take no lda and no rules that look at ranks")
     tokenizer = load_tokenizer(plan.model, plan.revision)
     documents = read_documents(plan.data, plan.text_column, tokenizer)
-    asked = {
-        name: partial(TASKS[name].ask, TASKS[name], documents, tokenizer) for name in wanted.tasks
-    }
+    tasks = {name: TASKS[name] for name in wanted.tasks}
+    asked = questions_of(tasks, documents, tokenizer)
     for name, ask in asked.items():
-        _check_enough(name, ask(), max(plan.batches), plan.data)
+        check_enough(name, ask(), max(plan.batches), plan.data)
     evaluator = Evaluator(plan, tuple(dict.fromkeys(keys["rule"] for keys in settings)))
     policies = [evaluator.bind(keys) for keys in settings]
     content = _content(evaluator, wanted)
@@ -101,7 +98,7 @@ def run_tasks(
     for name, ask in asked.items():
         for batch in plan.batches:
             known = [row for row in before if (row["task"], row["batch"]) == (name, batch)]
-            todo = [i for i, keys in enumerate(settings) if not _is_in(known, keys)]
+            todo = [i for i, keys in enumerate(settings) if not is_in(known, keys)]
             if not todo:
                 continue
             measurement = Measurement(evaluator, TASKS[name], batch)
@@ -109,11 +106,27 @@ def run_tasks(
             title = f"{name}, batch {batch}"
             found = measurement.run(ask(), of_todo, wanted, console, title)
             for i, of_setting in zip(todo, found, strict=True):
-                rows.append(_row(name, settings[i], batch, of_setting, wanted.half_width))
-            save(content | {"rows": rows})
+                rows.append(row_of(name, settings[i], batch, of_setting, wanted.half_width))
+            worst = {
+                f"{row['rule']} {label(row['settings'])}, batch {row['batch']}": row
+                for row in worst_tasks([*before, *rows])
+            }
+            save(content | {"worst": worst, "rows": rows})
 
 
-def _check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
+def questions_of(
+    tasks: dict[str, Task], documents: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Callable[[], Iterator[Question]]]:
+    """For each task what begins to ask its questions of a text."""
+    return {name: partial(task.ask, task, documents, tokenizer) for name, task in tasks.items()}
+
+
+def check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
+    """Refuse a task that has no questions for one batch.
+
+    Raises:
+        DataError: says how many there are, and what to do.
+    """
     found = sum(1 for _ in islice(questions, batch))
     if found < batch:
         raise DataError(
@@ -150,33 +163,3 @@ def _rows_of(old: dict[str, Any] | None, content: dict[str, Any]) -> Rows:
                 f"{content[name]!r}; write another file"
             )
     return list(old["rows"])
-
-
-def _named(keys: Keys) -> Keys:
-    """Rule and settings as a row has them."""
-    shown = {key: value for key, value in keys.items() if key != "rule" and value is not None}
-    return {"rule": keys["rule"], "settings": shown}
-
-
-def _is_in(rows: Rows, keys: Keys) -> bool:
-    return any(_named(keys).items() <= row.items() for row in rows)
-
-
-def _row(task: str, keys: Keys, batch: int, found: Found, half_width: float) -> dict[str, Any]:
-    paired = Paired.join(found.parts)
-    loss = paired.relative_loss()
-    none = {"relative_loss": None, "relative_loss_95": None}
-    return {
-        "task": task,
-        **_named(keys),
-        "batch": batch,
-        "items": len(paired.exact),
-        "right": int(paired.rule.sum()),
-        "right_exact": int(paired.exact.sum()),
-        "lost": paired.lost,
-        "won": paired.won,
-        **(loss.fields("relative_loss", 5) if loss else none),
-        "mcnemar_p": float(f"{mcnemar_p(paired.lost, paired.won):.4g}"),
-        "items_needed": paired.items_needed(half_width),
-        "experts_read_mean": round(float(np.mean(found.reads)), 3),
-    }

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sere_ray.evaluation.settings import label
+from sere_ray.evaluation.task_rows import loss_end
+from sere_ray.evaluation.tune_tasks import described
 
 
 def print_report(found: dict[str, Any], console: Console) -> None:
@@ -27,12 +29,32 @@ def print_report(found: dict[str, Any], console: Console) -> None:
             )
         table.add_section()
     console.print(table)
+    if "tasks_checked" in found:
+        _print_tasks(found, console)
     kept = found["keeps_the_budget_on_the_second_text"]
     console.print(
         "the second text keeps the budget, interval and all"
         if kept
         else "the second text does not keep the budget with its whole interval: allow for it, or "
         "choose on more text"
+    )
+
+
+def _print_tasks(found: dict[str, Any], console: Console) -> None:
+    """Both texts side by side, a row for each task, range and its end."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("task", "batch", "predicted loss", "second text", "items"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    pairs = zip(found["tasks_predicted"], found["tasks_checked"], strict=True)
+    for predicted, checked in pairs:
+        losses = (_with_interval(row, "relative_loss", "{:.1%}") for row in (predicted, checked))
+        items = f"{predicted['items']:,}, {checked['items']:,}"
+        table.add_row(predicted["task"], str(predicted["batch"]), *losses, items)
+    console.print(table)
+    worst = max(found["tasks_checked"], key=loss_end)
+    console.print(
+        f"worst on the second text: {described(worst)}; budget {found['budget']['task_loss']:.1%}",
+        highlight=False,
     )
 
 

@@ -1,28 +1,13 @@
-"""Turn options of the command line into plans of loads, and check the endpoint first."""
+"""Turn options of the command line into plans of loads."""
 
-import json
-import os
-from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from sere_ray.loadtest.ab import Amount
 from sere_ray.loadtest.client import Limits
 from sere_ray.loadtest.driver import Api, LoadPlan, Target
-from sere_ray.loadtest.workload import (
-    ClientKey,
-    arithmetic_workload,
-    load_keys,
-    load_trace,
-    load_workload,
-)
+from sere_ray.loadtest.endpoint import find_model, read_keys
+from sere_ray.loadtest.workload import arithmetic_workload, load_trace, load_workload
 from sere_ray.util.errors import SereError
-
-API_KEY = "OPENAI_API_KEY"
-"""Variable of the key that is used without a file of keys, as OpenAI's own client reads it."""
-_TIMEOUT_SECONDS = 10.0
 
 
 def make_plan(
@@ -66,52 +51,6 @@ def make_plan(
         raise SereError("--trace brings its own lengths: leave --workload out")
     entries = load_trace(trace, speed=speed)
     return LoadPlan(target, tuple(entries), seconds=(entries[-1].at or 0.0) + 1e-3)
-
-
-def read_keys(path: Path | None) -> list[ClientKey]:
-    """API keys of a file; without a file the one in ``OPENAI_API_KEY``, or none.
-
-    Raises:
-        SereError: the file is not readable or holds no keys.
-    """
-    if path is not None:
-        return load_keys(path)
-    own = os.environ.get(API_KEY)
-    return [ClientKey(key=own)] if own else []
-
-
-def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
-    """The model to ask for, once every key has been tried.
-
-    Args:
-        url: without ``/v1``.
-        keys: all of them must be accepted; none = ask without.
-        model: a name that the endpoint must serve; None = the first that it serves.
-
-    Raises:
-        SereError: the endpoint is not there, refuses a key or does not serve the model.
-    """
-    address = f"{url.rstrip('/')}/v1/models"
-    served: list[str] = []
-    for number, key in enumerate(keys or [None], 1):
-        headers = {"Authorization": f"Bearer {key.key}"} if key else {}
-        try:
-            with urlopen(Request(address, headers=headers), timeout=_TIMEOUT_SECONDS) as response:
-                served = [str(entry["id"]) for entry in json.load(response)["data"]]
-        except HTTPError as error:
-            which = f"key {number} of {len(keys)}" if key else "a request without key"
-            raise SereError(
-                f"{address}: {error.code}: {which} is refused; give the keys with --keys FILE or "
-                "one in OPENAI_API_KEY"
-            ) from None
-        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "reason", None) or f"not an OpenAI endpoint ({error!r})"
-            raise SereError(f"{address}: {reason}; is it up, and --url right?") from None
-    if not served:
-        raise SereError(f"{address}: serves no model")
-    if model is not None and model not in served:
-        raise SereError(f"--model {model}: the endpoint serves {', '.join(served)}")
-    return model or served[0]
 
 
 def parse_amounts(streams: str | None, rates: str | None) -> list[Amount]:

@@ -16,7 +16,9 @@ from sere_ray.cli.main import app
 from sere_ray.evaluation.decode_batches import Predictions
 from sere_ray.evaluation.paired import Paired, mcnemar_p
 from sere_ray.evaluation.task_arithmetic import worked_sum
+from sere_ray.evaluation.task_definitions import definitions
 from sere_ray.evaluation.task_items import TASKS, Question, Task, check_tasks
+from sere_ray.evaluation.task_rows import worst_tasks
 from sere_ray.evaluation.task_run import asking_order, judge
 from sere_ray.evaluation.task_texts import Document
 from sere_ray.evaluation.tasks import as_settings
@@ -25,8 +27,10 @@ from sere_ray.util.results import load_result
 
 DATA = str(assets.CALIBRATION)
 HELD_OUT = str(assets.CALIBRATION.with_name("heldout.jsonl"))
+CUE = load_tokenizer(str(assets.MODEL))("\nName:", add_special_tokens=False)["input_ids"]
 FIELDS = {"task", "rule", "settings", "batch", "items", "right", "right_exact", "lost", "won"}
-FIELDS |= {"relative_loss", "relative_loss_95", "mcnemar_p", "items_needed", "experts_read_mean"}
+FIELDS |= {"relative_loss", "relative_loss_95", "mcnemar_p", "items_needed", "ended_by"}
+FIELDS |= {"experts_read_mean"}
 
 
 def by_characters(text):
@@ -93,6 +97,57 @@ def test_copying_asks_for_the_words_of_the_second_piece():
     assert question.texts == [document.ids * 2]
     assert spelled(question) == ["alpha", "beta"]
     assert question.answers == [(29, 34), (36, 40)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("def area(width):\n    return width", ["area"]),
+        ("class Stack(list):\n    pass # and a long rest", ["Stack"]),
+        ("A monad is a monoid in the category of endofunctors.", ["monad"]),
+        ("- **Entropy**: how many ways there are to be so.", ["Entropy"]),
+        ("limit = 17 # most users at a time\n", ["limit"]),
+        ("try:\n    go()\nexcept ValueError:\n    stay()\n", []),
+        ("That is a way, and there are the others.", []),
+        ("Go home, said the voice, and then nothing more.", []),
+        ("A loop is a loop that is its own way to go on", []),
+    ],
+)
+def test_what_a_text_defines(text, names):
+    class Characters:
+        def __call__(self, texts, **_):
+            return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    found = definitions(by_characters(text), Characters())
+    assert [definition.spelled for definition in found] == names
+    for definition in found:
+        said = "".join(map(chr, definition.said))
+        after = text.partition(definition.spelled)[2]
+        assert after.lstrip("*").startswith(said) or after.startswith(said)
+
+
+def test_definitions_ask_which_of_four_names_was_defined():
+    tokenizer = load_tokenizer(str(assets.MODEL))
+    documents = [Document.of(text, tokenizer) for text in assets.heldout_texts()[:20]]
+    task = TASKS["definitions"]
+    questions = list(task.ask(task, documents, tokenizer))
+    assert len(questions) > 100
+    defined = {}
+    for document in documents:
+        for definition in definitions(document, tokenizer):
+            defined.setdefault((tuple(definition.name), tuple(definition.said)), definition)
+    for question in questions:
+        ((start, end),) = question.answers
+        names = [tuple(text[start:end]) for text in question.texts]
+        before = {tuple(text[:start]) for text in question.texts}
+        assert len(set(names)) == 4
+        assert len(before) == 1, "only the names differ"
+        said, cue = next(iter(before))[: -len(CUE)], next(iter(before))[-len(CUE) :]
+        assert list(cue) == CUE
+        assert (names[0], said[-20:]) in defined, "the first name is the true one"
+        shown = tokenizer.decode(said)
+        for name in names:
+            assert f"Name:{tokenizer.decode(name)}\n" not in shown, "no example has it"
 
 
 def test_arithmetic_is_right_and_asks_for_the_reply_but_its_first_token():
@@ -244,6 +299,18 @@ def test_joined_parts_keep_texts_apart():
     assert Paired.join(parts).text.tolist() == [0, 0, 1, 2]
 
 
+def test_the_worst_task_is_the_one_whose_interval_reaches_highest():
+    def row(task, loss, high, batch=16):
+        interval = None if loss is None else [loss - 0.01, high]
+        of = {"rule": "sere", "settings": {"select_top_k": 2}, "batch": batch, "task": task}
+        return {**of, "relative_loss": loss, "relative_loss_95": interval, "items": 7}
+
+    rows = [row("a", None, None), row("b", 0.02, 0.03), row("c", 0.01, 0.05), row("b", 0, 1, 4)]
+    worst = worst_tasks(rows)
+    assert [(found["batch"], found["task"]) for found in worst] == [(16, "c"), (4, "b")]
+    assert worst_tasks(rows[:1]) == []
+
+
 # --- a small run -------------------------------------------------------------------------------
 
 
@@ -287,7 +354,13 @@ def test_every_task_is_measured(small):
     assert by_task["arithmetic"] > 0.8
     assert by_task["continuation"] > 0.5, "a guess is right one time in four"
     assert by_task["copying"] > by_task["cloze"] + 0.1, "what was just there is easier"
-    assert "give more text" in " ".join(done.output.split())
+    assert by_task["definitions"] > 0.35, "a guess is right one time in four"
+    assert {row["ended_by"] for row in rows} == {"most_items"}
+    said = " ".join(done.output.split())
+    assert "give a higher --most-items" in said
+    worst = document["worst"]["sere S=1 floor=0, batch 8"]
+    assert worst["task"] == "arithmetic"
+    assert "batch 8: worst is arithmetic, " in said
 
 
 def test_append_goes_on_where_it_stopped(small, similarity, tmp_path):
@@ -335,7 +408,7 @@ def test_bad_input_is_refused(similarity, tmp_path, arguments, message):
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cloze", "continuation", "copying"])
+@pytest.mark.parametrize("name", ["cloze", "continuation", "copying", "definitions"])
 def test_text_too_short_is_refused(similarity, tmp_path, name):
     text = tmp_path / "short.txt"
     text.write_text("def add(left, right):\n    return left + right\n")
@@ -343,7 +416,7 @@ def test_text_too_short_is_refused(similarity, tmp_path, name):
     assert done.exit_code == 2
     assert f"--tasks {name}: data = " in done.output
     assert "gives 0 questions" in done.output
-    assert "give more or longer text" in done.output
+    assert ("`NAME is a`" if name == "definitions" else "give more or longer text") in done.output
 
 
 def test_sums_of_too_many_tokens_end():

@@ -27,17 +27,35 @@ def usage(completion, prompt=4, cached=None):
 WHOLE = [token("a "), token("b "), token("c"), token("", "stop"), usage(3), DONE]
 
 
+def whole_answer(text):
+    """An answer of either route that is not streamed."""
+    message = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+    return {"choices": [message], "usage": {"completion_tokens": len(text.split())}}
+
+
 @contextmanager
-def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, control=None):
+def serving(
+    events=tuple(WHOLE),
+    *,
+    status=200,
+    gap=0.0,
+    cut=False,
+    stall=0.0,
+    control=None,
+    answer=None,
+    refused=1 << 30,
+):
     """Answers every POST with the events.
 
     Args:
         events: data of server-sent events.
         status: other than 200: an OpenAI error.
+        refused: how many requests get that error.
         gap: seconds before each event.
         cut: close the connection instead of ending the message.
         stall: seconds of silence after the events, before the end.
         control: what answers ``/sere``; see :class:`Control`.
+        answer: makes an answer from a question; it is sent whole, not in events.
 
     Yields:
         The address; ``requests`` of the server holds (headers, body) of what was asked, ``written``
@@ -57,9 +75,12 @@ def serving(events=tuple(WHOLE), *, status=200, gap=0.0, cut=False, stall=0.0, c
             self.answer_control(json.loads(self.body()))
 
         def do_POST(self):
-            server.requests.append((dict(self.headers), json.loads(self.body())))
-            if status != 200:
+            asked = json.loads(self.body())
+            server.requests.append((dict(self.headers), asked))
+            if status != 200 and len(server.requests) <= refused:
                 return self.answer_json(status, {"error": {"message": "not you"}})
+            if answer is not None:
+                return self.answer_json(200, answer(asked))
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()

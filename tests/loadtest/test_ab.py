@@ -16,7 +16,8 @@ from rich.console import Console
 from sere_ray.loadtest import ab
 from sere_ray.loadtest.ab import Amount, Comparison, run_comparison
 from sere_ray.loadtest.driver import LoadPlan, Target
-from sere_ray.loadtest.options import find_model, parse_amounts, word_range
+from sere_ray.loadtest.endpoint import find_model
+from sere_ray.loadtest.options import parse_amounts, word_range
 from sere_ray.loadtest.plot import by_load
 from sere_ray.loadtest.policies import kept_policy
 from sere_ray.loadtest.report import write_reports

@@ -1,9 +1,5 @@
-"""The lm-eval task on the demo's arithmetic: its scoring against real answers, and our report.
+"""The lm-eval task on the demo's arithmetic: its scoring against real answers."""
 
-lm-eval itself is not installed with the tests: the whole command is run by hand.
-"""
-
-import importlib.util
 import re
 from pathlib import Path
 
@@ -12,7 +8,6 @@ import yaml
 
 from sere_ray import assets
 from sere_ray.assets import final_answer
-from sere_ray.calibration.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "loadtest" / "lm_eval"
@@ -21,14 +16,6 @@ FOLDER = ROOT / "loadtest" / "lm_eval"
 @pytest.fixture(scope="module")
 def task():
     return yaml.safe_load((FOLDER / "demo_arithmetic.yaml").read_text())
-
-
-@pytest.fixture(scope="module")
-def compare():
-    spec = importlib.util.spec_from_file_location("compare", FOLDER / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def extracted(task, name, answer):
@@ -63,26 +50,3 @@ def test_real_answers_are_scored_as_the_demo_scores_them(task):
 @pytest.mark.parametrize("answer", ["", "7 * 3 = 21", "Answer: 21 apples", "Answer: twenty"])
 def test_an_answer_without_mark_is_not_a_strict_match(task, answer):
     assert extracted(task, "strict-match", answer) is None
-
-
-def test_a_row_reports_lengths_and_experts_beside_the_score(compare):
-    scores = {
-        "exact_match,strict-match": 0.5,
-        "exact_match_stderr,strict-match": 0.25,
-        "exact_match,flexible-extract": 1.0,
-        "exact_match_stderr,flexible-extract": 0.0,
-    }
-    tokenizer = load_tokenizer(str(assets.MODEL))
-    counted = {"experts_after": 3.14159, "rows": 15.5}
-    row = compare.row({"results": {"x": scores}}, ["Answer: 1", "a b c d"], tokenizer, counted)
-    lengths = [len(tokenizer(text)["input_ids"]) for text in ("Answer: 1", "a b c d")]
-    assert row["strict_match"] == 0.5
-    assert row["flexible_extract_stderr"] == 0
-    assert row["problems"] == 2
-    assert row["output_tokens_mean"] == sum(lengths) / 2
-    assert row["output_tokens_max"] == max(lengths)
-    assert row["experts_read"] == 3.14
-    exact = compare.row(
-        {"results": {"x": scores}}, ["1"], tokenizer, {**counted, "experts_after": None}
-    )
-    assert exact["experts_read"] is None

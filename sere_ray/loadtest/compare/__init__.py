@@ -1,0 +1,1 @@
+"""``sere-ray compare``: tasks asked of a running deployment under several policies, paired."""

@@ -253,6 +253,16 @@ BY_MARGIN = [
 ]
 
 
+def for_layers(change, layers):
+    """A change of policy whose lists have as many numbers as the model has layers."""
+    if isinstance(change, list):
+        is_by_layer = all(isinstance(number, float) for number in change)
+        return change[:layers] if is_by_layer else [for_layers(part, layers) for part in change]
+    if isinstance(change, dict):
+        return {name: for_layers(value, layers) for name, value in change.items()}
+    return change
+
+
 def recount(bound, position, similarity, gate, before, weights, logits, row_kind, row_weight):
     """Ids, weights and counters of a layer, by the reference."""
     if bound.rule == "margin":
@@ -304,7 +314,8 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             core.step()
             step += 1
             if step % 5 == 0:
-                policy = {**key, **changes[step // 5 % len(changes)]}
+                change = for_layers(changes[step // 5 % len(changes)], len(state.artifact.layers))
+                policy = {**key, **change}
                 set_policy(engine, Policy.parse(policy))
         recorder.finish()
         counters = read_counters(engine)

@@ -8,7 +8,7 @@ import torch
 from sere_ray.engine.control import calls_of, read_counters, set_policy
 from sere_ray.engine.state import find_state
 from sere_ray.policy.policy import Policy
-from sere_ray.util.errors import ArtifactError, UnsupportedError
+from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, random_artifact, running_engine, sere_key
 from tests.engine.test_gpu import GRAPHS, POLICIES, tokens_of
 from tests.models import TOP_K
@@ -116,5 +116,7 @@ def test_stages_switch_together_and_check_their_own_layers(checkpoint, tmp_path)
     other.save(tmp_path / "other.safetensors")
     options = {"pipeline_parallel_size": 2, **GRAPHS}
     key = sere_key(folder, similarity=str(tmp_path / "other.safetensors"))
-    with pytest.raises((ArtifactError, RuntimeError)), running_engine(folder, key, **options):
+    # vLLM's executor says only that a worker failed, as a bare Exception; the worker's log why.
+    told = pytest.raises(Exception, match=r"initialization failed|router fingerprint")
+    with told, running_engine(folder, key, **options):
         pass

@@ -33,10 +33,10 @@ FAMILIES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "lynx": ({"alpha": 2.0, "base": 2.0}, {"alpha": 4.0, "base": 2.0}),
     "spare": (
         {},
-        {"limit": 0.0},
         {"lead": 0.5},
-        {"lead": 0.5, "protect": False},
-        {"lead": 0.0, "protect": False},
+        {"lead": 1.0, "limit": 0.0, "protect": True},
+        {"lead": 0.0, "limit": 1.0, "protect": True},
+        {"lead": 0.0, "limit": 1.0, "protect": False},
     ),
 }
 """Rule -> its other knobs where they are tried in several ways; a search starts from the first."""

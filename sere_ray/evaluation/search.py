@@ -20,7 +20,7 @@ _SHAPES: Mapping[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     ),
     "spare": (
         ("lead", (0.0, 0.5, 0.8, 1.0)),
-        ("limit", (0.0, 0.6, 0.8, 0.9, 1.0)),
+        ("limit", (0.0, 0.8, 1.0)),
         ("protect", (True, False)),
         ("runners_up", (4, 8, 16)),
     ),

@@ -52,7 +52,7 @@ class Layer:
         balance_ranks: of ``margin``, whether tau counts what the busiest rank reads.
         gate: of ``margin``, what the layer ranks experts by.
         lead: of ``spare``, what demand is made of: 1 = the lead over the runners-up, 0 = the share
-            of the row's weight.
+            of the row's weight; None, as for the next two: what the layer's statistics suggest.
         limit: of ``spare``, most that a stand-in may leave over, 0..1.
         protect: of ``spare``, whether every row keeps its first choice.
         rcr_scale: of ``ace``, what the second view counts beside the first.
@@ -78,9 +78,9 @@ class Layer:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     normalise_over: int = 0
     rcr_scale: float = 0.1
-    lead: float = 1.0
-    limit: float = 0.8
-    protect: bool = True
+    lead: float | None = None
+    limit: float | None = None
+    protect: bool | None = None
 
     def statistic(self, name: str) -> Tensor:
         """A tensor that calibration, or the weights, say of this layer.

@@ -171,7 +171,7 @@ def demand(
     others = torch.where(found, others, 0).sum(dim=-1, keepdim=True)
     ahead = (count * ranks.gather(-1, chosen) - others).clamp(min=0).float()
     lead = (ahead / (total.float() * count)).clamp(max=2)  # 1 is above every tau
-    if layer.lead < 1:
+    if layer.lead is not None and layer.lead < 1:
         share = units.gather(-1, chosen).float() / total.float()
         lead = layer.lead * lead + (1 - layer.lead) * share
     wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()

@@ -2,19 +2,25 @@
 
 ``margin`` keeps an expert whenever demand for it is above tau. But where another kept expert makes
 nearly the same of the tokens that choose it, little is lost without it. How much of an expert's
-output is left over by the best stand-in, for every pair, is what calibration measures (``stand_in``
-statistics over the tokens that chose an expert, and whatever they chose beside it):
+output the best multiple of another one leaves over, on the tokens that chose it, is what
+calibration measures for every pair (``directed_loss`` and ``directed_scale``):
 
 - An expert is dropped if its demand times what a more demanded kept expert leaves over is at most
   tau. Without any stand-in everything is left over: then this is ``margin``'s threshold.
 - A slot whose expert is dropped goes to the kept expert that leaves the least over, with its weight
   times the scale that fits best. Where that leaves more than ``limit`` the slot is dropped, and the
-  row's other weights stay: experts that were trained from scratch hardly ever have a stand-in, and
-  a bad one does more harm than none.
+  row's other weights stay.
 
 Demand is ``margin``'s, a sum of squares over rows; ``lead`` says of what: 1 = the lead over the
 runners-up, 0 = the share of the row's weight, or a mixture.
+
+Experts that were cut out of a dense layer have good stand-ins; those that were trained from scratch
+have none, and a bad one does more harm than none. Which kind a layer is of the statistics tell:
+:func:`modes_of`.
 """
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +39,8 @@ from sere_ray.rules.merging import merge_repeated
 
 LOSS_UNIT = 256
 """Losses are integers in 1/256, from 0 to 1."""
+STANDS_IN = 0.5
+"""A layer has stand-ins if half of its experts have one that leaves less than this over."""
 
 
 def spare(
@@ -52,18 +60,53 @@ def spare(
     Reads ``directed_scale [E, E]`` and ``directed_loss [E, E]``: see
     :mod:`sere_ray.calibration.routed`.
     """
-    scores = need_scores(scores)
+    scores, modes = need_scores(scores), modes_of(layer)
+    layer = replace(layer, lead=modes.lead)
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     anyway = read_anyway(topk_ids, row_kind, layer.num_experts)
     named = anyway | named_by(topk_ids, rows, layer.num_experts)
-    if layer.protect:
+    if modes.protect:
         anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
     wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT)
     wanted = wanted.masked_fill(anyway, UNIT + 1).masked_fill(~named, -1)
-    loss = loss_units(layer.statistic("directed_loss"), layer.limit)
+    loss = loss_units(layer.statistic("directed_loss"), modes.limit)
     kept = cannot_be_spared(wanted, anyway, loss, demand_units(layer.tau))
     kept = named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
-    return stand_in(kept, topk_ids, topk_weights, scores, rows, row_kind, layer)
+    return stand_in(kept, topk_ids, topk_weights, scores, row_kind, layer, modes.limit)
+
+
+def has_stand_ins(directed_loss: Tensor) -> bool:
+    """Whether half of the experts have a stand-in that leaves less than ``STANDS_IN`` over.
+
+    Args:
+        directed_loss: ``[E, E]`` float32.
+    """
+    return bool(directed_loss.amin(dim=-1).median() < STANDS_IN)
+
+
+class Modes(NamedTuple):
+    """The three knobs of a layer: see :class:`~sere_ray.rules.interface.Layer`."""
+
+    lead: float
+    limit: float
+    protect: bool
+
+
+WITH_STAND_INS = Modes(lead=0.0, limit=1.0, protect=False)
+"""Every slot goes to one, demand is weight, and first choices are like others."""
+WITHOUT_STAND_INS = Modes(lead=1.0, limit=0.0, protect=True)
+"""Slots are dropped, demand is lead, and first choices are kept."""
+
+
+def modes_of(layer: Layer) -> Modes:
+    """The knobs that were given, and for the others what the layer's statistics suggest."""
+    stands_in = has_stand_ins(layer.statistic("directed_loss"))
+    usual = WITH_STAND_INS if stands_in else WITHOUT_STAND_INS
+    return Modes(
+        lead=usual.lead if layer.lead is None else layer.lead,
+        limit=usual.limit if layer.limit is None else layer.limit,
+        protect=usual.protect if layer.protect is None else layer.protect,
+    )
 
 
 def loss_units(loss: Tensor, limit: float) -> Tensor:
@@ -106,16 +149,17 @@ def stand_in(
     topk_ids: Tensor,
     topk_weights: Tensor,
     scores: Tensor,
-    rows: Tensor,
     row_kind: Tensor,
     layer: Layer,
+    limit: float,
 ) -> Choice:
-    """What the changeable ``rows [..., T]`` take of the kept experts, ``[..., E]`` bool."""
+    """What rows take of the kept experts, ``[..., E]`` bool."""
+    rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = torch.where(rows[..., None], topk_ids, 0).long()
     of_slots = kept[..., None, None, :]
     loss = layer.statistic("directed_loss")[chosen].masked_fill(~of_slots, torch.inf)
     best = loss.argmin(dim=-1)  # the first of equal ones
-    fits = loss.gather(-1, best[..., None])[..., 0] <= layer.limit
+    fits = loss.gather(-1, best[..., None])[..., 0] <= limit
     scale = torch.where(fits, layer.statistic("directed_scale")[chosen, best], 0.0)
     served = of_slots.expand(loss.shape).gather(-1, chosen[..., None])[..., 0]
     moved = rows[..., None] & ~served

@@ -136,7 +136,7 @@ def _demand(rows, layer):
         for e in ids:
             lead = np.float32(max(count * ranks[e] - sum(others), 0)) / total
             lead = min(lead, np.float32(2))
-            if layer.lead < 1:
+            if layer.lead is not None and layer.lead < 1:
                 share = np.float32(units[e]) / np.float32(max(sum(units[e] for e in ids), 1))
                 lead = np.float32(layer.lead) * lead + np.float32(1 - layer.lead) * share
             worth[e] += round(float(lead * lead * np.float32(2**20)))
@@ -168,6 +168,13 @@ def _levels(first, worth, least, layer):
 
 def _spare(rows, anyway, layer):
     """From the most demanded to the least: kept unless a kept one stands in well enough."""
+    least_losses = sorted(map(min, layer.statistics["directed_loss"].tolist()))
+    stands_in = least_losses[(len(least_losses) - 1) // 2] < 0.5
+    usual = {"lead": 0.0, "limit": 1.0, "protect": False}
+    if not stands_in:
+        usual = {"lead": 1.0, "limit": 0.0, "protect": True}
+    left_out = {k: v for k, v in usual.items() if getattr(layer, k) is None}
+    layer = dataclasses.replace(layer, **left_out)
     named = {e for ids, _, _ in rows for e in ids} | anyway
     must = anyway | (_first(rows, 1) if layer.protect else set())
     worth = [min(w, 2**20) for w in _demand(rows, layer)]

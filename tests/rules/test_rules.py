@@ -58,7 +58,7 @@ def draw(rows, seed, shape=()):
     return top.indices, top.values / top.values.sum(-1, keepdim=True), scores
 
 
-def statistics(seed=10):
+def statistics(seed=10, stands_in=True):
     """What rules read beside similarity; scales of both signs, equal losses, unseen pairs."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,7 +74,7 @@ def statistics(seed=10):
         "novice_score": (rand(E) * 6).round(),
         "output_mean": rand(E, 7),
         "directed_scale": (2 * rand(E, E) - 0.5).masked_fill(rand(E, E) < 0.1, 0.0),
-        "directed_loss": (rand(E, E) * 8).round() / 8,
+        "directed_loss": (rand(E, E) * 8).round() / 8 if stands_in else 1 - rand(E, E) / 4,
         "ace_gsp": rand(E) + 0.5,
         "ace_rcr": rand(E) * 4 + 0.5,
     }
@@ -115,10 +115,10 @@ def test_equals_brute_force(name, data):
         "owner": data.draw(st.sampled_from([None, OWNER])),
         "normalise_over": data.draw(st.integers(1, E)),
         "rcr_scale": data.draw(st.sampled_from([0.0, 0.1, 1.0])),
-        "lead": data.draw(st.sampled_from([0.0, 0.5, 0.75, 1.0])),
-        "limit": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
-        "protect": data.draw(st.booleans()),
-        "statistics": statistics(data.draw(st.integers(0, 99))),
+        "lead": data.draw(st.sampled_from([None, 0.0, 0.5, 0.75, 1.0])),
+        "limit": data.draw(st.sampled_from([None, 0.0, 0.5, 1.0])),
+        "protect": data.draw(st.sampled_from([None, False, True])),
+        "statistics": statistics(data.draw(st.integers(0, 99)), data.draw(st.booleans())),
     }
     of_layer = Layer(E, **knobs)
     new_ids, new_weights = RULES[name].apply(ids, weights, scores, kinds_of(*kinds), of_layer)

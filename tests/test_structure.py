@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sere_ray"
 LEVELS = (
     {"cli"},
-    {"demo"},
+    {"demo", "advise"},
     {"bench", "loadtest"},
     {"serve"},
     {"observe"},

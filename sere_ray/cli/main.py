@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sere_ray import __version__
+from sere_ray.cli import advise as cli_advise
 from sere_ray.cli import artifact as cli_artifact
 from sere_ray.cli import bench as cli_bench
 from sere_ray.cli import calibrate as cli_calibrate
@@ -103,6 +104,7 @@ for panel, commands in {
     _FIRST: (
         cli_calibrate.calibrate,
         cli_quality.tune,
+        cli_advise.advise,
         cli_serve.serve,
         cli_examples.examples,
     ),

@@ -1,0 +1,1 @@
+"""From a checkpoint and a text to a decision: `sere-ray advise`."""

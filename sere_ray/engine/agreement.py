@@ -35,9 +35,11 @@ class Versions:
         self.newest = 0
         self.told = {0: first}
         self.checksum = zlib.crc32(first.bound.model_dump_json().encode())
-        for _, matrix in sorted(first.artifact.layers.items()):
-            content = matrix.contiguous().cpu().numpy().tobytes()
-            self.checksum = zlib.crc32(content, self.checksum)
+        for layer, matrix in sorted(first.artifact.layers.items()):
+            of_layer = sorted(first.artifact.statistics.get(layer, {}).items())
+            for tensor in (matrix, *(tensor for _, tensor in of_layer)):
+                content = tensor.contiguous().cpu().numpy().tobytes()
+                self.checksum = zlib.crc32(content, self.checksum)
 
     def add(self, told: Told, artifact: bytes | None) -> None:
         """Number what this rank is told.

@@ -9,7 +9,7 @@ from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
 from sere_ray.kernel.limits import check_shape
-from sere_ray.policy.capabilities import check_policy
+from sere_ray.policy.capabilities import check_artifact, check_policy
 from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.util.errors import ArtifactError, UnsupportedError
 
@@ -34,7 +34,8 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
 
     Raises:
         PolicyError: a key is unknown, misspelt or out of range.
-        ArtifactError: the artifact is missing, damaged or of another model.
+        ArtifactError: the artifact is missing, damaged, of another model, or says less of its
+            layers than the rule reads.
         UnsupportedError: the vLLM version, platform, model or another option cannot work.
     """
     policy, startup = parse_key(sere_config(vllm_config))
@@ -76,6 +77,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     artifact.check_layers(
         range(layers), path=policy.similarity, but=f"the model's end at {layers - 1}"
     )
+    check_artifact(policy, artifact)
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
     policy.check_layers(len(artifact.layers))
     return policy, startup, artifact

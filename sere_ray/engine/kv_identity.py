@@ -37,11 +37,15 @@ def kv_word(policy: Policy, matrices: str, weights: str, top_k: int) -> str | No
 
 
 def matrices_digest(artifact: SimilarityArtifact) -> str:
-    """A hash of all matrices, with their layers."""
+    """A hash of all matrices and statistics, with their layers."""
     digest = hashlib.sha256()
     for layer, matrix in sorted(artifact.layers.items()):
         digest.update(f"{layer} {tuple(matrix.shape)}".encode())
         digest.update(matrix.contiguous().cpu().numpy().tobytes())
+    for layer, named in sorted(artifact.statistics.items()):
+        for name, tensor in sorted(named.items()):
+            digest.update(f"{layer} {name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

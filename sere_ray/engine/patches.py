@@ -76,7 +76,7 @@ from sere_ray.engine.layer_checks import (
 )
 from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
 from sere_ray.engine.state import EngineState, add_state, find_state
-from sere_ray.policy.policy import read_key_file
+from sere_ray.policy.key_file import read_key_file
 from sere_ray.util.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.sere_ray")

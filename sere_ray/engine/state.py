@@ -13,7 +13,7 @@ from sere_ray.engine.agreement import Told, Versions
 from sere_ray.engine.gate import Gates
 from sere_ray.engine.step_totals import StepTotals
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
+from sere_ray.policy.capabilities import EngineKind, check_artifact, check_change, check_swap
 from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.rules import REROUTABLE, RuleCounts
 from sere_ray.util.errors import PolicyError
@@ -100,15 +100,15 @@ class EngineState(ABC):
         Raises:
             PolicyError: it is not valid, or these engines would have to restart for it.
             UnsupportedError: this engine cannot run it.
-            ArtifactError: the artifact is damaged or of other weights. After any of these all
-                stays as it was.
+            ArtifactError: the artifact is damaged, of other weights, or says less than the rule
+                reads. After any of these all stays as it was.
         """
-        policy = self.check_policy(value, artifact)
+        policy, new = self.check_policy(value, artifact), self.artifact
         if artifact is not None:
             new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
             new.check_replaces(self.artifact, path=policy.similarity)
-            self.artifact = new
-        self.policy = policy
+        check_artifact(policy, new)
+        self.policy, self.artifact = policy, new
         told = Told(policy.for_model(top_k=self.top_k), self.artifact)
         if self.versions is None:
             self.run(told)

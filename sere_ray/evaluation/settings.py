@@ -58,18 +58,6 @@ class Setting(Policy):
     rcr_scale: float | None = Field(
         None, ge=0.0, description="what the router's view counts beside the spectral one"
     )
-    lead: float | None = Field(
-        None,
-        ge=0.0,
-        le=1.0,
-        description="demand of: 1 = lead over runners-up, 0 = weight; null = by layer",
-    )
-    limit: float | None = Field(
-        None, ge=0.0, le=1.0, description="most that a stand-in leaves over; null = by layer"
-    )
-    protect: bool | None = Field(
-        None, description="every row keeps its first choice; null = by layer"
-    )
     lda: bool | None = Field(
         None, description="repair the outputs of the layers with LDA, fitted on --tune-data"
     )

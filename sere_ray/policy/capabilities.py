@@ -6,7 +6,9 @@ hand an engine what it would refuse: its gang would restart and refuse it again.
 
 from typing import TypedDict
 
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.policy.policy import Policy
+from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError, UnsupportedError
 
 
@@ -28,6 +30,11 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     Raises:
         UnsupportedError: names the key.
     """
+    if on_gpu and policy.rule == "spare":
+        raise UnsupportedError(
+            f"{where}.rule = 'spare': a CPU engine follows it, the CUDA kernel cannot yet; "
+            "use rule = 'margin' on a GPU"
+        )
     entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
     for place, keys in [("", policy.model_dump()), *entries]:
         if on_gpu and keys.get("balance_ranks"):
@@ -35,6 +42,15 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
                 f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
                 "cannot yet; leave it out on a GPU"
             )
+
+
+def check_artifact(policy: Policy, artifact: SimilarityArtifact) -> None:
+    """Refuse a rule that reads more of a layer than the artifact says.
+
+    Raises:
+        ArtifactError: names the rule, what it reads, and the command that adds it.
+    """
+    artifact.check_has(RULES[policy.rule].statistics, path=policy.similarity, rule=policy.rule)
 
 
 def check_change(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,7 +27,7 @@ from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
 
 Dispatch = Literal["allgather", "all_to_all"]
-RuleName = Literal["sere", "margin"]
+RuleName = Literal["sere", "margin", "spare"]
 """What engines compute."""
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 RULE_KEYS = frozenset(key for rule in RULES.values() for key in rule.keys)
@@ -80,6 +79,18 @@ class Policy(BaseModel):
     )
     balance_ranks: bool | None = Field(
         None, description="whether tau counts what the busiest expert-parallel rank reads"
+    )
+    lead: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="demand of: 1 = lead over runners-up, 0 = weight; null = by layer",
+    )
+    limit: float | None = Field(
+        None, ge=0.0, le=1.0, description="most that a stand-in leaves over; null = by layer"
+    )
+    protect: bool | None = Field(
+        None, description="every row keeps its first choice; null = by layer"
     )
     by_rows: RowRanges = Field(
         None,
@@ -230,26 +241,6 @@ class Startup(BaseModel):
         description="for debugging, slow: in every layer the ranks compare where each expert's "
         "slots go, and all raise if two of them differ",
     )
-
-
-def read_key_file(value: object, *, where: str = "sere") -> object:
-    """The content of the YAML file that a string names; any other value as it is.
-
-    For the value that a user writes; a policy that travels is always a mapping.
-
-    Raises:
-        PolicyError: the file cannot be read, or is not YAML.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a YAML file of text"
-        raise PolicyError(
-            f"{where} = {value!r}: {reason}; name a file of policy keys such as `sere-ray tune` "
-            "writes, or write the keys here"
-        ) from None
 
 
 def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:

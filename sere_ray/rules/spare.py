@@ -41,6 +41,9 @@ LOSS_UNIT = 256
 """Losses are integers in 1/256, from 0 to 1."""
 STANDS_IN = 0.5
 """A layer has stand-ins if half of its experts have one that leaves less than this over."""
+_NAMED, _ANYWAY, _DEMAND = 1, 2**14, 2**28
+"""What a rank adds to an expert's number in :func:`ask`: for naming it, for keeping it in any case,
+and per unit of demand."""
 
 
 def spare(
@@ -60,19 +63,50 @@ def spare(
     Reads ``directed_scale [E, E]`` and ``directed_loss [E, E]``: see
     :mod:`sere_ray.calibration.routed`.
     """
-    scores, modes = need_scores(scores), modes_of(layer)
-    layer = replace(layer, lead=modes.lead)
+    scores, layer = need_scores(scores), with_modes(layer)
+    kept = keep(ask(topk_ids, topk_weights, scores, row_kind, layer, row_weight), layer)
+    return stand_in(kept, topk_ids, topk_weights, scores, row_kind, layer)
+
+
+def ask(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    row_kind: Tensor,
+    layer: Layer,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """What some rows want of each expert, ``[..., E]`` int64: numbers to add up over ranks.
+
+    Demand of at most ``UNIT`` a rank, which is all that is told apart, and two counts below it.
+    The layer, here and below, is one of :func:`with_modes`.
+    """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
-    anyway = read_anyway(topk_ids, row_kind, layer.num_experts)
-    named = anyway | named_by(topk_ids, rows, layer.num_experts)
-    if modes.protect:
-        anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
+    read = read_anyway(topk_ids, row_kind, layer.num_experts)
+    named = read | named_by(topk_ids, rows, layer.num_experts)
+    anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1) if layer.protect else read
     wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT)
+    return wanted * _DEMAND + anyway.long() * _ANYWAY + named.long() * _NAMED
+
+
+def keep(asked: Tensor, layer: Layer) -> Tensor:
+    """``[..., E]`` bool: the experts that are kept, all of which somebody named.
+
+    Args:
+        asked: sums of :func:`ask` over less than 2^14 ranks.
+        layer: as there.
+    """
+    named, anyway = is_named(asked), asked // _ANYWAY % (_DEMAND // _ANYWAY) > 0
+    wanted = (asked // _DEMAND).clamp(max=UNIT)
     wanted = wanted.masked_fill(anyway, UNIT + 1).masked_fill(~named, -1)
-    loss = loss_units(layer.statistic("directed_loss"), modes.limit)
+    loss = loss_units(layer.statistic("directed_loss"), modes_of(layer).limit)
     kept = cannot_be_spared(wanted, anyway, loss, demand_units(layer.tau))
-    kept = named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
-    return stand_in(kept, topk_ids, topk_weights, scores, row_kind, layer, modes.limit)
+    return named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
+
+
+def is_named(asked: Tensor) -> Tensor:
+    """``[..., E]`` bool: the experts that somebody named."""
+    return asked % _ANYWAY > 0
 
 
 def has_stand_ins(directed_loss: Tensor) -> bool:
@@ -100,6 +134,8 @@ WITHOUT_STAND_INS = Modes(lead=1.0, limit=0.0, protect=True)
 
 def modes_of(layer: Layer) -> Modes:
     """The knobs that were given, and for the others what the layer's statistics suggest."""
+    if layer.lead is not None and layer.limit is not None and layer.protect is not None:
+        return Modes(layer.lead, layer.limit, layer.protect)
     stands_in = has_stand_ins(layer.statistic("directed_loss"))
     usual = WITH_STAND_INS if stands_in else WITHOUT_STAND_INS
     return Modes(
@@ -107,6 +143,11 @@ def modes_of(layer: Layer) -> Modes:
         limit=usual.limit if layer.limit is None else layer.limit,
         protect=usual.protect if layer.protect is None else layer.protect,
     )
+
+
+def with_modes(layer: Layer) -> Layer:
+    """The layer with the three knobs of :func:`modes_of` filled in."""
+    return replace(layer, **modes_of(layer)._asdict())
 
 
 def loss_units(loss: Tensor, limit: float) -> Tensor:
@@ -151,7 +192,6 @@ def stand_in(
     scores: Tensor,
     row_kind: Tensor,
     layer: Layer,
-    limit: float,
 ) -> Choice:
     """What rows take of the kept experts, ``[..., E]`` bool."""
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
@@ -159,7 +199,7 @@ def stand_in(
     of_slots = kept[..., None, None, :]
     loss = layer.statistic("directed_loss")[chosen].masked_fill(~of_slots, torch.inf)
     best = loss.argmin(dim=-1)  # the first of equal ones
-    fits = loss.gather(-1, best[..., None])[..., 0] <= limit
+    fits = loss.gather(-1, best[..., None])[..., 0] <= modes_of(layer).limit
     scale = torch.where(fits, layer.statistic("directed_scale")[chosen, best], 0.0)
     served = of_slots.expand(loss.shape).gather(-1, chosen[..., None])[..., 0]
     moved = rows[..., None] & ~served

@@ -50,3 +50,30 @@ def weights_of_margin(recorded, gate_ids, gate_weights, logits, bound):
     weights = p * gate_weights.float().sum(dim=1, keepdim=True) / scale
     unchanged = torch.zeros_like(scores).scatter(1, gate_ids, gate_weights.float())
     return torch.where((is_own == is_read).all(dim=1, keepdim=True), unchanged, weights)
+
+
+def weights_of_spare(recorded, gate_ids, gate_weights, statistics, bound):
+    """Weights of rows recorded under ``spare``, with a ``limit`` below 1.
+
+    Args:
+        recorded: ``[T, K]`` int64, -1 = the row dropped a slot.
+        gate_ids: ``[T, K]`` int64, what the trainer's gate chooses.
+        gate_weights: ``[T, K]``.
+        statistics: of the layer, of the artifact.
+        bound: with ``limit`` among its knobs.
+
+    Returns:
+        ``[T, E]`` float32, zero where the row reads nothing.
+    """
+    loss, scale = statistics["directed_loss"], statistics["directed_scale"]
+    limit, num_experts = dict(bound.knobs)["limit"], len(loss)
+    is_read = torch.zeros(len(recorded), num_experts + 1, dtype=torch.bool)
+    is_read = is_read.scatter(1, recorded.where(recorded >= 0, num_experts), True)[:, :num_experts]
+    left = loss[gate_ids].masked_fill(~is_read[:, None], float("inf"))
+    best = left.argmin(dim=-1)  # [T, K]: the lowest index on ties
+    stays, fits = is_read.gather(1, gate_ids), left.gather(2, best[..., None])[..., 0] <= limit
+    given = torch.where(stays, 1.0, torch.where(fits, scale[gate_ids, best], 0.0)) * gate_weights
+    weights = torch.zeros(len(recorded), num_experts)
+    weights.scatter_add_(1, torch.where(stays, gate_ids, best), given.float())
+    alone = is_read * gate_weights.float().sum(dim=1, keepdim=True)
+    return torch.where((stays | fits).any(dim=1, keepdim=True), weights, alone)

@@ -128,8 +128,17 @@ def make_matrices(seed=0):
     }
 
 
+def make_statistics(layer, seed=0):
+    """Of half of the pairs one can stand in."""
+    generator = torch.Generator().manual_seed(10 * seed + layer)
+    loss = 2 * torch.rand(EXPERTS, EXPERTS, generator=generator)
+    scale = 2 * torch.rand(EXPERTS, EXPERTS, generator=generator) - 0.5
+    return {"directed_loss": loss.clamp(max=1).fill_diagonal_(1.0), "directed_scale": scale}
+
+
 def make_artifact(seed=0, fingerprint="0"):
     layers = make_matrices(seed)
+    statistics = {layer: make_statistics(layer, seed) for layer in layers}
     metadata = ArtifactMetadata(
         model_id="m",
         architecture="A",
@@ -139,7 +148,7 @@ def make_artifact(seed=0, fingerprint="0"):
         metric="random",
         date="2026-11-22",
     )
-    return SimilarityArtifact(layers, metadata)
+    return SimilarityArtifact(layers, metadata, statistics)
 
 
 def artifact_bytes(folder, **kwargs):
@@ -248,19 +257,26 @@ def test_a_thousand_switches_under_load(tmp_path):
 
 
 MARGIN = {"rule": "margin", "tau": 0.02, "runners_up": 4}
-MARGIN_POLICIES = [
+SPARE = {"rule": "spare", "tau": 0.1, "runners_up": 4, "min_primary_experts": 1}
+DEMAND_POLICIES = [
     MARGIN,
     {**MARGIN, "min_primary_experts": 0, "beta": 1.0},
     {**MARGIN, "tau": [1.0, 0.005]},
     {**MARGIN, "union": "local"},
     {**MARGIN, "mode": "observe"},
     {**MARGIN, "balance_ranks": True, "by_rows": [{"up_to": 6, "tau": 0.1}]},
+    SPARE,
+    {**SPARE, "lead": 0.3, "limit": 0.5, "protect": False},
+    {**SPARE, "tau": [1.0, 0.05], "min_primary_experts": None},
+    {**SPARE, "union": "local"},
+    {**SPARE, "mode": "observe"},
+    {**SPARE, "protect": False, "by_rows": [{"up_to": 6, "tau": 0.4}]},
     {"select_top_k": 1},
 ]
 OWNER = torch.arange(EXPERTS) * RANKS // EXPERTS
 
 
-def margin_under_load(rank, port):
+def demand_under_load(rank, port):
     """Passes of uneven ranks, some of them idle, under rules and unions that change.
 
     Returns:
@@ -271,9 +287,9 @@ def margin_under_load(rank, port):
     state.owner = dict.fromkeys(range(LAYERS), OWNER)
     pace, calls = np.random.default_rng(rank), []
     generator = torch.Generator().manual_seed(rank)
-    for number in range(60):
-        policy = number % len(MARGIN_POLICIES)
-        state.set_policy({"similarity": "a.safetensors", **MARGIN_POLICIES[policy]})
+    for number in range(130):
+        policy = number % len(DEMAND_POLICIES)
+        state.set_policy({"similarity": "a.safetensors", **DEMAND_POLICIES[policy]})
         count = int(pace.integers(0, 7))
         kinds, of_pass = pace.integers(REROUTABLE, EXACT + 1, size=count).astype(np.int8), []
         with state.step(kinds):
@@ -289,12 +305,12 @@ def margin_under_load(rank, port):
     return calls
 
 
-def test_margin_keeps_one_set_of_experts_on_all_ranks():
+def test_rules_of_demand_keep_one_set_of_experts_on_all_ranks():
     """Ids of each rank are those of the rule on the rows of both; so are the experts counted."""
-    changed = 0
-    for number, calls in enumerate(zip(*run_ranks(margin_under_load, free_port()), strict=True)):
-        keys = MARGIN_POLICIES[calls[0][0]]
-        if keys.get("rule") != "margin":
+    changed = dict.fromkeys(("margin", "spare"), 0)
+    for number, calls in enumerate(zip(*run_ranks(demand_under_load, free_port()), strict=True)):
+        keys = DEMAND_POLICIES[calls[0][0]]
+        if (rule := keys.get("rule")) is None:
             continue
         policy = Policy.parse({"similarity": "a.safetensors", **keys})
         bound = policy.for_model(top_k=TOP_K)
@@ -302,19 +318,21 @@ def test_margin_keeps_one_set_of_experts_on_all_ranks():
             fields = [list(chain(*of)) for of in zip(*(call[2] for call in group), strict=True)]
             ids, weights, logits, kinds, new_ids, new_weights = map(torch.tensor, fields)
             scores, of_step = logits.softmax(-1), bound.for_rows(int((kinds == REROUTABLE).sum()))
-            knobs = of_step.of_layer(number % LAYERS, EXPERTS, None, OWNER)
-            wanted = RULES["margin"].apply(ids, weights, scores, kinds.to(torch.int8), knobs)
+            layer = number % LAYERS
+            statistics = make_statistics(layer)
+            knobs = of_step.of_layer(layer, EXPERTS, None, OWNER, statistics)
+            wanted = RULES[rule].apply(ids, weights, scores, kinds.to(torch.int8), knobs)
             exactly = policy.mode == "observe"
-            assert torch.equal(new_ids, ids if exactly else name_dropped(wanted[0], ids))
+            assert torch.equal(new_ids, ids if exactly else wanted[0])
             assert torch.equal(new_weights, weights if exactly else wanted[1])
-            changed += int((new_ids != ids).sum())
+            changed[rule] += int((new_ids != ids).sum())
             decodes, rows = bool((kinds == REROUTABLE).any()), kinds != PADDING
             read = [len(set(of[rows].flatten().tolist()) - {-1}) for of in (ids, wanted[0])]
             for _, counts, _ in group:
                 assert counts[:2] == (read if decodes else [0, 0])
             stayed = (wanted[0][:, :, None] == ids[:, None, :]).any(dim=2)
             assert sum(counts[2] for _, counts, _ in group) == int((~stayed[rows]).sum())
-    assert changed > 100
+    assert min(changed.values()) > 100
 
 
 def disagree(rank, port, what):

@@ -4,10 +4,12 @@ import importlib
 import random
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from sere_ray.artifact.similarity import SimilarityArtifact
@@ -51,6 +53,8 @@ def test_the_word_follows_from_what_is_computed(checkpoint, tmp_path):
     artifact = SimilarityArtifact.load(artifact_path(folder))
     other = SimilarityArtifact.load(artifact_path(folder))
     other.layers[2][0, 1] += 0.001
+    more = replace(artifact, statistics={2: {"directed_loss": torch.eye(3)}})
+    less = replace(artifact, statistics={2: {"directed_loss": torch.zeros(3, 3)}})
     of_artifact, key = matrices_digest(artifact), sere_key(folder)
 
     def word(changes=(), matrices=of_artifact, weights="w"):
@@ -66,8 +70,11 @@ def test_the_word_follows_from_what_is_computed(checkpoint, tmp_path):
         {**MARGIN, "tau": 0.02},
         {**MARGIN, "tau": 0.03},
         {**MARGIN, "beta": 1.0},
+        {**MARGIN, "rule": "spare"},
+        {**MARGIN, "rule": "spare", "limit": 0.5},
     ]
-    words = [word(), *map(word, others), word((), matrices_digest(other)), word((), weights="v")]
+    words = [word(), *map(word, others), word((), weights="v")]
+    words += [word((), matrices_digest(of)) for of in (other, more, less)]
     assert len(set(words)) == len(words)
     assert word({"mode": "off"}) is word({"mode": "observe", "select_top_k": 2}) is None
 

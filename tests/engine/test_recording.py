@@ -4,6 +4,7 @@ vLLM's CPU build cannot record (its connector wants the V2 runner, that wants Tr
 here is given vLLM's own capturer by hand; ``test_gpu_recording.py`` has the whole.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,19 @@ from sere_ray.engine.control import calls_of
 from sere_ray.engine.recording import distinct, recording_distinct, tell_dropped_apart
 from sere_ray.rules import EXACT, REROUTABLE
 from sere_ray.util.ports import free_port
-from tests.engine.conftest import prompts, running_engine, sere_key, state_of
+from tests.engine.conftest import prompts, random_artifact, running_engine, sere_key, state_of
 from tests.engine.ranks import _choose_rank, run_ranks
-from tests.engine.replay import weights_of_margin, weights_of_sere
+from tests.engine.replay import weights_of_margin, weights_of_sere, weights_of_spare
 from tests.models import NUM_EXPERTS
 
 MARGIN = {"rule": "margin", "select_top_k": None, "tau": 0.02, "min_primary_experts": 0}
-POLICIES = {"sere": {"min_primary_experts": 0}, "margin": MARGIN, "exact": {"mode": "off"}}
+SPARE = {**MARGIN, "rule": "spare", "lead": 0.5, "limit": 0.6, "protect": False}
+POLICIES = {
+    "sere": {"min_primary_experts": 0},
+    "margin": MARGIN,
+    "spare": SPARE,
+    "exact": {"mode": "off"},
+}
 
 
 # --- ids and their types --------------------------------------------------------------------------
@@ -137,12 +144,33 @@ def bind_capturer(worker):
     return capturer
 
 
-def check_steps(steps, bound, similarity, *, one_rank):
+def key_with_statistics(folder, path):
+    """The key of an engine whose artifact holds what every rule reads."""
+    generator = torch.Generator().manual_seed(4)
+    artifact = random_artifact(folder)
+
+    def of_pairs(least, most):
+        shape = (NUM_EXPERTS, NUM_EXPERTS)
+        return least + (most - least) * torch.rand(shape, generator=generator)
+
+    artifact = replace(
+        artifact,
+        statistics={
+            layer: {"directed_loss": of_pairs(0, 1), "directed_scale": of_pairs(-0.5, 1.5)}
+            for layer in artifact.layers
+        },
+    )
+    artifact.save(path)
+    return sere_key(folder, similarity=str(path))
+
+
+def check_steps(steps, state, *, one_rank):
     """Every recorded row against the rule on the same gate's choice.
 
     Returns:
         How many rows were exact, re-routed, and dropped a slot.
     """
+    bound, similarity = state.bound, state.similarity
     seen = torch.zeros(3, dtype=torch.int64)
     for recorded, calls in steps:
         for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
@@ -164,6 +192,9 @@ def check_steps(steps, bound, similarity, *, one_rank):
             # A trainer has ids, and its own gate.
             if bound.mode == "off" or bound.rule == "sere":
                 replayed = weights_of_sere(found, ids.long(), weights, similarity[layer])
+            elif bound.rule == "spare":
+                statistics = state.statistics[layer]
+                replayed = weights_of_spare(found, ids.long(), weights, statistics, bound)
             else:
                 replayed = weights_of_margin(found, ids.long(), weights, logits, bound)
             served = torch.zeros(len(ids), NUM_EXPERTS + 1)
@@ -189,28 +220,32 @@ def record_rank(rank, port, folder, options, requests):
             state = recorded.state
             assert state.bound.mode == changes.get("mode", "on")
             one_rank = port is None
-            seen[name] = check_steps(steps, state.bound, state.similarity, one_rank=one_rank)
+            seen[name] = check_steps(steps, state, one_rank=one_rank)
     return seen
 
 
 @pytest.mark.engine
-def test_recorded_ids_are_those_of_the_rule(checkpoint):
+def test_recorded_ids_are_those_of_the_rule(checkpoint, tmp_path):
     """Chunked prefill beside decode; rules that change while the engine runs."""
     folder = checkpoint("qwen3_moe")
     requests = prompts(12, seed=1, length=(3, 90))
-    seen = record_rank(0, None, folder, {"sere": sere_key(folder)}, [requests])
+    key = key_with_statistics(folder, tmp_path / "whole.safetensors")
+    seen = record_rank(0, None, folder, {"sere": key}, [requests])
     assert all(seen["sere"]), "exact rows, re-routed ones, and some that dropped a slot"
     assert all(seen["margin"][:2])
+    assert all(seen["spare"])
     assert seen["exact"][1:] == [0, 0]
 
 
 @pytest.mark.engine
-def test_recorded_ids_of_data_parallel_ranks(checkpoint):
+def test_recorded_ids_of_data_parallel_ranks(checkpoint, tmp_path):
     folder = checkpoint("qwen3_moe")
-    options = {"sere": sere_key(folder), "enable_expert_parallel": True, "dtype": "float32"}
+    key = key_with_statistics(folder, tmp_path / "whole.safetensors")
+    options = {"sere": key, "enable_expert_parallel": True, "dtype": "float32"}
     options["distributed_executor_backend"] = "uni"
     requests = [prompts(6, seed=1, length=(3, 90)), prompts(6, seed=2, length=(3, 90))]
     for seen in run_ranks(record_rank, free_port(), folder, options, requests):
         assert all(seen["sere"]), "rows with a slot that another one took over"
         assert all(seen["margin"][:2])
+        assert all(seen["spare"])
         assert seen["exact"][1:] == [0, 0]

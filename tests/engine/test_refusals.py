@@ -53,8 +53,8 @@ def moe(checkpoint):
         ({"threshold": float("nan")}, ["sere.threshold = nan"]),
         ({"min_primary_experts": -1}, ["sere.min_primary_experts = -1"]),
         ({"mode": "auto"}, ["sere.mode = 'auto'", "'off', 'observe' or 'on'"]),
-        ({"rule": "best"}, ["sere.rule = 'best'", "'sere' or 'margin'"]),
-        ({"rule": "oea"}, ["sere.rule = 'oea'", "'sere' or 'margin'", "sere-ray evaluate"]),
+        ({"rule": "best"}, ["sere.rule = 'best'", "'sere', 'margin' or 'spare'"]),
+        ({"rule": "oea"}, ["sere.rule = 'oea'", "'margin' or 'spare'", "sere-ray evaluate"]),
         ({"union": "rank"}, ["sere.union = 'rank'", "'global' or 'local'"]),
         ({"prefer_local_rank": 0.1}, ["sere.prefer_local_rank = 0.1", "unknown key"]),
     ],
@@ -136,6 +136,14 @@ def test_artifact_of_another_model(moe, tmp_path, has_words, changes, words):
     with pytest.raises(ArtifactError) as error:
         configure(moe, sere_key(moe, similarity=str(path)))
     has_words(str(error.value), str(path), "sere-ray calibrate", *words)
+
+
+def test_artifact_that_says_less_than_the_rule_reads(moe, has_words):
+    """Before the model loads: nothing of it is read here."""
+    with pytest.raises(ArtifactError) as error:
+        configure(moe, sere_key(moe, rule="spare", tau=0.1, select_top_k=None))
+    words = (str(artifact_path(moe)), "'spare'", "directed_loss", "--statistics directed")
+    has_words(str(error.value), *words)
 
 
 def refused_by_the_engine(folder, path):

@@ -1,4 +1,4 @@
-"""The rule ``margin`` in a real vLLM engine on a CPU."""
+"""The rules ``margin`` and ``spare`` in a real vLLM engine on a CPU."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,7 @@ from sere_ray.engine.cpu.state import CpuState
 from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.statistics import draws, mean
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, REROUTABLE
-from sere_ray.rules.margin import margin
+from sere_ray.rules import EXACT, REROUTABLE, RULES
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine
@@ -26,17 +25,28 @@ from tests.engine.conftest import generate, prompts, running_engine
 pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
 MARGIN = {"rule": "margin", "tau": 0.006}
+SPARE = {"rule": "spare", "tau": 0.006, "lead": 0.5, "limit": 0.9}
 SETTINGS = (
     {**MARGIN, "tau": [0.002, 0.004, 0.006, 0.01]},
     {**MARGIN, "balance_ranks": True},
     {**MARGIN, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "fill": 1.0}]},
+    {**SPARE, "tau": [0.002, 0.004, 0.006, 0.01]},
+    {**SPARE, "protect": False, "min_primary_experts": 0},
+    {**SPARE, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "limit": 0.0}]},
 )
 
 
 @pytest.fixture(scope="module")
 def similarity(tmp_path_factory):
     path = tmp_path_factory.mktemp("rules") / "demo.safetensors"
-    calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=path, sequences=32, device="cpu")
+    calibrate(
+        str(assets.MODEL),
+        data=str(assets.CALIBRATION),
+        out=path,
+        sequences=32,
+        device="cpu",
+        statistics=("directed",),
+    )
     return str(path)
 
 
@@ -80,6 +90,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     for batch in batches:
         generate(engine, prompts(batch, seed=5, length=(20, 60)), tokens=6)
     bound = policy.for_model(top_k=TOP_K)
+    statistics = SimilarityArtifact.load(similarity).statistics
     changed, sizes = 0, set()
     for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:
@@ -88,8 +99,9 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         scores = logits.float().softmax(-1)
         rows = int((kinds == REROUTABLE).sum())
         sizes.add(rows)
-        knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None)
-        expected_ids, expected_weights = margin(ids, weights, scores, kinds, knobs)
+        knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None, None, statistics[layer])
+        apply = RULES[bound.rule].apply
+        expected_ids, expected_weights = apply(ids, weights, scores, kinds, knobs)
         kept = expected_ids >= 0
         assert torch.equal(new_ids[kept], expected_ids[kept])
         assert (new_weights[~kept] == 0).all(), "a dropped slot weighs nothing"
@@ -104,10 +116,13 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     assert sum(decode["slots_rerouted"]) > 0
 
 
-def test_kl_of_forced_tokens_is_within_the_evaluators_interval(engine, similarity, ids_and_windows):
+@pytest.mark.parametrize("keys", [MARGIN, SPARE], ids=lambda keys: keys["rule"])
+def test_kl_of_forced_tokens_is_within_the_evaluators_interval(
+    engine, similarity, ids_and_windows, keys
+):
     """What a server would have thought, against what ``sere-ray evaluate`` says it does."""
     windows, requests, answers = ids_and_windows
-    policy = with_similarity(similarity, MARGIN)
+    policy = with_similarity(similarity, keys)
     found = []
     for mode in ("off", "on"):
         set_policy(engine, policy.model_copy(update={"mode": mode}))
@@ -118,8 +133,9 @@ def test_kl_of_forced_tokens_is_within_the_evaluators_interval(engine, similarit
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32"
     )
-    matrices = SimilarityArtifact.load(similarity).layers
-    batches = DecodeBatches(model, windows[:, : LENGTH - 1], PROMPT_TOKENS, matrices)
+    artifact = SimilarityArtifact.load(similarity)
+    given = windows[:, : LENGTH - 1], PROMPT_TOKENS, artifact.layers
+    batches = DecodeBatches(model, *given, statistics=artifact.statistics)
     measured = batches.measure(policy.for_model(top_k=TOP_K), BATCH)
     estimate = mean(measured.kl, draws(BATCH))
     print(f"server {of_server:.5f}, evaluator {estimate}")

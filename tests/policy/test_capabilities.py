@@ -1,10 +1,12 @@
 """What engines of a kind refuse, and in which words."""
 
 import pytest
+import torch
 
-from sere_ray.policy.capabilities import check_change, check_policy
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
+from sere_ray.policy.capabilities import check_artifact, check_change, check_policy
 from sere_ray.policy.policy import Policy
-from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 
 SERE = {"select_top_k": 1}
 MARGIN = {"rule": "margin", "tau": 0.01}
@@ -27,6 +29,34 @@ def test_what_a_gpu_cannot(has_words):
     with pytest.raises(UnsupportedError) as caught:
         check_policy(policy(keys), on_gpu=True)
     has_words(str(caught.value), "sere.balance_ranks = True", "a CPU engine")
+
+
+def test_a_gpu_has_no_kernel_for_spare(has_words):
+    keys = {"rule": "spare", "tau": 0.01}
+    check_policy(policy(keys), on_gpu=False)
+    for check in (
+        lambda: check_policy(policy(keys), on_gpu=True),
+        lambda: check_change(policy(keys), policy(SERE), on_gpu=True, several_ranks=False),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            check()
+        has_words(str(caught.value), "sere.rule = 'spare'", "CPU engine", "rule = 'margin'")
+
+
+def test_a_rule_needs_what_it_reads(has_words):
+    metadata = ArtifactMetadata(
+        model_id="m", architecture="A", num_experts=4, top_k=2, metric="m", date="2026-11-30"
+    )
+    layers = {0: torch.eye(4), 1: torch.eye(4)}
+    directed = {name: torch.eye(4) for name in ("directed_scale", "directed_loss")}
+    whole = SimilarityArtifact(layers, metadata, {0: directed, 1: directed})
+    partial = SimilarityArtifact(layers, metadata, {0: directed})
+    spare = policy({"rule": "spare", "tau": 0.01})
+    check_artifact(spare, whole)
+    check_artifact(policy(MARGIN), partial)
+    with pytest.raises(ArtifactError) as caught:
+        check_artifact(spare, partial)
+    has_words(str(caught.value), "a.safetensors", "'spare'", "--statistics directed")
 
 
 def test_captured_graphs_hold_what_ranks_exchange(has_words):

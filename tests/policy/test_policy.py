@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from sere_ray.policy import policy as config
 from sere_ray.policy.bound import BoundPolicy, Mode, Union
-from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key, read_key_file
+from sere_ray.policy.key_file import read_key_file
+from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key
 from sere_ray.util.errors import PolicyError, SereError
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
@@ -30,6 +31,9 @@ KEYS = [
     "fill",
     "runners_up",
     "balance_ranks",
+    "lead",
+    "limit",
+    "protect",
     "by_rows",
 ]
 NAN, INF = float("nan"), float("inf")
@@ -206,8 +210,8 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
         ("mode", ["on"], "'off', 'observe' or 'on'", "exact"),
         ("rule", "SERE", "'sere'", "which rule re-routes"),
         ("rule", None, "'sere'", "which rule re-routes"),
-        ("rule", "topk", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
-        ("rule", "oea", "'sere' or 'margin'", "compared by `sere-ray evaluate` only"),
+        ("rule", "topk", "'sere', 'margin' or 'spare'", "compared by `sere-ray evaluate` only"),
+        ("rule", "oea", "'sere', 'margin' or 'spare'", "compared by `sere-ray evaluate` only"),
         ("union", "rank", "'global' or 'local'", "all ranks"),
         ("union", None, "'global' or 'local'", "all ranks"),
     ],
@@ -382,6 +386,8 @@ def other(rule: str, **keys: Any) -> dict[str, Any]:
         other("margin", tau=0.01),
         other("margin", tau=[0.01, 0.0, 1.0], beta=0.0, fill=0.5, runners_up=4),
         other("margin", tau=0.01, balance_ranks=True),
+        other("spare", tau=0.01),
+        other("spare", tau=[0.01, 0.0, 1.0], lead=0.5, limit=0.0, protect=False, runners_up=4),
     ],
 )
 def test_keys_of_other_rules(value: dict[str, Any]) -> None:
@@ -403,6 +409,12 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
         (other("margin", tau=0.1, threshold=0.3), ["sere.threshold = 0.3", "'margin'", "tau"]),
         (other("margin", tau=0.1, select_top_k=2), ["sere.select_top_k = 2", "only tau"]),
         (other("margin"), ["sere.tau is missing"]),
+        (other("spare"), ["sere.tau is missing"]),
+        (other("spare", tau=0.1, beta=0.5), ["sere.beta = 0.5", "'spare'", "lead, limit, protect"]),
+        (other("spare", tau=0.1, lead=1.5), ["sere.lead = 1.5", "less than or equal to 1"]),
+        (other("spare", tau=0.1, limit=-1.0), ["sere.limit = -1.0", "greater than or equal to 0"]),
+        (other("spare", tau=0.1, protect=0), ["sere.protect = 0", "boolean"]),
+        (other("margin", tau=0.1, protect=False), ["sere.protect = False", "'margin'"]),
         (other("sere", select_top_k=2, tau=0.1), ["sere.tau = 0.1", "'sere'"]),
         (other("sere", select_top_k=2, experts=3), ["sere.experts = 3: unknown key"]),
         (other("lynx", experts=3), ["sere.rule = 'lynx'", "sere.experts = 3: unknown key"]),

@@ -16,6 +16,7 @@ from sere_ray.rules import (
     merge_repeated,
     name_dropped,
     reroute,
+    spare,
 )
 from sere_ray.rules.margin import UNIT, keep, of_level
 from tests.rules import rules_oracle
@@ -389,3 +390,29 @@ def test_every_key_is_a_knob():
     fields = set(Layer.__dataclass_fields__)
     for rule in RULES.values():
         assert set(rule.required) <= set(rule.keys) <= fields
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_what_rows_ask_under_spare_adds_up_over_ranks(protect):
+    """Also where each rank's rows want two experts as much as is told apart, which is no more."""
+    ids, weights, scores = draw(16, 13)
+    scores[:, :2] = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(8, 1)
+    scores[:, 2:] = 0
+    ids[:] = torch.tensor([0, 1, 2])
+    for tau, kinds, count in (
+        (1.0, kinds_of(*[REROUTABLE] * 16), 2 if protect else 1),
+        (0.5, kinds_of(*[REROUTABLE] * 16), 2),
+        (1.0, kinds_of(*[REROUTABLE] * 15, EXACT), 3),
+    ):
+        weights = scores.gather(1, ids)
+        of_layer = layer("spare", protect=protect, tau=tau, min_primary_experts=0, limit=0.0)
+        whole = RULES["spare"].apply(ids, weights, scores, kinds, of_layer)
+        for first in (0, 1, 6, 16):
+            asked = sum(
+                spare.ask(ids[part], weights[part], scores[part], kinds[part], of_layer)
+                for part in (slice(first), slice(first, None))
+            )
+            kept = spare.keep(asked, of_layer)
+            assert kept.sum() == count
+            found = spare.stand_in(kept, ids, weights, scores, kinds, of_layer)
+            assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True))

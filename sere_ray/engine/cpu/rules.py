@@ -1,5 +1,6 @@
 """The rules of a CPU engine in one layer: kept experts from the rows of all ranks, then new ids."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from sere_ray.kernel.cpu_sere import (
     reroute_by_slot_orders,
 )
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import PADDING, REROUTABLE, Choice, margin, name_dropped
+from sere_ray.rules import PADDING, REROUTABLE, Choice, Layer, margin, name_dropped, spare
 from sere_ray.rules.gate import Gate, scores_of
 
 
@@ -39,12 +40,36 @@ class LayerOfStep(NamedTuple):
     """``[T]`` int8."""
     similarity: Tensor
     """``[E, E]`` float32."""
+    statistics: Mapping[str, Tensor]
+    """Further tensors of the layer by name."""
     owner: Tensor | None
     """``[E]`` int64, rank of every expert; None = one rank holds them all."""
     skips_dropped: bool
     """Whether the experts' code leaves out ids of -1: then a row names an expert once."""
     row_weight: Tensor | None = None
     """``[rows]`` int64 of the step, without padding: how far drafts count; None = all are whole."""
+
+
+class DemandRule(NamedTuple):
+    """A rule in two halves: what rows ask of experts, which adds up over ranks, and what follows.
+
+    Arguments are those of :mod:`sere_ray.rules.margin`.
+    """
+
+    settle: Callable[[Layer], Layer]
+    """Fills in what the layer's statistics say."""
+    ask: Callable[..., Tensor]
+    keep: Callable[..., Tensor]
+    is_named: Callable[[Tensor], Tensor]
+    take: Callable[..., Choice]
+
+
+_DEMAND_RULES = {
+    "margin": DemandRule(
+        lambda layer: layer, margin.ask, margin.keep, margin.is_named, margin.refill_rows
+    ),
+    "spare": DemandRule(spare.with_modes, spare.ask, spare.keep, spare.is_named, spare.stand_in),
+}
 
 
 def apply_rule(
@@ -61,8 +86,9 @@ def apply_rule(
         ``[T, K]`` ids and weights, both new tensors. Of the counts experts are those of all ranks
         of the union, slots those of these rows.
     """
-    rule = _apply_sere if bound.rule == "sere" else _apply_margin
-    return rule(bound, of_step, union)
+    if bound.rule == "sere":
+        return _apply_sere(bound, of_step, union)
+    return _apply_by_demand(_DEMAND_RULES[bound.rule], bound, of_step, union)
 
 
 def _apply_sere(
@@ -110,8 +136,8 @@ def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, 
     return targets
 
 
-def _apply_margin(
-    bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
+def _apply_by_demand(
+    rule: DemandRule, bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
     """The torch rule itself.
 
@@ -121,19 +147,19 @@ def _apply_margin(
     ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
     scores = scores_of(of_step.router_logits, of_step.gate)
     num_experts, owner = scores.shape[1], of_step.owner
-    knobs = bound.of_layer(of_step.position, num_experts, of_step.similarity, owner)
-    knobs = replace(knobs, gate=of_step.gate)
+    layer = of_step.position, num_experts, of_step.similarity, owner, of_step.statistics
+    knobs = rule.settle(replace(bound.of_layer(*layer), gate=of_step.gate))
     row_weight = of_step.row_weight
     if row_weight is not None:
         row_weight = F.pad(row_weight, (0, len(ids) - len(row_weight)))
-    asked = margin.ask(ids, weights, scores, kinds, knobs, row_weight)
+    asked = rule.ask(ids, weights, scores, kinds, knobs, row_weight)
     if union is not None:
         union.add_up(asked)
-    kept = margin.keep(asked, knobs)
+    kept = rule.keep(asked, knobs)
     if union is not None and union.compares:
         union.compare(of_step.layer, kept)
-    new_ids, new_weights = margin.refill_rows(kept, ids, weights, scores, kinds, knobs)
-    named = margin.is_named(asked)
+    new_ids, new_weights = rule.take(kept, ids, weights, scores, kinds, knobs)
+    named = rule.is_named(asked)
     changed = (new_ids != ids).any(dim=1) & (kinds != PADDING)
     counts = StepCounts(
         experts_before=int(named.sum()),

@@ -36,6 +36,7 @@ class CpuState(EngineState):
         owner: decoder layer index -> ``[E]`` int64, the rank that holds each expert; no entry
             where one rank holds them all.
         similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
+        statistics: decoder layer index -> its further tensors by name.
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
         row_weight: ``[rows]`` int64 of it, of demand under ``margin``; None = all are whole.
@@ -80,8 +81,9 @@ class CpuState(EngineState):
             self._take_matrices()
 
     def _take_matrices(self) -> None:
-        matrices = self.running.artifact.layers
-        self.similarity = {layer: matrices[layer].cpu() for layer in self.layers}
+        artifact = self.running.artifact
+        self.similarity = {layer: artifact.layers[layer].cpu() for layer in self.layers}
+        self.statistics = {layer: artifact.statistics.get(layer, {}) for layer in self.layers}
 
     def loaded(self) -> None:
         """Also put the all-to-all in, where it was asked for."""
@@ -184,6 +186,7 @@ class CpuState(EngineState):
                 self.gates.known.get(layer, PLAIN),
                 kinds,
                 self.similarity[layer],
+                self.statistics[layer],
                 self.owner.get(layer),
                 skips_dropped=layer in self.owner,  # see expert_parallel.py
                 row_weight=self.row_weight,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.policy.capabilities import EngineKind, check_change, check_swap
+from sere_ray.policy.capabilities import EngineKind, check_artifact, check_change, check_swap
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
 from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig, AutoPilot
@@ -65,6 +65,7 @@ class Holdings:
         self._artifact: SimilarityArtifact = self._file.parse()
         base = Policy.parse(self.newest["policy"])
         base.for_model(top_k=self._top_k)
+        check_artifact(base, self._artifact)
         if state is None:
             pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
             self.pilot = pilot if starts_auto else None
@@ -113,14 +114,15 @@ class Holdings:
         """A new version with another file of the configured folder.
 
         Raises:
-            SereError: no such file, too large, damaged, or of other weights, or these engines keep
-                the artifact they were started with; nothing changed.
+            SereError: no such file, too large, damaged, of other weights, or less than the rule
+                reads, or these engines keep the artifact they were started with; nothing changed.
         """
         newest = self.newest
         try:
             new = read_artifact(path_in(self._folder, name), self._max_bytes)
             artifact = new.parse()
             artifact.check_replaces(self._artifact, path=name)
+            check_artifact(Policy.parse({**newest["policy"], "similarity": name}), artifact)
             check_swap(name, self._file.name, **self._engines)
         except SereError as error:
             self.audit.refuse("artifact", who, str(error))
@@ -175,6 +177,7 @@ class Holdings:
         policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
+        check_artifact(policy, self._artifact)
         if mode != AUTO:
             self.pilot = None
             return policy

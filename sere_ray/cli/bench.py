@@ -13,6 +13,7 @@ from sere_ray.util.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
 app.command("metrics-overhead")(cli_observe.metrics_overhead)
+app.command("production-score")(cli_observe.production_score)
 app.command("calibration")(cli_calibrate.bench_calibration)
 app.command("calibration-memory")(cli_calibrate.bench_memory)
 app.command("calibration-robustness")(cli_calibrate.bench_robustness)

@@ -1,4 +1,4 @@
-"""The commands around monitoring: dashboards, monitor-demo, bench metrics-overhead."""
+"""The commands around monitoring: dashboards, monitor-demo, what metrics and scores cost."""
 
 import os
 from pathlib import Path
@@ -121,6 +121,25 @@ def metrics_overhead(
             repeats=repeats,
             seconds=seconds,
             console=console,
+        )
+    print(out)
+
+
+def production_score(
+    out: Out,
+    batches: Annotated[int, typer.Option(min=1, help="Of 16 scored answers, by policy.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Of every share, interleaved.")] = 7,
+    answers: Annotated[int, typer.Option(min=1, help="Of each stream in a repeat.")] = 12,
+) -> None:
+    """What scores of answers say and cost: the demo model on CPU, beside the evaluator.
+
+    Example: sere-ray bench production-score --out production-score-demo.json
+    """
+    with user_errors():
+        from sere_ray.bench.production_score import run_production_score
+
+        run_production_score(
+            saver(out), batches=batches, repeats=repeats, answers=answers, console=console
         )
     print(out)
 

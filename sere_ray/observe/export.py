@@ -7,8 +7,10 @@ has metrics hands them to a :class:`Sink`; :class:`RaySink` is the one of a depl
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from sere_ray.observe import metrics
-from sere_ray.observe.metrics import Metric, layer_buckets
+from sere_ray.observe import metrics, metrics_score
+from sere_ray.observe.metric import Metric
+from sere_ray.observe.metrics import layer_buckets
+from sere_ray.observe.score import scores_of
 from sere_ray.observe.stats import STEP_KINDS
 
 HASH_DIGITS = 12
@@ -68,6 +70,7 @@ class EngineExporter:
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._last: Mapping[str, Any] = {}
+        self._scores: Mapping[str, Any] = {"outcomes": {}, "tiers": {}}
         self._info: dict[str, dict[str, str]] = {}
 
     def export_counters(self, counters: Mapping[str, Any], read_seconds: float) -> None:
@@ -98,6 +101,26 @@ class EngineExporter:
         labels = {name: str(policy[name]) for name in ("rule", "mode", "union")}
         self._export_info(metrics.POLICY_INFO, labels)
         self._export_info(metrics.ARTIFACT_INFO, {"sha256": sha256[:HASH_DIGITS]})
+
+    def export_scores(self, scores: Mapping[str, Any] | None) -> None:
+        """Export what was scored since the last call, and the newest versions' scores.
+
+        Args:
+            scores: ``Scores.report`` since the engine's start; None where nothing is scored.
+        """
+        if scores is None:
+            return
+        for outcome, grown in _difference(scores["outcomes"], self._scores["outcomes"]).items():
+            self._sink.record(metrics_score.SCORE_ANSWERS, grown, outcome=outcome)
+        for tier, sums in scores["tiers"].items():
+            grown = _difference(sums, self._scores["tiers"].get(tier, {}))
+            for field, metric in metrics_score.SCORE_SUMS.items():
+                self._sink.record(metric, grown[field], tier=tier)
+        for score in scores_of(scores):
+            labels = {"tier": score["tier"], "version": str(score["version"])}
+            self._sink.record(metrics_score.SCORE_NATS, score["nats"], **labels)
+            self._sink.record(metrics_score.SCORE_AGREEMENT, score["agreement"], **labels)
+        self._scores = scores
 
     def _export_info(self, metric: Metric, labels: dict[str, str]) -> None:
         """Set a metric to 1 for these labels, and to 0 for the last ones: Ray goes on exporting a

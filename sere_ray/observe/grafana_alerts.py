@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sere_ray.observe.rules import ALERTS, Alert
+from sere_ray.observe.alerts import ALERTS, Alert
 
 FOLDER = {"uid": "sere-ray", "title": "sere-ray"}
 GROUP = "sere-alerts"

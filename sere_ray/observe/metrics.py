@@ -6,49 +6,18 @@ at most ``LAYER_BUCKETS`` buckets of the depth.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-Kind = Literal["counter", "gauge", "histogram"]
-Source = Literal["replica", "policy actor", "ingress"]
+from sere_ray.observe import metrics_score
+from sere_ray.observe.metric import RANK_LABELS, Metric
 
 LAYER_BUCKETS = 4
 EXPERT_BOUNDARIES = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 MAX_SERIES_PER_RANK = 256
 """Most time series that one rank exports of the metrics below."""
 
-_RANK = ("app", "gang", "rank", "ReplicaId")
+_RANK = RANK_LABELS
 _KIND = (*_RANK, "kind")
 _LAYERS = (*_KIND, "layers")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric.
-
-    Attributes:
-        name: without Ray's prefix.
-        kind: Prometheus type.
-        unit: of its value.
-        labels: keys that sere-ray sets.
-        formula: what it counts and how.
-        source: the process that exports it.
-        boundaries: upper bounds of a histogram's buckets.
-    """
-
-    name: str
-    kind: Kind
-    unit: str
-    labels: tuple[str, ...]
-    formula: str
-    source: Source = "replica"
-    boundaries: tuple[float, ...] = ()
-
-    @property
-    def exported(self) -> str:
-        """The name in Prometheus; a histogram's series end in _bucket, _count and _sum."""
-        return f"ray_{self.name}"
-
 
 STEPS = Metric("sere_steps_total", "counter", "steps", _KIND, "steps with a decode row")
 ROWS = Metric(
@@ -237,7 +206,11 @@ REFUSED = Metric(
     "ingress",
 )
 
-METRICS: tuple[Metric, ...] = tuple(v for v in list(globals().values()) if isinstance(v, Metric))
+METRICS: tuple[Metric, ...] = tuple(
+    value
+    for value in [*globals().values(), *vars(metrics_score).values()]
+    if isinstance(value, Metric)
+)
 """Every metric of sere-ray."""
 
 PER_KIND = {

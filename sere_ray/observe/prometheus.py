@@ -14,7 +14,8 @@ from urllib.request import urlopen
 
 import yaml
 
-from sere_ray.observe.rules import alert_groups, recording_groups
+from sere_ray.observe.alerts import alert_groups
+from sere_ray.observe.rules import recording_groups
 from sere_ray.util.errors import SereError
 
 HOST = "127.0.0.1"

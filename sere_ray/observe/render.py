@@ -6,10 +6,11 @@ from typing import Any
 
 import yaml
 
+from sere_ray.observe.alerts import alert_groups
 from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_alerts import FOLDER, rule_group
 from sere_ray.observe.metrics import METRICS
-from sere_ray.observe.rules import RANK_HOUR_PRICE, alert_groups, recording_groups
+from sere_ray.observe.rules import RANK_HOUR_PRICE, recording_groups
 from sere_ray.util.files import atomic_path
 
 DATA_SOURCE_UID = "sere-prometheus"

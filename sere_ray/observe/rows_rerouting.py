@@ -1,8 +1,9 @@
 """Rows of the dashboard about re-routing: experts, what it costs, steps, policy."""
 
 from sere_ray.observe.grafana_model import Panel, Query, Row
-from sere_ray.observe.metrics import EXPERTS_READ_AFTER, EXPERTS_READ_BEFORE, Metric
-from sere_ray.observe.rules import WINDOW
+from sere_ray.observe.metric import Metric
+from sere_ray.observe.metrics import EXPERTS_READ_AFTER, EXPERTS_READ_BEFORE
+from sere_ray.observe.rules import SCORE_WINDOW, WINDOW
 
 APP = '{app=~"$app"}'
 RANK = "{{app}} rank {{rank}}"
@@ -75,6 +76,39 @@ QUALITY = Row(
             "Experts that the busiest rank reads over the mean: every step waits for it.",
             "none",
             (Query(f"sere:experts_max_rank:ratio{APP}", "{{app}}"),),
+        ),
+        Panel(
+            "Score, nats a token",
+            "Of a sampled share of answers: how much likelier their tokens were as served than to "
+            "the exact model. Exact requests: noise around 0.",
+            "none",
+            (
+                Query(f"sere:score:nats{APP}", "{{app}} {{tier}}"),
+                Query(f"ray_sere_score_nats{APP}", "version {{version}} {{tier}}, rank {{rank}}"),
+            ),
+        ),
+        Panel(
+            "Score, same likeliest token",
+            "Share of served tokens where the exact model has the same likeliest token.",
+            "percentunit",
+            (
+                Query(f"sere:score_agreed:share{APP}", "{{app}} {{tier}}"),
+                Query(
+                    f"ray_sere_score_agreement{APP}", "version {{version}} {{tier}}, rank {{rank}}"
+                ),
+            ),
+        ),
+        Panel(
+            "Sampled answers",
+            "By what became of them, a second: scored, or why not.",
+            "none",
+            (
+                Query(
+                    "sum by (app, outcome) "
+                    f"(rate(ray_sere_score_answers_total{APP}[{SCORE_WINDOW}]))",
+                    "{{outcome}}",
+                ),
+            ),
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Recording rules and alerts for Prometheus, as data; ``sere-ray dashboards render`` writes them.
+"""Recording rules for Prometheus, as data; ``sere-ray dashboards render`` writes them.
 
 A mean is a ratio of two rates: over WINDOW, summed before it is divided. Sums of Ray's histograms
 are not used: its agent rebuilds them from the middles of buckets. Their counts are exact.
@@ -10,11 +10,12 @@ from typing import Any
 WINDOW = "2m"
 """Time over which rates are taken: it holds several readings of the counters, exports of Ray's
 agent (one each 10 s) and scrapes."""
+SCORE_WINDOW = "1h"
+"""The same for scores: few answers are sampled."""
 TTFT_SECONDS, TPOT_SECONDS = "1.0", "0.1"
-"""Limits of goodput and of the alert SereStepSlow: bounds of vLLM's buckets, spelt as vLLM does."""
+"""Limits of goodput and of the alert SereStepSlow: bounds of vLLM's buckets, spelt as it does."""
 RANK_HOUR_PRICE = 2.0
 """US dollars for a rank and hour: replace it by yours."""
-RUNBOOK = "docs/operate.md"
 
 
 @dataclass(frozen=True)
@@ -26,38 +27,16 @@ class Recording:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Alert:
-    """An alert rule.
-
-    Attributes:
-        name: its lower-case form is the anchor in the runbook.
-        expr: a series for everything that is wrong.
-        lasting: how long before it fires.
-        severity: ``critical``: answers may be wrong or missing; ``warning``: look at it today.
-        summary: what is wrong; Prometheus fills in ``{{ ... }}``.
-        action: the first thing to do.
-    """
-
-    name: str
-    expr: str
-    lasting: str
-    severity: str
-    summary: str
-    action: str
-
-    @property
-    def anchor(self) -> str:
-        """The place of the runbook that explains the alert."""
-        return f"{RUNBOOK}#{self.name.lower()}"
-
-
 def _ratio(upper: str, lower: str, by: str, *, where: str = 'kind="decode_only"') -> str:
     """PromQL: how much one counter grows for each unit of another; no value where the other one
     stands still."""
     above = f"sum by ({by}) (rate(ray_sere_{upper}_total{{{where}}}[{WINDOW}]))"
     below = f"sum by ({by}) (rate(ray_sere_{lower}_total{{{where}}}[{WINDOW}]))"
     return f"{above} / ({below} > 0)"
+
+
+def _score_sum(counter: str) -> str:
+    return f"sum by (app, tier) (rate(ray_sere_score_{counter}_total[{SCORE_WINDOW}]))"
 
 
 _RANK = "app, gang, rank"
@@ -81,6 +60,12 @@ SERE_RECORDINGS = (
         "sere:dispatch_bytes:rate",
         f"sum by (app) (rate(ray_sere_dispatch_bytes_total[{WINDOW}]))",
     ),
+    Recording(
+        "sere:score:nats",
+        f"({_score_sum('exact_nats')} - {_score_sum('served_nats')}) "
+        f"/ ({_score_sum('tokens')} > 0)",
+    ),
+    Recording("sere:score_agreed:share", f"{_score_sum('agreed')} / ({_score_sum('tokens')} > 0)"),
 )
 
 
@@ -148,106 +133,6 @@ def serving_recordings(rank_hour_price: float) -> tuple[Recording, ...]:
     )
 
 
-_RUNS_RULE = 'and on (app) (max by (app) (ray_sere_policy_info{mode="on"}) == 1)'
-
-
-def _grown(counter: str, window: str) -> str:
-    return f"increase(ray_sere_{counter}_total[{window}])"
-
-
-ALERTS = (
-    Alert(
-        "SereNoMetrics",
-        "absent(ray_sere_policy_version)",
-        "5m",
-        "critical",
-        "No replica exports metrics of sere-ray.",
-        "Check that the deployment runs and that Prometheus reaches the metrics port of its nodes.",
-    ),
-    Alert(
-        "SereRankSilent",
-        "count by (app, gang) (ray_sere_gang_ranks) < max by (app, gang) (ray_sere_gang_ranks)",
-        "5m",
-        "warning",
-        "Only {{ $value }} ranks of gang {{ $labels.gang }} export metrics.",
-        "Look for 'no metrics now' in the log of the missing rank; if it is gone, Serve restarts "
-        "its gang.",
-    ),
-    Alert(
-        "SereArtifactMismatch",
-        "count by (app) (count by (app, sha256) (ray_sere_artifact_info == 1)) > 1",
-        "2m",
-        "critical",
-        "Replicas of {{ $labels.app }} run {{ $value }} different similarity artifacts.",
-        "Compare the label sha256 of ray_sere_artifact_info by replica; set the artifact again, or "
-        "restart the gang that lags.",
-    ),
-    Alert(
-        "SerePolicyLag",
-        "max by (app) (ray_sere_router_policy_version) "
-        "- on (app) min by (app) (ray_sere_policy_settled_version) > 0",
-        "2m",
-        "warning",
-        "A gang of {{ $labels.app }} is {{ $value }} policy versions behind.",
-        "Compare replicas and replicas_settled in `sere-ray policy get`; restart the gang that "
-        "does not follow.",
-    ),
-    Alert(
-        "SereReroutedShareHigh",
-        f"sere:slots_rerouted:share > 0.5 {_RUNS_RULE}",
-        "10m",
-        "warning",
-        "{{ $value | humanizePercentage }} of the slots of {{ $labels.app }} are re-routed: "
-        "quality is at risk.",
-        "Raise select_top_k, or set a threshold: `sere-ray policy set threshold=0.3`.",
-    ),
-    Alert(
-        "SereNothingSaved",
-        f"sere:experts_saved:share < 0.02 {_RUNS_RULE} "
-        "and on (app) max by (app) (sere:batch_size:mean) >= 4",
-        "15m",
-        "warning",
-        "Re-routing is on for {{ $labels.app }} and reads only {{ $value | humanizePercentage }} "
-        "fewer experts.",
-        "select_top_k, threshold or min_primary_experts keep almost all experts: lower them, or "
-        "set mode=off.",
-    ),
-    Alert(
-        "SereRankImbalance",
-        "sere:experts_max_rank:ratio > 2",
-        "15m",
-        "warning",
-        "The busiest rank of {{ $labels.app }} reads {{ $value | humanize }} times the mean.",
-        "Every step waits for that rank: check where experts are placed.",
-    ),
-    Alert(
-        "SereGangRestarted",
-        f"{_grown('gang_restarts', '15m')} > 0",
-        "0m",
-        "warning",
-        "{{ $labels.app }} lost a gang in the last 15 minutes.",
-        "Read the log of the rank that died first; with one gang there was an outage.",
-    ),
-    Alert(
-        "SereRequestsRefused",
-        'sum by (app, status) (rate(ray_sere_requests_refused_total{status=~"429|5.."}[5m])) > 0.1',
-        "5m",
-        "warning",
-        "{{ $labels.app }} answers {{ $labels.status }} {{ $value | humanize }} times a second.",
-        "429: raise the limits under `access` or add gangs. 503: see whether a gang is restarting.",
-    ),
-    Alert(
-        "SereStepSlow",
-        f"max by (app) (sere:step_seconds:mean) > {TPOT_SECONDS} "
-        f"or sere:itl_seconds:p50 > {TPOT_SECONDS}",
-        "10m",
-        "warning",
-        "A decode step takes {{ $value | humanizeDuration }}: longer than a token may take.",
-        "Compare batch size and experts read with yesterday's; re-route more, or add gangs.",
-    ),
-)
-
-
 def recording_groups(rank_hour_price: float = RANK_HOUR_PRICE) -> dict[str, Any]:
     """The content of a rule file of Prometheus."""
     groups = (("sere", SERE_RECORDINGS), ("sere-serving", serving_recordings(rank_hour_price)))
@@ -262,25 +147,6 @@ def recording_groups(rank_hour_price: float = RANK_HOUR_PRICE) -> dict[str, Any]
 def _recording(rule: Recording) -> dict[str, Any]:
     labels = {"labels": rule.labels} if rule.labels else {}
     return {"record": rule.record, "expr": rule.expr, **labels}
-
-
-def alert_groups() -> dict[str, Any]:
-    """The alert rules, in the form of a Prometheus rule file."""
-    rules = [
-        {
-            "alert": alert.name,
-            "expr": alert.expr,
-            "for": alert.lasting,
-            "labels": {"severity": alert.severity},
-            "annotations": {
-                "summary": alert.summary,
-                "action": alert.action,
-                "runbook": alert.anchor,
-            },
-        }
-        for alert in ALERTS
-    ]
-    return {"groups": [{"name": "sere-alerts", "rules": rules}]}
 
 
 def recorded_names() -> set[str]:

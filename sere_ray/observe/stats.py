@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from sere_ray.util.token_times import BUCKETS, RATIO, SHORTEST_SECONDS
+from sere_ray.observe.score import ScoreTotals, scores_of, total_scores
+from sere_ray.util.token_times import BUCKETS, RATIO, SHORTEST_SECONDS, quantile_ms
 
 STEP_KINDS = ("decode_only", "mixed")
 _OF_GANG = (
@@ -80,6 +81,10 @@ class Totals(BaseModel):
         description="output tokens by the time per output token of their request in that second, "
         f"in the engine: bucket i holds those up to {SHORTEST_SECONDS} s x {RATIO}^i"
     )
+    scores: ScoreTotals = Field(
+        description="of answers that the exact model scored; since the start of each engine, also "
+        "where other counters are of an interval"
+    )
 
 
 class StepMeans(BaseModel):
@@ -114,10 +119,28 @@ def totals(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "layers": layers,
         "token_times": _by_layer(sum, [[0] * BUCKETS, *times]),
+        "scores": total_scores(c.get("scores") for ranks in gangs.values() for c in ranks),
         **{
             kind: _add([_of_gang(ranks, kind) for ranks in gangs.values()], len(layers))
             for kind in STEP_KINDS
         },
+    }
+
+
+def summary(replicas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Totals and what they mean: ``total``, ``decode_only_means``, ``mixed_means``,
+    ``tpot_p90_ms`` and ``scores`` of ``GET /sere/stats``.
+
+    Args:
+        replicas: as for :func:`totals`.
+    """
+    total = totals(replicas)
+    return {
+        "total": total,
+        "decode_only_means": means(total["decode_only"]),
+        "mixed_means": means(total["mixed"]),
+        "tpot_p90_ms": quantile_ms(total["token_times"], 0.9),
+        "scores": scores_of(total["scores"]),
     }
 
 
@@ -213,7 +236,8 @@ def _add(parts: list[dict[str, Any]], layers: int) -> dict[str, Any]:
 
 
 def _minus(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is counted, less what was counted before; the rest (layers, policy) as it is."""
+    """All that is counted, less what was counted before; the rest (layers, policy, scores, which
+    are few) as it is."""
     result = {**new, "token_times": _less(new["token_times"], old["token_times"])}
     for kind in STEP_KINDS:
         counted = {k: v for k, v in new[kind].items() if not isinstance(v, dict)}

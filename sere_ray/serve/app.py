@@ -12,7 +12,7 @@ from sere_ray.engine.vllm_version import installed_vllm
 from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
-from sere_ray.serve.policy_actor.auto import level_policies
+from sere_ray.serve.policy_actor.auto_config import level_policies
 from sere_ray.util.errors import UnsupportedError
 
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,7 @@ def llm_config(config: ServeConfig) -> Any:
         # Ray's default holds tokens back for 50 ms to send them together.
         "stream_batching_interval_ms": 0,
         server.METRICS: config.metrics_interval_s,
+        server.SCORE: config.scoring,
     }
     if config.sere is not None:
         options[server.OPTIONS] = {

@@ -16,7 +16,8 @@ from pydantic_core import ErrorDetails
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.serve.gateway.access import AccessConfig
-from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig
+from sere_ray.serve.policy_actor.auto_config import AUTO, AutoConfig
+from sere_ray.serve.replica.scorer import ScoreConfig, unscorable_engine
 from sere_ray.util.errors import SereError
 
 BACK_DOORS = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
@@ -63,6 +64,10 @@ class ServeConfig(BaseModel):
         ge=1,
         le=15,  # Ray forgets a gauge that was not set for 20 s
         description="seconds between two exports of an engine's counters as metrics; null = none",
+    )
+    score: ScoreConfig | None = Field(
+        default_factory=lambda: ScoreConfig.model_validate({}),
+        description="how many answers are scored by the exact model, and limits; null = none",
     )
     access: AccessConfig = Field(
         default_factory=lambda: AccessConfig.model_validate({}), description="keys and limits"
@@ -127,6 +132,36 @@ class ServeConfig(BaseModel):
                 "metrics_interval_s: null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_score_if_told_to(self) -> Self:
+        if "score" not in self.model_fields_set or self.score is None or not self.score.share:
+            return self
+        reason = "needs a policy under `sere`" if self.sere is None else self.why_not_scored
+        if reason is not None:
+            raise ValueError(f"score: {reason}; leave score out, or that")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_has_its_scores(self) -> Self:
+        if self.auto is not None and self.auto.max_score is not None and self.scoring is None:
+            reason = self.why_not_scored or "score is null, or its share 0"
+            raise ValueError(
+                f"auto.max_score = {self.auto.max_score}: nothing is scored ({reason})"
+            )
+        return self
+
+    @property
+    def why_not_scored(self) -> str | None:
+        """Why engines of these arguments cannot be scored; None = they can."""
+        return unscorable_engine(self.engine)
+
+    @property
+    def scoring(self) -> ScoreConfig | None:
+        """How answers are scored; None = not, also where that is only the default."""
+        if self.score is None or not self.score.share or self.sere is None:
+            return None
+        return None if self.why_not_scored else self.score
 
     @property
     def engine_key(self) -> dict[str, Any]:

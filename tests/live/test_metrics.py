@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from sere_ray.observe.alerts import ALERTS
 from sere_ray.observe.dashboards import DASHBOARD, expressions
 from sere_ray.observe.metrics import MAX_SERIES_PER_RANK, METRICS, VLLM
 from sere_ray.observe.prometheus import Prometheus, prometheus
-from sere_ray.observe.rules import ALERTS, recorded_names
+from sere_ray.observe.rules import recorded_names
 from sere_ray.util.ports import free_port
 from tests.live.draw_panels import draw_panels
 from tests.serve.deployment import wait_for

@@ -2,12 +2,15 @@
 
 import pytest
 
-from sere_ray.observe import metrics
+from sere_ray.observe import metrics, metrics_score
 from sere_ray.observe.export import EngineExporter
 from sere_ray.observe.metrics import layer_buckets
+from sere_ray.observe.score import KEEP_VERSIONS, Scores, TokenScore
+from sere_ray.policy.tiers import TIERS
 from tests.observe.recorded import Recorded
 
 LAYERS = [0, 1, 2, 3, 5]
+TOKEN = TokenScore(served=-0.5, exact=-0.75, agrees=True)
 POLICY = {"rule": "sere", "mode": "on", "union": "global", "select_top_k": 2}
 
 
@@ -133,10 +136,38 @@ def test_an_earlier_policy_and_artifact_fall_to_zero(recorded):
     assert recorded.of(metrics.RANKS) == 2
 
 
+def test_scores_grow_by_what_was_scored_since_the_last_reading(recorded):
+    exporter, scores = EngineExporter(recorded), Scores()
+    exporter.export_scores(None)
+    assert not recorded.values, "where nothing is scored there is no metric"
+    exporter.export_scores(scores.report())
+    assert recorded.of(metrics_score.SCORE_ANSWERS, outcome="no_room") == 0
+    for version in (3, 3, 4):
+        scores.add(version, "default", [TOKEN, TOKEN])
+        scores.count("no_room")
+        exporter.export_scores(scores.report())
+    assert recorded.of(metrics_score.SCORE_ANSWERS, outcome="scored") == 3
+    assert recorded.of(metrics_score.SCORE_ANSWERS, outcome="no_room") == 3
+    assert recorded.of(metrics_score.SCORE_TOKENS, tier="default") == 6
+    assert recorded.of(metrics_score.SCORE_TOKENS, tier="exact") == 0
+    assert recorded.of(metrics_score.SCORE_SERVED, tier="default") == pytest.approx(3.0)
+    assert recorded.of(metrics_score.SCORE_EXACT, tier="default") == pytest.approx(4.5)
+    assert recorded.of(metrics_score.SCORE_AGREED, tier="default") == 6
+    for version in ("3", "4"):
+        of_version = {"tier": "default", "version": version}
+        assert recorded.of(metrics_score.SCORE_NATS, **of_version) == pytest.approx(0.25)
+        assert recorded.of(metrics_score.SCORE_AGREEMENT, **of_version) == 1
+
+
 def test_a_rank_exports_no_more_series_than_stated(recorded):
     exporter = EngineExporter(recorded)
     exporter.export_counters(counters(4), 0.001)
     exporter.export_policy(POLICY, "a" * 64, staged=3, settled=2, ranks=2)
+    scores = Scores()
+    for version in range(2 * KEEP_VERSIONS):
+        for tier in TIERS:
+            scores.add(version, tier, [TOKEN])
+    exporter.export_scores(scores.report())
     of_rank = [m for m in metrics.METRICS if m.source == "replica"]
     assert {m.name for m in of_rank} == recorded.values.keys()
     series = sum(

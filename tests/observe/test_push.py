@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sere_ray.cli.main import app
+from sere_ray.observe.alerts import ALERTS
 from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_push import policy_marks
-from sere_ray.observe.rules import ALERTS
 from sere_ray.util.ports import free_port
 from tests.observe.grafana_stub import TOKEN, grafana
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sere_ray.observe.alerts import ALERTS
 from sere_ray.observe.dashboards import DASHBOARD, expressions
 from sere_ray.observe.metrics import METRICS, VLLM
 from sere_ray.observe.render import metrics_table, rendered
 from sere_ray.observe.rules import (
-    ALERTS,
     SERE_RECORDINGS,
     recorded_names,
     serving_recordings,

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from sere_ray.policy.tiers import forbids_score
 from sere_ray.serve.gateway.access import PRINCIPAL, VISITORS, AccessConfig, AccessLayer
 from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment, new_key
 from sere_ray.util.errors import SereError
@@ -16,6 +18,7 @@ KEYS = {
         {"name": "all", "sha256": digest("k-all")},
         {"name": "plain", "sha256": digest("k-plain"), "tiers": ["default"]},
         {"name": "exact", "sha256": digest("k-exact"), "default_tier": "exact"},
+        {"name": "unscored", "sha256": digest("k-unscored"), "score": False},
     ],
     "admin": [{"name": "ops", "sha256": digest("t-ops")}],
 }
@@ -242,6 +245,26 @@ def test_tier(key, header, body, tier):
     expected = {"other": 1} if tier is None else {"other": 1, "sere_tier": tier}
     assert received == {"prompt": "a", "vllm_xargs": expected}
     assert dict(scope["headers"])[b"content-length"] == str(len(json.dumps(received))).encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "xargs", "expected"),
+    [
+        ("k-all", None, None),
+        ("k-all", {"sere_score": "never"}, {"sere_score": "never"}),
+        ("k-unscored", None, {"sere_score": "never"}),
+        ("k-unscored", {"sere_score": "please"}, {"sere_score": "never"}),
+        ("k-unscored", {"sere_tier": "exact"}, {"sere_score": "never", "sere_tier": "exact"}),
+    ],
+)
+def test_a_key_or_a_request_may_forbid_scores(key, xargs, expected):
+    inner = Inner()
+    body = {"prompt": "a"} if xargs is None else {"prompt": "a", "vllm_xargs": xargs}
+    status, *_ = completion(inner, key, body)
+    assert status == 200
+    _, received = inner.requests[0]
+    assert received.get("vllm_xargs") == expected
+    assert forbids_score(SimpleNamespace(extra_args=expected)) == (expected is not None)
 
 
 @pytest.mark.parametrize(

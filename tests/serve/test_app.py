@@ -14,7 +14,7 @@ from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig, app, build_app
 from sere_ray.serve.app import engine_arguments, llm_config
-from sere_ray.serve.policy_actor.auto import level_policies
+from sere_ray.serve.policy_actor.auto_config import level_policies
 from sere_ray.serve.run import load_file, run_file
 from sere_ray.util.errors import PolicyError, SereError, UnsupportedError
 
@@ -48,6 +48,52 @@ def test_the_policy_may_be_a_file_as_tune_writes_it(tmp_path, mode):
     config = ServeConfig.parse({**VALID, "sere": str(file), **(auto if mode == "auto" else {})})
     assert config.sere == Policy.parse(policy)
     assert config.starts_auto == (mode == "auto")
+
+
+POLICY = {"similarity": "a.safetensors", "select_top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({"sere": POLICY}, 0.005),
+        ({"sere": POLICY, "score": {"share": 0.1, "max_tokens": 512}}, 0.1),
+        ({"sere": POLICY, "score": {"share": 0}}, None),
+        ({"sere": POLICY, "score": None}, None),
+        ({}, None),
+        ({"sere": POLICY, "engine": {"logprobs_mode": "processed_logprobs"}}, None),
+        (
+            {"sere": POLICY, "engine": {"disable_log_stats": True}, "metrics_interval_s": None},
+            None,
+        ),
+    ],
+)
+def test_answers_are_scored_by_default_where_they_can_be(fields, share):
+    config = ServeConfig.parse({**VALID, **fields})
+    assert (None if config.scoring is None else config.scoring.share) == share
+    assert llm_config(config).experimental_configs["sere_score"] == config.scoring
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"score": {"share": 0.1}}, ["score:", "needs a policy under `sere`"]),
+        ({"sere": POLICY, "score": {"share": 2}}, ["score.share = 2", "less than or equal to 1"]),
+        ({"sere": POLICY, "score": {"every": 2}}, ["score.every = 2", "not permitted"]),
+        ({"sere": POLICY, "score": {"max_tokens": 1}}, ["score.max_tokens = 1", "equal to 2"]),
+        ({"sere": POLICY, "score": {"queue": 0}}, ["score.queue = 0"]),
+        ({"sere": POLICY, "score": {"timeout_s": 0}}, ["score.timeout_s = 0"]),
+        ({"sere": POLICY, "score": {"wait_s": -1}}, ["score.wait_s = -1"]),
+        (
+            {"sere": POLICY, "score": {"share": 0.1}, "engine": {"max_logprobs": 0}},
+            ["score:", "engine.max_logprobs = 0"],
+        ),
+    ],
+)
+def test_mistakes_in_score(fields, words, has_words):
+    with pytest.raises(SereError) as caught:
+        ServeConfig.parse({**VALID, **fields})
+    has_words(str(caught.value), *words)
 
 
 @pytest.mark.parametrize("plugins", ["", "lora_filesystem_resolver", "sered,other"])

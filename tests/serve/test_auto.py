@@ -13,7 +13,7 @@ from sere_ray.serve.app import build_app, llm_config
 from sere_ray.serve.gateway.control_api import Status
 from sere_ray.serve.policy_actor import actor as actor_module
 from sere_ray.serve.policy_actor.actor import SereRouter
-from sere_ray.serve.policy_actor.auto import AutoConfig, level_policies
+from sere_ray.serve.policy_actor.auto_config import AutoConfig, level_policies
 from sere_ray.serve.policy_actor.store import memory_store
 from sere_ray.serve.replica.server import OPTIONS
 from sere_ray.util.errors import SereError
@@ -285,7 +285,7 @@ def test_a_file_may_start_in_auto():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"auto": {"levels": LEVELS}}, ["auto", "tpot_ms, max_rerouted_share or both"]),
+        ({"auto": {"levels": LEVELS}}, ["auto", "tpot_ms, max_rerouted_share or max_score"]),
         ({"auto": {"tpot_ms": 5}}, ["auto.levels", "required"]),
         ({"auto": {"tpot_ms": 5, "levels": []}}, ["auto.levels", "at least 1"]),
         ({"auto": {"tpot_ms": 0, "levels": LEVELS}}, ["auto.tpot_ms = 0", "greater than 0"]),
@@ -300,6 +300,17 @@ def test_a_file_may_start_in_auto():
             ["sere.mode = 'auto'", "levels under `auto`"],
         ),
         ({"engine": {"disable_log_stats": True}}, ["disable_log_stats"]),
+        (
+            {"auto": {"max_score": 0.1, "levels": LEVELS}, "score": {"share": 0}},
+            ["auto.max_score = 0.1", "nothing is scored", "share 0"],
+        ),
+        (
+            {
+                "auto": {"max_score": 0.1, "levels": LEVELS},
+                "engine": {"logprobs_mode": "raw_logits"},
+            },
+            ["auto.max_score = 0.1", "logprobs_mode = 'raw_logits'"],
+        ),
         ({"starts_auto": True}, ["`mode: auto` under `sere`"]),
     ],
 )

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from sere_ray.serve.policy_actor.auto import AutoTarget, Controller, Observation
+from sere_ray.serve.policy_actor.auto import Controller, Observation
+from sere_ray.serve.policy_actor.auto_config import AutoTarget
 
 LEVELS = 4
 SHARE = [0.0, 0.1, 0.2, 0.35]
@@ -96,6 +97,22 @@ def test_reasons_say_what_was_seen():
     other_load = Observation(12.34, 20, 0.0)
     assert controller.observe(other_load).level == 1, "and opens when the load has changed"
     assert controller.observe(Observation(None, 0, 0.0)).reason == "idle"
+
+
+def test_a_score_above_its_limit_leads_down_and_a_level_waits_for_its_score():
+    controller = Controller(AutoTarget(max_score=0.1, patience=1), 4)
+
+    def see(score, load=8):
+        return controller.observe(Observation(None, load, 0.0, score))
+
+    assert see(None).level == 1, "level 0 is exact: nothing to wait for"
+    assert [see(None).level for _ in range(5)] == [1] * 5
+    assert see(0.08).level == 2
+    assert [see(None).level for _ in range(5)] == [2] * 5
+    down = see(0.1234)
+    assert (down.level, down.reason) == (1, "score 0.1234 > 0.1000 nats")
+    assert [see(0.08).level for _ in range(5)] == [1] * 5, "the level above stays closed"
+    assert see(0.08, load=20).level == 2, "and opens when the load has changed"
 
 
 def test_an_interval_that_says_nothing_about_the_time_holds():

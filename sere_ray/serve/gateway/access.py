@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sere_ray.policy.tiers import HEADER, TIERS, XARG
+from sere_ray.policy.tiers import HEADER, NEVER, SCORE_XARG, TIERS, XARG
 from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
@@ -151,7 +151,8 @@ class AccessLayer:
     async def _checked(
         self, scope: MutableMapping[str, Any], receive: Receive, key: Key
     ) -> tuple[MutableMapping[str, Any], Receive]:
-        """Read the body, refuse it if it is too large, and write the request's tier into it.
+        """Read the body, refuse it if it is too large, and write into it the request's tier, and
+        that it must not be scored where the key says so.
 
         Below ``/sere/`` the body stays as it is: there the application reads it, if the route
         takes one.
@@ -181,7 +182,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 
 def _set_tier(body: dict[str, Any], header: str | None, key: Key) -> None:
-    """Write the tier of a request where the engine looks for it."""
+    """Write the tier of a request, and a key's ban on scores, where the engine looks for them."""
     xargs = body.get("vllm_xargs")
     if xargs is not None and not isinstance(xargs, dict):
         raise Refusal(422, "invalid_parameter", "vllm_xargs must be an object.")
@@ -194,6 +195,8 @@ def _set_tier(body: dict[str, Any], header: str | None, key: Key) -> None:
     if tier not in key.tiers:
         raise Refusal(403, "tier_not_permitted", f"This key may not ask for the tier {tier!r}.")
     others = {name: value for name, value in (xargs or {}).items() if name != XARG}
+    if not key.score:
+        others[SCORE_XARG] = NEVER
     if tier != "default":
         others[XARG] = tier
     if others:

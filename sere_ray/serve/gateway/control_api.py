@@ -13,13 +13,14 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from sere_ray import __version__
+from sere_ray.observe.score import Score
 from sere_ray.observe.stats import StepMeans, Totals
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.serve.gateway.access import PRINCIPAL
 from sere_ray.serve.gateway.refusals import Refusal, answer, http_error
 from sere_ray.serve.gateway.ui import add_page
-from sere_ray.serve.policy_actor.auto import AUTO
+from sere_ray.serve.policy_actor.auto_config import AUTO
 from sere_ray.serve.policy_actor.locate import RouterUnavailableError, find_router
 from sere_ray.util.errors import SereError
 
@@ -55,6 +56,9 @@ class AutoStatus(BaseModel):
     tpot_ms: float | None = Field(description="p90 of requests' TPOT; null: none counted")
     load: float | None = Field(description="decode rows of a step, over a gang")
     rerouted_share: float | None = Field(description="re-routed slots of all of decode rows, 0..1")
+    score: float | None = Field(
+        description="of this level's answers, nats a token; null: too few are scored yet"
+    )
     base: dict[str, Any] = Field(description="the policy's keys under those that a level sets")
 
 
@@ -89,6 +93,10 @@ class Stats(Status):
     mixed_means: StepMeans
     tpot_p90_ms: float | None = Field(
         description="p90 of requests' time per output token in the engine, since its start"
+    )
+    scores: list[Score] = Field(
+        description="of answers that the exact model scored, by policy version and tier, the "
+        "newest last"
     )
     per_replica: list[Replica]
 

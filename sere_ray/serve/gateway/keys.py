@@ -4,6 +4,7 @@ The file is YAML::
 
     keys:
       - {name: team-a, sha256: 9f86d0..., default_tier: default, tiers: [default, exact]}
+      - {name: team-b, sha256: 2c26b4..., score: false}
     admin:
       - {name: ops, sha256: 60303a...}
 
@@ -43,6 +44,7 @@ class Key(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     default_tier: Tier = "default"
     tiers: tuple[Tier, ...] = TIERS
+    score: bool = Field(default=True, description="whether answers may be scored")
 
     @model_validator(mode="after")
     def _default_is_permitted(self) -> Self:

@@ -24,14 +24,14 @@ import ray
 
 from sere_ray.observe import metrics
 from sere_ray.observe.export import RaySink, Sink
-from sere_ray.observe.stats import means, totals
+from sere_ray.observe.metric import Metric
+from sere_ray.observe.stats import summary
 from sere_ray.policy.capabilities import EngineKind
-from sere_ray.serve.policy_actor.auto import AutoConfig
+from sere_ray.serve.policy_actor.auto_config import AutoConfig
 from sere_ray.serve.policy_actor.holdings import Holdings
 from sere_ray.serve.policy_actor.locate import own_actor_name
 from sere_ray.serve.policy_actor.members import Gangs, Member, Members, Order, Update
 from sere_ray.serve.policy_actor.store import Store, ray_store
-from sere_ray.util.token_times import quantile_ms
 
 logger = logging.getLogger("ray.serve")
 POLL_SECONDS = 5.0
@@ -198,15 +198,7 @@ class SereRouter:
     async def stats(self, timeout_s: float = 3.0) -> dict[str, Any]:
         """Counters of every replica's engine since its start, and their totals."""
         replicas = await self._counted(timeout_s)
-        total = totals(replicas)
-        return {
-            **self._status(),
-            "total": total,
-            "decode_only_means": means(total["decode_only"]),
-            "mixed_means": means(total["mixed"]),
-            "tpot_p90_ms": quantile_ms(total["token_times"], 0.9),
-            "per_replica": replicas,
-        }
+        return {**self._status(), **summary(replicas), "per_replica": replicas}
 
     async def auto_step(self) -> None:
         """One interval of mode ``auto``: look, and change the level if the controller says so."""
@@ -266,7 +258,7 @@ class SereRouter:
             self._measure(metrics.GANG_RESTARTS, count > self._num_gangs)
         self._measure(metrics.ROUTER_VERSION, self._versions.newest["version"])
 
-    def _measure(self, metric: metrics.Metric, value: float, **labels: str) -> None:
+    def _measure(self, metric: Metric, value: float, **labels: str) -> None:
         if self._sink is not None:
             self._sink.record(metric, value, **labels)
 

@@ -11,50 +11,27 @@ Everything here is pure: no clock, no Ray, no engine.
   which the level was entered, for ``patience`` intervals. The second condition is what keeps it
   from oscillating: at a constant load the time falls because of the level, so the time alone would
   undo every step.
-- **Floor**: where the re-routed share of slots is above the limit, down at once, and that level and
-  those above it stay closed until the load has changed clearly.
+- **Floor**: where the re-routed share of slots, or the score of the level's answers
+  (``observe/score.py``), is above its limit, down at once, and that level and those above it stay
+  closed until the load has changed clearly. With a limit for the score a level is left upward only
+  when it has one.
 - An interval without a row leads straight to exact: there is nothing to save. One in which rows
   were computed but no time has been counted yet says nothing about the time.
-- Without a target for the time it goes up as far as the floor allows.
+- Without a target for the time it goes up as far as the floors allow.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
+from sere_ray.observe.score import VersionSums
 from sere_ray.observe.stats import STEP_KINDS, by_replica, since, totals
 from sere_ray.policy.policy import Policy
-from sere_ray.util.errors import PolicyError
+from sere_ray.serve.policy_actor.auto_config import AutoConfig, AutoTarget, level_policies
 from sere_ray.util.token_times import quantile_ms
 
-AUTO = "auto"
-"""Name of the mode where one is asked for. No policy has it: a policy is that of a level."""
-
-
-class AutoTarget(BaseModel):
-    """What mode ``auto`` holds: a time per output token, a limit of re-routed slots, or both."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tpot_ms: float | None = Field(
-        None,
-        gt=0,
-        description="p90 of requests' time per output token (TPOT), milliseconds; null = re-route "
-        "as much as max_rerouted_share allows",
-    )
-    max_rerouted_share: float = Field(
-        1.0, ge=0, le=1, description="quality floor: most slots of decode rows that may move"
-    )
-    margin: float = Field(0.15, gt=0, lt=1, description="how much below counts as clearly below")
-    patience: int = Field(3, ge=1, description="intervals in a row before a level changes")
-
-    @model_validator(mode="after")
-    def _has_a_target(self) -> Self:
-        if self.tpot_ms is None and "max_rerouted_share" not in self.model_fields_set:
-            raise ValueError("give tpot_ms, max_rerouted_share or both: what to hold")
-        return self
+LEAST_ANSWERS = 8
+"""Scored answers of a level before their mean says anything."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +44,8 @@ class Observation:
     """Mean decode rows of a step of a gang; 0 if no row could be re-routed."""
     rerouted_share: float
     """Share of the decode rows' slots that were re-routed, 0..1."""
+    score: float | None = None
+    """Of the running level's answers, nats a token; None where too few have been scored."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +86,10 @@ class Controller:
             margin * self._closed_at
         ):
             self._closed_from = self.levels
-        if self.level and seen.rerouted_share > target.max_rerouted_share:
+        below = _why_down(seen, target) if self.level else ""
+        if below:
             self._closed_from, self._closed_at = self.level, seen.load
-            return self._go(
-                self.level - 1,
-                f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}",
-            )
+            return self._go(self.level - 1, below)
         if target.tpot_ms is None:
             is_slow, is_fast = True, False
         elif seen.tpot_ms is None:
@@ -124,7 +101,9 @@ class Controller:
         self._slow = self._slow + 1 if is_slow else 0
         self._fast = self._fast + 1 if is_fast and has_eased else 0
         next_level = self.level + 1
-        if self._slow >= target.patience and next_level < min(self.levels, self._closed_from):
+        is_open = next_level < min(self.levels, self._closed_from)
+        is_scored = not self.level or target.max_score is None or seen.score is not None
+        if self._slow >= target.patience and is_open and is_scored:
             self._entered_at[next_level] = seen.load
             return self._go(next_level, _why_up(seen, target))
         if self.level and self._fast >= target.patience:
@@ -136,78 +115,19 @@ class Controller:
         return Decision(level, reason)
 
 
+def _why_down(seen: Observation, target: AutoTarget) -> str:
+    """Which quality floor is broken; empty: none."""
+    if seen.rerouted_share > target.max_rerouted_share:
+        return f"re-routed share {seen.rerouted_share:.3f} > {target.max_rerouted_share:.3f}"
+    if target.max_score is not None and seen.score is not None and seen.score > target.max_score:
+        return f"score {seen.score:.4f} > {target.max_score:.4f} nats"
+    return ""
+
+
 def _why_up(seen: Observation, target: AutoTarget) -> str:
     if target.tpot_ms is None:
         return f"re-routed share {seen.rerouted_share:.3f} <= {target.max_rerouted_share:.3f}"
     return f"p90 {seen.tpot_ms:.1f} ms > {target.tpot_ms:.1f} ms"
-
-
-class Level(BaseModel):
-    """Keys of a policy that make it stronger the smaller they are; those left out stay."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    select_top_k: int | None = Field(None, ge=1, description="S")
-    threshold: float | None = Field(None, ge=0.0, le=1.0, description="rho; null = any stand-in")
-    min_primary_experts: int | None = Field(None, ge=0, description="m; null = K of the model")
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if not self.model_fields_set:
-            raise ValueError("a level must set one of " + ", ".join(type(self).model_fields))
-        return self
-
-
-class AutoConfig(AutoTarget):
-    """The part ``auto`` of a deployment file."""
-
-    interval_s: float = Field(2.0, ge=0.5, le=60, description="seconds between two looks")
-    levels: tuple[Level, ...] = Field(
-        min_length=1,
-        max_length=16,
-        description="changes of the policy, each stronger than the one before; exact routing is "
-        "level 0 and not named",
-    )
-
-
-def level_policies(base: Policy, config: AutoConfig, top_k: int) -> list[Policy]:
-    """The policy of every level, exact routing first.
-
-    Args:
-        base: keys that no level sets.
-        config: the levels.
-        top_k: K of the model.
-
-    Raises:
-        PolicyError: a level is not valid for the model, or not stronger than the one before.
-    """
-    if base.by_rows is not None:
-        raise PolicyError(
-            "policy.by_rows: mode 'auto' sets keys for steps of every size; leave by_rows out"
-        )
-    keys = base.model_dump()
-    policies = [Policy.parse({**keys, "mode": "off"})]
-    for number, level in enumerate(config.levels):
-        where = f"auto.levels.{number}"
-        changes = level.model_dump(exclude_unset=True)
-        policy = Policy.parse({**keys, **changes, "mode": "on"}, where=where)
-        policy.for_model(top_k=top_k, where=where)
-        if number and not _is_stronger(policy, policies[-1], top_k):
-            raise PolicyError(
-                f"{where} = {changes}: must re-route more than the level before it: of "
-                "select_top_k, threshold and min_primary_experts one must fall and none rise"
-            )
-        policies.append(policy)
-    return policies
-
-
-def _is_stronger(policy: Policy, than: Policy, top_k: int) -> bool:
-    new, old = (policy.for_model(top_k=top_k), than.for_model(top_k=top_k))
-    pairs = [
-        (getattr(new, key) or 0, getattr(old, key) or 0)  # no threshold: any stand-in, as with 0
-        for key in Level.model_fields
-    ]
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 class AutoPilot:
@@ -249,14 +169,15 @@ class AutoPilot:
         A rank that did not answer, now or the last time, is left out. If all are, nothing changes.
 
         Args:
-            replicas: each with ``replica``, ``gang`` and ``counters`` (None: it did not answer).
+            replicas: each with ``replica``, ``gang``, ``version`` of the policy and ``counters``
+                (None: it did not answer).
         """
         replicas = list(replicas)
         counted = since(replicas, self._counters)
         self._counters = by_replica(replicas)
         if not counted:
             return Decision(self._controller.level)
-        self._seen = _observation(totals(counted))
+        self._seen = _observation(totals(counted), max(r["version"] for r in counted))
         return self._controller.observe(self._seen)
 
     def status(self) -> dict[str, Any]:
@@ -268,11 +189,12 @@ class AutoPilot:
             "tpot_ms": None if seen is None else seen.tpot_ms,
             "load": None if seen is None else seen.load,
             "rerouted_share": None if seen is None else seen.rerouted_share,
+            "score": None if seen is None else seen.score,
             "base": self.base.model_dump(),
         }
 
 
-def _observation(total: Mapping[str, Any]) -> Observation:
+def _observation(total: Mapping[str, Any], version: int) -> Observation:
     kinds = [total[kind] for kind in STEP_KINDS]
     steps, rows, slots = (sum(k[name] for k in kinds) for name in ("steps", "decode_rows", "slots"))
     rerouted = sum(sum(k["slots_rerouted"]) for k in kinds)
@@ -280,4 +202,13 @@ def _observation(total: Mapping[str, Any]) -> Observation:
         tpot_ms=quantile_ms(total["token_times"], 0.9),
         load=rows / steps if steps else 0.0,
         rerouted_share=rerouted / slots if slots else 0.0,
+        score=_score(total, version),
     )
+
+
+def _score(total: Mapping[str, Any], version: int) -> float | None:
+    """Of the answers that this version re-routed: every move of a level makes a version."""
+    for each in map(VersionSums.model_validate, total["scores"]["versions"]):
+        if (each.version, each.tier) == (version, "default") and each.answers >= LEAST_ANSWERS:
+            return each.nats
+    return None

@@ -11,7 +11,8 @@ from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.policy.capabilities import EngineKind, check_artifact, check_change, check_swap
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
-from sere_ray.serve.policy_actor.auto import AUTO, AutoConfig, AutoPilot
+from sere_ray.serve.policy_actor.auto import AutoPilot
+from sere_ray.serve.policy_actor.auto_config import AUTO, AutoConfig
 from sere_ray.serve.policy_actor.store import Store
 from sere_ray.serve.policy_actor.versions import AuditLog, Versions, first_version
 from sere_ray.util.errors import SereError

@@ -16,6 +16,7 @@ from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.policy_actor.artifacts import keep_artifact
 from sere_ray.serve.policy_actor.locate import ACTOR
 from sere_ray.serve.policy_actor.members import Member, Update
+from sere_ray.serve.replica.scorer import ScoreConfig, Scorer
 
 logger = logging.getLogger("ray.serve")
 RETRY_SECONDS = 1.0
@@ -43,6 +44,7 @@ class Follower:
         self._similarity = ""
         self._counters: dict[str, Any] | None = None
         self._token_times: Any = None
+        self._scorer: Scorer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self) -> dict[str, Any]:
@@ -55,12 +57,15 @@ class Follower:
         self._similarity = str(path)
         return {**update.policy, "similarity": self._similarity}
 
-    async def catch_up(self, engine: Any, metrics_interval_s: float | None) -> None:
+    async def catch_up(
+        self, engine: Any, metrics_interval_s: float | None, score: ScoreConfig | None = None
+    ) -> None:
         """Return when the whole gang runs the newest version; then go on in the background.
 
         Args:
             engine: of this replica.
             metrics_interval_s: seconds between two exports of metrics; None exports none.
+            score: how answers are scored; None scores none.
         """
         from sere_ray.engine.token_times import watch_token_times
 
@@ -70,6 +75,14 @@ class Follower:
                 if self.failure is not None:
                     raise RuntimeError(f"sere-ray: {self.failure}")
                 await asyncio.sleep(0.05)
+        client = getattr(engine, "_engine_client", None)
+        if score is not None and client is not None:  # a stand-in of tests has none
+            from sere_ray.engine.engine_load import watch_load
+
+            load = watch_load(client)
+            self._scorer = Scorer(
+                client, score, has_room=lambda: load.has_room, version=lambda: self._whole_version
+            )
         loop = asyncio.get_running_loop()
         self._tasks.append(loop.create_task(self._follow(engine)))
         if metrics_interval_s is not None:
@@ -79,6 +92,8 @@ class Follower:
         """Stop following; with ``wait``, return when no rank of the gang has a request left."""
         for task in self._tasks:
             task.cancel()
+        if self._scorer is not None:
+            self._scorer.close()
         try:
             left = _policy_actor().leave.remote(self.replica, self.gang, self.gang_size)
             if wait:
@@ -86,6 +101,15 @@ class Follower:
         except Exception as error:
             logger.info("sere-ray: no policy actor to take leave of (%s)", type(error).__name__)
         self._folder.cleanup()
+
+    @property
+    def _whole_version(self) -> int | None:
+        """The version that all ranks of the gang run; None while it changes."""
+        return self._staged if self._staged == self._settled else None
+
+    @property
+    def _scores(self) -> dict[str, Any] | None:
+        return None if self._scorer is None else self._scorer.scores.report()
 
     async def _follow(self, engine: Any) -> None:
         while self.failure is None:
@@ -115,6 +139,7 @@ class Follower:
                 start = time.perf_counter()
                 counters = of_engine(await _calls(engine).counters(reset=False))
                 exporter.export_counters(counters, time.perf_counter() - start)
+                exporter.export_scores(self._scores)
                 assert self._newest is not None
                 exporter.export_policy(
                     self._newest.policy,
@@ -153,7 +178,11 @@ class Follower:
                 await self._stage(engine, update)
             if order.report:
                 counters = of_engine(await _calls(engine).counters(reset=False))
-                self._counters = {**counters, "token_times": self._token_times.read()}
+                self._counters = {
+                    **counters,
+                    "token_times": self._token_times.read(),
+                    "scores": self._scores,
+                }
         except Exception as error:
             # The actor has validated it, so engine and actor disagree: start anew.
             self.failure = f"version {order.updates[-1:]}: {error}"

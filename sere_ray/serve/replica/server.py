@@ -30,6 +30,8 @@ OPTIONS = "sere"
 METRICS = "sere_metrics_interval_s"
 """Key of ``LLMConfig.experimental_configs`` that holds the seconds between two readings of the
 engine's counters for metrics; None = never."""
+SCORE = "sere_score"
+"""Key of ``LLMConfig.experimental_configs`` that holds how answers are scored; None = not."""
 WATCH_SECONDS = 0.2
 FAREWELL_SECONDS = 0.5
 """How long a replica lives on after its engine: requests under way get their answers."""
@@ -64,7 +66,8 @@ class _Following:
         additional["sere"] = {**await self.follower.join(), **startup}
         config.update_engine_kwargs(additional_config=additional)
         await super().start()  # type: ignore[misc]
-        await self.follower.catch_up(self.engine, config.experimental_configs[METRICS])
+        options = config.experimental_configs
+        await self.follower.catch_up(self.engine, options[METRICS], options.get(SCORE))
 
     async def check_health(self) -> None:
         """Unhealthy when the engine is, or when it cannot follow the policy actor.

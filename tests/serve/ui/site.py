@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 
+from sere_ray.observe.score import Scores
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.gateway.ingress import protect
 from sere_ray.serve.gateway.keys import KeyFile
@@ -35,6 +36,7 @@ class Engine(Replica):
     def restart(self):
         """Count from zero."""
         self.steps, self.steps_counted, self.token_times = 0, 0, [0] * BUCKETS
+        self.scores = Scores()
 
     async def step(self, router, wait=False):
         while self.hangs:
@@ -76,6 +78,7 @@ class Engine(Replica):
             "policy": {"union": "global"},
             "decode_only": decode_only,
             "mixed": counted(steps=0),
+            "scores": self.scores.report(),
         }
 
 

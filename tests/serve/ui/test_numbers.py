@@ -2,6 +2,7 @@
 
 import pytest
 
+from sere_ray.observe.score import TokenScore
 from tests.serve.ui.actions import NOTHING, poll, text
 
 pytestmark = pytest.mark.timeout(120)
@@ -23,6 +24,20 @@ def test_numbers_are_those_of_the_counters(page):
     assert text(page, "#ranks-note") == (
         "Rank 1 is 100 % slower than the fastest of its gang. The busiest rank reads 2.50 → 2.50 "
         "experts a layer. Ranks send each other 1.50 kB a step."
+    )
+
+
+def test_the_score_is_that_of_this_version_over_all_ranks(page, site):
+    assert text(page, "#tile-score") == NOTHING
+    assert text(page, "#tile-score-note") == "no answer scored yet"
+    for engine, losses in zip(site.engines, ([0.1, 0.2], [0.3]), strict=True):
+        engine.scores.add(0, "exact", [TokenScore(-1.0, -9.0, False)])
+        engine.scores.add(7, "default", [TokenScore(-1.0, -9.0, False)])
+        engine.scores.add(0, "default", [TokenScore(-1.0, -1.0 - x, x < 0.3) for x in losses])
+    poll(page)
+    assert text(page, "#tile-score") == "0.200 ± 0.067"
+    assert text(page, "#tile-score-note") == (
+        "nats a token, of 2 answers; same likeliest token 67 %"
     )
 
 

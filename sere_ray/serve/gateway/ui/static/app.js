@@ -143,7 +143,7 @@ function show() {
   if (heat === null) makeCharts();
   const sample = history.latest;
   notice(sample);
-  showTiles(sample, stats.policy, model);
+  showTiles(sample, stats, model);
   if (sample !== null) showRanks(sample, stats.version, stats.policy.mode);
   showLayers(sample);
   drawCharts();
@@ -170,10 +170,11 @@ function notice(sample) {
 }
 
 /** Where mode auto is, and what it saw in its last interval. */
-function autoText({ level, levels, tpot_ms: time, load, rerouted_share: share }) {
+function autoText({ level, levels, tpot_ms: time, load, rerouted_share: share, score }) {
   const timeText = time === null ? "–" : `${number(time)} ms`;
   const seen = load === null ? "" : `: p90 of the time per output token ${timeText}, ` +
-    `${number(load)} rows a step, ${percent(share)} re-routed`;
+    `${number(load)} rows a step, ${percent(share)} re-routed` +
+    (score === null ? "" : `, score ${score.toFixed(3)} nats`);
   return `Mode auto at level ${level} of ${levels - 1} (0 = exact)${seen}.`;
 }
 

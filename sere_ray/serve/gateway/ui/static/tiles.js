@@ -1,4 +1,4 @@
-// The newest interval in four numbers: does it help, is quality at risk, how fast, how full.
+// In five numbers: does it help, is quality at risk and what became of it, how fast, how full.
 
 import { byId, element, mean, number, percent, say } from "./format.js";
 
@@ -7,6 +7,8 @@ const TILES = {
     "Different experts a decode step reads in a layer, before and after the rule; fewer is faster."],
   rerouted: ["Re-routed",
     "Share of the tokens' expert choices that the rule changed. 0 % is exact; the more, the more quality is at risk."],
+  score: ["Score",
+    "A sampled share of answers is scored by the exact model: how much likelier their tokens were as served, in nats a token. 0 is exact. Of the answers under this version of the policy."],
   time: ["Step time", "Mean forward pass of a decode step. Every token of every stream waits for one."],
   rows: ["Batch size", "Sequences that decode together in one step, over the ranks of a gang."],
 };
@@ -21,11 +23,13 @@ export function makeTiles() {
       element("p", { class: "note", id: `tile-${name}-note` }))));
 }
 
-/** Show an interval; `model` has `num_experts` and `top_k`. */
-export function showTiles(sample, policy, model) {
+/** Show an interval, and the scores of `stats`; `model` has `num_experts` and `top_k`. */
+export function showTiles(sample, stats, model) {
+  const { policy } = stats;
   const total = sample?.total ?? null;
   show("saved", ...experts(total, policy.mode, model.num_experts));
   show("rerouted", ...rerouted(total, policy.mode, model.top_k));
+  show("score", ...score(stats));
   show("time", total?.milliseconds == null ? "–" : `${number(total.milliseconds)} ms`, total && pace(sample));
   show("rows", number(total?.rows), total && "rows a step");
 }
@@ -51,6 +55,14 @@ function rerouted(total, mode, topK) {
   const share = percent(total.rerouted);
   if (mode === "observe") return ["0 %", `exact; mode on would change ${share}`];
   return [share, `of the tokens' choices, ${topK} a layer`];
+}
+
+function score({ scores, version }) {
+  const one = scores.find((each) => each.version === version && each.tier === "default");
+  if (one === undefined) return ["–", "no answer scored yet"];
+  const error = one.standard_error === null ? "" : ` ± ${one.standard_error.toFixed(3)}`;
+  const note = `nats a token, of ${one.answers} answers; same likeliest token ${percent(one.agreement)}`;
+  return [`${one.nats.toFixed(3)}${error}`, note];
 }
 
 function show(name, value, note) {

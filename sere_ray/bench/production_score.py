@@ -36,8 +36,8 @@ from sere_ray.serve.replica.scorer import ScoreConfig
 from sere_ray.util.progress import progress, waiting
 
 DEFAULT_SHARE: float = ScoreConfig.model_fields["share"].default
-SHARES = (0.0, DEFAULT_SHARE, 0.05, 0.5)
-"""Of scored answers: none, the default, ten times it, and so many that the cost can be seen."""
+SHARES = (0.0, DEFAULT_SHARE, 10 * DEFAULT_SHARE, 1.0)
+"""Of scored answers: none, the default, ten times it, and all."""
 QUALITY: dict[str, dict[str, Any]] = {
     "exact": {"select_top_k": 2},
     "sere, S = 2": {"select_top_k": 2},
@@ -161,12 +161,12 @@ def summary(quality: list[dict[str, Any]], arms: list[Arm], answers: int) -> dic
 
     Args:
         quality: rows of the first part.
-        arms: of the second; the first one scores nothing, the last one most.
+        arms: of the second, one for each of ``SHARES``.
         answers: of each stream in a repeat.
     """
-    none, most = arms[0], arms[-1]
-    shares = [1 - ratio for ratio in _ratios(most, none)] if most.answers else []
-    at_default = [lost * DEFAULT_SHARE * most.answers / most.scored for lost in shares]
+    none, _, tenfold, _ = arms
+    # What is lost grows with the share while runs of sampled requests do not meet.
+    at_default = [(1 - ratio) / 10 for ratio in _ratios(tenfold, none)]
     return {
         "model": "demo",
         "dtype": "float32",

@@ -1,25 +1,23 @@
 """The arithmetic of the result of production scores; the measurement itself is a command."""
 
-import pytest
-
-from sere_ray.bench.production_score import DEFAULT_SHARE, Arm, quality_row, summary
+from sere_ray.bench.production_score import DEFAULT_SHARE, SHARES, Arm, quality_row, summary
 from sere_ray.observe.score import ScoreSums
 
 
-def test_the_loss_at_the_default_share_is_that_of_the_answers_scored_at_the_largest():
+def test_the_loss_at_the_default_share_is_a_tenth_of_that_at_ten_times_it():
     none = Arm(0.0, [1000.0, 1000.0, 500.0], answers=30)
     default = Arm(DEFAULT_SHARE, [1000.0, 990.0, 500.0], answers=30, scored=0)
-    # A tenth of the throughput is lost where half of the answers are scored.
-    most = Arm(0.5, [900.0, 900.0, 450.0], answers=30, scored=15)
-    result = summary([], [none, default, most], answers=10)
-    assert result["lost_at_the_default"]["median"] == pytest.approx(0.1 * DEFAULT_SHARE / 0.5)
+    tenfold = Arm(10 * DEFAULT_SHARE, [980.0, 990.0, 490.0], answers=30, scored=2)
+    most = Arm(1.0, [900.0, 900.0, 450.0], answers=30, scored=30)
+    result = summary([], [none, default, tenfold, most], answers=10)
+    assert result["lost_at_the_default"] == {"median": 0.002, "min": 0.001, "max": 0.002}
     rows = result["throughput"]
-    assert [row["ratio_to_none"]["median"] for row in rows] == [1.0, 1.0, 0.9]
+    assert [row["ratio_to_none"]["median"] for row in rows] == [1.0, 1.0, 0.98, 0.9]
     assert rows[1]["ratio_to_none"]["min"] == 0.99
 
 
 def test_a_result_without_repeats_says_only_what_was_scored():
-    result = summary([{"policy": "exact"}], [Arm(0.0), Arm(0.5)], answers=10)
+    result = summary([{"policy": "exact"}], [Arm(share) for share in SHARES], answers=10)
     assert (result["throughput"], result["lost_at_the_default"]) == ([], None)
 
 

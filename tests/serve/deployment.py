@@ -23,6 +23,7 @@ from tests.engine.conftest import random_artifact
 
 MODEL_ID = "sere-demo"
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
+UNSCORED_KEY = "sk-unscored"
 
 KEY_LIMIT = 32
 """Requests under way at once of one key, in one process that answers."""
@@ -45,6 +46,7 @@ def save_keys(path):
         {"name": "all", "sha256": digest(API_KEY)},
         {"name": "plain", "sha256": digest(NO_TIER_KEY), "tiers": ["default"]},
         {"name": "exact", "sha256": digest(EXACT_KEY), "default_tier": "exact"},
+        {"name": "unscored", "sha256": digest(UNSCORED_KEY), "score": False},
     ]
     admin = [{"name": "ops", "sha256": digest(ADMIN)}]
     path.write_text(yaml.safe_dump({"keys": keys, "admin": admin}))

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sere_ray.observe.score import SCORED, Scores, TokenScore
 from sere_ray.policy.tiers import XARG, forbids_score
+from sere_ray.serve.replica.sampling import Sampler
 from sere_ray.serve.replica.served import LEAST_TOKENS, Served
 
 logger = logging.getLogger("ray.serve")
@@ -71,7 +72,7 @@ class Scorer:
         config: how many, and limits.
         has_room: whether the engine has room for a pass.
         version: of the policy that all ranks of the gang run; None = between two.
-        draw: a number from 0 to 1 for each request, sampled below ``share``.
+        draw: a number from 0 to 1, evenly distributed.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Scorer:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.scores = Scores()
-        self._config, self._has_room, self._version, self._draw = config, has_room, version, draw
+        self._config, self._has_room, self._version = config, has_room, version
+        self._sampler = Sampler(config.share, draw)
         # An engine makes one token more than its prompt has.
         self._most_tokens = min(config.max_tokens, client.model_config.max_model_len - 1)
         self._waiting: asyncio.Queue[tuple[float, Served]] = asyncio.Queue(config.queue)
@@ -99,7 +101,7 @@ class Scorer:
 
     def _watch(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Any:
         """``AsyncLLM.generate``: an asynchronous generator of outputs."""
-        if forbids_score(sampling_params) or self._draw() >= self._config.share:
+        if forbids_score(sampling_params) or not self._sampler.takes():
             return self._generate(prompt, sampling_params, request_id, **options)
         if not _is_scorable(prompt, sampling_params):
             self.scores.count("unsupported")

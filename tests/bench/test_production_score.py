@@ -1,7 +1,14 @@
 """The arithmetic of the result of production scores; the measurement itself is a command."""
 
+import json
+from pathlib import Path
+
+import pytest
+
 from sere_ray.bench.production_score import DEFAULT_SHARE, SHARES, Arm, quality_row, summary
 from sere_ray.observe.score import ScoreSums
+
+RESULT = Path(__file__).parents[2] / "docs" / "results" / "production-score-demo.json"
 
 
 def test_the_loss_at_the_default_share_is_a_tenth_of_that_at_ten_times_it():
@@ -33,3 +40,17 @@ def test_a_row_has_both_judges_or_one():
         "agreement": 0.8,
     }
     assert quality_row("p", sums, sums)["evaluator_nats"] == 0.2
+
+
+def test_what_was_measured_keeps_the_promise():
+    """Scores are the evaluator's, exact requests score 0, and the default share is cheap."""
+    measured = json.loads(RESULT.read_text())
+    exact, *others = measured["quality"]
+    assert abs(exact["nats"]) < 1e-4
+    assert exact["agreement"] == 1
+    for row in others:
+        assert row["nats"] == pytest.approx(row["evaluator_nats"], abs=row["standard_error"])
+        assert row["agreement"] == pytest.approx(row["evaluator_agreement"], abs=0.01)
+    assert measured["default_share"] == DEFAULT_SHARE
+    assert measured["lost_at_the_default"]["median"] < 0.005
+    assert min(row["repeats"] for row in measured["throughput"]) >= 5

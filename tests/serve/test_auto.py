@@ -7,6 +7,7 @@ import random
 import pytest
 
 from sere_ray.observe.metrics import DECISIONS
+from sere_ray.observe.score import Scores, TokenScore
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig
 from sere_ray.serve.app import build_app, llm_config
@@ -35,7 +36,7 @@ class SimulatedRank(Replica):
         super().__init__(name, "g", RANKS, rank)
         self.rng = random.Random(seed)
         self.sums = {"steps": 0, "decode_rows": 0, "forward_seconds": None, "rows": 0}
-        self.rerouted = 0
+        self.rerouted, self.scores = 0, Scores()
 
     def run_interval(self, load):
         """``load`` rows a step over the gang, for a second."""
@@ -48,6 +49,9 @@ class SimulatedRank(Replica):
         self.sums["steps"] += steps
         self.sums["decode_rows"] += round(steps * rows)
         self.rerouted += round(steps * rows * TOP_K * SHARES[kept])
+        loss = TokenScore(-1.0, -1.0 - SHARES[kept], agrees=True)
+        for _ in range(3):
+            self.scores.add(self.told[-1].version, "default", [loss] * 5)
         for _ in range(round(steps * rows)):
             self.token_times[bucket_of(seconds * self.rng.gauss(1, 0.05))] += 1
 
@@ -59,6 +63,7 @@ class SimulatedRank(Replica):
             idle = counted(steps=0, decode_rows=0, slots_rerouted=[0, 0])
             times = list(self.token_times)
             self.counters |= {"decode_only": kind, "mixed": idle, "token_times": times}
+            self.counters["scores"] = self.scores.report()
         return order
 
 
@@ -117,6 +122,26 @@ def folder(tmp_path, monkeypatch):
     save_artifact(tmp_path / "a.safetensors")
     save_artifact(tmp_path / "b.safetensors", seed=1)
     return tmp_path
+
+
+def test_a_score_is_held_as_the_floor(folder):
+    """Level 1 scores 0.1, level 2 0.2: it tries the second, when the first has its 8 answers."""
+    auto = {"max_score": 0.15, "levels": LEVELS, "patience": 1}
+
+    async def scenario():
+        async with Deployment(folder, auto) as deployment:
+            await deployment.router.set_policy({"mode": "auto"}, "ops")
+            levels = await deployment.levels([40] * 12)
+            first_answers = levels.index(2) - levels.index(1)
+            assert first_answers >= 2, "6 answers an interval: it waits for the second one"
+            assert levels[-4:] == [1] * 4
+            assert max(levels) == 2
+            status = (await deployment.router.policy())["auto"]
+            assert status["score"] == pytest.approx(0.1)
+            mine = [e for e in await deployment.router.audit() if e["who"] == "auto"]
+            assert mine[-1]["reason"] == "score 0.2000 > 0.1500 nats"
+
+    run(scenario())
 
 
 def changes(levels):

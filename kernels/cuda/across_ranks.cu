@@ -6,7 +6,7 @@
 //   reroute_with_peers
 // else in two launches:
 //   lowest_slot_orders, all-reduce MIN, reroute_by_slot_orders
-// or, under the rule margin, one integer:
+// or, under margin and spare, one integer:
 //   ask_of_ranks, all-reduce SUM, reroute_by_asked
 #include "exchange.cuh"
 #include "margin.cuh"
@@ -159,7 +159,7 @@ reroute_with_peers(RULE_PARAMETERS, EXCHANGE_PARAMETERS) {
   apply_rule(shared, a, start, load, [](int, Id) {});
 }
 
-// Writes asked, [E]: what this rank's rows want of each expert, as ask() of sere_ray/rules/margin.py gives it; all 0 in
+// Writes asked, [E]: what this rank's rows want of each expert, as ask() of the rule gives it; all 0 in
 // a step that the rule leaves alone.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
@@ -172,8 +172,7 @@ ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
   __syncthreads();
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) {
-    const int wanted = wanted_of(shared.demand[v], shared.demand[v] & SUM);
-    asked[v] = wanted < 0 ? 0 : wanted * DEMAND + 1;
+    asked[v] = asked_of(shared.demand[v], shared.demand[v] & SUM, start.settings);
   }
 }
 
@@ -187,10 +186,10 @@ reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked) {
   if (!start.has_work) return;
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
-    const long long sum = v < E ? asked[v] : 0;
-    shared.wanted[v] = sum > 0 ? int(min(sum / DEMAND, (long long)UNIT + 1)) : -1;
+    shared.wanted[v] = wanted_of_ranks(v < E ? asked[v] : 0, start.settings);
   }
   __syncthreads();
+  if (start.settings.rule == SPARE) spare_experts(shared, a, start.settings);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   refill_all<false>(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
 }

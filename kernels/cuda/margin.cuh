@@ -1,8 +1,8 @@
-// The rule `margin` (docs/quality.md) in the slot of the SERE rule: a warp takes a row, and the blocks of a cluster
-// share the rows out. sere_ray/rules/margin.py is the reference and must give the same integers.
+// The rules of demand, `margin` and `spare` (docs/quality.md), in the slot of the SERE rule: a warp takes a row, and the
+// blocks of a cluster share the rows out. sere_ray/rules/margin.py is the reference and must give the same integers.
 #pragma once
 #include "cluster.cuh"
-#include "margin_row.cuh"
+#include "spare.cuh"
 
 namespace {
 
@@ -11,31 +11,46 @@ struct Rows {                                      // of a warp, or of a block
 };
 
 // What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a
-// row's first choice, and all that a row names which is not changed.
+// row's first choice, if protected, and all that a row names which is not changed.
 constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
 
 // One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
-__device__ __forceinline__ void ask(Shared& shared, const Row& r, int runners_up) {
+__device__ __forceinline__ void ask(Shared& shared, const Row& r, const Settings& settings) {
   const Slot& s = r.slot;
   const int lane = threadIdx.x % 32;
   const int worth = s.valid ? in_order(__float_as_int(s.weight)) : 0x80000000;
   const int most = __reduce_max_sync(ALL_LANES, worth);
-  const int first = __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1;
+  const int first = settings.protect ? __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1 : -1;
   int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
   if (s.valid && s.kind != PADDING) atomicOr(of_expert, r.changeable && lane != first ? NAMED : NAMED | KEPT_ANYWAY);
   if (!r.changeable) return;
-  const int demand = min(demand_of(r, runners_up) * (WEIGHT_UNIT - s.discount) / WEIGHT_UNIT, UNIT + 1);
+  const int demand = min(demand_of(r, settings) * (WEIGHT_UNIT - s.discount) / WEIGHT_UNIT, UNIT + 1);
   if (lane >= K || demand == 0) return;
   if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
 }
 
-// What is wanted of an expert: its demand; if it is kept anyway, more than any tau; -1 = nobody names it.
-__device__ __forceinline__ int wanted_of(int facts, int demand) {
-  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, UNIT + 1) : -1;
+// What is wanted of an expert: its demand; if it is kept anyway, more than any tau; -1 = nobody names it. Under spare
+// demand alone is not more than any tau.
+__device__ __forceinline__ int wanted_of(int facts, int demand, const Settings& settings) {
+  const int most = settings.rule == SPARE ? UNIT : UNIT + 1;
+  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, most) : -1;
+}
+
+// The same for ranks to add up, as ask() of either rule's file gives it, and back from the sum.
+__device__ __forceinline__ long long asked_of(int facts, int demand, const Settings& settings) {
+  const int wanted = wanted_of(facts, demand, settings);
+  if (wanted < 0) return 0;
+  if (settings.rule != SPARE) return wanted * DEMAND + 1;
+  return min(demand, UNIT) * SPARE_DEMAND + (facts & KEPT_ANYWAY ? ANYWAY : 0) + 1;
+}
+__device__ __forceinline__ int wanted_of_ranks(long long asked, const Settings& settings) {
+  if (asked <= 0) return -1;
+  if (settings.rule != SPARE) return int(min(asked / DEMAND, (long long)UNIT + 1));
+  return asked / ANYWAY % (SPARE_DEMAND / ANYWAY) ? UNIT + 1 : int(min(asked / SPARE_DEMAND, (long long)UNIT));
 }
 
 // Fills shared.wanted from what all blocks were asked.
-__device__ __forceinline__ void add_up_blocks(Shared& shared) {
+__device__ __forceinline__ void add_up_blocks(Shared& shared, const Settings& settings) {
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
     int asked[MAX_BLOCKS], facts = 0, demand = 0;
@@ -49,32 +64,19 @@ __device__ __forceinline__ void add_up_blocks(Shared& shared) {
       facts |= own;
       demand += min(own & SUM, UNIT + 1);
     }
-    shared.wanted[v] = wanted_of(facts, demand);
+    shared.wanted[v] = wanted_of(facts, demand, settings);
   }
 }
 
-// Bit j: the expert lane * PER_LANE + j is kept. Every warp finds out for itself.
+// Bit j: the expert lane * PER_LANE + j is kept. Under margin every warp finds out for itself.
 __device__ __forceinline__ unsigned kept_experts(const Shared& shared, const Settings& settings) {
+  if (settings.rule == SPARE) return kept_of_fates(shared);
   unsigned kept = 0;
-  int wanted[PER_LANE], num_named = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    wanted[j] = shared.wanted[threadIdx.x % 32 * PER_LANE + j];
-    num_named += wanted[j] >= 0;
-    kept |= unsigned(wanted[j] > settings.tau) << j;
+    kept |= unsigned(shared.wanted[threadIdx.x % 32 * PER_LANE + j] > settings.tau) << j;
   }
-  const int enough = min(settings.min_primary_experts, __reduce_add_sync(ALL_LANES, num_named));
-#pragma unroll 1
-  for (int size = __reduce_add_sync(ALL_LANES, __popc(kept)); size < enough; ++size) {
-    int best = -1, place = 0;                      // of equal ones the first
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-      if (!(kept >> j & 1) && wanted[j] > best) best = wanted[j], place = j;
-    }
-    const unsigned holders = __ballot_sync(ALL_LANES, best == __reduce_max_sync(ALL_LANES, best));
-    if (threadIdx.x % 32 == __ffs(holders) - 1) kept |= 1u << place;
-  }
-  return kept;
+  return fill_up(shared, kept, settings.min_primary_experts);
 }
 
 // Counters of the layer, by one warp: experts before and after. All that are kept are read: somebody named them.
@@ -103,8 +105,8 @@ __device__ __forceinline__ Rows rows_of_warp() {
 }
 
 // Otherwise a cluster's further blocks have nothing to do.
-__device__ __forceinline__ bool follows_margin(const Start& start) {
-  return start.has_work && start.settings.rule == MARGIN;
+__device__ __forceinline__ bool follows_demand(const Start& start) {
+  return start.has_work && start.settings.rule != SERE;
 }
 
 // The first half of the rule: fills shared.demand by this block's rows. load(row, slot) gives a
@@ -123,7 +125,7 @@ __device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, c
       __syncthreads();                             // begin() has cleared shared memory
     }
     if (!exists) return first;
-    ask(shared, r, settings.runners_up);
+    ask(shared, r, settings);
   }
 }
 
@@ -139,6 +141,7 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   if (rows.first >= a.num_rows) announce<SHOWS>();
   if (rows.first >= a.num_rows && !counts) return;
   const unsigned kept = kept_experts(shared, start.settings);
+  const bool spares = start.settings.rule == SPARE;
   int changed = 0, merged = 0;
 #pragma unroll 1
   for (int row = rows.first; row < a.num_rows; row += rows.step) {
@@ -148,9 +151,11 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
     const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
     if (changes && is_own) changed += K - __popc(stays);
     const bool moves = changes && !observes;
-    const NewSlots slots = moves ? refill(r, stays, kept, start.settings) : unchanged(r);
-    if (moves && is_own) merged += slots.of[1].slot >= 0 && slots.of[1].id < 0;
+    const NewSlots slots = !moves  ? unchanged(r)
+                           : spares ? move_to_stand_ins(shared, r, stays, kept, start.settings)
+                                    : refill(r, stays, kept, start.settings);
     for (const NewSlot& s : slots.of) {
+      merged += moves && is_own && s.slot >= 0 && s.id < 0;
       if (s.slot >= 0) then(row * K + s.slot, s.id);
     }
     if (row + rows.step >= a.num_rows) announce<SHOWS>();  // not after what follows: nobody waits for that
@@ -170,13 +175,14 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
 
 // The rule on the whole batch, by all blocks. SHOWS: then() may write to the first block, which sees it behind this.
 template <bool SHOWS, class Load, class Then>
-__device__ __forceinline__ void apply_margin(Shared& shared, const Arguments& a, const Start& start,
+__device__ __forceinline__ void apply_demand(Shared& shared, const Arguments& a, const Start& start,
                                              const Logits& logits, Load load, Then then) {
   const Row first = ask_for_all(shared, a, start.settings, logits, load);  // stays in registers between the halves
   finish_copies();                                 // then() may write where they go to
   wait_for_all_blocks();
-  add_up_blocks(shared);
+  add_up_blocks(shared, start.settings);
   __syncthreads();
+  if (start.settings.rule == SPARE) spare_experts(shared, a, start.settings);
   refill_all<SHOWS>(shared, a, start, logits, &first, load, then);
   wait_for_announced();
 }

@@ -8,8 +8,9 @@ constexpr int UNIT = 1 << 20;                      // demand of a lead of 1
 constexpr long long DEMAND = 1 << 16;              // a unit of it in what ranks add up
 constexpr int NONE = ANY_GATE ? NEVER : -1;        // in sorted values of a lane: there are no more
 
-#if ANY_GATE
-typedef long long Sum;                             // of ranks; those of plain gates fit 31 bits
+#define WIDE_SUMS (ANY_GATE || E > 512)
+#if WIDE_SUMS
+typedef long long Sum;                             // of ranks; those of 511 runners-up of a plain gate fit 31 bits
 #else
 typedef int Sum;
 #endif
@@ -73,25 +74,29 @@ __device__ __forceinline__ int find_rivals(const Row& r, int (&ranks)[PER_LANE],
 #endif
 }
 
-// What a slot's expert is to its row: the lead over the best experts that it did not choose, squared.
-__device__ __forceinline__ int demand_of(const Row& r, int runners_up) {
+// What a slot's expert is to its row, squared: the lead over the best experts that it did not choose, or its share.
+__device__ __forceinline__ int demand_of(const Row& r, const Settings& settings) {
 #if ANY_GATE
   const int own = r.own_rank, units = r.own_units;
 #else
   const int own = score_units(r.own), units = own;
 #endif
   int ranks[PER_LANE];
-  const int total = max(__reduce_add_sync(ALL_LANES, units), 1), count = find_rivals(r, ranks, runners_up);
+  const int total = max(__reduce_add_sync(ALL_LANES, units), 1), count = find_rivals(r, ranks, settings.runners_up);
   sort_falling(ranks);
   const int n = max(count, 1);
   const Sum lead_units = Sum(n) * own - sum_of_best(ranks, count), ahead = lead_units > 0 ? lead_units : 0;
   // In the reference's order of operations, none of them fused: the same bits.
-#if ANY_GATE
+#if WIDE_SUMS
   const float of_slot = __ll2float_rn(ahead);
 #else
   const float of_slot = __int2float_rn(ahead);
 #endif
-  const float lead = fminf(__fdiv_rn(of_slot, __fmul_rn(__int2float_rn(total), __int2float_rn(n))), 2);
+  float lead = fminf(__fdiv_rn(of_slot, __fmul_rn(__int2float_rn(total), __int2float_rn(n))), 2);
+  if (settings.share > 0) {
+    const float share = __fdiv_rn(__int2float_rn(units), __int2float_rn(total));
+    lead = __fadd_rn(__fmul_rn(settings.lead, lead), __fmul_rn(settings.share, share));
+  }
   return __float2int_rn(__fmul_rn(__fmul_rn(lead, lead), float(UNIT)));
 }
 

@@ -1,5 +1,5 @@
 // The gate's softmax and top-k, the rule, and the slots sorted by expert, in one launch: all that lies between the
-// gate's logits and the expert GEMM of a decode step. One block; under margin it may be a cluster of blocks. See
+// gate's logits and the expert GEMM of a decode step. One block; under rules of demand it may be a cluster of blocks. See
 // rule.cuh and margin.cuh.
 //   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
 //   E is a power of two, 32..256
@@ -127,11 +127,11 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
   __shared__ Chosen chosen;
   Start start;
   begin(start, shared, a, own_block() == 0);
-  const bool by_margin = follows_margin(start);
-  if (own_block() > 0 && !by_margin) return;
+  const bool by_demand = follows_demand(start);
+  if (own_block() > 0 && !by_demand) return;
   if (own_block() == 0) begin_sorting(counting, sorted, num_rows);
   __syncthreads();
-  const Rows rows = by_margin ? rows_of_block() : Rows{0, 1};
+  const Rows rows = by_demand ? rows_of_block() : Rows{0, 1};
   choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start, rows);
 
   const auto chosen_slot = [&](int row, int slot) {
@@ -141,10 +141,10 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind & KIND_MASK, expert >= 0,
                 kind >> KIND_BITS};
   };
-  if (by_margin) {
+  if (by_demand) {
     const auto tell_first = count_in_first_block(counting, shared);
     __syncthreads();
-    apply_margin<true>(shared, a, start, Logits{logits, LOGIT_BYTES, nullptr, SOFTMAX, 0}, chosen_slot, tell_first);
+    apply_demand<true>(shared, a, start, Logits{logits, LOGIT_BYTES, nullptr, SOFTMAX, 0}, chosen_slot, tell_first);
     if (own_block() == 0) sort_slots(counting, shared, sorted, num_rows, expert_in_first_block(shared));
   } else {
     const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };

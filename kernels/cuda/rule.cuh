@@ -23,7 +23,7 @@ constexpr int PADDING = 0, REROUTABLE = 1, EXACT = 2;  // row kinds
 constexpr int KIND_BITS = 2, KIND_MASK = 3;        // of a byte of row_kind; above them the row's discount
 constexpr int WEIGHT_UNIT = 32;                    // weight of a row without one
 constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
-constexpr int MARGIN = 1;                          // rules; 0 = sere. See margin.cuh
+constexpr int SERE = 0, MARGIN = 1, SPARE = 2;     // rules. See margin.cuh and spare.cuh
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ constexpr int ceil_pow2(int n) {
@@ -52,10 +52,13 @@ struct __align__(16) Settings {                    // of one layer, written by t
   int min_primary_experts;                         // m, 0..E
   int has_threshold;
   float threshold;                                 // rho
-  int tau;                                         // of margin, as are the others: in units of demand
+  int tau;                                         // of margin and spare, as is what follows: in units of demand
   int runners_up;
-  float beta, fill;
+  float beta, fill;                                // of margin alone
   int merges;                                      // step 7: slots that repeat an expert of their row become -1
+  int protect;                                     // whether every row keeps its first choice
+  float lead, share;                               // what demand is made of; they add up to 1
+  float limit;                                     // of spare: most that a stand-in may leave over
   int unused[1];
 };
 
@@ -79,7 +82,7 @@ struct Slot {
   float weight;
   int kind;
   bool valid;
-  int discount = 0;                                // of a draft's demand under margin, in parts of WEIGHT_UNIT
+  int discount = 0;                                // of a draft's demand, in parts of WEIGHT_UNIT
 };
 
 struct Shared {
@@ -90,24 +93,34 @@ struct Shared {
       unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
     };
   };
-  int lowest_order[STRIDE];                         // best slot order any row gives the expert, K = none
+  union {
+    int lowest_order[STRIDE];                      // best slot order any row gives the expert, K = none
+    int fate[STRIDE];                              // of spare, as is factor: see there
+  };
+  float factor[STRIDE];                            // of the weight of a slot that goes to a stand-in
   union {
     int target[STRIDE];                            // where a slot that names the expert goes
-    int demand[STRIDE];                            // of margin
+    int demand[STRIDE];                            // of margin and spare
   };
   union {
     int is_read[STRIDE];                           // is it read after the rule
-    int wanted[STRIDE];                            // of margin: demand from all blocks, see wanted_of()
+    int wanted[STRIDE];                            // of demand: from all blocks, see wanted_of()
   };
+};
+
+struct StandInOf {
+  float loss, scale;                               // what it leaves over, and the factor that fits best
 };
 
 struct Arguments {
   const Id* ids;                                 // [num_rows][K]
   Id* new_ids;                                   // may be ids: every slot is read before it is written
-  float* weights;                                  // [num_rows][K]; margin changes them in place
+  float* weights;                                  // [num_rows][K]; but for sere changed in place
   int num_rows;
   const Expert* neighbours;                        // [E][STRIDE]: of each expert all, most similar first
   const float* similarity;                         // [E][E], read only under a threshold
+  const Expert* stand_ins;                         // [E][STRIDE]: of each expert all, what leaves the least over first
+  const StandInOf* stand_in_of;                    // [E][STRIDE], in that order. Both are read by spare alone
   const Settings* settings;
   const Step* step;
   const signed char* row_kind;                     // [num_rows], see KIND_BITS
@@ -305,6 +318,13 @@ __device__ __forceinline__ void start_copy(void* to, const void* from) {
 #endif
 }
 
+// Has 128 bytes of device memory brought near, without waiting for them.
+__device__ __forceinline__ void fetch(const void* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
 __device__ __forceinline__ void finish_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -324,6 +344,12 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   start.settings = *a.settings;
   start.step = *a.step;
   start.has_work = (start.settings.mode != OFF) & (start.step.num_reroutable > 0);
+#pragma unroll 1
+  for (int u = start.settings.rule == SPARE ? threadIdx.x : E; u < E; u += THREADS) {  // the nearest 32
+    fetch(&a.stand_ins[u * STRIDE]);
+    fetch(&a.stand_in_of[u * STRIDE]);
+    fetch(&a.stand_in_of[u * STRIDE + 16]);
+  }
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
     shared.lowest_order[v] = K;
@@ -478,10 +504,11 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
 
 #define RULE_PARAMETERS                                                                                  \
   const Id *ids, Id *new_ids, float *weights, int num_rows, const void *neighbours,                      \
-      const float *similarity, const void *settings, const void *step, const signed char *row_kind,      \
-      unsigned long long *counters, int counter_stride
+      const float *similarity, const void *stand_ins, const void *stand_in_of, const void *settings,     \
+      const void *step, const signed char *row_kind, unsigned long long *counters, int counter_stride
 #define RULE_ARGUMENTS                                                                                   \
   {ids, new_ids, weights, num_rows, static_cast<const Expert*>(neighbours), similarity,                 \
+   static_cast<const Expert*>(stand_ins), static_cast<const StandInOf*>(stand_in_of),                    \
    static_cast<const Settings*>(settings), static_cast<const Step*>(step), row_kind, counters,           \
    counter_stride}
 #define SORTED_PARAMETERS int block_bits, int *sorted_slots, int sorted_capacity, int *block_expert, int *padded_slots

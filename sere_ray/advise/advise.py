@@ -1,11 +1,13 @@
 """`sere-ray advise`: calibrate, compare, ask tasks, choose, check on a second text, say so.
 
 Settings of the rules that engines serve are laid out from strong to light. Those that no other one
-beats in experts read and KL are asked tasks on the first text, all of them the same items. For each
-loss the setting is chosen that reads the fewest experts and whose worst task keeps it, interval and
-all. The chosen ones are asked again on the second text, which had no part in the choice.
+beats in experts read and KL are asked tasks on the first text, all of them the same items; one that
+surely loses more than any loss of interest is asked no further. For each loss the setting is chosen
+that reads the fewest experts and whose worst task keeps it, interval and all. The chosen ones are
+asked again on the second text, which had no part in the choice.
 """
 
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,8 @@ from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
 LENGTH, PROMPT = 128, 64
+_PILOT = 8
+"""Settings are first asked this part of the items."""
 _MOST_ASKED = 6
 """Settings that are asked tasks: the strongest that is worth it to the lightest."""
 
@@ -164,15 +168,20 @@ class _Advisor:
         plan = self.plan
         all_keys = [{"rule": row["rule"], **row["settings"]} for row in settings]
         wanted = TaskPlan(plan.tasks, min(plan.losses) / 2, plan.most_items)
-        depends = {**self.depends, "settings": all_keys, "asked": asdict(wanted)}
         rows: Rows = []
-        for name in plan.tasks if settings else ():
-            rows += self.folder.step(
-                f"{text}-{name}",
-                depends,
-                partial(self._ask, name, text, all_keys, wanted),
-            )
+        for name in plan.tasks:
+            lost = [row for row in rows if self._is_lost(row)]
+            left = [keys for keys in all_keys if not any(_is_of(row, keys) for row in lost)]
+            depends = {**self.depends, "settings": left, "asked": asdict(wanted)}
+            ask = partial(self._ask, name, text, left, wanted)
+            rows += self.folder.step(f"{text}-{name}", depends, ask) if left else []
         return rows
+
+    def _is_lost(self, row: dict[str, Any]) -> bool:
+        """Whether a setting surely loses more than may be lost."""
+        return (
+            row["relative_loss"] is not None and row["relative_loss_95"][0] > self.plan.losses[-1]
+        )
 
     def _ask(self, name: str, text: str, all_keys: list[Keys], wanted: TaskPlan) -> Rows:
         data, batch = str(self.folder.texts[text]), self.plan.batch
@@ -182,13 +191,18 @@ class _Advisor:
         task = replace(TASKS[name], seed=int(text == "check"))
         (ask,) = questions_of({name: task}, documents, tokenizer).values()
         check_enough(name, ask(), batch, data)
-        policies = [self.evaluator.bind(keys) for keys in all_keys]
         measurement = Measurement(self.evaluator, task, batch)
-        found = measurement.run(ask(), policies, wanted, self.console, name)
-        rows = [
-            row_of(name, keys, batch, of_keys, wanted.half_width)
-            for keys, of_keys in zip(all_keys, found, strict=True)
-        ]
+
+        def answers(keys: list[Keys], plan: TaskPlan) -> Rows:
+            policies = [self.evaluator.bind(of) for of in keys]
+            found = measurement.run(ask(), policies, plan, self.console, name)
+            named = zip(keys, found, strict=True)
+            return [row_of(name, of, batch, said, wanted.half_width) for of, said in named]
+
+        pilot = answers(all_keys, replace(wanted, most_items=wanted.most_items // _PILOT))
+        lost = [row for row in pilot if self._is_lost(row)]
+        left = [keys for keys in all_keys if not any(_is_of(row, keys) for row in lost)]
+        rows = [*lost, *(answers(left, wanted) if left else [])]
         if all(row["relative_loss"] is None for row in rows):
             raise SereError(
                 f"--tasks {name}: the exact model has none of its items right, so it says "
@@ -230,8 +244,18 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["rule"], one["settings"]) == (other["rule"], other["settings"])
 
 
+def _is_of(row: dict[str, Any], keys: Keys) -> bool:
+    return _same(row, _named(keys))
+
+
 def _named(keys: Keys) -> dict[str, Any]:
     return {"rule": keys["rule"], "settings": {k: v for k, v in keys.items() if k != "rule"}}
+
+
+def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two losses differ by no more than both intervals together allow."""
+    halves = [(row["relative_loss_95"][1] - row["relative_loss_95"][0]) / 2 for row in (one, other)]
+    return bool(abs(one["relative_loss"] - other["relative_loss"]) <= math.hypot(*halves))
 
 
 def _advice(
@@ -263,5 +287,6 @@ def _advice(
         "checked_loss": second["relative_loss"],
         "checked_loss_95": second["relative_loss_95"],
         "inside": same["relative_loss"] is not None and low <= same["relative_loss"] <= high,
+        "agrees": same["relative_loss"] is not None and _agree(chosen, same),
         "step_speedup": round(curve.speedup(share), 3) if curve else None,
     }

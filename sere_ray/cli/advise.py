@@ -27,7 +27,7 @@ def advise(
     rules: Annotated[str, typer.Option(help="Rules to choose among.")] = _RULES,
     tasks: Annotated[
         str, typer.Option(help="Which decide, comma-separated.")
-    ] = "cloze,continuation,arithmetic,copying",
+    ] = "arithmetic,cloze,continuation,copying",
     most_items: Annotated[
         int, typer.Option(min=16, help="Of a task, on each text: ask no more from there on.")
     ] = 20_000,

@@ -13,7 +13,13 @@ from sere_ray.engine.agreement import Told, Versions
 from sere_ray.engine.gate import Gates
 from sere_ray.engine.step_totals import StepTotals
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.policy.capabilities import EngineKind, check_artifact, check_change, check_swap
+from sere_ray.policy.capabilities import (
+    EngineKind,
+    check_artifact,
+    check_change,
+    check_swap,
+    check_tables,
+)
 from sere_ray.policy.policy import Policy, Startup, parse_key
 from sere_ray.rules import REROUTABLE, RuleCounts
 from sere_ray.util.errors import PolicyError
@@ -98,7 +104,8 @@ class EngineState(ABC):
             artifact: content of the file that ``similarity`` names; None keeps the running one.
 
         Raises:
-            PolicyError: it is not valid, or these engines would have to restart for it.
+            PolicyError: it is not valid, or these engines would have to restart for it or for the
+                artifact.
             UnsupportedError: this engine cannot run it.
             ArtifactError: the artifact is damaged, of other weights, or says less than the rule
                 reads. After any of these all stays as it was.
@@ -107,6 +114,7 @@ class EngineState(ABC):
         if artifact is not None:
             new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
             new.check_replaces(self.artifact, path=policy.similarity)
+            check_tables(new, self.artifact, on_gpu=self.kind["on_gpu"])
         check_artifact(policy, new)
         self.policy, self.artifact = policy, new
         told = Told(policy.for_model(top_k=self.top_k), self.artifact)

@@ -148,7 +148,7 @@ def ask_of_ranks(
     logits: Tensor,
     asked: Tensor,
 ) -> None:
-    """The first half of the rule ``margin``; equals :func:`sere_ray.rules.margin.ask`.
+    """The first half of ``margin`` and ``spare``; equals ``ask()`` of their modules in ``rules``.
 
     Args:
         kernel: of the layer's shape.

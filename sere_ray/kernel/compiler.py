@@ -23,7 +23,9 @@ HEADERS = (
     "rule.cuh",
     "cluster.cuh",
     "gate.cuh",
+    "kept.cuh",
     "margin_row.cuh",
+    "spare.cuh",
     "margin.cuh",
     "exchange.cuh",
 )

@@ -98,10 +98,10 @@ class RuleKernel:
         Args:
             topk_ids: ``[T, K]`` contiguous.
             new_ids: ``[T, K]`` contiguous.
-            topk_weights: ``float32 [T, K]`` contiguous; the rule ``margin`` changes them in place.
+            topk_weights: ``float32 [T, K]`` contiguous; rules of demand change them in place.
             layer: this layer's.
             logits: ``[T, E]`` of the gate, bfloat16 or float32, contiguous. Without them the
-                rule ``margin`` must not be set.
+                rules of demand, ``margin`` and ``spare``, must not be set.
             blocks: of the launch, see :func:`blocks_of_margin`. Any number is right under either
                 rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
@@ -155,7 +155,7 @@ class RuleKernel:
             logits: ``[T, E]`` of ``logit_dtype``, contiguous, at most ``MAX_ROUTED_ROWS`` rows.
             new_ids: ``[T, K]``, written.
             topk_weights: ``float32 [T, K]``, written: bit for bit what vLLM's top-k kernel gives,
-                but for rows that the rule ``margin`` changes.
+                but for rows that a rule of demand changes.
             layer: as for :meth:`reroute`.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
@@ -213,6 +213,8 @@ class RuleKernel:
             np.int32(topk_ids.shape[0]),
             layer.tables.neighbours.data_ptr(),
             layer.tables.similarity.data_ptr(),
+            layer.tables.stand_ins.data_ptr(),
+            layer.tables.stand_in_of.data_ptr(),
             layer.settings.data_ptr(),
             step_address,
             step_address + STEP.size,
@@ -221,7 +223,7 @@ class RuleKernel:
         )
 
     def logit_arguments(self, logits: Tensor | None, gate: Gate) -> tuple[Any, ...]:
-        """What kernels with the rule ``margin`` take for the logits of :meth:`reroute`."""
+        """What kernels with rules of demand take for the logits of :meth:`reroute`."""
         return logit_arguments(logits, gate, num_experts=self.num_experts, any_gate=self.any_gate)
 
     def launch(

@@ -74,7 +74,7 @@ def unreadable(logits: Tensor) -> str:
 
 
 def blocks_of_margin(rows: int, device: torch.device) -> int:
-    """Blocks that share the rows of a launch under the rule ``margin``: a cluster of them.
+    """Blocks that share the rows of a launch under ``margin`` or ``spare``: a cluster of them.
 
     Args:
         rows: T.

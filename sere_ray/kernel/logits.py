@@ -1,4 +1,4 @@
-"""What kernels with the rule ``margin`` are told of a gate."""
+"""What kernels with the rules ``margin`` and ``spare`` are told of a gate."""
 
 from typing import Any
 

@@ -1,6 +1,7 @@
 """What the kernels read and write in device memory, and how the host writes it."""
 
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +12,11 @@ from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, Layer
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.rules.margin import WEIGHT_UNIT, demand_units
+from sere_ray.rules.spare import Modes, modes_of
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
-_RULES = {"sere": 0, "margin": 1}
-_SETTINGS = struct.Struct("iiiiifiiffi4x")
+_RULES = {"sere": 0, "margin": 1, "spare": 2}
+_SETTINGS = struct.Struct("iiiiifiiffiifff4x")
 OWN_COUNTERS = 5
 """Fields of :class:`sere_ray.rules.RuleCounts`, then slots that others of their row took over."""
 NUM_COUNTERS = 7
@@ -25,8 +27,12 @@ STEP = struct.Struct("iiiii12x")
 """What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
 
 
+Statistics = Mapping[str, Tensor]
+"""Further tensors of a layer by name, as an artifact holds them."""
+
+
 class LayerTables(NamedTuple):
-    """Similarity of one layer, as the kernel reads it."""
+    """What calibration says of one layer, as the kernel reads it."""
 
     neighbours: Tensor
     """``[E, stride]`` uint8 (uint16 above 256 experts): row u holds all experts in order of falling
@@ -34,20 +40,54 @@ class LayerTables(NamedTuple):
     in the set"."""
     similarity: Tensor
     """``float32 [E, E]``; read only under a threshold."""
+    stand_ins: Tensor
+    """As ``neighbours``, by rising ``directed_loss``: of ``spare``, as is what follows. Both are
+    empty without these statistics, and then that rule must not be set."""
+    stand_in_of: Tensor
+    """``float32 [E, stride, 2]``: ``directed_loss`` and ``directed_scale`` of each."""
 
     @classmethod
-    def build(cls, similarity: Tensor, device: torch.device) -> "LayerTables":
-        """From ``float32 [E, E]`` on any device."""
-        matrix = similarity.detach().cpu().numpy()
-        num_experts = matrix.shape[0]
-        stride = padded_experts(num_experts)
-        kind = np.uint8 if num_experts <= 256 else np.uint16
-        neighbours = np.zeros((num_experts, stride), kind)
-        neighbours[:, :num_experts] = np.argsort(-matrix, axis=1, kind="stable")
+    def build(
+        cls, similarity: Tensor, device: torch.device, statistics: Statistics | None = None
+    ) -> "LayerTables":
+        """From tensors on any device.
+
+        Args:
+            similarity: ``float32 [E, E]``.
+            device: of the kernels.
+            statistics: of the layer.
+        """
+        stand_ins, stand_in_of = _stand_ins(statistics or {})
         return cls(
-            torch.from_numpy(neighbours).to(device),
+            torch.from_numpy(_in_order(-similarity.detach().cpu().numpy())).to(device),
             similarity.detach().to(device, torch.float32, copy=True).contiguous(),
+            stand_ins.to(device),
+            stand_in_of.to(device),
         )
+
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether ``spare`` may be set."""
+        return self.stand_ins.numel() > 0
+
+
+def _in_order(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``[E, stride]``: row u holds all experts by rising number in ``matrix [E, E]``."""
+    num_experts = len(matrix)
+    kind = np.uint8 if num_experts <= 256 else np.uint16
+    order = np.zeros((num_experts, padded_experts(num_experts)), kind)
+    order[:, :num_experts] = np.argsort(matrix, axis=1, kind="stable")
+    return order
+
+
+def _stand_ins(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    if "directed_loss" not in statistics:
+        return torch.zeros(0, dtype=torch.uint8), torch.zeros(0)
+    loss, scale = (statistics[f"directed_{name}"].cpu().float() for name in ("loss", "scale"))
+    order = torch.from_numpy(_in_order(loss.numpy()))
+    index = order.long()
+    pairs = torch.stack((loss.gather(1, index), scale.gather(1, index)), dim=-1)
+    return order, pairs.contiguous()
 
 
 class Settings:
@@ -64,11 +104,29 @@ class Settings:
         self.merges = merges
         self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
 
-    def write(self, policy: BoundPolicy, *, top_k: int, num_experts: int) -> None:
-        """Takes effect for everything that is launched afterwards on the current stream."""
+    def write(
+        self,
+        policy: BoundPolicy,
+        *,
+        top_k: int,
+        num_experts: int,
+        statistics: Sequence[Statistics] = (),
+    ) -> None:
+        """Takes effect for everything that is launched afterwards on the current stream.
+
+        Args:
+            policy: the numbers.
+            top_k: K.
+            num_experts: E.
+            statistics: of every layer, for a rule that reads them.
+        """
+        of_layers = statistics or [{}] * len(self.buffer)
 
         def packed(bound: BoundPolicy) -> bytes:
-            layers = [bound.of_layer(i, num_experts, None) for i in range(len(self.buffer))]
+            layers = [
+                bound.of_layer(i, num_experts, None, None, of_layer)
+                for i, of_layer in enumerate(of_layers)
+            ]
             return b"".join(_pack(bound, layer, top_k, self.merges) for layer in layers)
 
         self._policy = policy
@@ -91,6 +149,7 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
     identity = not 0 < layer.select_top_k < top_k
     # torch rounds to float32 as the reference does, beyond its range to infinity
     rho = float(torch.tensor(layer.threshold or 0.0, dtype=torch.float32))
+    modes = modes_of(layer) if policy.rule == "spare" else Modes(1.0, 0.0, True)
     return _SETTINGS.pack(
         _MODES[policy.mode],
         _RULES[policy.rule],
@@ -103,6 +162,10 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
         layer.beta,
         layer.fill,
         merges,
+        modes.protect,
+        modes.lead,
+        1 - modes.lead,
+        modes.limit,
     )
 
 
@@ -131,7 +194,7 @@ class StepInput:
             own: rows whose slots are counted, where others are those of other ranks; None = all.
             reroutable: how many rows of the step are re-routable on any rank, where ``kinds``
                 does not hold them all. With 0 the rule leaves the step alone.
-            weights: ``[rows]`` int64 of 1 to ``WEIGHT_UNIT``, of drafts' demand under ``margin``;
+            weights: ``[rows]`` int64 of 1 to ``WEIGHT_UNIT``, of drafts' demand;
                 None = all are whole.
 
         Returns:

@@ -32,8 +32,8 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     """
     if on_gpu and policy.rule == "spare":
         raise UnsupportedError(
-            f"{where}.rule = 'spare': a CPU engine follows it, the CUDA kernel cannot yet; "
-            "use rule = 'margin' on a GPU"
+            f"{where}.rule = 'spare': a CPU engine follows it; its CUDA kernel is there, but was "
+            "never run on a GPU; use rule = 'margin' on a GPU"
         )
     entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
     for place, keys in [("", policy.model_dump()), *entries]:
@@ -81,6 +81,24 @@ def check_change(
                 f"{where}.rule = {policy.rule!r}: under union = 'global' captured graphs hold what "
                 f"ranks exchange for {running.rule!r}; restart the engine to change it"
             )
+
+
+def check_tables(new: SimilarityArtifact, running: SimilarityArtifact, *, on_gpu: bool) -> None:
+    """Refuse an artifact for whose statistics a running engine has no room.
+
+    Raises:
+        PolicyError: says what to do.
+    """
+    names = RULES["spare"].statistics
+    has, brings = (
+        any(set(names) <= set(artifact.statistics.get(i, {})) for i in artifact.layers)
+        for artifact in (running, new)
+    )
+    if on_gpu and brings and not has:
+        raise PolicyError(
+            f"sere.similarity: the new artifact has {', '.join(names)}, the running one has not, "
+            "and engines on GPUs make room for them when they start; restart them with it"
+        )
 
 
 def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) -> None:

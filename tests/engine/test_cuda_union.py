@@ -5,7 +5,10 @@ Two ranks take turns at what vLLM lets them do in a pass. The engines themselves
 """
 
 import functools
+import tempfile
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,17 +24,18 @@ from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, count, sere
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, count, sere
 from sere_ray.rules.gate import PLAIN
-from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernel.emulator import COMPILER, launch_packed
 from tests.kernel.kernel_cases import check_local_alignment, library
 from tests.kernel.margin_cases import EMULATED, by_reference
+from tests.kernel.spare_cases import make_statistics
 
 E, K, LAYERS, MAX_ROWS = 16, 4, (0, 2), 64
-RULE = "PPPqPPPPPPq"
+RULE = "PPPqPPPPPPPPq"
 LOGITS = "PqPqq"
 SIGNATURES = {
     "reroute": RULE + LOGITS,
@@ -127,6 +131,8 @@ def emulated(monkeypatch, tmp_path_factory):
             topk_ids.shape[0],
             layer.tables.neighbours.data_ptr(),
             layer.tables.similarity.data_ptr(),
+            layer.tables.stand_ins.data_ptr(),
+            layer.tables.stand_in_of.data_ptr(),
             layer.settings.data_ptr(),
             step,
             step + STEP.size,
@@ -146,6 +152,7 @@ class Group:
     def __init__(self, before_dispatch=False, copies=({},) * RANKS, **keys):
         generator = torch.Generator().manual_seed(1)
         self.similarity = {i: torch.rand(E, E, generator=generator) for i in LAYERS}
+        self.statistics = {i: make_statistics(E, "similar", i) for i in LAYERS}
         metadata = ArtifactMetadata(
             model_id="m",
             architecture="a",
@@ -160,7 +167,7 @@ class Group:
         self.states = [
             CudaState(
                 Policy.parse({**self.key, **copies[rank]}),
-                SimilarityArtifact(self.similarity, metadata),
+                SimilarityArtifact(self.similarity, metadata, self.statistics),
                 K,
                 E,
                 MAX_ROWS,
@@ -241,6 +248,13 @@ class Group:
             after.append(gathered)
         self.logits = torch.cat(logits)  # of the last layer
         return before, all_weights, after
+
+
+def saved(artifact):
+    """What a client sends."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        artifact.save(file.name)
+        return Path(file.name).read_bytes()
 
 
 def padded(kinds, sizes):
@@ -366,13 +380,16 @@ def test_local_union_is_that_of_the_own_rows_and_counts_what_all_read(emulated):
 
 
 MARGIN = {"rule": "margin", "select_top_k": None, "tau": 0.05, "min_primary_experts": 2}
+SPARE = {**MARGIN, "rule": "spare", "tau": 0.2, "limit": 0.1, "lead": 0.5, "protect": False}
 
 
 @needs_compiler
+@pytest.mark.parametrize("keys", [MARGIN, SPARE], ids=lambda keys: keys["rule"])
 @pytest.mark.parametrize("union", ["global", "local"])
 @pytest.mark.parametrize("gathers", [True, False])
-def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, gathers):
-    group, slots = Group(union=union, **MARGIN), 0
+def test_ids_and_weights_change_before_they_are_sent(emulated, union, gathers, keys):
+    group, slots = Group(union=union, **keys), 0
+    bound = group.states[0].bound
     for seed, (kinds, sizes) in enumerate(PASSES.values()):
         row_kind, first = padded(kinds, sizes), sizes[0]
         before, weights, after = group.run_pass(kinds, sizes, seed=seed, gathers=gathers)[2]
@@ -382,8 +399,9 @@ def test_margin_changes_ids_and_weights_before_they_are_sent(emulated, union, ga
         wanted, of_ranks = [], []
         for rows in ranks if union == "local" else [slice(None)]:
             arguments = (before[rows], given[rows], group.logits[rows], row_kind[rows])
-            knobs = Layer(E, tau=0.05, min_primary_experts=2)
-            ids, new_weights, counts = by_reference(*arguments, knobs, EMULATED)
+            last = len(LAYERS) - 1
+            knobs = bound.of_layer(last, E, None, None, group.statistics[LAYERS[last]])
+            ids, new_weights, counts = by_reference(*arguments, knobs, EMULATED, rule=keys["rule"])
             wanted.append(ids)
             of_ranks.append(counts)
             known = row_kind[rows] != PADDING
@@ -433,6 +451,42 @@ def test_a_gate_without_scores_refuses_margin(emulated, has_words):
     running = Group(union="local", rule="margin", select_top_k=None, tau=0.1).states[0]
     with pytest.raises(UnsupportedError, match="needs a gate"):
         running.scores_of(2, logits.half())
+
+
+@needs_compiler
+def test_what_follows_from_statistics_follows_the_artifact(emulated, has_words):
+    """Rules that take turns in one engine, then another artifact, then one without statistics."""
+    group = Group(**SPARE)
+    layers = {i: matrix.clone().fill_diagonal_(1.0) for i, matrix in group.similarity.items()}
+    artifact = replace(group.states[0].artifact, layers=layers)
+    rest = (K, E, MAX_ROWS, torch.device("cpu"))
+    nothing = dict.fromkeys(("lead", "limit", "protect"))
+    by_layer, by_margin = {**group.key, **nothing}, {**group.key, **nothing, **MARGIN}
+    by_sere = {**by_margin, "rule": "sere", "select_top_k": 1, "tau": None}
+    foreign = {i: make_statistics(E, "foreign", i) for i in LAYERS}
+    other = replace(artifact, statistics=foreign)
+    state = CudaState(Policy.parse(group.key), artifact, *rest)
+    for key in (by_margin, by_sere, by_layer):
+        state.set_policy(key)
+        expected = CudaState(Policy.parse(key), artifact, *rest)
+        assert torch.equal(state.rule.settings.buffer, expected.rule.settings.buffer)
+    before = state.rule.settings.buffer.clone()
+    state.set_policy(by_layer, saved(other))
+    expected = CudaState(Policy.parse(by_layer), other, *rest)
+    assert torch.equal(state.rule.settings.buffer, expected.rule.settings.buffer)
+    assert not torch.equal(state.rule.settings.buffer, before)
+    for layer in LAYERS:
+        for found, wanted in zip(
+            state.rule.tables[layer], expected.rule.tables[layer], strict=True
+        ):
+            assert torch.equal(found, wanted)
+    with pytest.raises(ArtifactError) as caught:
+        state.set_policy(by_layer, saved(replace(artifact, statistics={})))
+    has_words(str(caught.value), "'spare'", "--statistics directed")
+    bare = CudaState(Policy.parse(by_sere), replace(artifact, statistics={}), *rest)
+    with pytest.raises(PolicyError) as caught:
+        bare.set_policy(by_sere, saved(other))
+    has_words(str(caught.value), "directed_loss", "restart")
 
 
 @needs_compiler

@@ -391,6 +391,16 @@ void __ubsan_handle_shift_out_of_bounds(const SourceLocation* at, uintptr_t, uin
 inline void __syncthreads(LINE) {
     cuda_on_cpu::wait_for(cuda_on_cpu::Wait::BLOCK, __func__, line, 0);
 }
+inline int __syncthreads_or(int predicate, LINE) {
+    static int found[64];  // of a block; nobody comes back before all have read and cleared it
+    found[cuda_on_cpu::rank] |= predicate;
+    cuda_on_cpu::wait_for(cuda_on_cpu::Wait::BLOCK, __func__, line, 0);
+    const int any = found[cuda_on_cpu::rank];
+    cuda_on_cpu::wait_for(cuda_on_cpu::Wait::BLOCK, __func__, line, 0);
+    found[cuda_on_cpu::rank] = 0;
+    cuda_on_cpu::wait_for(cuda_on_cpu::Wait::BLOCK, __func__, line, 0);
+    return any != 0;
+}
 inline void __syncwarp(unsigned mask = ~0u, LINE) {
     cuda_on_cpu::exchange(__func__, line, mask, 0);
 }

@@ -148,6 +148,8 @@ def rule_arguments(
         ids.shape[0],
         layer.tables.neighbours,
         layer.tables.similarity,
+        layer.tables.stand_ins,
+        layer.tables.stand_in_of,
         layer.settings,
         layer.step.buffer,
         layer.step.buffer[STEP.size :],

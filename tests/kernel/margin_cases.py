@@ -1,4 +1,5 @@
-"""What every way of running ``margin.cuh`` must return: the integers of ``rules/margin.py``.
+"""What every way of running ``margin.cuh`` must return: the integers of ``rules/margin.py``, and of
+``rules/spare.py`` where a case has that rule.
 
 Both are given the same scores: as the device's own ``expf`` and ``log1pf`` compute them.
 """
@@ -6,7 +7,7 @@ Both are given the same scores: as the device's own ``expf`` and ``log1pf`` comp
 import ctypes
 import ctypes.util
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,16 +25,16 @@ from sere_ray.kernel.memory import (
     StepInput,
 )
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import EXACT, PADDING, REROUTABLE, Layer, name_dropped
+from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, margin, name_dropped, spare
 from sere_ray.rules import gate as gates
 from sere_ray.rules.common import named_by
 from sere_ray.rules.gate import PLAIN, SCORINGS, Gate
-from sere_ray.rules.margin import ask, margin
 from tests.rules.gate_cases import choose, make_gate
 from tests.rules.test_sere import assert_same_ids
 
 # (E, K): of known models, the smallest, the largest, odd ones, one without runners-up.
 SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (512, 10), (9, 3), (33, 16), (300, 5), (4, 4)]
+SHAPES += [(1024, 32)]
 # (E, K, groups): of DeepSeek-V3, GLM-4.5, the most that kernels take, odd ones.
 GATED_SHAPES = [(256, 8, 8), (160, 8, 1), (1024, 32, 1), (48, 4, 3), (64, 6, 32), (9, 3, 1)]
 KNOBS = {
@@ -67,11 +68,13 @@ class MarginCase(NamedTuple):
     knobs: dict[str, float]
     gate: Gate = PLAIN
     row_weight: Tensor | None = None
+    rule: str = "margin"
+    statistics: Mapping[str, Tensor] = {}
 
     def policy(self, mode: str = "on") -> BoundPolicy:
         return BoundPolicy(
             mode=mode,
-            rule="margin",
+            rule=self.rule,
             select_top_k=self.ids.shape[1],
             threshold=None,
             min_primary_experts=self.floor,
@@ -80,17 +83,20 @@ class MarginCase(NamedTuple):
 
     @property
     def layer(self) -> Layer:
-        knobs = {**self.knobs, "gate": self.gate}
+        knobs = {**self.knobs, "gate": self.gate, "statistics": self.statistics}
         return Layer(self.logits.shape[1], min_primary_experts=self.floor, **knobs)
 
     def expected(self, math: Math) -> Found:
         rows = self.ids, self.weights, self.logits, self.kinds
-        return by_reference(*rows, self.layer, math, self.row_weight)
+        return by_reference(*rows, self.layer, math, self.row_weight, self.rule)
 
     def asked(self, math: Math) -> Tensor:
         """What a rank with these rows tells the others."""
         scores = scores_of(self.logits, self.gate, math)
-        return ask(self.ids, self.weights, scores, self.kinds, self.layer, self.row_weight)
+        rows = self.ids, self.weights, scores, self.kinds
+        if self.rule == "spare":
+            return spare.ask(*rows, spare.with_modes(self.layer), self.row_weight)
+        return margin.ask(*rows, self.layer, self.row_weight)
 
     def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
         """Its rows as those of two ranks."""
@@ -167,10 +173,11 @@ def by_reference(
     layer: Layer,
     math: Math,
     row_weight: Tensor | None = None,
+    rule: str = "margin",
 ) -> Found:
     """On CPU tensors. What a row drops is given a name, as an engine does."""
     scores = scores_of(logits, layer.gate, math)
-    new_ids, new_weights = margin(ids, weights, scores, kinds, layer, row_weight)
+    new_ids, new_weights = RULES[rule].apply(ids, weights, scores, kinds, layer, row_weight)
     rows = kinds != PADDING
     stayed = (new_ids[:, :, None] == ids[:, None, :]).any(dim=2)
     changed = (new_ids != ids).any(dim=1) & rows
@@ -244,12 +251,13 @@ def device_layer(
     """Everything of a case but its ids, weights and logits; the second of two layers."""
     experts = case.logits.shape[1]
     settings = Settings(device, layers=2, merges=merges)
-    settings.write(case.policy(mode), top_k=case.ids.shape[1], num_experts=experts)
+    shape = {"top_k": case.ids.shape[1], "num_experts": experts}
+    settings.write(case.policy(mode), **shape, statistics=[case.statistics] * 2)
     step = StepInput(max(case.ids.shape[0], 1), device)
     drafts = None if case.row_weight is None else case.row_weight.numpy()
     step.write(case.kinds.numpy(), counter_row=1, weights=drafts)
     counters = torch.zeros((2, OWN_COUNTERS), dtype=torch.int64, device=device)
-    tables = LayerTables.build(torch.eye(experts), device)
+    tables = LayerTables.build(torch.eye(experts), device, case.statistics)
     gate = case.gate
     if gate.bias is not None:
         gate = replace(gate, bias=gate.bias.to(device))

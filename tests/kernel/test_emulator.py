@@ -51,6 +51,12 @@ extern "C" __global__ void votes(const int* in, unsigned* out) {
     mine[6] = __match_any_sync(FULL, value);
 }
 
+extern "C" __global__ void rounds(const int* until, int* out) {
+    int round = 0;
+    while (__syncthreads_or(round < until[threadIdx.x])) ++round;
+    out[blockIdx.x * blockDim.x + threadIdx.x] = round;
+}
+
 extern "C" __global__ void bits(unsigned* out) {
     out[0] = __popc(0xf0f0u);
     out[1] = __ffs(0) * 100 + __ffs(0x50);
@@ -224,6 +230,15 @@ def test_votes_and_reductions(library, seed):
             warp.sum().astype(np.uint32),
             sum(1 << lane for lane in range(32) if warp[lane] == values[thread]),
         ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rounds_of_a_block_end_with_its_last_thread(library, seed):
+    until = torch.zeros(64, dtype=torch.int32)
+    until[37], until[5] = 4, 2
+    out = torch.full((2, 64), -1, dtype=torch.int32)
+    launch(library, "rounds", until, out, threads=64, blocks=2, seed=seed)
+    assert (out == 4).all()
 
 
 def test_bits(library):

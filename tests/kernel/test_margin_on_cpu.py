@@ -163,6 +163,33 @@ def test_a_batch_of_one_is_exact(cache: Path) -> None:
         assert counts == (8, 8, 0, 0, 0)
 
 
+def halves_of_ranks(case: MarginCase, split: float, seed: int, cache: Path) -> None:
+    """Two launches of each of two ranks, against the rule on the rows of both."""
+    kernel = kernel_of(case)
+    ranks, wanted = case.split(split), case.expected(EMULATED)
+    active = REROUTABLE in case.kinds
+
+    def half(name: str, of_rank: Rank, asked: Tensor) -> None:
+        launch(
+            library(kernel, name, 64, cache),
+            name,
+            *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
+            *logit_arguments(of_rank.case.logits, of_rank.layer.gate),
+            asked,
+            threads=64,
+            seed=seed,
+        )
+
+    asked = torch.full((len(ranks), case.logits.shape[1]), -7)
+    for of_rank, own in zip(ranks, asked, strict=True):
+        half("ask_of_ranks", of_rank, own)
+        if active:
+            assert torch.equal(own, of_rank.case.asked(EMULATED))
+    for of_rank in ranks:
+        half("reroute_by_asked", of_rank, asked.sum(dim=0))
+    check_ranks(ranks, wanted, case)
+
+
 @pytest.mark.parametrize(
     ("experts", "slots", "groups"),
     [(128, 8, None), (60, 4, None), (300, 5, None), (4, 1, None), (64, 6, 4)],
@@ -178,29 +205,7 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, groups: int | None, ca
         seed=st.integers(0, 3),
     )
     def every(case: MarginCase, split: float, seed: int) -> None:
-        kernel = kernel_of(case)
-        ranks, wanted = case.split(split), case.expected(EMULATED)
-        active = REROUTABLE in case.kinds
-
-        def half(name: str, of_rank: Rank, asked: Tensor) -> None:
-            launch(
-                library(kernel, name, 64, cache),
-                name,
-                *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
-                *logit_arguments(of_rank.case.logits, of_rank.layer.gate),
-                asked,
-                threads=64,
-                seed=seed,
-            )
-
-        asked = torch.full((len(ranks), experts), -7)
-        for of_rank, own in zip(ranks, asked, strict=True):
-            half("ask_of_ranks", of_rank, own)
-            if active:
-                assert torch.equal(own, of_rank.case.asked(EMULATED))
-        for of_rank in ranks:
-            half("reroute_by_asked", of_rank, asked.sum(dim=0))
-        check_ranks(ranks, wanted, case)
+        halves_of_ranks(case, split, seed, cache)
 
     every()
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.policy.capabilities import check_artifact, check_change, check_policy
+from sere_ray.policy.capabilities import check_artifact, check_change, check_policy, check_tables
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 
 SERE = {"select_top_k": 1}
 MARGIN = {"rule": "margin", "tau": 0.01}
+SPARE = {"rule": "spare", "tau": 0.01}
 
 
 def policy(keys):
@@ -31,12 +32,11 @@ def test_what_a_gpu_cannot(has_words):
     has_words(str(caught.value), "sere.balance_ranks = True", "a CPU engine")
 
 
-def test_a_gpu_has_no_kernel_for_spare(has_words):
-    keys = {"rule": "spare", "tau": 0.01}
-    check_policy(policy(keys), on_gpu=False)
+def test_spare_has_not_run_on_a_gpu(has_words):
+    check_policy(policy(SPARE), on_gpu=False)
     for check in (
-        lambda: check_policy(policy(keys), on_gpu=True),
-        lambda: check_change(policy(keys), policy(SERE), on_gpu=True, several_ranks=False),
+        lambda: check_policy(policy(SPARE), on_gpu=True),
+        lambda: check_change(policy(SPARE), policy(SERE), on_gpu=True, several_ranks=False),
     ):
         with pytest.raises(UnsupportedError) as caught:
             check()
@@ -51,12 +51,17 @@ def test_a_rule_needs_what_it_reads(has_words):
     directed = {name: torch.eye(4) for name in ("directed_scale", "directed_loss")}
     whole = SimilarityArtifact(layers, metadata, {0: directed, 1: directed})
     partial = SimilarityArtifact(layers, metadata, {0: directed})
-    spare = policy({"rule": "spare", "tau": 0.01})
+    spare = policy(SPARE)
     check_artifact(spare, whole)
     check_artifact(policy(MARGIN), partial)
     with pytest.raises(ArtifactError) as caught:
         check_artifact(spare, partial)
     has_words(str(caught.value), "a.safetensors", "'spare'", "--statistics directed")
+    bare = SimilarityArtifact(layers, metadata)
+    for new, running, on_gpu in ((whole, whole, True), (bare, whole, True), (whole, bare, False)):
+        check_tables(new, running, on_gpu=on_gpu)
+    with pytest.raises(PolicyError, match=r"directed_loss, the running one has not.* restart"):
+        check_tables(whole, bare, on_gpu=True)
 
 
 def test_captured_graphs_hold_what_ranks_exchange(has_words):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin, max_aligned_rows
-from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, StepInput
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, Statistics, StepInput
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
@@ -23,6 +23,7 @@ class DeviceRule:
         num_experts: E, logical experts.
         device: of this worker.
         bound: the first policy.
+        statistics: decoder layer index -> further tensors by name, where the artifact has them.
     """
 
     def __init__(
@@ -32,10 +33,15 @@ class DeviceRule:
         num_experts: int,
         device: torch.device,
         bound: BoundPolicy,
+        statistics: Mapping[int, Statistics] | None = None,
     ) -> None:
         self.top_k, self.num_experts, self.device = top_k, num_experts, device
         self.position = {layer: i for i, layer in enumerate(layers)}
-        self.tables = {layer: LayerTables.build(matrix, device) for layer, matrix in layers.items()}
+        self._statistics = {layer: (statistics or {}).get(layer, {}) for layer in layers}
+        self.tables = {
+            layer: LayerTables.build(matrix, device, self._statistics[layer])
+            for layer, matrix in layers.items()
+        }
         self.settings = Settings(device, len(layers))
         self.identity = Settings(device)
         """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""
@@ -124,28 +130,37 @@ class DeviceRule:
         Args:
             rows: T.
         """
-        return blocks_of_margin(rows, self.device) if self.rule == "margin" else 1
+        return blocks_of_margin(rows, self.device) if self.rule != "sere" else 1
 
     def write(self, bound: BoundPolicy) -> None:
         """Have a policy's numbers, behind every step launched so far."""
         self.rule, self._bound = bound.rule, bound
-        shape = {"top_k": self.top_k, "num_experts": self.num_experts}
-        self.settings.write(bound, **shape)
+        statistics = list(self._statistics.values())
+        self.settings.write(
+            bound, top_k=self.top_k, num_experts=self.num_experts, statistics=statistics
+        )
         sorts_only = BoundPolicy(
             mode="off" if bound.mode == "off" else "observe",
             select_top_k=self.top_k,
             threshold=None,
             min_primary_experts=0,
         )
-        self.identity.write(sorts_only, **shape)
+        self.identity.write(sorts_only, top_k=self.top_k, num_experts=self.num_experts)
 
-    def write_matrices(self, layers: Mapping[int, Tensor]) -> None:
+    def write_matrices(
+        self, layers: Mapping[int, Tensor], statistics: Mapping[int, Statistics]
+    ) -> None:
         """Copy other matrices to where graphs read them, behind every step launched so far.
+
+        The policy's numbers are to be written after it: some follow from statistics.
 
         Args:
             layers: decoder layer index -> ``[E, E]`` float32, of all layers.
+            statistics: as at the start. Without those of then the former ones stay, unread.
         """
+        self._statistics = {layer: statistics.get(layer, {}) for layer in self.tables}
         for layer, tables in self.tables.items():
-            new = LayerTables.build(layers[layer], self.device)
+            new = LayerTables.build(layers[layer], self.device, self._statistics[layer])
             for old_values, values in zip(tables, new, strict=True):
-                old_values.copy_(values)
+                if values.numel():
+                    old_values.copy_(values)

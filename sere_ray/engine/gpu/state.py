@@ -46,7 +46,8 @@ class CudaState(AmongRanks):
         """Allocate everything graphs will point to."""
         super().__post_init__()
         matrices = {layer: self.artifact.layers[layer] for layer in self.layers}
-        self.rule = DeviceRule(matrices, self.top_k, self.num_experts, self.device, self.bound)
+        shape, statistics = (self.top_k, self.num_experts), self.artifact.statistics
+        self.rule = DeviceRule(matrices, *shape, self.device, self.bound, statistics)
         self.own = OwnRows(self.rule, self.max_rows)
         self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows) if self.ranks else None
         self.deferred: Deferred | None = None
@@ -68,13 +69,14 @@ class CudaState(AmongRanks):
     def run(self, told: Told) -> None:
         """Copy what changes to where captured graphs read it, behind every step launched so far."""
         if told.artifact is not self.running.artifact:
-            self.rule.write_matrices(told.artifact.layers)
+            self.rule.write_matrices(told.artifact.layers, told.artifact.statistics)
         self.running = told
         self.rule.write(told.bound)
 
     def write_again(self) -> None:
         """Write whatever steps read, behind memory that was away."""
-        self.rule.write_matrices(self.running.artifact.layers)
+        artifact = self.running.artifact
+        self.rule.write_matrices(artifact.layers, artifact.statistics)
         self.rule.write_biases(self.gates.known)
         self.rule.write(self.bound)
         self.own.step_input.clear()

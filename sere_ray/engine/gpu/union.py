@@ -14,7 +14,7 @@ In every layer, one of three ways, which the captured graphs hold from the start
   launch sorts the slots of the rank's own experts. Nothing is sent.
 - ``before``: any other back end, and engines that record ids as they leave the router. A byte an
   expert, exchanged inside the launch where ranks reach each other's memory (``exchange.cuh``), else
-  by an all-reduce MIN. ``margin`` with any back end: a SUM of integers, as no scores are gathered.
+  by an all-reduce MIN. Other rules with any back end: a SUM of integers, as no scores are gathered.
 - ``local``: ``union: local``, for comparison: each rank its own rows.
 
 Where vLLM is changed for it: ``union_patches.py``.
@@ -146,7 +146,7 @@ class UnionOfRanks:
         Raises:
             UnsupportedError: layers before it took another one.
         """
-        by_scores = bound.rule == "margin"
+        by_scores = bound.rule != "sere"
         early = self.group.before_dispatch or by_scores
         way: Way = "gathered" if gathers and not early else "before"
         if bound.union == "local":
@@ -173,11 +173,11 @@ class UnionOfRanks:
             bound: the running policy.
             own: what launches over this rank's rows read and write.
             topk_ids: ``[T, K]``, changed in place.
-            topk_weights: ``[T, K]``, changed in place under ``margin``.
+            topk_weights: ``[T, K]``, changed in place but under ``sere``.
             logits: ``[T, E]``; None under ``sere``, and in layers that stay exact.
         """
         of_layer = self.rule.kernel(topk_ids.dtype), topk_ids, topk_weights, own
-        if bound.rule == "margin" and logits is not None:
+        if bound.rule != "sere" and logits is not None:
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
             self.group.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked)

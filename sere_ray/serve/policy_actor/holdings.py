@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.policy.capabilities import EngineKind, check_artifact, check_change, check_swap
+from sere_ray.policy.capabilities import (
+    EngineKind,
+    check_artifact,
+    check_change,
+    check_swap,
+    check_tables,
+)
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
 from sere_ray.serve.policy_actor.auto import AutoPilot
@@ -123,6 +129,7 @@ class Holdings:
             new = read_artifact(path_in(self._folder, name), self._max_bytes)
             artifact = new.parse()
             artifact.check_replaces(self._artifact, path=name)
+            check_tables(artifact, self._artifact, on_gpu=self._engines["on_gpu"])
             check_artifact(Policy.parse({**newest["policy"], "similarity": name}), artifact)
             check_swap(name, self._file.name, **self._engines)
         except SereError as error:

@@ -1,0 +1,34 @@
+// Kept experts as a warp holds them: bit j of a lane is that of the expert lane * PER_LANE + j.
+#pragma once
+#include "rule.cuh"
+
+namespace {
+
+// Of an expert that each lane names.
+__device__ __forceinline__ bool is_kept(unsigned kept, int expert) {
+  return __shfl_sync(ALL_LANES, kept, expert / PER_LANE) >> expert % PER_LANE & 1;
+}
+
+// The floor: named experts join by demand, of equal ones the first, until so many are kept, or all that are named.
+__device__ __forceinline__ unsigned fill_up(const Shared& shared, unsigned kept, int least) {
+  int wanted[PER_LANE], num_named = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    wanted[j] = shared.wanted[threadIdx.x % 32 * PER_LANE + j];
+    num_named += wanted[j] >= 0;
+  }
+  const int enough = min(least, __reduce_add_sync(ALL_LANES, num_named));
+#pragma unroll 1
+  for (int size = __reduce_add_sync(ALL_LANES, __popc(kept)); size < enough; ++size) {
+    int best = -1, place = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+      if (!(kept >> j & 1) && wanted[j] > best) best = wanted[j], place = j;
+    }
+    const unsigned holders = __ballot_sync(ALL_LANES, best == __reduce_max_sync(ALL_LANES, best));
+    if (threadIdx.x % 32 == __ffs(holders) - 1) kept |= 1u << place;
+  }
+  return kept;
+}
+
+}  // namespace

@@ -57,7 +57,7 @@ def test_help_shows_a_newcomer_the_way_first():
         "Watch",
     ]
     shown = re.findall(r"^│ ([a-z][a-z-]+) ", output, re.MULTILINE)
-    assert shown[:5] == ["demo", "calibrate", "tune", "serve", "examples"]
+    assert shown[:6] == ["demo", "calibrate", "tune", "advise", "serve", "examples"]
     assert set(shown) == set(typer.main.get_command(app).commands)
 
 

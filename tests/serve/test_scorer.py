@@ -179,7 +179,8 @@ def outcomes(scene):
 def test_a_client_sees_nothing_of_it(seen):
     for plain, sampled in zip(seen["none"].answers, seen["all"].answers, strict=True):
         assert sampled[1] == plain[1], "other tokens"
-        assert len(sampled[0]) == len(plain[0]), "other chunks"
+        # How many pieces a stream has depends on how quickly its client takes them.
+        assert len(sampled[0]) > 1, "not streamed"
         for output in sampled[0]:
             assert output.outputs[0].logprobs is None
             assert output.outputs[0].cumulative_logprob is None

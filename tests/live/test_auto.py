@@ -53,7 +53,10 @@ def test_up_under_load_and_exact_when_idle(live):
         status = live.sere("policy")
         assert status["policy"]["mode"] == "off"
         mine = [e for e in live.sere("audit")["entries"] if e["who"] == "auto"]
-        assert [entry["level"] for entry in mine] == [1, 2, 0]
+        # A busy machine may decode nothing for half a second, which is idle: then it starts anew.
+        levels = [entry["level"] for entry in mine]
+        assert levels[-3:] == [1, 2, 0], levels
+        assert all(entry["reason"] == "idle" for entry in mine if entry["level"] == 0)
         assert mine[-1]["reason"] == "idle"
     finally:
         status = live.sere("policy", {"mode": "on"})

@@ -39,7 +39,7 @@ class Acceptance:
     def weights(self) -> tuple[int, ...]:
         """``[1 + num_drafts]``: of a last token, then of each draft, 1 to ``WEIGHT_UNIT``.
 
-        The weight of a draft is how often all up to it were accepted; whole before any was proposed.
+        The weight of a draft is how often all up to it were accepted; whole before there was one.
         """
         counts = zip(self._proposed, self._accepted, strict=True)
         shares = ((accepted + 1, proposed + 1) for proposed, accepted in counts)

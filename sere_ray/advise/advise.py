@@ -23,14 +23,12 @@ from sere_ray.calibration.loading import load_tokenizer, model_name
 from sere_ray.calibration.run import calibrate
 from sere_ray.evaluation.budget import Budget, Text
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
-from sere_ray.evaluation.grids import STRENGTH, Keys, Routing, listed, sweep
+from sere_ray.evaluation.grids import STRENGTH, Keys, Routing, listed, sweep, with_servers_floor
 from sere_ray.evaluation.task_items import TASKS
-from sere_ray.evaluation.task_rows import Rows, loss_end, row_of, worst_tasks
+from sere_ray.evaluation.task_rows import Rows, loss_end, named, worst_tasks
 from sere_ray.evaluation.task_run import Measurement, TaskPlan
-from sere_ray.evaluation.task_texts import read_documents
-from sere_ray.evaluation.tasks import check_enough, questions_of
+from sere_ray.evaluation.tasks import answered, check_says_something, open_questions
 from sere_ray.rules import RULES
-from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
 LENGTH, PROMPT = 128, 64
@@ -55,7 +53,8 @@ def advise(plan: AdvicePlan, out: Path, console: Console) -> dict[str, Any]:
     curve = read_curve(plan.step_times, plan.batch) if plan.step_times else None
     folder = Folder(out, plan)
     _say(console, 1, "calibrate: which experts stand in for which")
-    folder.step("calibrated", {"windows": plan.calibration_sequences}, lambda: _calibrate(folder))
+    windows = {"windows": plan.calibration_sequences}
+    folder.step("calibrated", windows, lambda: _calibrate(folder, console))
     advisor = _Advisor(folder, console)
     _say(console, 2, "compare settings by the experts they read and KL")
     settings = folder.step("compared", advisor.depends, advisor.compare)
@@ -82,7 +81,7 @@ def _say(console: Console, number: int, what: str) -> None:
     console.print(f"{number}/4 {what}", highlight=False)
 
 
-def _calibrate(folder: Folder) -> dict[str, int]:
+def _calibrate(folder: Folder, console: Console) -> dict[str, int]:
     plan, data = folder.plan, str(folder.texts["choose"])
     tokenizer, windows = load_tokenizer(plan.model, None), 0
     for text in open_texts(data).texts:
@@ -96,7 +95,7 @@ def _calibrate(folder: Folder) -> dict[str, int]:
         sequences=max(min(windows, plan.calibration_sequences), 1),
         device=plan.device,
         statistics=("directed",),
-        console=Console(stderr=True),
+        console=console,
     )
     return {"tokens": artifact.metadata.tokens}
 
@@ -152,7 +151,7 @@ class _Advisor:
         with progress(self.console, len(tried), task="compare", unit="settings") as advance:
             for keys in tried:
                 (row,) = text.report(text.measure(keys))
-                rows.append({**_named(keys), **row})
+                rows.append({**named(keys), **row})
                 advance(1)
         rows.sort(key=lambda row: (row["experts_read_mean"], row["kl_mean"]))
         best = [r for i, r in enumerate(rows) if all(r["kl_mean"] < o["kl_mean"] for o in rows[:i])]
@@ -184,30 +183,21 @@ class _Advisor:
         )
 
     def _ask(self, name: str, text: str, all_keys: list[Keys], wanted: TaskPlan) -> Rows:
-        data, batch = str(self.folder.texts[text]), self.plan.batch
-        tokenizer = load_tokenizer(self.plan.model, None)
-        documents = read_documents(data, "text", tokenizer)
         # Generated sums are others on the second text.
         task = replace(TASKS[name], seed=int(text == "check"))
-        (ask,) = questions_of({name: task}, documents, tokenizer).values()
-        check_enough(name, ask(), batch, data)
-        measurement = Measurement(self.evaluator, task, batch)
+        (ask,) = open_questions(
+            self.evaluator.plan, str(self.folder.texts[text]), {name: task}
+        ).values()
+        measurement = Measurement(self.evaluator, task, self.plan.batch)
 
         def answers(keys: list[Keys], plan: TaskPlan) -> Rows:
-            policies = [self.evaluator.bind(of) for of in keys]
-            found = measurement.run(ask(), policies, plan, self.console, name)
-            named = zip(keys, found, strict=True)
-            return [row_of(name, of, batch, said, wanted.half_width) for of, said in named]
+            return answered(name, measurement, ask(), keys, plan, self.console, name)
 
         pilot = answers(all_keys, replace(wanted, most_items=wanted.most_items // _PILOT))
         lost = [row for row in pilot if self._is_lost(row)]
         left = [keys for keys in all_keys if not any(_is_of(row, keys) for row in lost)]
         rows = [*lost, *(answers(left, wanted) if left else [])]
-        if all(row["relative_loss"] is None for row in rows):
-            raise SereError(
-                f"--tasks {name}: the exact model has none of its items right, so it says "
-                "nothing; leave it out"
-            )
+        check_says_something(rows)
         return rows
 
 
@@ -215,8 +205,11 @@ def _settings(rule: str, routing: Routing, plan: AdvicePlan) -> list[Keys]:
     """From strong to light, each with the floor that servers have."""
     if rule in STRENGTH:
         return sweep([{"rule": rule}], routing, plan.batch)
-    plain = [keys for keys in listed(rule, routing.top_k) if keys.get("threshold") is None]
-    return [{key: v for key, v in keys.items() if v is not None and v != 0} for keys in plain]
+    return [
+        keys
+        for keys in with_servers_floor(listed(rule, routing.top_k))
+        if keys.get("threshold") is None
+    ]
 
 
 def _spread(rows: Rows) -> Rows:
@@ -245,11 +238,7 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _is_of(row: dict[str, Any], keys: Keys) -> bool:
-    return _same(row, _named(keys))
-
-
-def _named(keys: Keys) -> dict[str, Any]:
-    return {"rule": keys["rule"], "settings": {k: v for k, v in keys.items() if k != "rule"}}
+    return _same(row, named(keys))
 
 
 def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,3 @@ class Folder:
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps({"key": key, "result": result}), encoding="utf-8")
         return result
-
-
-def asked(plan: AdvicePlan) -> dict[str, Any]:
-    """The question as a result file has it."""
-    return {name: value for name, value in asdict(plan).items() if name != "step_times"}

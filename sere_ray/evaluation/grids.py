@@ -158,6 +158,11 @@ def listed(rule: str, top_k: int) -> list[Keys]:
     return [{"rule": rule, **keys} for keys in found[rule]]
 
 
+def with_servers_floor(settings: list[Keys]) -> list[Keys]:
+    """The same with the floor that a server has where nobody says."""
+    return [{k: v for k, v in keys.items() if k != "min_primary_experts"} for keys in settings]
+
+
 def grid(rule: str, routing: Routing, batch: int) -> list[Keys]:
     """Settings of a rule at a batch size, without ``similarity``."""
     if rule not in STRENGTH:

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere_ray.evaluation.budget import Candidate
-from sere_ray.evaluation.grids import FAMILIES, STRENGTH, Routing, listed, with_strength
+from sere_ray.evaluation.grids import (
+    FAMILIES,
+    STRENGTH,
+    Routing,
+    listed,
+    with_servers_floor,
+    with_strength,
+)
 
 _BISECTIONS = 8
 _SHAPES: Mapping[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
@@ -50,10 +57,7 @@ def best_setting(attempt: Try, rule: str, routing: Routing) -> Candidate | None:
     """
     if rule in STRENGTH:
         return _searched(attempt, rule, routing)
-    settings = [
-        {**keys, "min_primary_experts": None}  # a server has its default floor
-        for keys in listed(rule, routing.top_k)
-    ]
+    settings = with_servers_floor(listed(rule, routing.top_k))
     fitting = [c for c in map(attempt, settings) if c.fits]
     return min(fitting, key=lambda candidate: candidate.reads, default=None)
 

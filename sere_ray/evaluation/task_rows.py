@@ -17,7 +17,7 @@ def row_of(task: str, keys: Keys, batch: int, found: Found, half_width: float) -
     """The row of a setting, every item beside the exact model's answer."""
     return {
         "task": task,
-        **_named(keys),
+        **named(keys),
         "batch": batch,
         **paired_fields(Paired.join(found.parts), half_width),
         "ended_by": found.ended_by,
@@ -48,7 +48,7 @@ def paired_fields(paired: Paired, half_width: float) -> dict[str, Any]:
 
 def is_in(rows: Rows, keys: Keys) -> bool:
     """Whether one of the rows is of a setting."""
-    return any(_named(keys).items() <= row.items() for row in rows)
+    return any(named(keys).items() <= row.items() for row in rows)
 
 
 def worst_tasks(
@@ -81,7 +81,7 @@ def loss_end(row: dict[str, Any]) -> float:
     return high
 
 
-def _named(keys: Keys) -> Keys:
+def named(keys: Keys) -> Keys:
     """Rule and settings as a row has them."""
     shown = {key: value for key, value in keys.items() if key != "rule" and value is not None}
     return {"rule": keys["rule"], "settings": shown}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from sere_ray.calibration.loading import load_tokenizer, model_name
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
@@ -20,7 +19,7 @@ from sere_ray.evaluation.settings import Setting, label, looks_at_ranks
 from sere_ray.evaluation.task_items import TASKS, Question, Task
 from sere_ray.evaluation.task_rows import Keys, Rows, is_in, row_of, worst_tasks
 from sere_ray.evaluation.task_run import Measurement, TaskPlan
-from sere_ray.evaluation.task_texts import Document, read_documents
+from sere_ray.evaluation.task_texts import read_documents
 from sere_ray.util.errors import DataError, SereError
 
 IDENTITY = ("model", "data", "similarity", "dtype", "half_width")
@@ -84,29 +83,23 @@ def run_tasks(
     for keys in settings:
         if keys.get("lda") or looks_at_ranks(keys):
             raise SereError(f"{label(keys)}: tasks take no lda and no rules that look at ranks")
-    tokenizer = load_tokenizer(plan.model, plan.revision)
-    documents = read_documents(plan.data, plan.text_column, tokenizer)
     tasks = {name: TASKS[name] for name in wanted.tasks}
-    asked = questions_of(tasks, documents, tokenizer)
-    for name, ask in asked.items():
-        check_enough(name, ask(), max(plan.batches), plan.data)
+    asked = open_questions(plan, plan.data, tasks)
     evaluator = Evaluator(plan, tuple(dict.fromkeys(keys["rule"] for keys in settings)))
-    policies = [evaluator.bind(keys) for keys in settings]
+    for keys in settings:
+        evaluator.bind(keys)
     content = _content(evaluator, wanted)
     before: Rows = _rows_of(old, content)
     rows: Rows = []
     for name, ask in asked.items():
         for batch in plan.batches:
             known = [row for row in before if (row["task"], row["batch"]) == (name, batch)]
-            todo = [i for i, keys in enumerate(settings) if not is_in(known, keys)]
+            todo = [keys for keys in settings if not is_in(known, keys)]
             if not todo:
                 continue
-            measurement = Measurement(evaluator, TASKS[name], batch)
-            of_todo = [policies[i] for i in todo]
+            measurement = Measurement(evaluator, tasks[name], batch)
             title = f"{name}, batch {batch}"
-            found = measurement.run(ask(), of_todo, wanted, console, title)
-            for i, of_setting in zip(todo, found, strict=True):
-                rows.append(row_of(name, settings[i], batch, of_setting, wanted.half_width))
+            rows += answered(name, measurement, ask(), todo, wanted, console, title)
             worst = {
                 f"{row['rule']} {label(row['settings'])}, batch {row['batch']}": row
                 for row in worst_tasks([*before, *rows])
@@ -114,19 +107,61 @@ def run_tasks(
             save(content | {"worst": worst, "rows": rows})
 
 
-def questions_of(
-    tasks: dict[str, Task], documents: list[Document], tokenizer: PreTrainedTokenizerBase
+def open_questions(
+    plan: EvaluationPlan, data: str, tasks: dict[str, Task]
 ) -> dict[str, Callable[[], Iterator[Question]]]:
-    """For each task what begins to ask its questions of a text."""
-    return {name: partial(task.ask, task, documents, tokenizer) for name, task in tasks.items()}
+    """For each task what begins to ask its questions of a text.
 
-
-def check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
-    """Refuse a task that has no questions for one batch.
+    Args:
+        plan: its model's tokens, its column, its batch sizes.
+        data: the text.
+        tasks: by name.
 
     Raises:
-        DataError: says how many there are, and what to do.
+        DataError: the text cannot be read, or has too few questions for a batch.
     """
+    tokenizer = load_tokenizer(plan.model, plan.revision)
+    documents = read_documents(data, plan.text_column, tokenizer)
+    asked: dict[str, Callable[[], Iterator[Question]]] = {
+        name: partial(task.ask, task, documents, tokenizer) for name, task in tasks.items()
+    }
+    for name, ask in asked.items():
+        _check_enough(name, ask(), max(plan.batches), data)
+    return asked
+
+
+def answered(
+    name: str,
+    measurement: Measurement,
+    questions: Iterator[Question],
+    settings: list[Keys],
+    wanted: TaskPlan,
+    console: Console | None,
+    title: str,
+) -> Rows:
+    """A row for each setting, all of them asked the same questions of the task."""
+    policies = [measurement.evaluator.bind(keys) for keys in settings]
+    found = measurement.run(questions, policies, wanted, console, title)
+    return [
+        row_of(name, keys, measurement.batch, of_setting, wanted.half_width)
+        for keys, of_setting in zip(settings, found, strict=True)
+    ]
+
+
+def check_says_something(rows: Rows) -> None:
+    """Refuse a task of which the exact model has nothing right.
+
+    Raises:
+        SereError: names it.
+    """
+    if rows and all(row["relative_loss"] is None for row in rows):
+        raise SereError(
+            f"--tasks {rows[0]['task']}: the exact model has none of {rows[0]['items']} right, so "
+            "it says nothing; leave it out"
+        )
+
+
+def _check_enough(name: str, questions: Iterator[Question], batch: int, data: str) -> None:
     found = sum(1 for _ in islice(questions, batch))
     if found < batch:
         raise DataError(

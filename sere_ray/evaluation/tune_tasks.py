@@ -12,15 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from sere_ray.calibration.loading import load_tokenizer
 from sere_ray.evaluation.budget import Candidate, Text
 from sere_ray.evaluation.evaluator import Evaluator
 from sere_ray.evaluation.search import best_setting
 from sere_ray.evaluation.task_items import TASKS, check_tasks
-from sere_ray.evaluation.task_rows import Keys, Rows, loss_end, row_of
+from sere_ray.evaluation.task_rows import Keys, Rows, loss_end
 from sere_ray.evaluation.task_run import Measurement, TaskPlan
-from sere_ray.evaluation.task_texts import read_documents
-from sere_ray.evaluation.tasks import check_enough, questions_of
+from sere_ray.evaluation.tasks import answered, check_says_something, open_questions
 from sere_ray.util.errors import SereError
 
 GATE = 0.1
@@ -80,13 +78,8 @@ class TaskText:
         seed: int,
         tell: Callable[[str], None],
     ) -> None:
-        plan = evaluator.plan
-        tokenizer = load_tokenizer(plan.model, plan.revision)
-        documents = read_documents(data, plan.text_column, tokenizer)
         self.tasks = {name: replace(TASKS[name], seed=seed) for name in budget.tasks}
-        self.asked = questions_of(self.tasks, documents, tokenizer)
-        for name, ask in self.asked.items():
-            check_enough(name, ask(), max(plan.batches), data)
+        self.asked = open_questions(evaluator.plan, data, self.tasks)
         self.evaluator, self.budget, self.tell = evaluator, budget, tell
         self.known: dict[str, dict[str, Any]] = {}
         self.verdicts: dict[str, bool] = {}
@@ -102,14 +95,10 @@ class TaskText:
         name = json.dumps([task, keys, batch], sort_keys=True)
         if name not in self.known:
             measurement = Measurement(self.evaluator, self.tasks[task], batch)
-            policy, plan = self.evaluator.bind(keys), self.budget.plan
-            (found,) = measurement.run(self.asked[task](), [policy], plan, None, task)
-            self.known[name] = row_of(task, keys, batch, found, plan.half_width)
-            if self.known[name]["relative_loss"] is None:
-                raise SereError(
-                    f"--tasks {task}: the exact model has none of {self.known[name]['items']} "
-                    "right, so it says nothing; leave it out"
-                )
+            questions, plan = self.asked[task](), self.budget.plan
+            rows = answered(task, measurement, questions, [keys], plan, None, task)
+            check_says_something(rows)
+            (self.known[name],) = rows
         return self.known[name]
 
     def rows(self, keys: Keys, batches: Sequence[int]) -> Rows:

@@ -68,9 +68,8 @@ def run_step_time(
     onto = load_result(out) if append and out.exists() else None
     if onto:
         check_continues(onto)
-    shape = get_model(model)
     plan = StepTimePlan(
-        model=with_layers(shape, layers) if layers else shape,
+        model=with_layers(get_model(model), layers),
         batches=batches,
         repeats=repeats,
         tokens=tokens,

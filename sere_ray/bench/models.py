@@ -122,8 +122,10 @@ def get_model(name: str) -> Model:
     return Model(f"random: {layers} layers x {experts} experts, top-8, {size}, {dtype}", config)
 
 
-def with_layers(model: Model, layers: int) -> Model:
-    """The same shapes with so many layers, for less memory or a dry run."""
+def with_layers(model: Model, layers: int | None) -> Model:
+    """The same shapes with so many layers, for less memory or a dry run; None = all."""
+    if layers is None:
+        return model
     fewer: dict[str, Any] = {"num_hidden_layers": layers}
     if "layer_types" in model.config:
         fewer["layer_types"] = model.config["layer_types"][:layers]

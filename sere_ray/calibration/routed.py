@@ -123,8 +123,7 @@ class RoutedSums:
         dot, target, source = (self.sums[n].view(shape) for n in ("dot", "target", "source"))
         seen = source > 0
         scale = (dot / (target + RIDGE)).clamp(-LARGEST_SCALE, LARGEST_SCALE)
-        left = (source - 2 * scale * dot + scale.square() * target).clamp(min=0)
-        loss = torch.where(seen, left / source.where(seen, source.new_ones(())), UNSEEN)
+        loss = _left_over(scale, dot, target, source).where(seen, UNSEEN)
         norm = self.sums["norm"] / chosen.clamp(min=1)
         usual = norm[chosen > 0].median()  # an expert that nobody chose is taken for a usual one
         return {
@@ -140,8 +139,7 @@ class RoutedSums:
         seen = (source > 0) & (target > 0)
         scale = torch.where(seen, dot / target.where(seen, target.new_ones(())), 0.0)
         scale = scale.clamp(-LARGEST_SCALE, LARGEST_SCALE)
-        left = (source - 2 * scale * dot + scale.square() * target).clamp(min=0)
-        loss = torch.where(seen, left / source.where(seen, source.new_ones(())), 1.0)
+        loss = _left_over(scale, dot, target, source).where(seen, 1.0)
         return {
             "directed_scale": scale.fill_diagonal_(1.0),
             "directed_loss": loss.clamp(max=1).fill_diagonal_(1.0),
@@ -155,6 +153,18 @@ class RoutedSums:
         spread = (about / (chosen - 1).clamp(min=1)).clamp(min=0).sqrt()
         score = torch.linalg.vector_norm(spread, dim=1) * self.sums["weight"] / tokens
         return {"output_mean": mean, "novice_score": score}
+
+
+def _left_over(scale: Tensor, dot: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """What ``scale`` times v leaves over of u, as a share; NaN where ``source`` is 0.
+
+    Args:
+        scale: ``[E, E]``.
+        dot: ``[E, E]``, a weighted sum over tokens of <u, v>.
+        target: ``[E, E]``, the same of the square of v.
+        source: of the square of u; broadcasts.
+    """
+    return (source - 2 * scale * dot + scale.square() * target).clamp(min=0) / source
 
 
 def stacked(layers: list[RoutedSums | None]) -> dict[str, NDArray[Any]]:

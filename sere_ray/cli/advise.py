@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from sere_ray.cli.common import console, names, share, user_errors
+from sere_ray.cli.quality import Device, Model, TextColumn
 
 _RULES = "sere,margin"
 
 
 def advise(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="Text like yours: parquet, jsonl or text file.")],
     out: Annotated[Path, typer.Option(help="Folder for all results; a run goes on from it.")],
     batch: Annotated[int, typer.Option(min=2, max=256, help="Decode rows of a step.")] = 16,
@@ -35,8 +36,8 @@ def advise(
         int, typer.Option(min=1, help="Windows of 128 tokens to calibrate on, at most.")
     ] = 400,
     sequences: Annotated[int, typer.Option(min=2, help="Windows to compare settings on.")] = 64,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    text_column: TextColumn = "text",
+    device: Device = "auto",
 ) -> None:
     """From a checkpoint to a decision: what to switch on, what it gains, what it costs.
 

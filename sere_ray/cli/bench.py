@@ -168,9 +168,8 @@ def speculation(
         from sere_ray.bench.models import get_model, with_layers
         from sere_ray.bench.speculation import SpeculationPlan, measure
 
-        chosen = get_model(model)
         plan = SpeculationPlan(
-            model=with_layers(chosen, layers) if layers else chosen,
+            model=with_layers(get_model(model), layers),
             streams=streams,
             num_drafts=drafts,
             steps=steps,

@@ -69,14 +69,14 @@ class Follower:
         """
         from sere_ray.engine.token_times import watch_token_times
 
-        self._token_times = watch_token_times(getattr(engine, "_engine_client", None))
+        client = getattr(engine, "_engine_client", None)  # a stand-in of tests has none
+        self._token_times = watch_token_times(client)
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
                 if self.failure is not None:
                     raise RuntimeError(f"sere-ray: {self.failure}")
                 await asyncio.sleep(0.05)
-        client = getattr(engine, "_engine_client", None)
-        if score is not None and client is not None:  # a stand-in of tests has none
+        if score is not None and client is not None:
             from sere_ray.engine.engine_load import watch_load
 
             load = watch_load(client)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import console, names, share, user_errors
-from sere_ray.cli.quality import Device, Model, TextColumn
+from sere_ray.cli.common import Device, TextColumn, console, names, share, user_errors
+from sere_ray.cli.quality import Model
 
 _RULES = "sere,margin"
 

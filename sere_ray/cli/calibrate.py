@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sere_ray.cli.common import Dtype, Out, console, names, saver, user_errors
+from sere_ray.cli.common import Device, Dtype, Out, TextColumn, console, names, saver, user_errors
 from sere_ray.util.errors import SereError
 
 
@@ -23,9 +23,9 @@ def calibrate(
     sequences: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 400,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
     revision: Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_column: TextColumn = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     statistics: Annotated[
         str,

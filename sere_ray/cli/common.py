@@ -15,6 +15,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 """Of a deployment on this machine."""
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float32"],
     typer.Option(help="Of the weights; auto: the checkpoint's, on a CPU float32."),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sere_ray.cli.common import Out, console, names, user_errors
+from sere_ray.cli.common import Out, TextColumn, console, names, user_errors
 from sere_ray.cli.loadtest_common import Model, Seed
 
 
@@ -36,7 +36,7 @@ def compare(
         str | None,
         typer.Option(help="Text that long continues: parquet, jsonl or text file [the demo's]."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_column: TextColumn = "text",
     lm_eval_options: Annotated[
         str, typer.Option(help="Further ones of lm-eval, such as '--num_fewshot 5'.")
     ] = "",

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_ray.cli.common import Dtype, console, names, numbers, share, user_errors
+from sere_ray.cli.common import (
+    Device,
+    Dtype,
+    TextColumn,
+    console,
+    names,
+    numbers,
+    share,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from sere_ray.evaluation.evaluator import EvaluationPlan
@@ -17,8 +26,6 @@ Sequences = Annotated[int, typer.Option(min=1, help="How many windows of text.")
 Length = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Of these, exact and not scored.")]
 MostItems = Annotated[int, typer.Option(min=1, help="Of a task: ask no more from there on.")]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
 
 def evaluate(

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
@@ -28,24 +28,32 @@ MAX_NEW_TOKENS = 96
 
 
 @contextmanager
+def watched_gates(model: nn.Module, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Give ``take`` each gate's layer and ids ``[T, K]`` while the context is open."""
+
+    def hook(layer: int) -> Any:
+        return lambda _module, _inputs, output: take(layer, output[2])
+
+    gates = enumerate(layer.mlp.gate for layer in model.model.layers)
+    handles = [gate.register_forward_hook(hook(index)) for index, gate in gates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def expert_counts(model: nn.Module) -> Iterator[list[Tensor]]:
     """Per layer, how often each expert is chosen while the context is open."""
     size = len(model.model.layers[0].mlp.gate.weight)
     counts = [torch.zeros(size, dtype=torch.long) for _ in model.model.layers]
 
-    def hook(layer: int) -> Any:
-        def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            counts[layer] += output[2].flatten().bincount(minlength=size).cpu()
+    def count(layer: int, ids: Tensor) -> None:
+        counts[layer] += ids.flatten().bincount(minlength=size).cpu()
 
-        return add
-
-    gates = enumerate(layer.mlp.gate for layer in model.model.layers)
-    handles = [gate.register_forward_hook(hook(index)) for index, gate in gates]
-    try:
+    with watched_gates(model, count):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -152,6 +152,28 @@ class Run:
         self.step += 1
         return loss.detach(), balance.detach()
 
+    def account(self, began: float, digest: str) -> dict[str, Any]:
+        """The first fields of ``metrics.json``: what was run, how, and what came of it.
+
+        Args:
+            began: reading of the monotonic clock at the start, data and compilation included.
+            digest: hash of the weights.
+        """
+        tokens = self.step * self.args.rows * SOURCE_LENGTH
+        return {
+            "run": {
+                **versions(self.stream.device),
+                "steps": self.step,
+                "minutes": round(self.seconds / 60, 2),
+                "minutes_with_data_and_compilation": round((time.monotonic() - began) / 60, 2),
+                "tokens": tokens,
+                "epochs": round(tokens / len(self.stream), 2),
+            },
+            "settings": settings(self.args),
+            "weights_sha256": digest,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
 
 def settings(args: argparse.Namespace) -> dict[str, float | str]:
     """What two halves of one run must have in common."""
@@ -247,19 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     history = train(run, valid)
     folder = args.out / f"judge-seed{args.seed}"
     digest = save(run.model, tokenizer, folder)
-    tokens = run.step * args.rows * SOURCE_LENGTH
     metrics = {
-        "run": {
-            **versions(device),
-            "steps": run.step,
-            "minutes": round(run.seconds / 60, 2),
-            "minutes_with_data_and_compilation": round((time.monotonic() - began) / 60, 2),
-            "tokens": tokens,
-            "epochs": round(tokens / len(stream), 2),
-        },
-        "settings": settings(args),
-        "weights_sha256": digest,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        **run.account(began, digest),
         "train_tokens": len(stream),
         "text": json.loads((args.text / "manifest.json").read_text(encoding="utf-8")),
         "history": history,

@@ -1,16 +1,15 @@
 """Measure a judge through the stock transformers model: perplexity, unions, use of the experts."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cut import union
-from measure import expert_counts, usage
-from torch import Tensor, nn
+from measure import expert_counts, usage, watched_gates
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 UNION_SIZES = (4, 16, 64)
@@ -39,29 +38,13 @@ def perplexity(logits_of: Callable[[Tensor], Tensor], windows: Tensor) -> float:
     return round(math.exp(sum(losses) / len(losses)), 3)
 
 
-@contextmanager
-def choices(model: nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Per layer, the ids ``[T, K]`` that each forward pass chooses while the context is open."""
-    kept: list[list[Tensor]] = [[] for _ in model.model.layers]
-
-    def keep(layer: int) -> Any:
-        return lambda _module, _inputs, output: kept[layer].append(output[2])
-
-    gates = enumerate(layer.mlp.gate for layer in model.model.layers)
-    handles = [gate.register_forward_hook(keep(index)) for index, gate in gates]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def unions(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
     """Experts that rows of different text read together, mean over positions and layers."""
     windows = evenly(stream, UNION_WINDOWS, UNION_LENGTH)
     experts = len(model.model.layers[0].mlp.gate.weight)
-    with choices(model) as kept:
+    kept: list[list[Tensor]] = [[] for _ in model.model.layers]
+    with watched_gates(model, lambda layer, ids: kept[layer].append(ids)):
         for rows in windows.split(max(UNION_SIZES)):
             model.model(rows, use_cache=False)
     half = UNION_LENGTH // 2  # rows that follow text, as decode rows do

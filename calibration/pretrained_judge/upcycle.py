@@ -37,7 +37,7 @@ from quality import evenly, measure, perplexity  # noqa: E402
 from routed import Routing, activate, before_experts, forward  # noqa: E402
 from source import open_dense  # noqa: E402
 from train import Run, settings  # noqa: E402
-from training import save, schedule, versions  # noqa: E402
+from training import save, schedule  # noqa: E402
 
 RATES = {"experts": (5e-4, 0.05), "gate": (1e-4, 0.0), "rest": (1e-4, 0.05)}
 """Peak learning rate and weight decay."""
@@ -259,19 +259,8 @@ def write_judge(folder: Path, args: argparse.Namespace) -> None:
         untie(run.model)
     digest = save(run.model, AutoTokenizer.from_pretrained(args.text / "tokenizer"), writing)
     found = measure(writing, windows, heldout, device)
-    tokens = run.step * args.rows * SOURCE_LENGTH
     metrics = {
-        "run": {
-            **versions(device),
-            "steps": run.step,
-            "minutes": round(run.seconds / 60, 2),
-            "minutes_with_data_and_compilation": round((time.monotonic() - began) / 60, 2),
-            "tokens": tokens,
-            "epochs": round(tokens / len(stream), 2),
-        },
-        "settings": settings(args),
-        "weights_sha256": digest,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        **run.account(began, digest),
         "experts": EXPERTS,
         "heldout_perplexity": scores | {"after": found.pop("perplexity")},
         **found,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.calibration.taken_up import check_taken_up
+
 RECIPE = Path(__file__).resolve().parents[2] / "calibration" / "judge_model"
 MODULES = ("text", "train", "batches", "corpus", "forward", "measure", "training")
 LINES = "".join(f"def function_{i}(value):\n    return value + {i}\n\n\n" for i in range(120))
@@ -54,23 +56,7 @@ def start(train, folder, out, seed=0):
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(recipe, folder, tmp_path):
     _, train = recipe
-    whole = start(train, folder, tmp_path / "whole")
-    for _ in range(4):
-        whole.one_step()
-    first = start(train, folder, tmp_path / "parts")
-    for _ in range(2):
-        first.one_step()
-    first.leave()
-    first.one_step()  # lost with the process
-    second = start(train, folder, tmp_path / "parts")
-    assert second.take_up()
-    for _ in range(2):
-        second.one_step()
-    assert second.progress() == 1
-    weights = second.model.state_dict()
-    assert all(
-        torch.equal(weights[name], value) for name, value in whole.model.state_dict().items()
-    )
+    check_taken_up(lambda name: start(train, folder, tmp_path / name))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(recipe, folder, tmp_path):

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.calibration.taken_up import check_taken_up
+
 CALIBRATION = Path(__file__).resolve().parents[2] / "calibration"
 RECIPE = CALIBRATION / "pretrained_judge"
 GATES = ("softmax", "sigmoid")
@@ -143,22 +145,8 @@ def test_what_is_trained_is_what_the_stock_model_computes(recipe, dense, folder,
 
 @pytest.mark.parametrize("gate", GATES)
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(recipe, dense, folder, tmp_path, gate):
-    whole, _ = start(recipe, dense, folder, tmp_path / "whole", gate)
-    for _ in range(4):
-        whole.one_step()
-    first, _ = start(recipe, dense, folder, tmp_path / "parts", gate)
-    for _ in range(2):
-        first.one_step()
-    first.leave()
-    first.one_step()  # lost with the process
-    second, _ = start(recipe, dense, folder, tmp_path / "parts", gate)
-    assert second.take_up()
-    for _ in range(2):
-        second.one_step()
-    assert second.progress() == 1
-    weights = second.model.state_dict()
-    assert all(
-        torch.equal(weights[name], value) for name, value in whole.model.state_dict().items()
+    whole, second = check_taken_up(
+        lambda name: start(recipe, dense, folder, tmp_path / name, gate)[0]
     )
     assert torch.equal(second.balance.state(), whole.balance.state())
     with pytest.raises(SystemExit, match="give another --out"):

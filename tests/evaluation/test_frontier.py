@@ -27,13 +27,6 @@ SMALL = ["--sequences", "16", "--length", "24", "--prompt", "12", "--device", "c
 
 
 @pytest.fixture(scope="module")
-def similarity(tmp_path_factory):
-    path = tmp_path_factory.mktemp("frontier") / "demo.safetensors"
-    calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """An artifact with all statistics."""
     path = tmp_path_factory.mktemp("frontier") / "full.safetensors"

@@ -10,7 +10,6 @@ import torch
 from typer.testing import CliRunner
 
 from sere_ray import assets
-from sere_ray.calibration import calibrate
 from sere_ray.calibration.loading import load_tokenizer
 from sere_ray.cli.main import app
 from sere_ray.evaluation.decode_batches import Predictions
@@ -312,13 +311,6 @@ def test_the_worst_task_is_the_one_whose_interval_reaches_highest():
 
 
 # --- a small run -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def similarity(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tasks") / "demo.safetensors"
-    calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu")
-    return str(path)
 
 
 def run(similarity, out, *arguments, data=HELD_OUT):

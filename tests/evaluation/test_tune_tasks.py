@@ -7,7 +7,6 @@ import yaml
 from typer.testing import CliRunner
 
 from sere_ray import assets
-from sere_ray.calibration import calibrate
 from sere_ray.cli.common import share
 from sere_ray.cli.main import app
 from sere_ray.evaluation.budget import Budget
@@ -18,13 +17,6 @@ from sere_ray.util.errors import SereError
 DATA = str(assets.CALIBRATION)
 HELD_OUT = str(assets.CALIBRATION.with_name("heldout.jsonl"))
 SMALL = ["--sequences", "16", "--length", "24", "--prompt", "12", "--batches", "8"]
-
-
-@pytest.fixture(scope="module")
-def similarity(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tune") / "demo.safetensors"
-    calibrate(str(assets.MODEL), data=DATA, out=path, sequences=16, device="cpu")
-    return str(path)
 
 
 @pytest.fixture

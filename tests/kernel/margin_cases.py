@@ -330,10 +330,15 @@ def any_gate(experts: int, groups: int) -> st.SearchStrategy[Gate]:
     )
 
 
-@st.composite
-def margin_cases(draw, rows=None, **fixed):
-    """Random ones of a shape."""
-    knobs = {name: draw(st.sampled_from(values)) for name, values in KNOBS.items()}
+def draw_batch(draw, rows, fixed, **further):
+    """What a random batch of a shape is made of, but its knobs.
+
+    Args:
+        draw: of a composite strategy.
+        rows: strategy of their number; None = up to 40.
+        fixed: what is not drawn; ``groups`` stands for any gate with so many.
+        further: strategies of what else is drawn.
+    """
     choices = {
         "seed": st.integers(0, 10**6),
         "rows": st.integers(0, 40) if rows is None else rows,
@@ -342,11 +347,18 @@ def margin_cases(draw, rows=None, **fixed):
         "kinds": st.sampled_from(["mixed", "mixed", "decode", "exact", "padding"]),
         "tied": st.booleans(),
         "floor": st.sampled_from([0, fixed["slots"], 40, 1000]),
+        **further,
     }
     if "groups" in fixed:  # a gate that is not plain
         choices["gate"] = any_gate(fixed["experts"], fixed.pop("groups"))
-    drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
-    return make_margin_case(**drawn, **fixed, **knobs)
+    return fixed | {name: draw(choice) for name, choice in choices.items() if name not in fixed}
+
+
+@st.composite
+def margin_cases(draw, rows=None, **fixed):
+    """Random ones of a shape."""
+    knobs = {name: draw(st.sampled_from(values)) for name, values in KNOBS.items()}
+    return make_margin_case(**draw_batch(draw, rows, fixed), **knobs)
 
 
 def check_margin(found: Found, wanted: Found, case: MarginCase, what: str = "margin") -> None:

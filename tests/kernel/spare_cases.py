@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from .margin_cases import KNOBS, MarginCase, any_gate, make_margin_case
+from .margin_cases import KNOBS, MarginCase, draw_batch, make_margin_case
 
 # (E, K): as for margin; more than one group of 32 stand-ins, or fewer; the most that kernels take.
 SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (9, 3), (33, 16), (300, 5), (4, 4), (1024, 32)]
@@ -54,18 +54,6 @@ def make_spare_case(*, losses: str = "even", seed: int, experts: int, **given) -
 def spare_cases(draw, rows=None, **fixed):
     """Random ones of a shape."""
     knobs = {name: draw(st.sampled_from(values)) for name, values in SPARE_KNOBS.items()}
-    choices = {
-        "seed": st.integers(0, 10**6),
-        "rows": st.integers(0, 40) if rows is None else rows,
-        "dtype": st.sampled_from([torch.bfloat16, torch.float32]),
-        "id_dtype": st.sampled_from([torch.int32, torch.int64]),
-        "kinds": st.sampled_from(["mixed", "mixed", "decode", "exact", "padding"]),
-        "tied": st.booleans(),
-        "floor": st.sampled_from([0, fixed["slots"], 40, 1000]),
-        "losses": st.sampled_from(KINDS_OF_LOSS),
-    }
-    if "groups" in fixed:  # a gate that is not plain
-        choices["gate"] = any_gate(fixed["experts"], fixed.pop("groups"))
-    drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
+    batch = draw_batch(draw, rows, fixed, losses=st.sampled_from(KINDS_OF_LOSS))
     given = {name: value for name, value in knobs.items() if value is not None}
-    return make_spare_case(**drawn, **fixed, **given)
+    return make_spare_case(**batch, **given)

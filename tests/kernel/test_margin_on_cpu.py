@@ -1,5 +1,6 @@
 """``margin.cuh`` in its three kernels, run on the CPU: the integers of the reference."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,11 +73,15 @@ def run(
     return new_ids, weights, tuple(layer.counters[1].tolist())
 
 
-@pytest.mark.parametrize(("experts", "slots"), SHAPES)
-def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
-    @settings(RULES, max_examples=25)
+Cases = st.SearchStrategy[MarginCase]
+
+
+def launches_are_the_reference(cases: Cases, cache: Path, examples: int = 25) -> None:
+    """However ids are written, sorted and shared out over blocks."""
+
+    @settings(RULES, max_examples=examples)
     @given(
-        case=margin_cases(experts=experts, slots=slots),
+        case=cases,
         seed=st.integers(0, 3),
         inplace=st.booleans(),
         block=st.sampled_from([None, 16, 64]),
@@ -89,11 +94,12 @@ def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
     every()
 
 
-@pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
-def test_gates_of_every_kind(experts: int, slots: int, groups: int, cache: Path) -> None:
-    @settings(RULES, max_examples=25)
+def gated_launches_are_the_reference(cases: Cases, cache: Path, examples: int) -> None:
+    """In one block and in all, with and without sorting."""
+
+    @settings(RULES, max_examples=examples)
     @given(
-        case=margin_cases(experts=experts, slots=slots, groups=groups, id_dtype=torch.int32),
+        case=cases,
         seed=st.integers(0, 3),
         block=st.sampled_from([None, 16]),
         cluster=st.sampled_from([1, 8]),
@@ -103,6 +109,18 @@ def test_gates_of_every_kind(experts: int, slots: int, groups: int, cache: Path)
         check_margin(found, case.expected(EMULATED), case)
 
     every()
+
+
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
+    launches_are_the_reference(margin_cases(experts=experts, slots=slots), cache)
+
+
+@pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
+def test_gates_of_every_kind(experts: int, slots: int, groups: int, cache: Path) -> None:
+    shape = {"experts": experts, "slots": slots, "groups": groups}
+    cases = margin_cases(**shape, id_dtype=torch.int32)
+    gated_launches_are_the_reference(cases, cache, examples=25)
 
 
 @pytest.mark.parametrize("threads", [512, 1024])
@@ -136,11 +154,13 @@ def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
         assert counts == (2, 2, 0, 0, 0)
 
 
-def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
-    case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
+def observes_and_switches_off(
+    case: MarginCase, launches: Sequence[tuple[int | None, int]], cache: Path
+) -> None:
+    """Launches, each by block size and cluster, that count, and that do nothing."""
     wanted = case.expected(EMULATED)
     assert not torch.equal(wanted[0], case.ids)
-    for block, cluster in ((None, 1), (16, 1), (None, 8), (16, 8)):
+    for block, cluster in launches:
         how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
         ids, weights, counts = run(case, mode="observe", **how)
         assert_same_ids(ids, case.ids, "observe")
@@ -150,6 +170,11 @@ def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
         assert_same_ids(ids, case.ids, "off")
         assert torch.equal(weights, case.weights)
         assert counts == (0,) * OWN_COUNTERS
+
+
+def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
+    case = make_margin_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
+    observes_and_switches_off(case, ((None, 1), (16, 1), (None, 8), (16, 8)), cache)
 
 
 def test_a_batch_of_one_is_exact(cache: Path) -> None:
@@ -190,24 +215,25 @@ def halves_of_ranks(case: MarginCase, split: float, seed: int, cache: Path) -> N
     check_ranks(ranks, wanted, case)
 
 
+def ranks_keep_one_set(cases: Cases, cache: Path) -> None:
+    """Rows of two ranks, in two halves around a sum, against the rule on all of them."""
+
+    @settings(RULES, max_examples=20)
+    @given(case=cases, split=st.floats(0, 1), seed=st.integers(0, 3))
+    def every(case: MarginCase, split: float, seed: int) -> None:
+        halves_of_ranks(case, split, seed, cache)
+
+    every()
+
+
 @pytest.mark.parametrize(
     ("experts", "slots", "groups"),
     [(128, 8, None), (60, 4, None), (300, 5, None), (4, 1, None), (64, 6, 4)],
 )
 def test_two_ranks_keep_one_set(experts: int, slots: int, groups: int | None, cache: Path) -> None:
-    """Rows of two ranks, in two halves around a sum, against the rule on all of them."""
     gated = {} if groups is None else {"groups": groups}
-
-    @settings(RULES, max_examples=20)
-    @given(
-        case=margin_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated),
-        split=st.floats(0, 1),
-        seed=st.integers(0, 3),
-    )
-    def every(case: MarginCase, split: float, seed: int) -> None:
-        halves_of_ranks(case, split, seed, cache)
-
-    every()
+    cases = margin_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated)
+    ranks_keep_one_set(cases, cache)
 
 
 # --- with the gate's top-k in the launch ----------------------------------------------------------
@@ -283,11 +309,10 @@ def with_drafts(case: MarginCase) -> MarginCase:
     return case._replace(row_weight=torch.where(is_draft, drawn, WEIGHT_UNIT))
 
 
-@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5)])
-def test_demand_of_drafts_counts_less(experts: int, slots: int, cache: Path) -> None:
+def drafts_count_less(cases: Iterable[MarginCase], cache: Path) -> None:
+    """Launches follow what drafts weigh, and at least one batch changes by it."""
     differ = 0
-    for seed, tau in enumerate((0.0005, 0.004, 0.02, 0.1)):
-        case = make_margin_case(seed=seed, rows=64, experts=experts, slots=slots, tau=tau)
+    for seed, case in enumerate(cases):
         drafted = with_drafts(case)
         wanted = drafted.expected(EMULATED)
         differ += not torch.equal(wanted[0], case.expected(EMULATED)[0])
@@ -295,6 +320,13 @@ def test_demand_of_drafts_counts_less(experts: int, slots: int, cache: Path) -> 
             found = run(drafted, cache=cache, seed=seed, block=block, cluster=cluster)
             check_margin(found, wanted, drafted)
     assert differ
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5)])
+def test_demand_of_drafts_counts_less(experts: int, slots: int, cache: Path) -> None:
+    shape = {"rows": 64, "experts": experts, "slots": slots}
+    taus = enumerate((0.0005, 0.004, 0.02, 0.1))
+    drafts_count_less((make_margin_case(seed=seed, tau=tau, **shape) for seed, tau in taus), cache)
 
 
 def test_demand_of_drafts_counts_less_where_the_launch_chooses(cache: Path) -> None:

@@ -51,43 +51,45 @@ def run(case: MarginCase, *, block: int | None = None, mode: str = "on", blocks:
     return ids.cpu(), weights.cpu(), tuple(layer.counters[1].tolist())
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize(("experts", "slots"), SHAPES)
-def test_equals_reference(experts: int, slots: int, blocks: int) -> None:
-    @settings(RULES, max_examples=30)
-    @given(
-        case=margin_cases(
-            experts=experts,
-            slots=slots,
-            rows=st.integers(0, 40) | st.integers(0, 512),
-            id_dtype=torch.int64 if experts in (33, 60) else torch.int32,
-        ),
-        block=st.sampled_from([None, 16, 64]),
-    )
+def launches_are_the_reference(
+    cases: st.SearchStrategy[MarginCase],
+    blocks: int,
+    examples: int = 30,
+    sizes: tuple[int | None, ...] = (None, 16, 64),
+) -> None:
+    """With and without sorting, for GEMM blocks of some sizes."""
+
+    @settings(RULES, max_examples=examples)
+    @given(case=cases, block=st.sampled_from(sizes))
     def every(case: MarginCase, block: int | None) -> None:
         check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
 
     every()
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(("experts", "slots"), SHAPES)
+def test_equals_reference(experts: int, slots: int, blocks: int) -> None:
+    cases = margin_cases(
+        experts=experts,
+        slots=slots,
+        rows=st.integers(0, 40) | st.integers(0, 512),
+        id_dtype=torch.int64 if experts in (33, 60) else torch.int32,
+    )
+    launches_are_the_reference(cases, blocks)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
 def test_gates_of_every_kind(experts: int, slots: int, groups: int, blocks: int) -> None:
-    @settings(RULES, max_examples=40)
-    @given(
-        case=margin_cases(
-            experts=experts,
-            slots=slots,
-            groups=groups,
-            rows=st.integers(0, 40) | st.integers(0, max_aligned_rows(experts, slots)),
-            id_dtype=torch.int32,
-        ),
-        block=st.sampled_from([None, 16]),
+    cases = margin_cases(
+        experts=experts,
+        slots=slots,
+        groups=groups,
+        rows=st.integers(0, 40) | st.integers(0, max_aligned_rows(experts, slots)),
+        id_dtype=torch.int32,
     )
-    def every(case: MarginCase, block: int | None) -> None:
-        check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
-
-    every()
+    launches_are_the_reference(cases, blocks, examples=40, sizes=(None, 16))
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -110,15 +112,34 @@ def test_many_rows(rows: int, blocks: int) -> None:
     check_margin(run(case, blocks=blocks), case.expected(GPU_MATH), case)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-def test_twenty_runs_are_one(blocks: int) -> None:
-    case = make_margin_case(seed=9, rows=400, experts=128, slots=8, tau=0.05, kinds="decode")
+def twenty_runs_are_one(case: MarginCase, blocks: int) -> None:
     first = run(case, blocks=blocks)
     for _ in range(20):
         again = run(case, blocks=blocks)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
         assert first[2] == again[2]
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_twenty_runs_are_one(blocks: int) -> None:
+    case = make_margin_case(seed=9, rows=400, experts=128, slots=8, tau=0.05, kinds="decode")
+    twenty_runs_are_one(case, blocks)
+
+
+def check_after_vllms_choice(
+    kernel: RuleKernel, case: MarginCase, blocks: int, *, renormalize: bool, note: str
+) -> None:
+    """The gate's top-k in the launch: vLLM's choice of the same logits, then the rule."""
+    logits, padding = case.logits.to(GPU), (case.ids < 0).any(dim=1).to(GPU)
+    weights, ids = vllm_top_k(logits, kernel.top_k, renormalize, padding)
+    case = case._replace(ids=ids.cpu(), weights=weights.cpu())
+    layer = device_layer(case, GPU)
+    new_ids, new_weights = route(
+        kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
+    )
+    found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
+    check_margin(found, case.expected(GPU_MATH), case, note)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -141,16 +162,21 @@ def test_vllms_choice_then_the_rule(
             floor=(0, slots)[seed % 2],
             **{name: values[seed % len(values)] for name, values in KNOBS.items()},
         )
-        logits, padding = case.logits.to(GPU), (case.ids < 0).any(dim=1).to(GPU)
-        renormalize = seed % 3 == 0
-        weights, ids = vllm_top_k(logits, slots, renormalize, padding)
-        case = case._replace(ids=ids.cpu(), weights=weights.cpu())
-        layer = device_layer(case, GPU)
-        new_ids, new_weights = route(
-            kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
+        check_after_vllms_choice(
+            kernel, case, blocks, renormalize=seed % 3 == 0, note=f"seed {seed}"
         )
-        found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
-        check_margin(found, case.expected(GPU_MATH), case, f"seed {seed}")
+
+
+def check_two_ranks(kernel: RuleKernel, case: MarginCase, split: float) -> None:
+    """Two launches of each of two ranks, against the rule on the rows of both."""
+    ranks = case.split(split, GPU)
+    logits = [of_rank.case.logits.to(GPU) for of_rank in ranks]
+    asked = torch.full((2, kernel.num_experts), -7, device=GPU)
+    for (_, ids, weights, layer), of_rank, own in zip(ranks, logits, asked, strict=True):
+        ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
+    for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
+        reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
+    check_ranks(ranks, case.expected(GPU_MATH), case)
 
 
 def test_two_ranks_keep_one_set() -> None:
@@ -160,14 +186,7 @@ def test_two_ranks_keep_one_set() -> None:
         case = make_margin_case(
             seed=seed, rows=(1, 5, 64, 200)[seed % 4], experts=128, slots=8, floor=8, **knobs
         )
-        ranks = case.split(seed % 5 / 4, GPU)
-        logits = [of_rank.case.logits.to(GPU) for of_rank in ranks]
-        asked = torch.full((2, 128), -7, device=GPU)
-        for (_, ids, weights, layer), of_rank, own in zip(ranks, logits, asked, strict=True):
-            ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
-        for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
-            reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
-        check_ranks(ranks, case.expected(GPU_MATH), case)
+        check_two_ranks(kernel, case, seed % 5 / 4)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

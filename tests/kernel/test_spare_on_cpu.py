@@ -5,52 +5,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sere_ray.kernel.memory import OWN_COUNTERS, LayerTables
+from sere_ray.kernel.memory import LayerTables
 from sere_ray.rules.spare import spare
-from tests.rules.test_sere import RULES, assert_same_ids
+from tests.rules.test_sere import assert_same_ids
 
 from .emulator import COMPILER
-from .margin_cases import EMULATED, MarginCase, by_reference, check_margin, scores_of
+from .margin_cases import EMULATED, by_reference, check_margin, scores_of
 from .spare_cases import GATED_SHAPES, KINDS_OF_LOSS, SHAPES, make_spare_case, spare_cases
-from .test_margin_on_cpu import halves_of_ranks, route, run, with_drafts
+from .test_margin_on_cpu import (
+    drafts_count_less,
+    gated_launches_are_the_reference,
+    launches_are_the_reference,
+    observes_and_switches_off,
+    ranks_keep_one_set,
+    route,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
 
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
 def test_equals_reference(experts: int, slots: int, cache: Path) -> None:
-    @settings(RULES, max_examples=25)
-    @given(
-        case=spare_cases(experts=experts, slots=slots),
-        seed=st.integers(0, 3),
-        inplace=st.booleans(),
-        block=st.sampled_from([None, 16, 64]),
-        cluster=st.sampled_from([1, 2, 5, 8]),
-    )
-    def every(case: MarginCase, seed: int, inplace: bool, block: int | None, cluster: int) -> None:
-        found = run(case, cache=cache, seed=seed, inplace=inplace, block=block, cluster=cluster)
-        check_margin(found, case.expected(EMULATED), case)
-
-    every()
+    launches_are_the_reference(spare_cases(experts=experts, slots=slots), cache)
 
 
 @pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
 def test_gates_of_every_kind(experts: int, slots: int, groups: int, cache: Path) -> None:
-    @settings(RULES, max_examples=20)
-    @given(
-        case=spare_cases(experts=experts, slots=slots, groups=groups, id_dtype=torch.int32),
-        seed=st.integers(0, 3),
-        block=st.sampled_from([None, 16]),
-        cluster=st.sampled_from([1, 8]),
-    )
-    def every(case: MarginCase, seed: int, block: int | None, cluster: int) -> None:
-        found = run(case, cache=cache, seed=seed, block=block, cluster=cluster)
-        check_margin(found, case.expected(EMULATED), case)
-
-    every()
+    shape = {"experts": experts, "slots": slots, "groups": groups}
+    cases = spare_cases(**shape, id_dtype=torch.int32)
+    gated_launches_are_the_reference(cases, cache, examples=20)
 
 
 @pytest.mark.parametrize("losses", KINDS_OF_LOSS)
@@ -151,18 +136,7 @@ def test_stand_ins_beyond_the_nearest_32(experts: int, cache: Path) -> None:
 
 def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
     case = make_spare_case(seed=3, rows=20, experts=60, slots=4, tau=0.02)
-    wanted = case.expected(EMULATED)
-    assert not torch.equal(wanted[0], case.ids)
-    for block, cluster in ((None, 1), (16, 8)):
-        how = {"cache": cache, "block": block, "cluster": cluster, "inplace": False}
-        ids, weights, counts = run(case, mode="observe", **how)
-        assert_same_ids(ids, case.ids, "observe")
-        assert torch.equal(weights, case.weights)
-        assert counts == wanted[2]
-        ids, weights, counts = run(case, mode="off", **how)
-        assert_same_ids(ids, case.ids, "off")
-        assert torch.equal(weights, case.weights)
-        assert counts == (0,) * OWN_COUNTERS
+    observes_and_switches_off(case, ((None, 1), (16, 8)), cache)
 
 
 @pytest.mark.parametrize(
@@ -170,17 +144,8 @@ def test_observe_counts_and_off_does_nothing(cache: Path) -> None:
 )
 def test_two_ranks_keep_one_set(experts: int, slots: int, groups: int | None, cache: Path) -> None:
     gated = {} if groups is None else {"groups": groups}
-
-    @settings(RULES, max_examples=20)
-    @given(
-        case=spare_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated),
-        split=st.floats(0, 1),
-        seed=st.integers(0, 3),
-    )
-    def every(case: MarginCase, split: float, seed: int) -> None:
-        halves_of_ranks(case, split, seed, cache)
-
-    every()
+    cases = spare_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated)
+    ranks_keep_one_set(cases, cache)
 
 
 @pytest.mark.parametrize(
@@ -200,16 +165,9 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
 
 
 def test_demand_of_drafts_counts_less(cache: Path) -> None:
-    differ = 0
-    for seed, tau in enumerate((0.0005, 0.004, 0.02, 0.1)):
-        case = make_spare_case(seed=seed, rows=64, experts=128, slots=8, tau=tau, lead=0.5)
-        drafted = with_drafts(case)
-        wanted = drafted.expected(EMULATED)
-        differ += not torch.equal(wanted[0], case.expected(EMULATED)[0])
-        for block, cluster in ((None, 1), (16, 8)):
-            found = run(drafted, cache=cache, seed=seed, block=block, cluster=cluster)
-            check_margin(found, wanted, drafted)
-    assert differ
+    shape = {"rows": 64, "experts": 128, "slots": 8, "lead": 0.5}
+    taus = enumerate((0.0005, 0.004, 0.02, 0.1))
+    drafts_count_less((make_spare_case(seed=seed, tau=tau, **shape) for seed, tau in taus), cache)
 
 
 def test_tables_hold_what_calibration_measured() -> None:

@@ -2,22 +2,18 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.kernel.across_ranks import ask_of_ranks, reroute_by_asked
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import MAX_ROUTED_ROWS, max_aligned_rows
 from sere_ray.kernel.memory import LayerTables, Settings
-from tests.rules.test_sere import RULES, assert_same_ids
+from tests.rules.test_sere import assert_same_ids
 
-from .gpu_launches import BLOCKS, GPU, route, vllm_top_k
+from .gpu_launches import BLOCKS, GPU
 from .kernel_cases import check_aligned
 from .margin_cases import (
     GPU_MATH,
-    MarginCase,
     check_margin,
-    check_ranks,
     device_layer,
     make_margin_case,
 )
@@ -29,7 +25,13 @@ from .spare_cases import (
     make_statistics,
     spare_cases,
 )
-from .test_margin_on_gpu import run
+from .test_margin_on_gpu import (
+    check_after_vllms_choice,
+    check_two_ranks,
+    launches_are_the_reference,
+    run,
+    twenty_runs_are_one,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,34 +43,20 @@ MANY_TAUS = [0.0, 0.0005, 0.004, 0.02, 0.1, 1.0]
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("experts", "slots"), SHAPES)
 def test_equals_reference(experts: int, slots: int, blocks: int) -> None:
-    @settings(RULES, max_examples=30)
-    @given(
-        case=spare_cases(
-            experts=experts,
-            slots=slots,
-            rows=st.integers(0, 40) | st.integers(0, max_aligned_rows(experts, slots)),
-            id_dtype=torch.int64 if experts in (33, 60) else torch.int32,
-        ),
-        block=st.sampled_from([None, 16, 64]),
+    cases = spare_cases(
+        experts=experts,
+        slots=slots,
+        rows=st.integers(0, 40) | st.integers(0, max_aligned_rows(experts, slots)),
+        id_dtype=torch.int64 if experts in (33, 60) else torch.int32,
     )
-    def every(case: MarginCase, block: int | None) -> None:
-        check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
-
-    every()
+    launches_are_the_reference(cases, blocks)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("experts", "slots", "groups"), GATED_SHAPES)
 def test_gates_of_every_kind(experts: int, slots: int, groups: int, blocks: int) -> None:
-    @settings(RULES, max_examples=30)
-    @given(
-        case=spare_cases(experts=experts, slots=slots, groups=groups, id_dtype=torch.int32),
-        block=st.sampled_from([None, 16]),
-    )
-    def every(case: MarginCase, block: int | None) -> None:
-        check_margin(run(case, block=block, blocks=blocks), case.expected(GPU_MATH), case)
-
-    every()
+    cases = spare_cases(experts=experts, slots=slots, groups=groups, id_dtype=torch.int32)
+    launches_are_the_reference(cases, blocks, sizes=(None, 16))
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -97,12 +85,7 @@ def test_twenty_runs_are_one(blocks: int) -> None:
     case = make_spare_case(
         seed=9, rows=400, experts=128, slots=8, losses="even", tau=0.5, kinds="decode", limit=1.0
     )
-    first = run(case, blocks=blocks)
-    for _ in range(20):
-        again = run(case, blocks=blocks)
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
-        assert first[2] == again[2]
+    twenty_runs_are_one(case, blocks)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -123,16 +106,9 @@ def test_vllms_choice_then_the_rule(
             losses=KINDS_OF_LOSS[seed % len(KINDS_OF_LOSS)],
             tau=MANY_TAUS[seed % len(MANY_TAUS)],
         )
-        logits, padding = case.logits.to(GPU), (case.ids < 0).any(dim=1).to(GPU)
-        renormalize = seed % 3 == 0
-        weights, ids = vllm_top_k(logits, slots, renormalize, padding)
-        case = case._replace(ids=ids.cpu(), weights=weights.cpu())
-        layer = device_layer(case, GPU)
-        new_ids, new_weights = route(
-            kernel, logits, layer, padding=padding, renormalize=renormalize, blocks=blocks
+        check_after_vllms_choice(
+            kernel, case, blocks, renormalize=seed % 3 == 0, note=f"seed {seed}"
         )
-        found = new_ids.cpu(), new_weights.cpu(), tuple(layer.counters[1].tolist())
-        check_margin(found, case.expected(GPU_MATH), case, f"seed {seed}")
 
 
 def test_two_ranks_keep_one_set() -> None:
@@ -146,14 +122,7 @@ def test_two_ranks_keep_one_set() -> None:
             losses=KINDS_OF_LOSS[seed % len(KINDS_OF_LOSS)],
             tau=MANY_TAUS[seed % len(MANY_TAUS)],
         )
-        ranks = case.split(seed % 5 / 4, GPU)
-        logits = [of_rank.case.logits.to(GPU) for of_rank in ranks]
-        asked = torch.full((2, 128), -7, device=GPU)
-        for (_, ids, weights, layer), of_rank, own in zip(ranks, logits, asked, strict=True):
-            ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
-        for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
-            reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
-        check_ranks(ranks, case.expected(GPU_MATH), case)
+        check_two_ranks(kernel, case, seed % 5 / 4)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sere_ray.evaluation.settings import label
+from sere_ray.evaluation.tables import loss_interval
 from sere_ray.evaluation.task_rows import loss_end
 from sere_ray.evaluation.tune_tasks import described
 
@@ -47,7 +48,7 @@ def _print_tasks(found: dict[str, Any], console: Console) -> None:
         table.add_column(heading, justify="left" if heading == "task" else "right")
     pairs = zip(found["tasks_predicted"], found["tasks_checked"], strict=True)
     for predicted, checked in pairs:
-        losses = (_with_interval(row, "relative_loss", "{:.1%}") for row in (predicted, checked))
+        losses = map(loss_interval, (predicted, checked))
         items = f"{predicted['items']:,}, {checked['items']:,}"
         table.add_row(predicted["task"], str(predicted["batch"]), *losses, items)
     console.print(table)

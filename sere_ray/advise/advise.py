@@ -54,6 +54,8 @@ def advise(plan: AdvicePlan, out: Path, console: Console) -> dict[str, Any]:
     folder = Folder(out, plan)
     _say(console, 1, "calibrate: which experts stand in for which")
     windows = {"windows": plan.calibration_sequences}
+    if not folder.artifact.exists():
+        folder.forget("calibrated")
     folder.step("calibrated", windows, lambda: _calibrate(folder, console))
     advisor = _Advisor(folder, console)
     _say(console, 2, "compare settings by the experts they read and KL")
@@ -169,12 +171,16 @@ class _Advisor:
         wanted = TaskPlan(plan.tasks, min(plan.losses) / 2, plan.most_items)
         rows: Rows = []
         for name in plan.tasks:
-            lost = [row for row in rows if self._is_lost(row)]
-            left = [keys for keys in all_keys if not any(_is_of(row, keys) for row in lost)]
+            left = self._left(all_keys, rows)
             depends = {**self.depends, "settings": left, "asked": asdict(wanted)}
             ask = partial(self._ask, name, text, left, wanted)
             rows += self.folder.step(f"{text}-{name}", depends, ask) if left else []
         return rows
+
+    def _left(self, settings: list[Keys], rows: Rows) -> list[Keys]:
+        """The settings without those that surely lose too much in one of the rows."""
+        lost = [row for row in rows if self._is_lost(row)]
+        return [keys for keys in settings if not any(_same(row, named(keys)) for row in lost)]
 
     def _is_lost(self, row: dict[str, Any]) -> bool:
         """Whether a setting surely loses more than may be lost."""
@@ -194,9 +200,10 @@ class _Advisor:
             return answered(name, measurement, ask(), keys, plan, self.console, name)
 
         pilot = answers(all_keys, replace(wanted, most_items=wanted.most_items // _PILOT))
-        lost = [row for row in pilot if self._is_lost(row)]
-        left = [keys for keys in all_keys if not any(_is_of(row, keys) for row in lost)]
-        rows = [*lost, *(answers(left, wanted) if left else [])]
+        left = self._left(all_keys, pilot)
+        rows = [row for row in pilot if self._is_lost(row)] + (
+            answers(left, wanted) if left else []
+        )
         check_says_something(rows)
         return rows
 
@@ -237,10 +244,6 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["rule"], one["settings"]) == (other["rule"], other["settings"])
 
 
-def _is_of(row: dict[str, Any], keys: Keys) -> bool:
-    return _same(row, named(keys))
-
-
 def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two losses differ by no more than both intervals together allow."""
     halves = [(row["relative_loss_95"][1] - row["relative_loss_95"][0]) / 2 for row in (one, other)]
@@ -258,7 +261,8 @@ def _advice(
     if chosen is None:
         return {"loss": loss, "rule": None, "settings": None}
     second = next(row for row in worst_tasks(checked) if _same(row, chosen))
-    same = next(r for r in checked if _same(r, chosen) and r["task"] == chosen["task"])
+    # Of another task where that one has lost too much already: then this one is not asked.
+    same = next((r for r in checked if _same(r, chosen) and r["task"] == chosen["task"]), second)
     of_kl = next(row for row in compared if _same(row, chosen))
     share = of_kl["experts_to_exact"]
     low, high = chosen["relative_loss_95"]

@@ -110,6 +110,13 @@ class Folder:
                 temporary.write_text("".join(lines), encoding="utf-8")
         return found
 
+    def forget(self, name: str) -> None:
+        """Do a step anew, whose result is gone."""
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.path / "steps" / f"{name}.json"
+
     def step(self, name: str, depends: dict[str, Any], make: Callable[[], Any]) -> Any:
         """What a step gave: from its file if it was done for the same question, else anew.
 
@@ -120,7 +127,7 @@ class Folder:
         """
         of = {"model": self.plan.model, "texts": self.inputs, **depends}
         key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
-        file = self.path / "steps" / f"{name}.json"
+        file = self._file(name)
         if file.exists():
             try:
                 known = json.loads(file.read_text(encoding="utf-8"))

@@ -79,6 +79,14 @@ def test_a_run_goes_on_where_it_was_cut_off(folder, monkeypatch):
     assert "measured again" in str(run(folder, "--loss", "60%").exception)
 
 
+def test_an_artifact_that_is_gone_is_made_anew(folder):
+    before = load_result(folder / "advise.json")["rows"]
+    (folder / "similarity.safetensors").unlink()
+    assert run(folder, "--loss", "60%").exit_code == 0
+    assert (folder / "similarity.safetensors").exists()
+    assert load_result(folder / "advise.json")["rows"] == before
+
+
 def test_where_nothing_keeps_the_loss_there_is_a_page_and_no_policy(tmp_path, has_words):
     done = run(tmp_path, "--loss", "0.2%")
     assert done.exit_code == 2

@@ -8,8 +8,9 @@ tables of the layer's own; the time beyond a graph of empty kernels only, over 4
 adds to a layer. (Without the empty kernels, our launches would overlap with each other.) Arms take
 turns; repeats are medians.
 
-The second form measures margin beside sere alone, in less than a minute: as it is launched, with
-1, 2, 4 and 8 blocks, and behind a gate with a sigmoid, a selection bias and groups (`gated`).
+The second form measures margin and spare beside sere alone, in less than a minute: margin as it is
+launched, with 1, 2, 4 and 8 blocks, and behind a gate with a sigmoid, a selection bias and groups
+(`gated`); spare keeping 30 to 50 experts.
 sere's `..._8_blocks_us` are its times in a graph captured for margin.
 """
 
@@ -105,6 +106,9 @@ def measure(
         ("margin_us", "added_us", "margin_over_sere_us"),
         ("margin_with_sorting_us", "with_sorting_us", "margin_over_sere_when_sorting_us"),
         ("margin_with_top_k_us", "with_top_k_us", "margin_over_sere_with_top_k_us"),
+        ("spare_us", "margin_us", "spare_over_margin_us"),
+        ("spare_with_sorting_us", "margin_with_sorting_us", "spare_over_margin_when_sorting_us"),
+        ("spare_with_top_k_us", "margin_with_top_k_us", "spare_over_margin_with_top_k_us"),
         ("gated_us", "margin_us", "gated_over_softmax_us"),
         ("gated_with_sorting_us", "margin_with_sorting_us", "gated_over_softmax_when_sorting_us"),
     ):

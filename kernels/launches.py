@@ -11,7 +11,7 @@ from torch import Tensor
 from sere_ray.kernel.compiler import compile_cubin
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import MAX_ROUTED_ROWS, blocks_of_margin
-from sere_ray.kernel.memory import DeviceLayer, Settings
+from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import count
 from sere_ray.rules.gate import Gate
@@ -19,6 +19,8 @@ from sere_ray.rules.sere import apply_rerouting, find_rerouting
 
 LAYERS = 48
 BLOCK_SIZE = 16
+SPARE_TAU = 5e-5
+"""Of a row, in the demand of even routing."""
 
 Launch = Callable[[int], Any]
 """Enqueue one layer's work, given the layer."""
@@ -31,6 +33,8 @@ class Layers(RandomLayers):
         margin: the layers under the rule ``margin``, which keeps first choices alone: those that
             sere keeps with S = 1. Every other slot is refilled.
         gated: these with the gate of DeepSeek-V3: sigmoid, selection bias, eight groups.
+        spare: the layers under the rule ``spare`` with random stand-ins, which keeps 30 to 50
+            experts; scales of 1 keep the sum of a row's weights through many replays.
         margin_weights: what it changes in place; beta = 1 keeps their sum through many replays.
     """
 
@@ -53,6 +57,34 @@ class Layers(RandomLayers):
         bias = 0.1 * torch.rand(num_experts, generator=torch.Generator().manual_seed(0))
         gate = Gate("sigmoid", bias.to(GPU), num_experts // 8)
         self.gated = [layer._replace(gate=gate) for layer in self.margin]
+        self.spare = self._spare_layers(rows, num_experts, top_k)
+
+    def _spare_layers(self, rows: int, num_experts: int, top_k: int) -> list[DeviceLayer]:
+        generator, shape = torch.Generator().manual_seed(0), (num_experts, num_experts)
+        directed = [
+            {
+                "directed_loss": torch.rand(shape, generator=generator).fill_diagonal_(0.0),
+                "directed_scale": torch.ones(shape),
+            }
+            for _ in range(LAYERS)
+        ]
+        knobs = {"tau": SPARE_TAU * rows, "lead": 0.0, "limit": 1.0, "protect": False}
+        policy = BoundPolicy(
+            mode="on",
+            rule="spare",
+            select_top_k=top_k,
+            threshold=None,
+            min_primary_experts=0,
+            knobs=tuple(knobs.items()),
+        )
+        settings = Settings(GPU, LAYERS)
+        settings.write(policy, top_k=top_k, num_experts=num_experts, statistics=directed)
+        return [
+            layer._replace(
+                tables=LayerTables.build(layer.tables.similarity, GPU, of_layer), settings=row
+            )
+            for layer, row, of_layer in zip(self.layers, settings.buffer, directed, strict=True)
+        ]
 
 
 def arms(
@@ -92,13 +124,14 @@ def arms(
 
 
 def margin_arms(rows: int, num_experts: int, top_k: int, data: Layers) -> dict[str, Launch]:
-    """The rule ``margin`` beside ``sere``, in one block and in clusters."""
+    """The rules ``margin`` and ``spare`` beside ``sere``, in one block and in clusters."""
     kernel = RuleKernel(num_experts, top_k, torch.int32)
     found = {
         "empty_us": empty_launch(kernel.threads("reroute", rows)),
         **_sere_launches(kernel, rows, data),
         **_margin_launches(kernel, rows, data, blocks_of_margin(rows, GPU)),
         **_gated_launches(rows, num_experts, top_k, data),
+        **_spare_launches(kernel, rows, data, blocks_of_margin(rows, GPU)),
     }
     if torch.cuda.get_device_capability(GPU) < (9, 0):
         return found
@@ -121,6 +154,11 @@ def _sere_launches(
 def _margin_launches(kernel: RuleKernel, rows: int, data: Layers, blocks: int) -> dict[str, Launch]:
     names = ("margin_us", "margin_with_sorting_us", "margin_with_top_k_us")
     return _launches(kernel, rows, data, data.margin, data.margin_weights, blocks, names)
+
+
+def _spare_launches(kernel: RuleKernel, rows: int, data: Layers, blocks: int) -> dict[str, Launch]:
+    names = ("spare_us", "spare_with_sorting_us", "spare_with_top_k_us")
+    return _launches(kernel, rows, data, data.spare, data.margin_weights, blocks, names)
 
 
 def _gated_launches(rows: int, num_experts: int, top_k: int, data: Layers) -> dict[str, Launch]:

@@ -13,11 +13,10 @@ text=$1 out=$2 batches=${3:-"16 4 64"} judges=${4:-"seed0 seed1 sigmoid"}
 here=$(dirname "$0")
 python=${PYTHON:-python}
 train=${TRAIN:---minutes 5}
-statistics=${STATISTICS:-stand_ins,novices}
+statistics=${STATISTICS:-directed,stand_ins,novices}
 calibrate=${CALIBRATE:-}
 measure=${MEASURE:---sequences 256 --tune-sequences 64}
-# margin's leads are small here: tau is far below what other models want.
-tasks=${TASKS:---policies S=2,S=4,rule=margin:tau=0.00001,rule=margin:tau=0.0001,rule=margin:tau=0.001}
+tasks=${TASKS:---policies S=2,S=4,rule=margin:tau=0.0007,rule=spare:tau=0.002,rule=spare:tau=0.006,rule=spare:tau=0.012,rule=spare:tau=0.02}
 gpus=${CUDA_VISIBLE_DEVICES-$("$python" -c \
   'import torch; print(",".join(map(str, range(torch.cuda.device_count()))))')}
 
@@ -30,7 +29,7 @@ judge() {
     sigmoid*)
       kind=(--gate sigmoid --seed "0${1#sigmoid}")
       # The others read scores of a softmax: their papers say nothing about a sigmoid or a bias.
-      rules=(--rules sere,topk,ace,exfold,mone,margin)
+      rules=(--rules sere,topk,ace,exfold,mone,margin,spare)
       ;;
     *) echo "judge $1: must be seedN, sigmoid or sigmoidN" && return 1 ;;
   esac

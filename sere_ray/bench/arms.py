@@ -1,4 +1,4 @@
-"""Settings that decode-step benchmarks time: stock, off, the rule `sere` by S, and `margin`."""
+"""Settings that decode-step benchmarks time: stock, off, `sere` by S, `margin` and `spare`."""
 
 import bisect
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from sere_ray.bench.models import Model
 from sere_ray.policy.policy import Policy
 
 _TAUS = [0.0, *(2 ** (n / 2 - 20) for n in range(41))]
-"""Values that are tried for tau of the arm ``margin``: 0, and 2**-20 to 1 by factors of 1.4."""
+"""Values that are tried for tau: 0, and 2**-20 to 1 by factors of 1.4."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Arm:
     policy: Policy | None
     """None: an engine without the key."""
     budget: int | None = None
-    """``margin``: experts it may read, or first choices if those are more; None: as S = 2."""
+    """Of ``margin``: experts it may read, or first choices if those are more; None: as S = 2."""
     back_end: str = "auto"
     """Of the stock engine."""
 
@@ -30,7 +30,7 @@ class Arm:
 
 
 def arms(similarity: str, model: Model) -> list[Arm]:
-    """Stock, the rule discarded (`observe`), S = K, K/2, 2 and 1 without floor, and ``margin``."""
+    """Stock, the rule discarded (`observe`), S = K, K/2, 2, 1 without floor, margin and spare."""
     common = {"similarity": similarity, "min_primary_experts": 0}
 
     def policy(select_top_k: int, mode: str = "on") -> Policy:
@@ -47,6 +47,7 @@ def arms(similarity: str, model: Model) -> list[Arm]:
         *(Arm(f"S={size}", policy(size)) for size in sizes),
         Arm("margin", margin),
         Arm("margin-24", margin, budget=24),
+        Arm("spare", Policy.parse({**common, "rule": "spare", "tau": _TAUS[0]})),
     ]
 
 

@@ -50,8 +50,8 @@ class StepTimePlan:
         repeats: interleaved repeats of every point.
         tokens: decode steps that are timed in a repeat.
         routers: how tokens spread over the experts.
-        arms: names of the timed settings; None is all but those of ``margin``, whose tau is sought
-            first, and on a GPU without ``observe``.
+        arms: names of the timed settings; None is all but those of ``margin`` and ``spare``, whose
+            tau is sought first, and on a GPU without ``observe``.
         compiled: run vLLM's compiled graphs; False = eager.
     """
 
@@ -70,7 +70,7 @@ class StepTimePlan:
             SereError: an arm that the model does not have.
         """
         names = [arm.name for arm in settings]
-        left_out = {"margin", "margin-24", *(["observe"] if on_gpu() else [])}
+        left_out = {"margin", "margin-24", "spare", *(["observe"] if on_gpu() else [])}
         chosen = self.arms or tuple(n for n in names if n not in left_out)
         for name in chosen:
             if name not in names:
@@ -123,7 +123,7 @@ def measure(
         folder, similarity = write_config(plan.model, Path(name)), Path(name) / "sere.safetensors"
         settings = arms(str(similarity), plan.model)
         plan.timed(settings)
-        synthetic_artifact(folder).save(similarity)
+        synthetic_artifact(folder, directed=True).save(similarity)  # for the arm `spare`
         bandwidth = copy_bytes_per_s() if on_gpu() else None  # before the engines fill the memory
         console.print(f"starting {len(plan.model.stock_back_ends) + 1} engines: {plan.model.name}")
         bench = _start(plan, folder, settings, bandwidth)
@@ -179,7 +179,7 @@ def _measure_batch(
     times: dict[str, list[list[float]]] = {}
     experts: dict[str, float] = {}
     timed = [
-        _with_tau(bench, arm, batch) if arm.name.startswith("margin") else arm
+        _with_tau(bench, arm, batch) if arm.policy and arm.policy.tau is not None else arm
         for arm in bench.plan.timed(bench.settings)
     ]
     observe = next(arm for arm in bench.settings if arm.name == "observe")
@@ -216,24 +216,24 @@ def _is_exact(arm: Arm) -> bool:
     return arm.policy is None or arm.policy.mode == "off"
 
 
-def _with_tau(bench: Bench, margin: Arm, batch: int) -> Arm:
-    """``margin`` with the largest tau at which it reads no fewer experts than S = 2; with a budget,
+def _with_tau(bench: Bench, arm: Arm, batch: int) -> Arm:
+    """The arm with the largest tau at which it reads no fewer experts than S = 2; with a budget,
     with the smallest one at which it reads no more."""
 
-    def experts_of(arm: Arm) -> float:
-        engine = bench.engine(arm)
+    def experts_of(trial: Arm) -> float:
+        engine = bench.engine(trial)
         read_counters(engine, reset=True)
         _step_ms(bench, engine, batch, _WARM_UP_TOKENS, seed=0)
         return experts_read(read_counters(engine), "experts_after")
 
     def of(name: str) -> float:
-        return experts_of(next(arm for arm in bench.settings if arm.name == name))
+        return experts_of(next(other for other in bench.settings if other.name == name))
 
-    if margin.budget is not None:
-        most = max(float(margin.budget), of("S=1"))
-        return with_least_tau(margin, lambda trial: experts_of(trial) <= most)
+    if arm.budget is not None:
+        most = max(float(arm.budget), of("S=1"))
+        return with_least_tau(arm, lambda trial: experts_of(trial) <= most)
     wanted = of("S=2")
-    return with_most_tau(margin, lambda trial: experts_of(trial) >= wanted)
+    return with_most_tau(arm, lambda trial: experts_of(trial) >= wanted)
 
 
 def _row(

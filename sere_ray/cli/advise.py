@@ -1,4 +1,4 @@
-"""The command `advise`."""
+"""The commands `advise` and `speed`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -79,3 +79,32 @@ def advise(
             highlight=False,
         )
     print(out / "advice.html")
+
+
+def speed(
+    tasks: Annotated[list[Path], typer.Argument(help="Results of `sere-ray tasks`.")],
+    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    step_times: Annotated[
+        Path | None, typer.Option(help="Result of `bench step-time`, skewed and uniform gates.")
+    ] = None,
+    losses: Annotated[
+        str, typer.Option(help="What the worst task may lose, comma-separated.")
+    ] = "1%,3%",
+) -> None:
+    """How fast each rule is where tasks stay right: the fewest experts at a held loss.
+
+    Example: sere-ray speed tasks-a.json tasks-b.json --step-times step-time.json --out speed.json
+    """
+    with user_errors():
+        from sere_ray.advise.speed import speed_at_quality
+        from sere_ray.util.results import write_result
+
+        held = [share("--losses", loss) for loss in names(losses)]
+        rows = speed_at_quality(tasks, step_times, held)
+        write_result(out, {"rows": rows}, row_lines=True)
+        for row in rows:
+            console.print(
+                f"{row['model']}, {row['batch']} rows, {row['held_loss']:.0%}: {row['rule']} "
+                f"{row['settings']} reads {row['experts_share']:.0%}, {row['step_speedup']}x",
+                highlight=False,
+            )

@@ -109,7 +109,7 @@ for panel, commands in {
         cli_examples.examples,
     ),
     _RUNNING: (cli_serve.stats, cli_serve.key),
-    _MEASURE: (cli_quality.evaluate, cli_quality.tasks, cli_compare.compare),
+    _MEASURE: (cli_quality.evaluate, cli_quality.tasks, cli_compare.compare, cli_advise.speed),
     _WATCH: (cli_observe.monitor_demo,),
 }.items():
     for command in commands:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sere_ray.kernel.alignment import Aligned, empty_alignment
 from sere_ray.kernel.launcher import RuleKernel
+from sere_ray.kernel.limits import max_aligned_rows
 from sere_ray.kernel.memory import DeviceLayer
 from sere_ray.kernel.peers import Peers
 
@@ -75,7 +76,8 @@ def reroute_gathered_and_align(
         ``block_expert`` holds local expert ids.
     """
     most_local = -(-kernel.num_experts // placement.num_ranks)
-    aligned, sorted_arguments = empty_alignment(topk_ids, block_size, most_local)
+    most_rows = max_aligned_rows(kernel.num_experts, kernel.top_k)
+    aligned, sorted_arguments = empty_alignment(topk_ids, block_size, most_local, most_rows)
     rule = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments = rule + _place(placement) + sorted_arguments
     kernel.launch("reroute_gathered_and_align", topk_ids, arguments, early=False)

@@ -130,8 +130,14 @@ class RuleKernel:
             block_size: a power of two, rows of an expert GEMM's tile.
             logits: as for :meth:`reroute`.
             blocks: as for :meth:`reroute`.
+
+        Raises:
+            ValueError: of :func:`empty_alignment`.
         """
-        aligned, sorted_arguments = empty_alignment(topk_ids, block_size, self.num_experts)
+        most_rows = max_aligned_rows(self.num_experts, self.top_k)
+        aligned, sorted_arguments = empty_alignment(
+            topk_ids, block_size, self.num_experts, most_rows
+        )
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
         arguments += self.logit_arguments(logits, layer.gate)
         self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
@@ -170,7 +176,9 @@ class RuleKernel:
                 f"logits must be contiguous {self.logit_dtype} of 32 to 256 experts, a power of "
                 f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
             )
-        aligned, sorted_arguments = empty_alignment(new_ids, block_size, self.num_experts)
+        aligned, sorted_arguments = empty_alignment(
+            new_ids, block_size, self.num_experts, MAX_ROUTED_ROWS
+        )
         rule = self.arguments(new_ids, new_ids, topk_weights, layer)
         routing = (
             logits.data_ptr(),

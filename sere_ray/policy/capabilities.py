@@ -30,11 +30,6 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     Raises:
         UnsupportedError: names the key.
     """
-    if on_gpu and policy.rule == "spare":
-        raise UnsupportedError(
-            f"{where}.rule = 'spare': a CPU engine follows it; its CUDA kernel is there, but was "
-            "never run on a GPU; use rule = 'margin' on a GPU"
-        )
     entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
     for place, keys in [("", policy.model_dump()), *entries]:
         if on_gpu and keys.get("balance_ranks"):

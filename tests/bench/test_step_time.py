@@ -125,13 +125,12 @@ def plan(**changes):
 
 def test_arms_by_name():
     settings = arms("a.safetensors", get_model("demo"))
-    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings[:-2]]
-    assert [arm.name for arm in settings[-2:]] == ["margin", "margin-24"]
+    assert [arm.name for arm in plan().timed(settings)] == [arm.name for arm in settings[:-3]]
+    assert [arm.name for arm in settings[-3:]] == ["margin", "margin-24", "spare"]
     chosen = plan(arms=("S=1", "off")).timed(settings)
     assert [arm.name for arm in chosen] == ["stock", "off", "S=1"]
-    with pytest.raises(
-        SereError, match="'S=3' is none of stock, off, observe, S=4, S=2, S=1, margin, margin-24"
-    ):
+    names = "stock, off, observe, S=4, S=2, S=1, margin, margin-24, spare"
+    with pytest.raises(SereError, match=f"'S=3' is none of {names}"):
         plan(arms=("S=3",)).timed(settings)
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -143,7 +144,23 @@ class Recorder:
         return found
 
 
-def reports_of(exercise, checkpoint, *, engines, time_limit):
+def with_stand_ins(folder, name):
+    """A checkpoint's artifact with random statistics for ``spare``, saved anew; the file."""
+    from sere_ray.artifact.similarity import SimilarityArtifact
+    from tests.engine.conftest import artifact_path
+    from tests.kernel.spare_cases import make_statistics
+
+    artifact = SimilarityArtifact.load(artifact_path(folder))
+    statistics = {
+        index: make_statistics(len(matrix), "even", index)
+        for index, matrix in artifact.layers.items()
+    }
+    path = folder.with_suffix(f".directed-{name}.safetensors")
+    replace(artifact, statistics=statistics).save(path)
+    return str(path)
+
+
+def reports_of(exercise, checkpoint, *further, engines, time_limit):
     """What ``exercise`` reports of both ranks; the second has fewer requests, and idles."""
     from sere_ray.bench.expert_parallel import PORTS_OF_ENGINE
     from sere_ray.util.ports import free_ports
@@ -154,7 +171,7 @@ def reports_of(exercise, checkpoint, *, engines, time_limit):
     key = sere_key(folder, min_primary_experts=0)
     requests = [prompts(8, seed=1), prompts(5, seed=2)]
     arguments = (free_ports(engines, apart=PORTS_OF_ENGINE), folder, key, requests, [30, 12])
-    return run_ranks(exercise, *arguments, time_limit=time_limit)
+    return run_ranks(exercise, *arguments, *further, time_limit=time_limit)
 
 
 def under(engine, policy, requests, tokens):
@@ -212,25 +229,26 @@ def exercise(rank, ports, folder, key, requests, tokens):
     return report
 
 
-MARGIN = {"rule": "margin", "select_top_k": None, "threshold": None, "tau": 1.0}
-MARGIN_POLICIES = {
-    "all kept": {**MARGIN, "min_primary_experts": 64},
-    "observe": {**MARGIN, "mode": "observe", "min_primary_experts": 0},
-    "off": {**MARGIN, "mode": "off"},
-    "firsts": {**MARGIN, "min_primary_experts": 0},
+DEMAND = {"select_top_k": None, "threshold": None, "tau": 1.0}
+DEMAND_POLICIES = {
+    "all kept": {**DEMAND, "min_primary_experts": 64},
+    "observe": {**DEMAND, "mode": "observe", "min_primary_experts": 0},
+    "off": {**DEMAND, "mode": "off"},
+    "fewest": {**DEMAND, "min_primary_experts": 0},
 }
 
 
-def exercise_margin(rank, ports, folder, key, requests, tokens):
-    """Stock, then an engine under ``margin``, whose policies change: answers and counters."""
+def exercise_demand(rank, ports, folder, key, requests, tokens, rule):
+    """Stock, then an engine under a rule of demand, whose policies change: answers, counters."""
     choose_rank(rank)
     from tests.engine.conftest import generate
 
     report = {}
     with engine_of(folder, None, ports[0]) as engine:
         report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
-    with engine_of(folder, {**key, **MARGIN}, ports[1]) as engine:
-        for name, changes in MARGIN_POLICIES.items():
+    key = {**key, **DEMAND, "rule": rule, "similarity": with_stand_ins(folder, rank)}
+    with engine_of(folder, key, ports[1]) as engine:
+        for name, changes in DEMAND_POLICIES.items():
             policy = {**key, **changes}
             given, counters = under(engine, policy, requests[rank], tokens[rank])
             report[name] = {"answers": given, "counters": counters["decode_only"]}

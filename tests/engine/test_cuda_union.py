@@ -23,7 +23,6 @@ from sere_ray.engine.gpu.union import NO_ROWS, RankGroup
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
-from sere_ray.policy import capabilities
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, count, sere
 from sere_ray.rules.gate import PLAIN
@@ -31,7 +30,7 @@ from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
 from tests.kernel.emulator import COMPILER, launch_packed
-from tests.kernel.kernel_cases import check_local_alignment, library
+from tests.kernel.kernel_cases import check_aligned, check_local_alignment, library
 from tests.kernel.margin_cases import EMULATED, by_reference
 from tests.kernel.spare_cases import make_statistics
 
@@ -40,6 +39,7 @@ RULE = "PPPqPPPPPPPPq"
 LOGITS = "PqPqq"
 SIGNATURES = {
     "reroute": RULE + LOGITS,
+    "reroute_and_align": RULE + LOGITS + "qPqPP",
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_slot_orders": RULE + "P",
@@ -455,10 +455,8 @@ def test_a_gate_without_scores_refuses_margin(emulated, has_words):
 
 
 @needs_compiler
-def test_what_follows_from_statistics_follows_the_artifact(emulated, has_words, monkeypatch):
+def test_what_follows_from_statistics_follows_the_artifact(emulated, has_words):
     """Rules that take turns in one engine, then another artifact, then one without statistics."""
-    # GPU engines refuse `spare` until its kernel has run on one; here it runs in the emulator.
-    monkeypatch.setattr(capabilities, "check_policy", lambda *args, **kwargs: None)
     group = Group(**SPARE)
     layers = {i: matrix.clone().fill_diagonal_(1.0) for i, matrix in group.similarity.items()}
     artifact = replace(group.states[0].artifact, layers=layers)
@@ -490,6 +488,34 @@ def test_what_follows_from_statistics_follows_the_artifact(emulated, has_words, 
     with pytest.raises(PolicyError) as caught:
         bare.set_policy(by_sere, saved(other))
     has_words(str(caught.value), "directed_loss", "restart")
+
+
+@needs_compiler
+@pytest.mark.parametrize("block", [8, 48])
+def test_slots_of_a_lone_rank_are_sorted_where_blocks_are_a_power_of_two(emulated, block):
+    """Marlin's blocks of 48 are sorted by vLLM, behind ids that are re-routed all the same."""
+    lone, similarity = Group(), Group().similarity
+    state = CudaState(
+        Policy.parse(lone.key), lone.states[0].artifact, K, E, MAX_ROWS, torch.device("cpu")
+    )
+    rows = 12
+    logits = torch.rand(rows, E, generator=torch.Generator().manual_seed(3))
+    top = logits.topk(K)
+    ids, weights = top.indices.int(), top.values.contiguous()
+    kinds = torch.full((rows,), REROUTABLE, dtype=torch.int8)
+    wanted = sere.reroute(
+        ids, weights, similarity[LAYERS[0]], row_kind=kinds, select_top_k=1, min_primary_experts=0
+    )
+    assert not torch.equal(wanted, ids)
+    state.begin_step(kinds.numpy())
+    state.reroute(LAYERS[0], ids, weights, None, sorts=True)
+    aligned = state.align(ids, block)
+    assert torch.equal(ids, wanted)
+    if block == 48:
+        assert aligned is None
+    else:
+        check_aligned(ids, aligned, block, E)
+    state.check_nothing_deferred()
 
 
 @needs_compiler

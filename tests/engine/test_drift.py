@@ -425,6 +425,16 @@ def test_triton_experts_sort_by_a_module_global_name():
     assert arguments_of(node)[:2] == ["topk_ids", "config"]
 
 
+def test_marlin_experts_sort_by_a_module_global_name():
+    module = "model_executor.layers.fused_moe.experts.marlin_moe"
+    _, body = function_of(module, "fused_marlin_moe")
+    sort = " moe_align_block_size("
+    assert body.count(sort) == 1
+    assert body.index(sort) < body.index("_fused_marlin_moe(", body.index(sort))
+    assert "moe_align_block_size(topk_ids, block_size_m, global_num_experts, expert_map" in body
+    assert "sorted_token_ids, expert_ids, num_tokens_post_padded = moe_align_block_size" in body
+
+
 def test_plain_gate_is_a_softmax_and_a_top_k():
     """What `route_and_align` computes instead."""
     folder = "model_executor.layers.fused_moe.router"

@@ -7,15 +7,26 @@ import numpy as np
 import pytest
 import torch
 
+from sere_ray.bench.engines import write_config
+from sere_ray.bench.models import get_model, with_layers
+from sere_ray.bench.weights import draw_weights
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import read_counters, set_policy
+from sere_ray.engine.gpu import routing
 from sere_ray.engine.gpu.own_rows import OwnRows
 from sere_ray.engine.gpu.state import CudaState
+from sere_ray.engine.vllm_internals import fill_dummy_weights
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import PADDING, REROUTABLE, count, sere
 from sere_ray.util.errors import UnsupportedError
-from tests.engine.conftest import generate, prompts, running_engine, sere_key, state_of
-from tests.engine.gpu_ranks import NO_MULTICAST
+from tests.engine.conftest import (
+    generate,
+    prompts,
+    running_engine,
+    sere_key,
+    state_of,
+)
+from tests.engine.gpu_ranks import NO_MULTICAST, with_stand_ins
 from tests.kernel.margin_cases import GPU_MATH, by_reference
 from tests.models import TOP_K
 
@@ -252,6 +263,16 @@ BY_MARGIN = [
     {**MARGIN, "by_rows": [{"up_to": 7, "tau": [0.0, 1.0, 0.0, 0.1], "fill": 1.0}]},
 ]
 
+SPARE = {**MARGIN, "rule": "spare", "tau": 0.1}
+BY_SPARE = [
+    SPARE,
+    {**SPARE, "lead": 0.4, "limit": 0.3, "protect": True},
+    MARGIN,
+    {**SPARE, "limit": 0.0, "tau": [1.0, 0.0, 0.05, 0.01], "min_primary_experts": 0},
+    {"select_top_k": 1},
+    {**SPARE, "by_rows": [{"up_to": 7, "tau": [0.0, 1.0, 0.0, 0.1], "protect": True}]},
+]
+
 
 def for_layers(change, layers):
     """A change of policy whose lists have as many numbers as the model has layers."""
@@ -263,11 +284,13 @@ def for_layers(change, layers):
     return change
 
 
-def recount(bound, position, similarity, gate, before, weights, logits, row_kind, row_weight):
+def recount(bound, position, tables, gate, before, weights, logits, row_kind, row_weight):
     """Ids, weights and counters of a layer, by the reference."""
-    if bound.rule == "margin":
-        layer = replace(bound.of_layer(position, len(similarity), None), gate=gate)
-        return by_reference(before, weights, logits, row_kind, layer, GPU_MATH, row_weight)
+    similarity, statistics = tables
+    if bound.rule != "sere":
+        layer = bound.of_layer(position, len(similarity), None, None, statistics)
+        layer, given = replace(layer, gate=gate), (before, weights, logits, row_kind)
+        return by_reference(*given, layer, GPU_MATH, row_weight, rule=bound.rule)
     arguments = {
         "row_kind": row_kind,
         "select_top_k": bound.select_top_k,
@@ -289,6 +312,9 @@ def recount(bound, position, similarity, gate, before, weights, logits, row_kind
         pytest.param("qwen3_moe_64", BY_MARGIN, GRAPHS, id="margin_with_top_k"),
         pytest.param("deepseek_v2", BY_MARGIN, GRAPHS, id="margin_behind_groups"),
         pytest.param("deepseek_v3", BY_MARGIN, GRAPHS, id="margin_behind_a_bias"),
+        pytest.param("qwen3_moe", BY_SPARE, GRAPHS, id="spare"),
+        pytest.param("qwen3_moe_64", BY_SPARE, GRAPHS, id="spare_with_top_k"),
+        pytest.param("deepseek_v3", BY_SPARE, GRAPHS, id="spare_behind_a_bias"),
         pytest.param("qwen3_moe", BY_SERE, DRAFTS, id="drafts"),
         pytest.param("qwen3_moe_64", BY_MARGIN, DRAFTS, id="margin_with_drafts"),
     ],
@@ -297,6 +323,8 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
     """Chunked prefill beside decode, graphs, padding, async scheduling, rules that change."""
     folder = checkpoint(architecture)
     key = sere_key(folder, select_top_k=2, threshold=0.9, min_primary_experts=3)
+    if changes is BY_SPARE:
+        key["similarity"] = with_stand_ins(folder, "recount")
     options = {**graphs, "max_num_batched_tokens": 64, "max_num_seqs": 11}
     with running_engine(folder, key, **options) as engine:
         state = state_of(engine)
@@ -339,13 +367,15 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
             assert PADDING not in kinds
             row_weight = None if draft_weights is None else torch.from_numpy(draft_weights)
             given = (before[:rows], weights[:rows], logits[:rows], row_kind, row_weight)
-            of_layer = artifact.layers[layer], state.gates.known[layer]
-            wanted, wanted_weights, counts = recount(bound, position, *of_layer, *given)
+            tables = artifact.layers[layer], artifact.statistics.get(layer)
+            wanted, wanted_weights, counts = recount(
+                bound, position, tables, state.gates.known[layer], *given
+            )
             recount_of[kind, position] += [int(number) for number in counts[: len(COUNTERS)]]
             if bound.mode == "observe":
                 wanted, wanted_weights = before[:rows], weights[:rows]
             assert torch.equal(after[:rows], wanted)
-            changed = (before[:rows] != wanted).any(dim=1) & (bound.rule == "margin")
+            changed = (before[:rows] != wanted).any(dim=1) & (bound.rule != "sere")
             assert torch.equal(weights[:rows][~changed], weights_after[:rows][~changed])
             torch.testing.assert_close(weights_after[:rows], wanted_weights, rtol=1e-5, atol=1e-8)
     assert bool(recorder.chosen) == (architecture == "qwen3_moe_64")
@@ -409,6 +439,49 @@ def test_mxfp4_experts(tmp_path, back_end, merges):
             else:
                 assert all(counts["slots_rerouted"])
                 assert all(counts["slots_merged"]) if merges else not any(counts["slots_merged"])
+
+
+@pytest.fixture
+def drawn_weights(monkeypatch):
+    """Dummy weights under which rows differ, as benchmarks draw them; vLLM's do not."""
+    from vllm.model_executor import model_loader
+
+    known = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
+    monkeypatch.setattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", known)
+    fill_dummy_weights(draw_weights)
+
+
+def test_int4_answers_are_the_same_whoever_sorts(tmp_path, monkeypatch, drawn_weights):
+    """Marlin's experts, which sort the slots by vLLM's function or by our launch."""
+    model = with_layers(get_model("qwen3-30b-a3b-gptq"), 2)
+    folder, similarity = write_config(model, tmp_path), tmp_path / "random.safetensors"
+    synthetic_artifact(folder).save(similarity)
+    options = {**GRAPHS, "load_format": "dummy", "skip_tokenizer_init": True}
+    options["max_model_len"] = 512
+    key = {"similarity": str(similarity), "select_top_k": 8, "min_primary_experts": 0}
+    policies = (
+        key,
+        {**key, "select_top_k": 1},
+        {**key, "rule": "margin", "tau": 0.02, "select_top_k": None},
+    )
+    with running_engine(folder, **options) as engine:
+        stock, _ = generate(engine, prompts(), detokenize=False)
+    asked, found = [], []
+    align = CudaState.align
+    monkeypatch.setattr(CudaState, "align", lambda *args: asked.append(1) or align(*args))
+    for sorts in (True, False):
+        if not sorts:
+            monkeypatch.setattr(routing, "_sorts_own_ids", lambda runner: False)
+        asked.clear()
+        with running_engine(folder, key, **options) as engine:
+            for policy in policies:
+                set_policy(engine, Policy.parse(policy))
+                found.append(generate(engine, prompts(), detokenize=False)[0])
+        assert bool(asked) == sorts
+    assert found[:3] == found[3:]
+    assert found[0] == stock
+    assert stock != found[1] != found[2]
+    assert len(set(stock)) > 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -13,7 +13,7 @@ import torch
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.rules import EXACT, REROUTABLE, count, sere
 from tests.engine.conftest import artifact_path
-from tests.engine.gpu_ranks import MARGIN_POLICIES, exercise, exercise_margin, reports_of
+from tests.engine.gpu_ranks import DEMAND_POLICIES, exercise, exercise_demand, reports_of
 from tests.engine.ranks import RANKS
 
 pytestmark = [
@@ -134,24 +134,24 @@ def test_one_union_reroutes_at_most_what_a_union_per_rank_does(reports):
     assert 0 < slots("observe") < slots("local observe")
 
 
-@pytest.fixture(scope="module")
-def under_margin(checkpoint):
-    return reports_of(exercise_margin, checkpoint, engines=2, time_limit=200)
+@pytest.fixture(scope="module", params=["margin", "spare"])
+def under_demand(request, checkpoint):
+    return reports_of(exercise_demand, checkpoint, request.param, engines=2, time_limit=200)
 
 
 @pytest.mark.parametrize("name", ["all kept", "observe", "off"])
-def test_answers_under_margin_are_those_of_stock_where_nothing_is_dropped(under_margin, name):
-    for report in under_margin:
+def test_answers_are_those_of_stock_where_nothing_is_dropped(under_demand, name):
+    for report in under_demand:
         assert report[name]["answers"] == report["stock"]
 
 
-def test_ranks_keep_the_same_experts_under_margin(under_margin):
+def test_ranks_keep_the_same_experts_by_demand(under_demand):
     """Both count the experts of all rows, and so must agree on every layer."""
-    counts = {name: [r[name]["counters"] for r in under_margin] for name in MARGIN_POLICIES}
+    counts = {name: [r[name]["counters"] for r in under_demand] for name in DEMAND_POLICIES}
     for first, second in counts.values():
         for field in ("experts_before", "experts_after"):
             assert first[field] == second[field]
-    for name in ("observe", "firsts"):
+    for name in ("observe", "fewest"):
         (first, second) = counts[name]
         for before, after in zip(first["experts_before"], first["experts_after"], strict=True):
             assert 0 < after < before
@@ -160,4 +160,4 @@ def test_ranks_keep_the_same_experts_under_margin(under_margin):
     assert all_kept["experts_after"] == all_kept["experts_before"]
     assert not any(all_kept["slots_rerouted"])
     assert not any(off["experts_before"])
-    assert any(report["firsts"]["answers"] != report["stock"] for report in under_margin)
+    assert any(report["fewest"]["answers"] != report["stock"] for report in under_demand)

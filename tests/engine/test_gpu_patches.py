@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
 from vllm.v1.worker.gpu import dp_utils
 
 from sere_ray.engine import state as states
@@ -36,7 +36,7 @@ def stock(monkeypatch):
 def deferring(answer):
     asked = []
 
-    def align(topk_ids, block_size, skips_foreign):
+    def align(topk_ids, block_size, skips_foreign=False):
         asked.append((topk_ids, block_size, skips_foreign))
         return answer
 
@@ -53,6 +53,23 @@ def test_experts_of_a_deferred_layer_have_their_slots_sorted_by_its_state(
     assert patches._compute_experts(stock.apply, experts, *args) == expected
     assert state.asked == [(IDS, 16, True)]
     assert triton_moe._prepare_expert_assignment is stock.sort
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("ours", "ours"), (None, "sorted by vLLM")])
+def test_marlins_slots_too(monkeypatch, answer, expected):
+    def sort(topk_ids, block_size, *rest, **options):
+        return "sorted by vLLM"
+
+    def apply(experts, **call):
+        return marlin_moe.moe_align_block_size(IDS, 8, 4, None, ignore_invalid_experts=True)
+
+    monkeypatch.setattr(marlin_moe, "moe_align_block_size", sort)
+    state = deferring(answer)
+    assert patches._compute_with_marlin(apply, SimpleNamespace(sere_state=state)) == expected
+    assert state.asked == [(IDS, 8, False)]
+    assert patches._compute_with_marlin(apply, SimpleNamespace()) == "sorted by vLLM"
+    assert len(state.asked) == 1
+    assert marlin_moe.moe_align_block_size is sort
 
 
 def test_other_experts_are_left_to_vllm(stock):

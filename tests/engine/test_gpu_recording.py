@@ -12,12 +12,13 @@ from sere_ray.engine.recording import distinct
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import REROUTABLE, sere
 from tests.engine.conftest import artifact_path, generate, prompts, running_engine, sere_key
-from tests.engine.gpu_ranks import MARGIN, reports_of
+from tests.engine.gpu_ranks import DEMAND, reports_of
 from tests.engine.gpu_recording import RoutedRows, record_ranks, recorded_of
 from tests.engine.ranks import RANKS
 from tests.engine.test_gpu import GRAPHS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+MARGIN = {**DEMAND, "rule": "margin"}
 DROPPED = 255
 """What 8 bits hold of -1."""
 

@@ -13,7 +13,7 @@ from sere_ray.kernel import alignment
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.limits import FILES
+from sere_ray.kernel.limits import FILES, max_aligned_rows
 from sere_ray.kernel.memory import (
     OWN_COUNTERS,
     STEP,
@@ -166,7 +166,8 @@ def empty_alignment(
     kernel: RuleKernel, ids: Tensor, block: int, experts: int | None = None
 ) -> tuple[Aligned, list[object]]:
     """Buffers of the size the launcher gives them, filled with -7, and the emulator's arguments."""
-    aligned, _ = alignment.empty_alignment(ids, block, experts or kernel.num_experts)
+    most_rows = max_aligned_rows(kernel.num_experts, kernel.top_k)
+    aligned, _ = alignment.empty_alignment(ids, block, experts or kernel.num_experts, most_rows)
     for tensor in aligned:
         tensor.fill_(-7)
     bits, capacity = block.bit_length() - 1, aligned.sorted_slots.numel()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sere_ray.kernel.alignment import empty_alignment
 from sere_ray.kernel.launcher import RuleKernel
-from sere_ray.kernel.limits import blocks_of_margin, check_shape
+from sere_ray.kernel.limits import blocks_of_margin, check_shape, max_aligned_rows
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
 
@@ -35,6 +36,16 @@ def test_a_gate_that_the_kernel_was_not_compiled_for(has_words) -> None:
     with pytest.raises(ValueError) as error:
         RuleKernel(64, 4, torch.int32).logit_arguments(logits, Gate("sigmoid"))
     has_words(str(error.value), "any_gate")
+
+
+def test_more_rows_than_a_launch_sorts(has_words) -> None:
+    ids, most = torch.zeros((129, 32), dtype=torch.int32), max_aligned_rows(1024, 32)
+    empty_alignment(ids[:128], 16, 1024, most)
+    with pytest.raises(ValueError) as error:
+        empty_alignment(ids, 16, 1024, most)
+    has_words(str(error.value), "[129, 32]", "at most 128 rows")
+    with pytest.raises(ValueError, match="block_size = 48"):
+        empty_alignment(ids[:128], 48, 1024, most)
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(1025, 8), (128, 33)])

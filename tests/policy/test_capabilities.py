@@ -17,10 +17,10 @@ def policy(keys):
     return Policy.parse({"similarity": "a.safetensors", **keys})
 
 
-@pytest.mark.parametrize("keys", [SERE, MARGIN])
+@pytest.mark.parametrize("keys", [SERE, MARGIN, SPARE])
 def test_what_a_gpu_computes_can_change_while_it_runs(keys):
     check_policy(policy(keys), on_gpu=True)
-    for running in (SERE, MARGIN):
+    for running in (SERE, MARGIN, SPARE):
         check_change(policy(keys), policy(running), on_gpu=True, several_ranks=False)
 
 
@@ -30,17 +30,6 @@ def test_what_a_gpu_cannot(has_words):
     with pytest.raises(UnsupportedError) as caught:
         check_policy(policy(keys), on_gpu=True)
     has_words(str(caught.value), "sere.balance_ranks = True", "a CPU engine")
-
-
-def test_spare_has_not_run_on_a_gpu(has_words):
-    check_policy(policy(SPARE), on_gpu=False)
-    for check in (
-        lambda: check_policy(policy(SPARE), on_gpu=True),
-        lambda: check_change(policy(SPARE), policy(SERE), on_gpu=True, several_ranks=False),
-    ):
-        with pytest.raises(UnsupportedError) as caught:
-            check()
-        has_words(str(caught.value), "sere.rule = 'spare'", "CPU engine", "rule = 'margin'")
 
 
 def test_a_rule_needs_what_it_reads(has_words):

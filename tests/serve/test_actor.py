@@ -312,7 +312,6 @@ def test_another_rule_is_set_without_naming_the_keys_of_the_first(make_router):
     [
         ({}, {"rule": "oea"}, ["policy.rule = 'oea'", "'sere', 'margin' or 'spare'", "evaluate"]),
         ({}, {"rule": "spare", "tau": 0.1}, ["'spare'", "directed_loss", "--statistics directed"]),
-        ({"on_gpu": True}, {"rule": "spare", "tau": 0.1}, ["policy.rule = 'spare'", "CPU engine"]),
         ({}, {"prefer_local_rank": 0.1}, ["policy.prefer_local_rank = 0.1", "unknown key"]),
         (
             {"on_gpu": True},

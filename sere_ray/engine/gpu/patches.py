@@ -21,6 +21,8 @@ triton_moe._prepare_expert_assignment  While that runs: re-route and sort by exp
                                        where stock launches two to sort; in small batches the
                                        gate's top-k, too. Remove: a hook between routing and
                                        sorting.
+MarlinExperts.apply,                   The same for Marlin's experts (INT4, MXFP4), which sort by
+marlin_moe.moe_align_block_size        this function. Remove: as above.
 =====================================  ==========================================================
 
 With data parallelism also those of ``union_patches.py``.
@@ -46,6 +48,7 @@ from sere_ray.util.errors import UnsupportedError
 
 def install(wrap: Wrap) -> None:
     """Put the patches in place; calling it again does nothing."""
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -56,6 +59,7 @@ def install(wrap: Wrap) -> None:
     wrap(GPUModelRunner, "add_requests", _notice_exact_requests)
     wrap(GPUModelRunner, "execute_model", _notice_dummy_pass)
     wrap(TritonExperts, "apply", _compute_experts)
+    wrap(MarlinExperts, "apply", _compute_with_marlin)
 
 
 def state_of_runner(runner: Any) -> CudaState | None:
@@ -169,6 +173,16 @@ def _compute_experts(original: Callable[..., Any], experts: Any, *args: Any, **k
         return apply_experts(original, experts, **kwargs)
 
 
+def _compute_with_marlin(
+    original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any
+) -> Any:
+    state: CudaState | None = getattr(experts, "sere_state", None)
+    if state is None or state.deferred is None:
+        return original(experts, *args, **kwargs)
+    with marlin_sorting_by(state):
+        return original(experts, *args, **kwargs)
+
+
 @contextmanager
 def sorting_by(state: CudaState) -> Iterator[None]:
     """While this is open, vLLM's Triton experts have their slots sorted by the deferred launch."""
@@ -181,8 +195,30 @@ def sorting_by(state: CudaState) -> Iterator[None]:
         aligned = state.align(topk_ids, config["BLOCK_SIZE_M"], skips_foreign)
         return aligned or stock(topk_ids, config, *args, **kwargs)
 
-    triton_moe._prepare_expert_assignment = sort
+    with _replaced(triton_moe, "_prepare_expert_assignment", sort):
+        yield
+
+
+@contextmanager
+def marlin_sorting_by(state: CudaState) -> Iterator[None]:
+    """The same for vLLM's Marlin experts."""
+    from vllm.model_executor.layers.fused_moe.experts import marlin_moe
+
+    stock = marlin_moe.moe_align_block_size
+
+    def sort(topk_ids: Tensor, block_size: int, *args: Any, **kwargs: Any) -> Any:
+        aligned = state.align(topk_ids, block_size)
+        return aligned or stock(topk_ids, block_size, *args, **kwargs)
+
+    with _replaced(marlin_moe, "moe_align_block_size", sort):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    stock = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        triton_moe._prepare_expert_assignment = stock
+        setattr(module, name, stock)

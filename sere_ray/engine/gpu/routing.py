@@ -102,6 +102,7 @@ def _padding_mask(rows: int) -> Tensor | None:
 
 def _sorts_own_ids(runner: Any) -> bool:
     """Do the experts of this layer sort the very ids that its router returns?"""
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
         MoEPrepareAndFinalizeNoDPEPModular,
@@ -110,7 +111,7 @@ def _sorts_own_ids(runner: Any) -> bool:
     experts, kernel = runner.routed_experts, runner.routed_experts.quant_method.moe_kernel
     return (
         kernel is not None
-        and type(kernel.fused_experts) is TritonExperts
+        and type(kernel.fused_experts) in (TritonExperts, MarlinExperts)
         and type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNoDPEPModular
         and experts.expert_map is None
         and not experts.apply_router_weight_on_input

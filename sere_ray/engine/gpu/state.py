@@ -20,6 +20,8 @@ from sere_ray.kernel.limits import reads_logits, unreadable
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.util.errors import UnsupportedError
 
+_ANY_BLOCK = 16
+
 
 @dataclass
 class CudaState(AmongRanks):
@@ -173,12 +175,16 @@ class CudaState(AmongRanks):
             skips_foreign: slots of other ranks' experts are left out; one rank has none.
 
         Returns:
-            None where vLLM has to sort: these ids are not deferred, or re-routed only.
+            None where vLLM has to sort: these ids are not deferred, or re-routed only, or blocks
+            are of no power of two.
         """
         held = self.deferred
         if held is None or held.topk_ids.data_ptr() != topk_ids.data_ptr():
             return None
         self.deferred = None
+        if block_size & (block_size - 1):  # Marlin's 48: our sorting shifts
+            held.sort(_ANY_BLOCK, skips_foreign)
+            return None
         return held.sort(block_size, skips_foreign)
 
     def check_nothing_deferred(self) -> None:

@@ -79,7 +79,9 @@ def _of_batch(
     losses: list[float],
 ) -> Rows:
     top_k, num_experts = document["top_k"], document["num_experts"]
-    exact = _reads(rows, {"rule": "sere", "settings": {"select_top_k": top_k}})
+    rows = [row for row in rows if row["relative_loss"] is not None]  # the exact model solves some
+    exactly = {"rule": "sere", "settings": {"select_top_k": top_k}}
+    exact = _reads(rows, exactly)
     if not exact:
         raise SereError(
             f"{path}: no S={top_k} at batch {batch}, which says what exact steps read; run the "
@@ -94,7 +96,7 @@ def _of_batch(
             kept = [
                 worst
                 for worst in worst_tasks([row for row in rows if row["rule"] == rule])
-                if loss_end(worst) <= loss
+                if loss_end(worst) <= loss and not exactly.items() <= worst.items()
             ]
             shares = [(_share(_reads(rows, worst), exact), worst) for worst in kept]
             if not shares:

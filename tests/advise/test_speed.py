@@ -69,12 +69,12 @@ def test_the_fewest_experts_whose_worst_task_keeps_the_loss(tmp_path):
     rows = speed_at_quality([tasks], steps, [0.01, 0.03])
     found = {(row["held_loss"], row["rule"]): row for row in rows}
     rules = ("exfold", "margin", "sere")
-    assert set(found) == {(loss, rule) for loss in (0.01, 0.03) for rule in rules}
+    every = {(loss, rule) for loss in (0.01, 0.03) for rule in rules}
+    assert set(found) == every - {(0.01, "sere")}  # S=2 loses 2.5 % of copying, S=K is exact
     assert found[0.01, "exfold"]["step_speedup"] is None  # no engine runs it
     held = found[0.01, "margin"]
     assert (held["settings"], held["worst_task"]) == (TAU, "copying")
     assert held["experts_share"] == 0.625  # (6/12 + 6/8) / 2
-    assert found[0.01, "sere"]["settings"] == EXACT  # S=2 loses 2.5 % of copying
     assert found[0.03, "sere"]["settings"] == S2
     assert found[0.03, "sere"]["task_loss_95"] == pytest.approx([0.018, 0.025])
     # Exact reads 10 of 16, so 40 of 64: 7 ms of stock, and of ours 1 + 40 * 0.5 / 8 ms.
@@ -103,6 +103,6 @@ def test_the_command(tmp_path):
     arguments = ["speed", str(tasks), "--step-times", str(steps), "--out", str(out)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert len(json.loads(out.read_text())["rows"]) == 6
+    assert len(json.loads(out.read_text())["rows"]) == 5
     wrong = CliRunner().invoke(app, [*arguments, "--losses", "much"])
     assert wrong.exit_code == 2

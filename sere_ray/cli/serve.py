@@ -1,4 +1,5 @@
-"""The commands around a deployment: serve, policy, stats, key, bench chaos and serving-overhead."""
+"""The commands around a deployment: serve, policy, stats, key, bench chaos, differential and
+serving-overhead."""
 
 import json
 import re
@@ -137,6 +138,24 @@ def chaos(
         from sere_ray.bench.chaos import run_chaos
 
         run_chaos(kills, streams=streams, save=saver(out), console=console)
+    print(out)
+
+
+def differential(
+    out: Out,
+    generated: Annotated[int, typer.Option(min=4, help="Requests of each generated kind.")] = 80,
+) -> None:
+    """Compare status, form and fields of answers with those of vLLM's own server.
+
+    The same requests go to vLLM with the demo model and to deployments on both ways: examples,
+    schemathesis on vLLM's document, hypothesis. Needs the packages of the extra `dev`.
+
+    Example: sere-ray bench differential --out docs/results/differential.json
+    """
+    with user_errors():
+        from sere_ray.bench.differential_servers import run_differential
+
+        run_differential(generated, save=saver(out), console=console)
     print(out)
 
 

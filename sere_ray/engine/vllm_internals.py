@@ -6,8 +6,6 @@ function is called: a process that only builds or routes does not have it.
 ==========================  =====================================================================
 function                    why, remove when
 ==========================  =====================================================================
-engine_dead_error           A lost engine is told from a bad request by this class alone. Remove:
-                            vLLM exports it.
 compute_in_engine_process   Ray's wrapper sets an executor that starts a worker process, also for
                             one worker. Remove: Ray leaves that choice to vLLM.
 workspace_manager           Two engines of one process (step-time benchmark): the first one's
@@ -27,13 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def engine_dead_error() -> type[Exception]:
-    """What vLLM raises for every request of an engine that has died."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    return EngineDeadError  # type: ignore[no-any-return]
 
 
 def compute_in_engine_process(engine_config: Any) -> None:

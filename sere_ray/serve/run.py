@@ -14,6 +14,7 @@ from rich.console import Console
 from sere_ray.serve.app import check_vllm_of_ray
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
+from sere_ray.util import utf8_headers
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import check_free, free_ports
 from sere_ray.util.progress import waiting
@@ -37,6 +38,7 @@ def run_file(
     Raises:
         SereError: the file is not valid, an artifact is not there, or the port is taken.
     """
+    os.environ[utf8_headers.VARIABLE] = utf8_headers.CALLBACK
     if direct:
         stream_directly()
     document = load_file(path)

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import ExitStack, closing
 
+from sere_ray.bench.differential import ask_all, compare, unintended
 from tests.live.traffic import counted
 from tests.serve.deployment import ADMIN, API_KEY, KEY_LIMIT, MODEL_ID, NO_TIER_KEY, wait_for
 
@@ -34,7 +35,8 @@ BAD_REQUESTS = [
     ("POST", "/v1/responses", {"input": "a"}, API_KEY, 404, "Not Found"),
     ("POST", "/v1/messages", {**QUESTION, "max_tokens": 4}, API_KEY, 404, "Not Found"),
     ("POST", "/v1/completions/render", {"prompt": "a"}, API_KEY, 404, "Not Found"),
-    ("DELETE", "/v1/models", None, API_KEY, 405, "not allowed"),
+    ("DELETE", "/v1/models", None, API_KEY, 405, "Not Allowed"),
+    ("DELETE", "/v1/models", None, None, 401, "wrong key"),
     ("OPTIONS", "/sere/policy", None, None, 401, "wrong key"),
     ("OPTIONS", "/sere/policy", None, ADMIN, 405, "Not Allowed"),
     ("PUT", "/sere/audit", b"{", ADMIN, 405, "Not Allowed"),
@@ -85,6 +87,28 @@ def check_refused(served, method, path, body, key, status, words):
     assert {"message", "type", "code"} <= set(answer["error"])
     assert (found != 401) or "www-authenticate" in {name.lower() for name in headers}
     assert (served.sere("policy"), served.sere("artifact")) == before
+
+
+def check_as_vllm(served, of_vllm, server):
+    """Status, form and fields of every answer are plain vLLM's, but for what is listed as intended;
+    no error tells of the server's inside, or gives the input back."""
+    cases, expected = of_vllm
+    answers = ask_all(served.url, API_KEY, cases)
+    rows = list(compare(cases, server, answers, expected))
+    assert len(rows) >= 300
+    wrong = {row["case"] for row in unintended(rows)}
+    assert not [
+        (case.name, answer, other)
+        for case, answer, other in zip(cases, answers, expected, strict=True)
+        if case.name in wrong
+    ]
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.status < 500 or other.status >= 500
+        error = (answer.document or {}).get("error") if answer.status >= 400 else None
+        if error:
+            assert isinstance(error["param"], str | None)
+            assert len(error["param"] or "") < 200
+            assert error["message"]
 
 
 def check_too_many_at_once(served, processes):

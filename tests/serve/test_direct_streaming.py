@@ -9,6 +9,7 @@ import pytest
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
 from tests.serve.every_path import (
     BAD_REQUESTS,
+    check_as_vllm,
     check_drains,
     check_hang_up,
     check_refused,
@@ -43,6 +44,10 @@ def test_who_may_read_what(served, path, key):
 @pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
 def test_bad_requests(served, case):
     check_refused(served, *case)
+
+
+def test_answers_as_vllm(served, of_vllm):
+    check_as_vllm(served, of_vllm, "direct")
 
 
 def test_too_many_at_once(served):

@@ -19,23 +19,18 @@ from ray.experimental import internal_kv
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackCtx
 from ray.llm._internal.serve import constants as llm_constants
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig as InternalConfig
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    CompletionResponse,
-    to_model_metadata,
-)
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-from ray.llm._internal.serve.core.ingress import builder, ingress
+from ray.llm._internal.serve.core.ingress import builder
 from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve._private import constants, replica, router
+from ray.serve._private import constants, http_util, replica, router
 from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.context import DeploymentActorContext, ReplicaContext
 from ray.serve.gang import GangContext
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig, build_llm_deployment, build_openai_app
 from ray.serve.llm.deployment import DPServer, LLMServer
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.util import metrics
 
 PACKAGE = Path(__file__).parents[2] / "sere_ray"
@@ -43,10 +38,7 @@ PRIVATE = {
     "ray.experimental.internal_kv",
     "ray.llm._internal.common.callbacks.base.CallbackBase",
     "ray.llm._internal.serve.constants.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING",
-    "ray.llm._internal.serve.core.configs.openai_api_models.CompletionResponse",
-    "ray.llm._internal.serve.core.configs.openai_api_models.to_model_metadata",
     "ray.llm._internal.serve.core.engine.protocol.LLMEngine",
-    "ray.llm._internal.serve.core.ingress.ingress.init",
     "ray.llm._internal.serve.engines.vllm.vllm_engine.VLLMEngine",
 }
 """What is imported of Ray's private and experimental modules; each has a test below."""
@@ -57,8 +49,6 @@ ALPHA = {
     "ray.serve.llm.build_openai_app",
     "ray.serve.llm.deployment.DPServer",
     "ray.serve.llm.deployment.LLMServer",
-    "ray.serve.llm.ingress.OpenAiIngress",
-    "ray.serve.llm.ingress.make_fastapi_ingress",
 }
 """What is imported of Ray's alpha modules; each has a test below."""
 
@@ -133,7 +123,7 @@ def test_the_ledger_names_who_uses_it():
     for name in PRIVATE | ALPHA - {"ray.serve.llm.LLMConfig"}:
         last = name.rpartition(".")[2]
         covered = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "RAY_SERVE_..."}.get(last, last)
-        builders = ("build_llm_deployment", "build_openai_app", "make_fastapi_ingress")
+        builders = ("build_llm_deployment", "build_openai_app")
         assert covered in ledger or last in builders, name
 
 
@@ -178,10 +168,11 @@ def test_a_loss_is_seen_by_the_engines_client():
     relies(isinstance(AsyncLLM.errored, property), "AsyncLLM.errored", "no property")
 
 
-def test_answers_of_an_engine_come_from_two_generators():
-    for method in (VLLMEngine.chat, VLLMEngine.completions):
-        takes(method, "self", "request", "raw_request_info")
-        relies(inspect.isasyncgenfunction(method), f"{method.__qualname__} yielding", "no yield")
+def test_an_engine_makes_vllms_application():
+    takes(VLLMEngine.build_asgi_app, "self")
+    is_async(VLLMEngine.build_asgi_app)
+    does(VLLMEngine.build_asgi_app, "app = build_app(", "app.state._state.update(", "return app")
+    has(LLMEngine, "build_asgi_app")
 
 
 def test_workers_are_called_through_the_engine():
@@ -195,7 +186,6 @@ def test_what_a_stand_in_engine_has_to_have():
 
     missing = set(LLMEngine.__abstractmethods__) & set(StandInEngine.__abstractmethods__)
     relies(not missing, "no abstract method of LLMEngine beside those of StandInEngine", missing)
-    has(CompletionResponse, "id", "choices", "usage", "model")
 
 
 def test_what_ray_imports_of_vllm_is_there():
@@ -248,7 +238,14 @@ def test_direct_streaming_asks_a_replica_for_its_routes():
     build = llm_server.LLMServer.__serve_build_asgi_app__
     takes(build, "self")
     is_async(build)
-    does(build, "app = await self.engine.build_asgi_app()", "return app")
+    # Ours does the same, without the layer that loads adapters by a header.
+    does(
+        build,
+        "app = await self.engine.build_asgi_app()",
+        "_ResolveLoRAMiddleware",
+        "_add_openai_models_retrieve_route(",
+        "return app",
+    )
     name = replica.SERVE_BUILD_ASGI_APP_METHOD
     relies(name == "__serve_build_asgi_app__", "Serve calling __serve_build_asgi_app__", name)
 
@@ -324,41 +321,31 @@ def test_the_clusters_store(name, arguments):
 # --- the HTTP side: gateway/ingress.py, run.py ----------------------------------------------------
 
 
-def test_requests_pass_through_two_methods_of_the_ingress():
-    takes(OpenAiIngress._process_llm_request, "self", "body", "call_method", "raw_request")
-    takes(OpenAiIngress._get_response, "self", "body", "call_method", "raw_request")
-    does(OpenAiIngress._process_llm_request, "self._get_response(", "StreamingResponse(")
-    takes(OpenAiIngress._get_model_id, "self", "model")
-    is_async(OpenAiIngress._get_model_id)
-    takes(OpenAiIngress._get_configured_serve_handle, "self", "model_id")
-    for route in (OpenAiIngress.completions, OpenAiIngress.chat):
-        does(route, "await self._process_llm_request(")
-    takes(OpenAiIngress.__init__, "self", "llm_deployments", "model_cards")
+def test_an_ingress_makes_its_application_in_the_replica():
+    found = inspect.signature(serve.ingress).parameters["app"]
+    relies(found.default is None, "serve.ingress() without an application", found)
+    does(serve.ingress, "__serve_build_asgi_app__")
 
 
-def test_routes_are_those_that_the_ingress_has():
-    from sere_ray.serve.gateway.ingress import ROUTES, SERVED
-
-    has(OpenAiIngress, *ROUTES)
-    own = inspect.getsource(ingress).partition("DEFAULT_ENDPOINTS = {")[2].partition("}\n\n")[0]
-    for path in SERVED:
-        relies(f'"{path}"' in own, f"the route {path} of Ray's ingress", own)
-    takes(make_fastapi_ingress, "cls", "endpoint_map", "app")
-
-
-def test_the_ingress_application_is_made_by_init():
-    takes(ingress.init)
-    does(ingress.init, "CORSMiddleware,", "return ")
-    relies("app: Optional[FastAPI]" in inspect.getsource(make_fastapi_ingress), "app=", "none")
+def test_a_call_of_a_replica_can_be_cancelled():
+    takes(DeploymentResponseGenerator.cancel, "self")
+    has(DeploymentResponseGenerator, "__anext__")
 
 
 def test_an_application_is_built_of_these():
-    takes(to_model_metadata, "model_id", "model_config", "overrides")
     found = list(inspect.signature(build_llm_deployment).parameters)
     relies(found[0] == "llm_config", "build_llm_deployment(llm_config)", found)
-    takes(OpenAiIngress.get_deployment_options, "llm_configs")
     takes(build_openai_app, "llm_serving_args")
     does(builder.build_openai_app, "if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:")
+
+
+def test_a_callback_puts_layers_around_proxies():
+    from sere_ray.util.utf8_headers import CALLBACK, VARIABLE, layers
+
+    text = inspect.getsource(constants)
+    relies(f'"{VARIABLE}"' in text, f"the variable {VARIABLE}", "nobody who reads it")
+    assert http_util.call_function_from_import_path(CALLBACK)
+    assert http_util.validate_http_proxy_callback_return(layers())
 
 
 def test_direct_streaming_is_chosen_by_the_environment_at_import():

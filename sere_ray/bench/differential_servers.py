@@ -26,7 +26,9 @@ ENGINE = {
     "enforce_eager": True,
     "dtype": "float32",
     "kv_cache_memory_bytes": 1 << 26,
+    "enable_prompt_tokens_details": True,
 }
+"""Engine arguments of all three, and of the deployments of tests."""
 
 
 def vllm_server(folder: Path) -> AbstractContextManager[tuple[str, str, Any]]:

@@ -11,6 +11,7 @@ from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID
 from tests.serve.every_path import (
     BAD_REQUESTS,
     check_hang_up,
+    check_keys_do_not_share_a_cache,
     check_refused,
     check_too_many_at_once,
 )
@@ -56,6 +57,10 @@ def test_openai_client(served, client):
 @pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
 def test_bad_requests(served, case):
     check_refused(served, *case)
+
+
+def test_keys_do_not_share_a_cache(served):
+    check_keys_do_not_share_a_cache(served)
 
 
 def test_too_many_at_once(served):

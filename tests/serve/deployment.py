@@ -15,13 +15,14 @@ import psutil
 import yaml
 
 from sere_ray import assets
+from sere_ray.bench.differential_examples import MODEL as MODEL_ID
+from sere_ray.bench.differential_servers import ENGINE
 from sere_ray.bench.servers import served
 from sere_ray.serve.gateway.keys import digest
 from sere_ray.util.ports import free_ports
 from sere_ray.util.processes import processes_named
 from tests.engine.conftest import random_artifact
 
-MODEL_ID = "sere-demo"
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
 UNSCORED_KEY = "sk-unscored"
 
@@ -137,13 +138,7 @@ def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
         "artifacts": str(folder),
         "access": access,
         "env": {"HF_HUB_OFFLINE": "1"},
-        "engine": {
-            "max_model_len": 256,
-            "max_num_seqs": 16,
-            "enforce_eager": True,
-            "dtype": "float32",
-            "kv_cache_memory_bytes": 1 << 26,
-        },
+        "engine": ENGINE,
         **arguments,
     }
     variables = {"PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}

@@ -111,6 +111,19 @@ def check_as_vllm(served, of_vllm, server):
             assert error["message"]
 
 
+def check_keys_do_not_share_a_cache(served):
+    """A key finds its own prompts in the prefix cache, and no other's."""
+    prompt = "def add(first, second):\n    return first + second\n\n\n" * 10  # more than a block
+
+    def cached(key):
+        status, answer, _ = served.complete(prompt, key=key, max_tokens=1)
+        assert status == 200, answer
+        return (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+
+    assert max(cached(API_KEY) for _ in range(6)) > 0  # on each rank at least twice
+    assert cached(NO_TIER_KEY) == 0
+
+
 def check_too_many_at_once(served, processes):
     """Requests of one key beyond its limit are refused at once; others, and later ones, are not.
 

@@ -12,6 +12,7 @@ from tests.serve.every_path import (
     check_as_vllm,
     check_drains,
     check_hang_up,
+    check_keys_do_not_share_a_cache,
     check_refused,
     check_too_many_at_once,
 )
@@ -48,6 +49,10 @@ def test_bad_requests(served, case):
 
 def test_answers_as_vllm(served, of_vllm):
     check_as_vllm(served, of_vllm, "direct")
+
+
+def test_keys_do_not_share_a_cache(served):
+    check_keys_do_not_share_a_cache(served)
 
 
 def test_too_many_at_once(served):

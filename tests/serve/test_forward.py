@@ -149,7 +149,7 @@ def test_a_request_goes_as_it_came_and_the_answer_comes_back():
     assert sent == [message for batch in batches for message in batch]
     assert body == b"one"
     assert request == {name: SCOPE[name] for name in ("type", "method", "path", "headers")}
-    assert is_cancelled, "it must end with the request"
+    assert not is_cancelled, "that would be one more message to the replica"
 
 
 def test_a_request_without_a_body_waits_for_none():
@@ -167,6 +167,26 @@ def test_an_answer_whose_replica_dies_is_refused_or_cut():
         forwarded([], RayActorError())
     with pytest.raises(RayActorError):  # its length was told: the connection must break
         forwarded([[start([(b"content-length", b"9")])]], RayActorError())
+
+
+def test_a_client_that_is_gone_ends_the_call():
+    async def endless():
+        yield [start()]
+        await asyncio.sleep(60)
+
+    async def run():
+        call = Call(endless())
+        replicas = handle(["a"], serve_http=lambda request, body: call)
+
+        async def send(message):
+            client.cancel()
+
+        client = asyncio.ensure_future(Forwarder(replicas)({**SCOPE, "method": "GET"}, None, send))
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        return call.is_cancelled
+
+    assert asyncio.run(asyncio.wait_for(run(), 5))
 
 
 def test_another_error_is_none_of_a_loss():

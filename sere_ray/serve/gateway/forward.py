@@ -51,7 +51,7 @@ class Forwarder:
             raise nobody()
         request = {name: scope[name] for name in PASSED if name in scope}
         call = self._handle.serve_http.remote(request, body)
-        has_begun = is_stream = False
+        has_begun = has_ended = is_stream = False
         try:
             messages = await first_response(call, self._handle)
             while messages is not None:
@@ -60,6 +60,7 @@ class Forwarder:
                     is_stream = is_stream or _begins_stream(message)
                     await send(message)
                 messages = await anext(call, None)
+            has_ended = True
         except Exception as error:
             if not is_loss(error) or (has_begun and not is_stream):
                 raise
@@ -67,7 +68,8 @@ class Forwarder:
                 raise lost() from None
             await send({"type": "http.response.body", "body": loss_event().encode()})
         finally:
-            call.cancel()  # does nothing to one that has ended
+            if not has_ended:
+                call.cancel()
 
 
 async def answers(app: App, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[list[Message]]:

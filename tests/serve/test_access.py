@@ -310,6 +310,7 @@ def test_tier_refused(key, header, body, status, code):
         (b"[" * 900, [], 400),
         (b'{"a": "' + b"x" * 1024 + b'"}', [], 413),
         (b"{}", [(b"content-length", b"99999999999")], 413),
+        (b"{}", [(b"content-length", b"9" * 6000)], 413),
     ],
 )
 def test_body(body, headers, status):

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sere_ray.policy.tiers import HEADER
 from sere_ray.serve.gateway.bodies import answers_asked, for_engine, is_json, json_object
 from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing
+from sere_ray.serve.gateway.messages import read_body, replayed, with_body
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, as_vllm, failed
 from sere_ray.serve.gateway.routes import HEALTH, WITH_BODY
 
@@ -136,7 +137,7 @@ class AccessLayer:
                 content, answers = await self._checked(scope, receive, key)
                 self._enter(key, answers - places)
                 places = answers
-                scope, receive = _with_body(scope, content), _replay(content, receive)
+                scope, receive = with_body(scope, content), replayed(content, receive)
             await self._app(scope, receive, send)
         finally:
             self._leave(key, places)
@@ -227,7 +228,7 @@ class AccessLayer:
                 for any time.
         """
         path, headers = _path(scope), _headers(scope)
-        content = await _read_body(receive, headers, self._config.max_body_bytes)
+        content = await read_body(receive, headers, self._config.max_body_bytes)
         if path.startswith("/sere/"):
             return content, 1
         takes_body = path in WITH_BODY and scope["method"] == "POST"
@@ -249,44 +250,6 @@ class AccessLayer:
 
 def _short(number: int) -> str:
     return str(number) if number < 10**9 else "more than a billion"
-
-
-def _with_body(scope: MutableMapping[str, Any], content: bytes) -> MutableMapping[str, Any]:
-    replaced = (b"content-length", b"transfer-encoding")
-    headers = [(k, v) for k, v in scope["headers"] if k.lower() not in replaced]
-    return {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
-
-
-async def _read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    too_large = Refusal(413, "body_too_large", f"The body is larger than {limit} bytes.")
-    length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise too_large
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refusal(400, "disconnected", "The client went away.")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise too_large
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-def _replay(content: bytes, receive: Receive) -> Receive:
-    """Hand the body over once; afterwards the client's messages (a disconnect) come through."""
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": content, "more_body": False}
-
-    return replay
 
 
 def _path(scope: Mapping[str, Any]) -> str:

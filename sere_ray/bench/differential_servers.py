@@ -16,7 +16,7 @@ from sere_ray.bench.differential_cases import all_cases
 from sere_ray.bench.differential_examples import MODEL, Case
 from sere_ray.bench.models import get_model
 from sere_ray.bench.serving_overhead import BARE, PROXIES, OverheadPlan, start
-from sere_ray.calibration.synthetic import synthetic_artifact
+from sere_ray.calibration.run import calibrate
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
@@ -66,8 +66,9 @@ def run_differential(
         with vllm_server(folder) as (url, key, _):
             cases, expected = of_vllm(url, key, generated)
         advance(1)
-        synthetic_artifact(assets.MODEL).save(folder / "sere.safetensors")
-        policy = {"similarity": str(folder / "sere.safetensors"), "select_top_k": 1}
+        artifact = folder / "sere.safetensors"
+        calibrate(str(assets.MODEL), data=str(assets.CALIBRATION), out=artifact, console=None)
+        policy = {"similarity": str(artifact), "select_top_k": 1}
         for proxy in PROXIES:
             with start(_plan(folder, policy), proxy) as (url, key, _):
                 rows += compare(cases, proxy, ask_all(url, key, cases), expected)

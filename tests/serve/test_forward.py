@@ -153,7 +153,9 @@ def test_a_request_goes_as_it_came_and_the_answer_comes_back():
 
 
 def test_a_request_without_a_body_waits_for_none():
-    _, (_, body), _ = forwarded([[start()]], scope={**SCOPE, "method": "GET"})
+    _, (_, body), _ = forwarded(
+        [[start(), part(b"", more=False)]], scope={**SCOPE, "method": "GET"}
+    )
     assert body == b""
 
 
@@ -163,15 +165,22 @@ def test_a_stream_whose_replica_dies_ends_with_an_event():
 
 
 def test_an_answer_whose_replica_dies_is_refused_or_cut():
-    with pytest.raises(Refusal, match="send the request again"):
-        forwarded([], RayActorError())
+    for batches in ([], [[start()]], [[start(STREAM)]]):
+        with pytest.raises(Refusal, match="send the request again"):
+            forwarded(batches, RayActorError())
     with pytest.raises(RayActorError):  # its length was told: the connection must break
-        forwarded([[start([(b"content-length", b"9")])]], RayActorError())
+        forwarded([[start([(b"content-length", b"9")]), part(b"a")]], RayActorError())
+
+
+def test_a_replica_that_dies_after_its_answer_harms_nobody():
+    """An error here would close the connection, on which the client's next request may be."""
+    batches = [[start(), part(b"a", more=False)]]
+    assert forwarded(batches, RayActorError())[0] == batches[0]
 
 
 def test_a_client_that_is_gone_ends_the_call():
     async def endless():
-        yield [start()]
+        yield [start(), part(b"a")]
         await asyncio.sleep(60)
 
     async def run():

@@ -51,24 +51,32 @@ class Forwarder:
             raise nobody()
         request = {name: scope[name] for name in PASSED if name in scope}
         call = self._handle.serve_http.remote(request, body)
-        has_begun = has_ended = is_stream = False
+        has_begun = is_whole = is_stream = False
+        head: Message | None = None
         try:
             messages = await first_response(call, self._handle)
             while messages is not None:
                 for message in messages:
-                    has_begun = True
-                    is_stream = is_stream or _begins_stream(message)
+                    if message["type"] == "http.response.start":
+                        # Held until there is more: a replica that dies now leaves a refusal.
+                        head, is_stream = message, _begins_stream(message)
+                        continue
+                    if not has_begun and head is not None:
+                        has_begun = True
+                        await send(head)
                     await send(message)
+                    is_whole = not message.get("more_body", False)
                 messages = await anext(call, None)
-            has_ended = True
         except Exception as error:
+            if is_whole and is_loss(error):
+                return
             if not is_loss(error) or (has_begun and not is_stream):
                 raise
             if not has_begun:
                 raise lost() from None
             await send({"type": "http.response.body", "body": loss_event().encode()})
         finally:
-            if not has_ended:
+            if not is_whole:
                 call.cancel()
 
 

@@ -122,7 +122,7 @@ def _parsed(content):
 
 
 @contextmanager
-def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
+def deployed(folder, *, keys=True, environment=None, proxy="default", **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
     port, metrics_port = free_ports(2)
     save_artifacts(folder)
@@ -147,7 +147,7 @@ def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
         **arguments,
     }
     variables = {"PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
-    with served(folder, port, arguments, variables, metrics_port, direct=direct) as process:
+    with served(folder, port, arguments, variables, metrics_port, proxy=proxy) as process:
         yield Served(process, f"http://127.0.0.1:{port}", folder / "log", metrics_port)
 
 

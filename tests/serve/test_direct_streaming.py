@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("direct")
-    with deployed(folder, direct=True, data_parallel_size=2) as deployment:
+    with deployed(folder, proxy="direct", data_parallel_size=2) as deployment:
         yield deployment
 
 

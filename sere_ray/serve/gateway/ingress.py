@@ -8,6 +8,7 @@ access layer around either.
 import asyncio
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-from ray.llm._internal.serve.core.ingress.ingress import init
+from ray.llm._internal.serve.core.ingress import ingress as ray_ingress
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.llm import build_llm_deployment, build_openai_app
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
@@ -24,13 +25,15 @@ from starlette.responses import Response, StreamingResponse
 
 from sere_ray.observe.export import RaySink
 from sere_ray.observe.metrics import REFUSED
+from sere_ray.proxy.limits import SECRET, Limits
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.control_api import REPORTED, control_app
 from sere_ray.serve.gateway.hang_ups import HangUpLayer
-from sere_ray.serve.gateway.keys import KeyFile, KeyRing, from_environment
+from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment
 from sere_ray.serve.gateway.losses import EngineLostError, LossLayer, loss_event, lost, nobody
 from sere_ray.serve.gateway.refusals import Refusal, answer, http_error
+from sere_ray.serve.gateway.time_limits import TimeLimitLayer
 from sere_ray.serve.gateway.ui import PATHS
 from sere_ray.util.errors import SereError
 
@@ -67,18 +70,27 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     """
     keys = from_environment()
     ring = KeyRing(config.access.keys_file, keys)
-    if ring.is_open and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    loopback = os.environ.get(SECRET) if behind_haproxy else None
+    if ring.is_open and behind_haproxy and loopback is None:
         raise SereError(
             "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
-            "client looks local; give keys (`sere-ray key NAME`)"
+            "client looks local; give keys (`sere-ray key NAME`), or let `sere-ray serve` start it"
         )
+    protection = {
+        "access": config.access,
+        "keys": keys,
+        "limits": config.limits,
+        "control": config.sere is not None,
+        "loopback": None if loopback is None else digest(loopback),
+    }
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
-        llm.experimental_configs[ACCESS] = (config.access, keys, config.sere is not None)
+        llm.experimental_configs[ACCESS] = protection
         return build_openai_app({"llm_configs": [llm]})
-    app = init()
+    app = ray_ingress.init()
     # No page of another origin may talk to the server: browsers are no clients of it.
     app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
-    protect(app, config.access, keys, control=config.sere is not None)
+    protect(app, **protection)
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=ROUTES, app=app)
     options = SereIngress.get_deployment_options([llm])
     if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
@@ -112,10 +124,12 @@ class RefusalCounter:
 
 def protect(
     app: Any,
+    *,
     access: AccessConfig,
     keys: KeyFile,
-    *,
+    limits: Limits,
     control: bool,
+    loopback: str | None = None,
     is_lost: Callable[[], bool] | None = None,
 ) -> None:
     """Put the access layer around an application, mount control API and page in it, and drop
@@ -125,7 +139,10 @@ def protect(
         app: a FastAPI application; changed in place.
         access: limits and the key file.
         keys: those of the environment.
+        limits: on the time of a request and its answer.
         control: whether there is a policy actor to control.
+        loopback: hash of the word by which HAProxy tells requests of this machine; None = it is
+            seen by the client's address.
         is_lost: says whether the engine that answers in this process is gone; None = the process
             has no engine.
     """
@@ -139,16 +156,30 @@ def protect(
         app.add_middleware(LossLayer, is_lost=is_lost)
     public = PATHS if control else frozenset()
     count = RefusalCounter()
-    app.add_middleware(AccessLayer, config=access, fixed=keys, public=public, count=count)
+    app.add_middleware(
+        AccessLayer, config=access, fixed=keys, public=public, count=count, loopback=loopback
+    )
+    app.add_middleware(TimeLimitLayer, limits=limits)
+
+
+_CALLS: ContextVar[list[Any]] = ContextVar("calls")
+"""Calls of replicas that belong to the request at hand."""
+ray_ingress.DEFAULT_LLM_ROUTER_HTTP_TIMEOUT = None  # Ray's 600 s; ours is limits.answer_s
 
 
 class SereIngress(OpenAiIngress):  # type: ignore[misc]
-    """Ray's OpenAI ingress, with clear answers when a gang is lost.
+    """Ray's OpenAI ingress, with clear answers when a gang is lost, and ends that reach the engine.
 
     Ray answers 500 while a dead engine is noticed, lets requests wait without limit while no
-    replica runs, and cuts a stream off. Here a request gets 503 at once, and a stream ends with an
-    error event.
+    replica runs, cuts a stream off, and leaves the engine at work where a request is ended here.
+    Here a request gets 503 at once, a stream ends with an error event, and the replica's call is
+    cancelled with the request.
     """
+
+    def _get_configured_serve_handle(self, model_id: str) -> Any:
+        handle = super()._get_configured_serve_handle(model_id)
+        calls = _CALLS.get(None)
+        return handle if calls is None else _RecordedHandle(handle, calls)
 
     async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
         try:
@@ -161,10 +192,12 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
 
     async def _get_response(self, *, body: Any, **kwargs: Any) -> AsyncIterator[Any]:
         model_id = await self._get_model_id(body.model)
-        handle = self._get_configured_serve_handle(model_id)
+        handle = super()._get_configured_serve_handle(model_id)
         if has_no_replica(handle):
             raise nobody()
         started = False
+        calls: list[Any] = []
+        _CALLS.set(calls)
         try:
             responses = super()._get_response(body=body, **kwargs)
             first = await first_response(responses, handle)
@@ -180,6 +213,27 @@ class SereIngress(OpenAiIngress):  # type: ignore[misc]
             if not started:
                 raise lost() from None
             yield loss_event()
+        finally:
+            for call in calls:
+                call.cancel()  # does nothing to one that has ended
+
+
+class _RecordedHandle:
+    """A handle of Ray Serve's whose calls are put into a list."""
+
+    def __init__(self, handle: Any, calls: list[Any]) -> None:
+        self._handle, self._calls = handle, calls
+
+    def __getattr__(self, method: str) -> "_RecordedHandle":
+        return _RecordedHandle(getattr(self._handle, method), self._calls)
+
+    def options(self, **options: Any) -> "_RecordedHandle":
+        return _RecordedHandle(self._handle.options(**options), self._calls)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._handle.remote(*args, **kwargs)
+        self._calls.append(call)
+        return call
 
 
 async def until_loss(events: AsyncIterable[Any]) -> AsyncIterator[Any]:

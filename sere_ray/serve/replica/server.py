@@ -18,6 +18,7 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.policy.policy import Startup
+from sere_ray.proxy.slow_clients import limit_requests
 from sere_ray.serve.gateway.losses import EngineLostError
 from sere_ray.serve.policy_actor.actor import RouterActor
 from sere_ray.serve.policy_actor.locate import ACTOR
@@ -119,8 +120,9 @@ class _Following:
         from sere_ray.serve.gateway.ingress import ACCESS, protect
 
         app = await super().__serve_build_asgi_app__()  # type: ignore[misc]
-        access, keys, control = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
-        protect(app, access, keys, control=control, is_lost=lambda: self.engine.is_lost)
+        protection = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
+        protect(app, **protection, is_lost=lambda: self.engine.is_lost)
+        limit_requests(protection["limits"])  # Ray starts this replica's HTTP server after it
         return app
 
     @classmethod

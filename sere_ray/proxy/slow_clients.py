@@ -8,7 +8,7 @@ and before it starts the server there.
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -55,8 +55,8 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     request that comes in one piece is never in the way, and never locked out.
     """
 
-    limits = Limits()
-    unfinished: dict["TimedProtocol", None] = {}
+    limits = Limits.model_validate({})
+    unfinished: ClassVar[dict["TimedProtocol", None]] = {}
     """Connections that wait for (the rest of) a request, the oldest first."""
     _timer: asyncio.TimerHandle | None = None
     _waits_for = ""

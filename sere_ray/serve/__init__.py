@@ -25,10 +25,18 @@ get_deployment_actor(_context)         never; they are alpha, so their form may 
 OpenAiIngress, init,                   Routes that are served, and clear answers at a loss:
 to_model_metadata                      ``_process_llm_request``, ``_get_response``. Remove: Ray
 ``gateway/ingress.py``                 answers 503 at once, and takes a list of routes.
+DEFAULT_LLM_ROUTER_HTTP_TIMEOUT,       Ray's limit of 600 s is off (ours: ``limits.answer_s``), and
+_get_configured_serve_handle           a replica's call is cancelled with its request. Remove: Ray
+``gateway/ingress.py``                 does it.
+HAProxy's configuration, uvicorn's     Limits that Ray has no option for are written into the first
+AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), timed in the second.
+``proxy/``                             Remove: Ray takes them.
+Text of ``serve.status()``             "failed to start": a start ends at the first replica's
+``failed_start.py``                    failure. Remove: Serve has a state for it.
 handle._router                         Whether a replica is left, and who waits for one. Remove: a
 ``gateway/ingress.py``                 handle tells how many replicas it has.
 RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is
-``gateway/ingress.py``, ``run.py``     imported; ports that are free. Remove: options of Serve.
+``gateway/ingress.py``, ``way.py``     imported; ports that are free. Remove: options of Serve.
 internal_kv                            The actor's name and what it stores outlive it. Remove: Ray
 ``policy_actor/``                      Serve has a store for applications.
 Metric._record                         A counter that starts at 0. Remove: ``Counter.inc`` takes 0.

@@ -87,7 +87,7 @@ def limits_of_proxies(path: Path, document: Mapping[str, Any]) -> Limits:
     Raises:
         SereError: two applications ask for different ones.
     """
-    limits = [config.limits for config in configs(document)] or [Limits()]
+    limits = [config.limits for config in configs(document)] or [Limits.model_validate({})]
     for other in limits[1:]:
         if other.of_proxies != limits[0].of_proxies:
             raise SereError(

@@ -6,6 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
 from sere_ray.serve.app import engine_arguments, local
 from sere_ray.serve.config import ServeConfig
 from sere_ray.util.errors import SereError
@@ -47,9 +50,7 @@ def check_engine(config: ServeConfig) -> None:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `vllm serve --help`"
-            raise SereError(
-                f"engine.{key} = {arguments[key]!r}: vLLM has no such argument; {hint}"
-            )
+            raise SereError(f"engine.{key} = {arguments[key]!r}: vLLM has no such argument; {hint}")
     _build(arguments)
 
 
@@ -59,11 +60,20 @@ def _build(arguments: dict[str, Any]) -> None:
     try:
         AsyncEngineArgs(**arguments).create_model_config()
     except Exception as error:  # whatever vLLM refuses with
-        raise SereError(f"vLLM refuses the model or its `engine` arguments: {one_line(error)}") from None
+        raise SereError(
+            f"vLLM refuses the model or its `engine` arguments: {one_line(error)}"
+        ) from None
 
 
 def one_line(error: Exception) -> str:
     """The reason of an exception without the noise of pydantic's."""
-    if hasattr(error, "errors"):
-        return "; ".join(str(each["msg"]) for each in error.errors())
+    if isinstance(error, ValidationError):
+        return "; ".join(_of_field(each) for each in error.errors())
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _of_field(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    value = error["input"]
+    shown = f"{where} = {value!r}: " if where and isinstance(value, str | int | float) else ""
+    return f"{shown}{error['msg']}"

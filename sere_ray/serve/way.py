@@ -21,14 +21,14 @@ DIRECT, DEFAULT = "direct", "default"
 SWITCHES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING")
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "sere_ray.proxy.slow_clients.middleware"
-_FILES = {
+FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "state",
 }
-_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 _ROOM = len("/sere-12345678/") + 56 + len("/metrics.sock.4194304.tmp")
 """Ray puts a folder named after the node between; HAProxy binds under another name first."""
 
@@ -75,15 +75,15 @@ def prepared(way: str, limits: Limits) -> Iterator[None]:
         prefix="sere-", dir=short_folder(_ROOM), ignore_cleanup_errors=True
     ) as name:
         folder = Path(name)
-        os.environ |= {variable: str(folder / file) for variable, file in _FILES.items()}
-        os.environ |= {BINARY_VARIABLE: str(_program(folder)), SECRET: secrets.token_hex(16)}
+        os.environ |= {variable: str(folder / file) for variable, file in FILES.items()}
+        os.environ |= {BINARY_VARIABLE: str(write_program(folder)), SECRET: secrets.token_hex(16)}
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-        for variable, port in zip(_PORTS, free_ports(2), strict=True):
+        for variable, port in zip(PORTS, free_ports(2), strict=True):
             os.environ.setdefault(variable, str(port))
         yield
 
 
-def _program(folder: Path) -> Path:
+def write_program(folder: Path) -> Path:
     """`sere-haproxy` of this very installation, also where no script of it is on the path."""
     file = folder / "sere-haproxy"
     file.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m sere_ray.proxy.haproxy \"$@\"\n")

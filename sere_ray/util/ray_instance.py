@@ -86,7 +86,7 @@ def session_logs() -> Path:
     import ray
 
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    return Path(folder) / "ray" / ray.get_runtime_context().get_session_name() / "logs"
+    return Path(folder, "ray", str(ray.get_runtime_context().get_session_name()), "logs")
 
 
 def _end_children(before: list[psutil.Process]) -> str:

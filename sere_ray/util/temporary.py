@@ -10,7 +10,7 @@ SOCKET_PATH = 107
 """The most bytes that Linux takes as the path of a socket."""
 OF_RAY = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """What Ray puts behind the folder for temporary files."""
-_OTHERS = ("/tmp", "/dev/shm")  # noqa: S108 - folders made there have random names
+_OTHERS = ("/tmp", "/dev/shm")
 _VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 
 

@@ -27,6 +27,7 @@ class Replica(BaseHTTPRequestHandler):
     """Answers with the headers that reached it."""
 
     def do_GET(self):
+        time.sleep(2 if self.path == "/slow" else 0)
         body = json.dumps({k.lower(): v for k, v in self.headers.items()}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
@@ -158,6 +159,10 @@ def test_a_large_body_is_not_read_on_when_its_request_is_refused(port):
     status, *_, seconds = sent(port, data + b" " * 40_000)
     assert status == 401
     assert seconds < 3
+
+
+def test_a_client_may_wait_for_its_answer_as_long_as_it_takes(port):
+    assert sent(port, GET.replace(b"/v1/models", b"/slow") + b"\r\n")[0] == 200
 
 
 def test_an_idle_connection_is_closed(port):

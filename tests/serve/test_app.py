@@ -14,8 +14,8 @@ from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig, app, build_app
 from sere_ray.serve.app import engine_arguments, llm_config
-from sere_ray.serve.policy_actor.auto_config import level_policies
 from sere_ray.serve.deployment_file import load_file
+from sere_ray.serve.policy_actor.auto_config import level_policies
 from sere_ray.serve.run import run_file
 from sere_ray.util.errors import PolicyError, SereError, UnsupportedError
 

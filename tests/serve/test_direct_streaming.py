@@ -9,9 +9,12 @@ import pytest
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
 from tests.serve.every_path import (
     BAD_REQUESTS,
+    check_answer_limit,
     check_drains,
+    check_half_sent,
     check_hang_up,
     check_refused,
+    check_switches_of_rays,
     check_too_many_at_once,
 )
 from tests.serve.faults import check_killed_engine, check_killed_router
@@ -75,6 +78,18 @@ def test_both_ranks_answer(served):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(served, stream):
     check_hang_up(served, stream=stream)
+
+
+def test_half_sent_requests_end_and_lock_nobody_out(served):
+    check_half_sent(served)
+
+
+def test_an_answer_beyond_the_limit_ends_in_the_engine(served):
+    check_answer_limit(served)
+
+
+def test_switches_of_rays_are_not_a_clients(served):
+    check_switches_of_rays(served)
 
 
 def test_a_killed_router(served):

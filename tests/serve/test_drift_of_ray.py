@@ -27,7 +27,7 @@ from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.core.ingress import builder, ingress
 from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve._private import constants, replica, router
+from ray.serve._private import constants, deployment_state, http_util, replica, router
 from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.context import DeploymentActorContext, ReplicaContext
@@ -38,6 +38,9 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.util import metrics
 
+from sere_ray.proxy.limits import RAY_SWITCHES
+from sere_ray.serve import way
+
 PACKAGE = Path(__file__).parents[2] / "sere_ray"
 PRIVATE = {
     "ray.experimental.internal_kv",
@@ -46,7 +49,7 @@ PRIVATE = {
     "ray.llm._internal.serve.core.configs.openai_api_models.CompletionResponse",
     "ray.llm._internal.serve.core.configs.openai_api_models.to_model_metadata",
     "ray.llm._internal.serve.core.engine.protocol.LLMEngine",
-    "ray.llm._internal.serve.core.ingress.ingress.init",
+    "ray.llm._internal.serve.core.ingress.ingress",
     "ray.llm._internal.serve.engines.vllm.vllm_engine.VLLMEngine",
 }
 """What is imported of Ray's private and experimental modules; each has a test below."""
@@ -352,6 +355,37 @@ def test_the_ingress_application_is_made_by_init():
     relies("app: Optional[FastAPI]" in inspect.getsource(make_fastapi_ingress), "app=", "none")
 
 
+def test_rays_limit_of_an_answer_is_a_name_of_its_module():
+    name = "DEFAULT_LLM_ROUTER_HTTP_TIMEOUT"
+    has(ingress, name)
+    does(OpenAiIngress._process_llm_request, f"router_request_timeout({name})")
+    does(OpenAiIngress._get_response, "self._get_configured_serve_handle(", ".remote(")
+
+
+def test_the_proxies_take_our_limits():
+    """`tests/proxy` has HAProxy's configuration; here is what leads there."""
+    import uvicorn.config
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    does(http_util.configure_http_middlewares, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+    does(http_util.start_asgi_http_server, "uvicorn.Config(")
+    relies("auto" in uvicorn.config.HTTP_PROTOCOLS, "uvicorn's HTTP_PROTOCOLS['auto']", "none")
+    for name in ("connection_made", "connection_lost", "data_received"):
+        has(AutoHTTPProtocol, name)
+    does(http_util.parse_request_timeout_header, "SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER")
+    for name in RAY_SWITCHES:
+        text = inspect.getsource(constants)
+        relies(f'"{name}"' in text, f"the header {name}", "another name")
+
+
+def test_the_first_replica_that_fails_is_told():
+    from sere_ray.serve.failed_start import FAILED
+
+    text = inspect.getsource(deployment_state)
+    for what in ("A replica", "A deployment actor"):
+        relies(f"{what} {FAILED}" in text, f"the message '{what} {FAILED}'", "none")
+
+
 def test_an_application_is_built_of_these():
     takes(to_model_metadata, "model_id", "model_config", "overrides")
     found = list(inspect.signature(build_llm_deployment).parameters)
@@ -367,8 +401,10 @@ def test_direct_streaming_is_chosen_by_the_environment_at_import():
     text = inspect.getsource(constants)
     for name in (
         "RAY_SERVE_ENABLE_HA_PROXY",
-        "RAY_SERVE_HAPROXY_STATS_PORT",
-        "RAY_SERVE_HAPROXY_METRICS_PORT",
+        *way.PORTS,
+        *way.FILES,
+        "RAY_SERVE_HAPROXY_BINARY_PATH",
+        way.CALLBACK_VARIABLE,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
     ):
         relies(f'"{name}"' in text, f"the variable {name}", "nobody who reads it")

@@ -251,9 +251,7 @@ def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
     return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
 
 
-def _is_local(
-    scope: Mapping[str, Any], headers: Mapping[str, str], loopback: str | None
-) -> bool:
+def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str], loopback: str | None) -> bool:
     """Whether a request comes from this machine and names it as such.
 
     The second keeps out web pages of elsewhere whose host name was made to point here. Behind a

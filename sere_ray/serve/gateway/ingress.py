@@ -77,7 +77,7 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
             "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
             "client looks local; give keys (`sere-ray key NAME`), or let `sere-ray serve` start it"
         )
-    protection = {
+    protection: dict[str, Any] = {
         "access": config.access,
         "keys": keys,
         "limits": config.limits,

@@ -41,15 +41,15 @@ def run_file(
             arguments of an engine, the port is taken, or an engine does not start.
     """
     chosen = way.choose(proxy)
-    way.switch(chosen)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     end_at_signals()
     try:
-        document = load_file(path)
-        http = check(path, document, metrics_port)
-        if chosen != way.DIRECT and proxy is None:
-            console.print("HAProxy is not installed: serving through Ray's proxy, which is slower")
         with ExitStack() as stack:
+            stack.enter_context(way.switched(chosen))
+            document = load_file(path)
+            http = check(path, document, metrics_port)
+            if chosen != way.DIRECT and proxy is None:
+                console.print("HAProxy is not installed: Ray's proxy serves, which is slower")
             stack.enter_context(way.prepared(chosen, limits_of_proxies(path, document)))
             stack.enter_context(nothing_left())
             start_ray(metrics_port=metrics_port)

@@ -48,11 +48,23 @@ def choose(asked: str | None) -> str:
     return asked or (DIRECT if is_there else DEFAULT)
 
 
-def switch(way: str) -> None:
-    """Tell Ray which way is gone, by environment. Call it before Ray is imported."""
+@contextmanager
+def switched(way: str) -> Iterator[None]:
+    """Tell Ray which way is gone, by environment, as long as the block runs.
+
+    Begin it before Ray is imported. At the end the environment is as it was.
+    """
+    before = dict(os.environ)
     for name in SWITCHES:
         os.environ[name] = "1" if way == DIRECT else "0"
     os.environ[CALLBACK_VARIABLE] = CALLBACK
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no late call may start another instance
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager

@@ -97,19 +97,20 @@ def test_every_node_has_haproxy_with_our_limits(service):
 
 def test_the_application_is_built(config, service, tmp_path, ray_instance, monkeypatch):
     from ray.llm._internal.serve.core.ingress import builder
-    from ray.serve._private.build_app import build_app
+    from ray.serve._private import build_app as of_serve
 
     from sere_ray.serve.gateway import ingress
 
     for module in (builder, ingress):  # read from the environment at import
         monkeypatch.setattr(module, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
+    monkeypatch.setattr(of_serve, "RAY_SERVE_ENABLE_HA_PROXY", True)
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     save_keys(tmp_path / "keys.yaml")
     (application,) = config["applications"]
     args = application["args"]
     args["access"]["keys_file"] = str(tmp_path / "keys.yaml")
     module, _, name = application["import_path"].partition(":")
-    built = build_app(getattr(importlib.import_module(module), name)(args), name="app")
+    built = of_serve.build_app(getattr(importlib.import_module(module), name)(args), name="app")
 
     by_name = {deployment.name: deployment for deployment in built.deployments}
     assert {d["name"] for d in application.get("deployments", [])} <= set(by_name)

@@ -60,7 +60,6 @@ def test_arguments_that_vllm_takes():
 
 def test_the_file_is_refused_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "start_ray", lambda **_: pytest.fail("Ray started"))
-    monkeypatch.setattr(way, "switch", lambda way: None)
     monkeypatch.setattr(engine_check, "_build", lambda arguments: None)
     file = tmp_path / "file.yaml"
     for changes, words in (
@@ -130,6 +129,18 @@ def test_a_short_temporary_path_stays(monkeypatch):
 
 
 # --- the way -------------------------------------------------------------------------------------
+
+
+def test_the_environment_is_as_it_was(monkeypatch):
+    monkeypatch.delenv(way.SWITCHES[0], raising=False)
+    before = dict(way.os.environ)
+    with way.switched(way.DIRECT), way.prepared(way.DIRECT, way.Limits(header_s=3)):
+        assert way.os.environ[way.SWITCHES[0]] == "1"
+        assert way.Limits.of_environment().header_s == 3
+        program = way.os.environ[way.BINARY_VARIABLE]
+        assert way.os.access(program, way.os.X_OK)
+    assert dict(way.os.environ) == before
+    assert not way.Path(program).exists()
 
 
 def test_the_direct_way_is_taken_where_haproxy_is(monkeypatch):

@@ -71,7 +71,7 @@ def test_the_engines_own_reason_in_one_line(tmp_path):
     assert code == 2, text
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert "app does not start: ValueError: " in line
-    assert "KV cache" in line
+    assert "No available memory for the cache blocks" in line
     assert "/logs)" in line
     assert "Traceback" not in text
     assert start.left() == []

@@ -110,7 +110,10 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
         return status == 200
 
     wait_for(is_back, 120, "the gang comes back")
-    print(*meanwhile, sep="\n")
+    print(*(each[:2] for each in meanwhile), sep="\n")
+    refused = [(status, answer) for status, _, answer in meanwhile if status not in (None, 200)]
+    for status, answer in refused:
+        assert (status, answer["error"]["type"]) == (503, "server_error")
     # The last one may have waited for the gang, which takes as long as a start does here, or
     # longer on a busy machine: not an error of HAProxy's.
     errors = [seconds for status, seconds, _ in meanwhile if status != 200]

@@ -159,13 +159,13 @@ def start(plan: OverheadPlan, arm: str) -> Iterator[tuple[str, str, psutil.Proce
         starting = (
             _bare(plan, Path(name), port, key)
             if arm == BARE
-            else _ours(plan, Path(name), port, key, direct=arm == "direct")
+            else _ours(plan, Path(name), port, key, proxy=arm)
         )
         with starting as process:
             yield f"http://127.0.0.1:{port}", key, psutil.Process(process.pid)
 
 
-def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
+def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, proxy: str) -> Any:
     arguments = {
         "model": str(plan.folder),
         "model_id": plan.model_id,
@@ -173,7 +173,7 @@ def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, *, direct: bool
         "sere": plan.policy or None,
         "engine": plan.engine,
     }
-    return served(folder, port, arguments, {API_KEY: key}, direct=direct)
+    return served(folder, port, arguments, {API_KEY: key}, proxy=proxy)
 
 
 def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:

@@ -16,16 +16,26 @@ Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_
 policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy of a deployment.")
 
 
+class Proxy(StrEnum):
+    """Ways through Ray Serve."""
+
+    DEFAULT = "default"
+    DIRECT = "direct"
+
+
 def serve(
     config: Annotated[Path, typer.Option(help="A file such as deploy/demo-cpu.yaml.")],
     metrics_port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port for Prometheus; Ray opens it on all interfaces."),
     ] = None,
-    direct_streaming: Annotated[
-        bool,
-        typer.Option(help="HAProxy before the engines' own servers: much faster. Needs keys."),
-    ] = False,
+    proxy: Annotated[
+        Proxy | None,
+        typer.Option(
+            help="direct: HAProxy before the engines' own servers; default: Ray's proxy, much "
+            "slower under load. [direct, where HAProxy is installed]"
+        ),
+    ] = None,
 ) -> None:
     """Run a deployment on this machine until Ctrl-C or SIGTERM; then requests under way finish.
 
@@ -36,7 +46,7 @@ def serve(
     with user_errors():
         from sere_ray.serve.run import run_file
 
-        run_file(config, console, metrics_port, direct=direct_streaming)
+        run_file(config, console, metrics_port, proxy=proxy)
 
 
 def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
@@ -113,13 +123,6 @@ def stats(
         from sere_ray.serve.client import print_stats
 
         print_stats(url, watch)
-
-
-class Proxy(StrEnum):
-    """Ways through Ray Serve."""
-
-    DEFAULT = "default"
-    DIRECT = "direct"
 
 
 def chaos(

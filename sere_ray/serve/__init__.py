@@ -24,12 +24,15 @@ CallbackBase                           ``ctx.run_init_node = False`` where nothi
 DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:
 get_deployment_actor(_context)         never; they are alpha, so their form may change.
 ``replica/``, ``policy_actor/``
+HAProxy's configuration, uvicorn's     Limits that Ray has no option for are written into the first
+AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), timed in the second.
+``proxy/``                             Remove: Ray takes them.
+Text of ``serve.status()``             "failed to start": a start ends at the first replica's
+``failed_start.py``                    failure. Remove: Serve has a state for it.
 handle._router                         Whether a replica is left, and who waits for one. Remove: a
 ``gateway/forward.py``                 handle tells how many replicas it has.
-RAY_SERVE_HTTP_PROXY_CALLBACK_...      Headers that are no UTF-8, which Ray answers with 500, are
-``util/utf8_headers.py``, ``run.py``   dropped before it. Remove: Ray takes them.
 RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is
-``gateway/ingress.py``, ``run.py``     imported; ports that are free. Remove: options of Serve.
+``gateway/ingress.py``, ``way.py``     imported; ports that are free. Remove: options of Serve.
 internal_kv                            The actor's name and what it stores outlive it. Remove: Ray
 ``policy_actor/``                      Serve has a store for applications.
 Metric._record                         A counter that starts at 0. Remove: ``Counter.inc`` takes 0.

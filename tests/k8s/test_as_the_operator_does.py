@@ -21,8 +21,11 @@ import pytest
 import yaml
 
 from sere_ray import assets
+from sere_ray.proxy.haproxy import BINARY_VARIABLE
+from sere_ray.serve import way
 from sere_ray.util.ports import free_port, free_ports
 from tests.k8s.conftest import ROOT, only
+from tests.k8s.test_serve_config import environment
 from tests.serve.deployment import ADMIN, API_KEY, save_artifacts, save_keys, wait_for
 
 pytestmark = pytest.mark.engine
@@ -36,7 +39,7 @@ class Cluster:
     def __init__(self, service, folder):
         self.folder = folder
         self.token = secrets.token_hex(16)
-        names = ("gcs", "dashboard", "serve", "head_agent", "worker_agent")
+        names = ("gcs", "dashboard", "head", "serve", "head_agent", "worker_agent")
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._groups = service["rayClusterConfig"]
         self._processes = []
@@ -98,6 +101,7 @@ class Cluster:
         ]
         environment = {
             **os.environ,
+            **self._environment(node),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "PYTHONPATH": str(ROOT),
@@ -113,6 +117,22 @@ class Cluster:
                     start_new_session=True,
                 )
             )
+
+    def _environment(self, node):
+        """The container's, with this machine's paths and ports: both nodes have a proxy here."""
+        groups = self._groups
+        group = groups["headGroupSpec"] if node == "head" else groups["workerGroupSpecs"][0]
+        found = environment(group["template"]["spec"]["containers"][0])
+        assert BINARY_VARIABLE in found
+        files = {variable: str(self.folder / file) for variable, file in way.FILES.items()}
+        ports = {variable: str(free_port()) for variable in way.PORTS}
+        return {
+            **found,
+            **files,
+            **ports,
+            BINARY_VARIABLE: str(way.write_program(self.folder)),
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.ports["serve"]),
+        }
 
 
 def request(method, url, body=None, headers=None):
@@ -156,7 +176,7 @@ def cluster(rendered):
     cluster = Cluster(service, folder)
     try:
         cluster.start()
-        config = serve_config(service, folder, cluster.ports["serve"])
+        config = serve_config(service, folder, cluster.ports["head"])
         status, answer = cluster.dashboard("PUT", "/api/serve/applications/", config)
         assert status == 200, answer
         yield cluster
@@ -178,10 +198,10 @@ def test_the_application_runs_on_the_worker_behind_keys(cluster):
     wait_for(running, 300, "the application")
     _, state = cluster.dashboard("GET", "/api/serve/applications/")
     (application,) = state["applications"].values()
-    replicas = [r for d in application["deployments"].values() for r in d["replicas"]]
-    assert len(replicas) == 3  # two ranks and the ingress
+    (ranks,) = (d for n, d in application["deployments"].items() if n.startswith("SereGangServer"))
     head = state["controller_info"]["node_id"]
-    assert head not in {replica["node_id"] for replica in replicas}
+    assert len(ranks["replicas"]) == 2
+    assert head not in {replica["node_id"] for replica in ranks["replicas"]}
 
     url = f"http://127.0.0.1:{cluster.ports['serve']}"
     command = [str(ROOT / "deploy" / "healthcheck.sh"), str(cluster.ports["serve"])]

@@ -40,10 +40,10 @@ class Inner:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def layer(inner, *, keys=KEYS, public=frozenset(), **limits):
+def layer(inner, *, keys=KEYS, public=frozenset(), loopback=None, **limits):
     config = AccessConfig.model_validate({"max_body_bytes": 1024, **limits})
     fixed = KeyFile.model_validate(keys or {})
-    return AccessLayer(inner, config=config, fixed=fixed, public=public)
+    return AccessLayer(inner, config=config, fixed=fixed, public=public, loopback=loopback)
 
 
 async def ask(app, method="GET", path="/v1/models", *, key=None, body=b"", headers=(), **scope):
@@ -158,6 +158,26 @@ def test_without_keys_public_paths_too_are_for_this_machine():
     app = layer(Inner(), keys=None, public=PAGE)
     assert run(ask(app, path="/sere/ui", **far))[0] == 403
     assert run(ask(app, path="/sere/ui"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("word", "host", "client", "status"),
+    [
+        ("the-word", "127.0.0.1:8000", "192.0.2.7", 200),  # HAProxy's address, of this machine
+        ("the-word", "[::1]:8000", "127.0.0.1", 200),
+        ("the-word", "evil.example:8000", "127.0.0.1", 403),
+        ("a-guess", "127.0.0.1:8000", "127.0.0.1", 403),
+        ("", "127.0.0.1:8000", "127.0.0.1", 403),
+        (None, "127.0.0.1:8000", "127.0.0.1", 403),  # past HAProxy
+    ],
+)
+def test_behind_haproxy_only_its_word_tells_of_this_machine(word, host, client, status):
+    inner = Inner()
+    app = layer(inner, keys=None, loopback=digest("the-word"))
+    headers = [] if word is None else [(b"x-sere-loopback", word.encode())]
+    scope = {"headers": [(b"host", host.encode()), *headers], "client": (client, 4000)}
+    assert run(ask(app, **scope))[0] == status
+    assert len(inner.requests) == (status == 200)
 
 
 def test_visitors_without_a_key_take_a_bounded_number_of_places():

@@ -23,7 +23,7 @@ from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.core.ingress import builder
 from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve._private import constants, http_util, replica, router
+from ray.serve._private import constants, deployment_state, http_util, replica, router
 from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.context import DeploymentActorContext, ReplicaContext
@@ -32,6 +32,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig, build_llm_deployment, build_openai_app
 from ray.serve.llm.deployment import DPServer, LLMServer
 from ray.util import metrics
+
+from sere_ray.proxy.limits import RAY_SWITCHES
+from sere_ray.serve import way
 
 PACKAGE = Path(__file__).parents[2] / "sere_ray"
 PRIVATE = {
@@ -332,20 +335,35 @@ def test_a_call_of_a_replica_can_be_cancelled():
     has(DeploymentResponseGenerator, "__anext__")
 
 
+def test_the_proxies_take_our_limits():
+    """`tests/proxy` has HAProxy's configuration; here is what leads there."""
+    import uvicorn.config
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    does(http_util.configure_http_middlewares, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+    does(http_util.start_asgi_http_server, "uvicorn.Config(")
+    relies("auto" in uvicorn.config.HTTP_PROTOCOLS, "uvicorn's HTTP_PROTOCOLS['auto']", "none")
+    for name in ("connection_made", "connection_lost", "data_received"):
+        has(AutoHTTPProtocol, name)
+    does(http_util.parse_request_timeout_header, "SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER")
+    for name in RAY_SWITCHES:
+        text = inspect.getsource(constants)
+        relies(f'"{name}"' in text, f"the header {name}", "another name")
+
+
+def test_the_first_replica_that_fails_is_told():
+    from sere_ray.serve.failed_start import FAILED
+
+    text = inspect.getsource(deployment_state)
+    for what in ("A replica", "A deployment actor"):
+        relies(f"{what} {FAILED}" in text, f"the message '{what} {FAILED}'", "none")
+
+
 def test_an_application_is_built_of_these():
     found = list(inspect.signature(build_llm_deployment).parameters)
     relies(found[0] == "llm_config", "build_llm_deployment(llm_config)", found)
     takes(build_openai_app, "llm_serving_args")
     does(builder.build_openai_app, "if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:")
-
-
-def test_a_callback_puts_layers_around_proxies():
-    from sere_ray.util.utf8_headers import CALLBACK, VARIABLE, layers
-
-    text = inspect.getsource(constants)
-    relies(f'"{VARIABLE}"' in text, f"the variable {VARIABLE}", "nobody who reads it")
-    assert http_util.call_function_from_import_path(CALLBACK)
-    assert http_util.validate_http_proxy_callback_return(layers())
 
 
 def test_direct_streaming_is_chosen_by_the_environment_at_import():
@@ -354,8 +372,10 @@ def test_direct_streaming_is_chosen_by_the_environment_at_import():
     text = inspect.getsource(constants)
     for name in (
         "RAY_SERVE_ENABLE_HA_PROXY",
-        "RAY_SERVE_HAPROXY_STATS_PORT",
-        "RAY_SERVE_HAPROXY_METRICS_PORT",
+        *way.PORTS,
+        *way.FILES,
+        "RAY_SERVE_HAPROXY_BINARY_PATH",
+        way.CALLBACK_VARIABLE,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
     ):
         relies(f'"{name}"' in text, f"the variable {name}", "nobody who reads it")

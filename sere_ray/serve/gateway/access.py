@@ -4,6 +4,7 @@ It wraps the application itself, so every path passes it: Ray's proxy, direct st
 Errors have OpenAI's form. Without any key only this machine is served.
 """
 
+import hmac
 import logging
 import re
 from collections import Counter
@@ -15,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.middleware.cors import CORSMiddleware
 
 from sere_ray.policy.tiers import HEADER
+from sere_ray.proxy.limits import LOOPBACK_HEADER
 from sere_ray.serve.gateway.bodies import answers_asked, for_engine, is_json, json_object
-from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing
+from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing, digest
 from sere_ray.serve.gateway.messages import read_body, replayed, with_body
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, as_vllm, failed
 from sere_ray.serve.gateway.routes import HEALTH, WITH_BODY
@@ -71,6 +73,8 @@ class AccessLayer:
         fixed: keys of the environment, which hold beside those of the file.
         public: paths that may be read without a key; a path must match exactly.
         count: called with the status of every answer.
+        loopback: hash of the word by which a proxy says that a request is of this machine; None =
+            there is no such proxy, the client's address tells.
     """
 
     def __init__(
@@ -81,9 +85,10 @@ class AccessLayer:
         fixed: KeyFile,
         public: frozenset[str] = frozenset(),
         count: Callable[[int], None] = lambda status: None,
+        loopback: str | None = None,
     ) -> None:
         self._app, self._config = app, config
-        self._public, self._count = public, count
+        self._public, self._count, self._loopback = public, count, loopback
         self._ring = KeyRing(config.keys_file, fixed)
         self._under_way: Counter[str] = Counter()
         self._for_pages = CORSMiddleware(
@@ -159,7 +164,7 @@ class AccessLayer:
         if not (is_admin or is_health or path == "/v1" or path.startswith("/v1/")):
             raise as_vllm(404, "No such path; see /v1/models.")
         if self._ring.is_open:
-            if not _is_local(scope, headers):
+            if not _is_local(scope, headers, self._loopback):
                 raise Refusal(
                     403,
                     "no_keys",
@@ -261,14 +266,19 @@ def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
     return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
 
 
-def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str], loopback: str | None) -> bool:
     """Whether a request comes from this machine and names it as such.
 
-    The second keeps out web pages of elsewhere whose host name was made to point here.
+    The second keeps out web pages of elsewhere whose host name was made to point here. Behind a
+    proxy that says where a request is from (``loopback``), only its word counts: the proxy itself
+    is a peer of this machine, too, whoever asks it.
     """
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-    client = (scope.get("client") or ("",))[0]
-    return _is_loopback(client) and (host == "localhost" or _is_loopback(host))
+    if loopback is None:
+        is_near = _is_loopback((scope.get("client") or ("",))[0])
+    else:
+        is_near = hmac.compare_digest(digest(headers.get(LOOPBACK_HEADER, "")), loopback)
+    return is_near and (host == "localhost" or _is_loopback(host))
 
 
 def _is_loopback(address: str) -> bool:

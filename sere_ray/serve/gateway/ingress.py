@@ -22,15 +22,17 @@ from starlette.routing import Mount
 
 from sere_ray.observe.export import RaySink
 from sere_ray.observe.metrics import REFUSED
+from sere_ray.proxy.limits import SECRET, Limits
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.control_api import REPORTED, control_app
 from sere_ray.serve.gateway.forward import Forwarder
 from sere_ray.serve.gateway.hang_ups import HangUpLayer
-from sere_ray.serve.gateway.keys import KeyFile, KeyRing, from_environment
+from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment
 from sere_ray.serve.gateway.losses import LossLayer
 from sere_ray.serve.gateway.refusals import http_error
 from sere_ray.serve.gateway.routes import MODELS, SERVED
+from sere_ray.serve.gateway.time_limits import TimeLimitLayer
 from sere_ray.serve.gateway.ui import PATHS
 from sere_ray.util.errors import SereError
 
@@ -56,19 +58,28 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     """
     keys = from_environment()
     ring = KeyRing(config.access.keys_file, keys)
-    if ring.is_open and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    loopback = os.environ.get(SECRET) if behind_haproxy else None
+    if ring.is_open and behind_haproxy and loopback is None:
         raise SereError(
             "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
-            "client looks local; give keys (`sere-ray key NAME`)"
+            "client looks local; give keys (`sere-ray key NAME`), or let `sere-ray serve` start it"
         )
+    protection: dict[str, Any] = {
+        "access": config.access,
+        "keys": keys,
+        "limits": config.limits,
+        "control": config.sere is not None,
+        "loopback": None if loopback is None else digest(loopback),
+    }
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
-        llm.experimental_configs[ACCESS] = (config.access, keys, config.sere is not None)
+        llm.experimental_configs[ACCESS] = protection
         return build_openai_app({"llm_configs": [llm]})
     options: dict[str, Any] = {"name": SereIngress.__name__, "max_ongoing_requests": NO_LIMIT}
     if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
         options["ray_actor_options"] = {"num_cpus": 0.5}
     ingress = serve.deployment(serve.ingress()(SereIngress), **options)
-    return ingress.bind(build_llm_deployment(llm), config.access, keys, config.sere is not None)
+    return ingress.bind(build_llm_deployment(llm), protection)
 
 
 class RefusalCounter:
@@ -96,17 +107,15 @@ class SereIngress:
 
     Args:
         engines: handle of their deployment.
-        access: limits and the key file.
-        keys: those of the environment.
-        control: whether there is a policy actor to control.
+        protection: arguments of :func:`protect`.
     """
 
-    def __init__(self, engines: Any, access: AccessConfig, keys: KeyFile, control: bool) -> None:
-        self._engines, self._access, self._keys, self._control = engines, access, keys, control
+    def __init__(self, engines: Any, protection: dict[str, Any]) -> None:
+        self._engines, self._protection = engines, protection
 
     async def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(routes=[Mount("/", Forwarder(self._engines))])
-        protect(app, self._access, self._keys, control=self._control)
+        protect(app, **self._protection)
         return app
 
 
@@ -141,18 +150,35 @@ def _add_model_route(app: FastAPI, model_id: str) -> None:
         return next(card for card in models.data if card.id == model_id)
 
 
-def protect(app: Starlette, access: AccessConfig, keys: KeyFile, *, control: bool) -> None:
+def protect(
+    app: Starlette,
+    *,
+    access: AccessConfig,
+    keys: KeyFile,
+    limits: Limits,
+    control: bool,
+    loopback: str | None = None,
+) -> None:
     """Put the access layer around an application, and mount control API and page in it.
 
     Args:
         app: changed in place.
         access: limits and the key file.
         keys: those of the environment.
+        limits: on the time of a request and its answer.
         control: whether there is a policy actor to control.
+        loopback: hash of the word by which HAProxy tells requests of this machine; None = it is
+            seen by the client's address.
     """
     if control:
         app.router.routes.insert(0, Mount("/sere", control_app()))
     app.middleware_stack = None
-    public = PATHS if control else frozenset()
-    count = RefusalCounter()
-    app.add_middleware(AccessLayer, config=access, fixed=keys, public=public, count=count)
+    app.add_middleware(
+        AccessLayer,
+        config=access,
+        fixed=keys,
+        public=PATHS if control else frozenset(),
+        count=RefusalCounter(),
+        loopback=loopback,
+    )
+    app.add_middleware(TimeLimitLayer, limits=limits)

@@ -18,6 +18,7 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.policy.policy import Startup
+from sere_ray.proxy.slow_clients import limit_requests
 from sere_ray.serve.gateway.forward import answers
 from sere_ray.serve.gateway.losses import EngineLostError
 from sere_ray.serve.policy_actor.actor import RouterActor
@@ -132,8 +133,9 @@ class _Following:
         """The engine's own routes, for direct streaming: behind the access layer, too."""
         from sere_ray.serve.gateway.ingress import ACCESS, protect
 
-        access, keys, control = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
-        protect(self._app, access, keys, control=control)
+        protection = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
+        protect(self._app, **protection)
+        limit_requests(protection["limits"])  # Ray starts this replica's HTTP server after it
         return self._app
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from sere_ray.engine.vllm_internals import server_arguments
 from sere_ray.serve.app import engine_arguments, local
 from sere_ray.serve.config import ServeConfig
 from sere_ray.util.errors import SereError
@@ -45,13 +46,14 @@ def check_engine(config: ServeConfig) -> None:
 
     arguments = {**engine_arguments(config), "model": local(config.model)}
     arguments.pop("additional_config")  # the policy actor's part; checked as the policy is
-    known = [field.name for field in fields(AsyncEngineArgs)]
+    own, of_server = [field.name for field in fields(AsyncEngineArgs)], server_arguments()
+    known = [*own, *of_server]
     for key in arguments:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `vllm serve --help`"
             raise SereError(f"engine.{key} = {arguments[key]!r}: vLLM has no such argument; {hint}")
-    _build(arguments)
+    _build({key: value for key, value in arguments.items() if key in own})
 
 
 def _build(arguments: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def test_arguments_that_vllm_refuses(engine, words, has_words):
 
 def test_arguments_that_vllm_takes():
     check_engine(config(engine={"max_model_len": 64, "enforce_eager": True}))
+    check_engine(config(engine={"enable_prompt_tokens_details": True}))  # of vLLM's HTTP server
 
 
 def test_the_file_is_refused_before_ray_starts(tmp_path, monkeypatch):

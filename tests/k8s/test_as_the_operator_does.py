@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import yaml
 
@@ -65,6 +66,7 @@ class Cluster:
         wait_for(lambda: self.healthy("worker"), 90, "the worker's probe")
 
     def stop(self):
+        below = [c for p in self._processes for c in psutil.Process(p.pid).children(recursive=True)]
         for process in reversed(self._processes):
             os.killpg(process.pid, signal.SIGTERM)
         for process in self._processes:
@@ -72,6 +74,8 @@ class Cluster:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+        for child in psutil.wait_procs(below, timeout=5)[1]:  # HAProxy outlives who started it
+            child.kill()
 
     def healthy(self, node):
         """The operator's exec probe, with this machine's port."""

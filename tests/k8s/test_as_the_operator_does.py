@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import yaml
 
@@ -65,6 +66,7 @@ class Cluster:
         wait_for(lambda: self.healthy("worker"), 90, "the worker's probe")
 
     def stop(self):
+        below = [c for p in self._processes for c in psutil.Process(p.pid).children(recursive=True)]
         for process in reversed(self._processes):
             os.killpg(process.pid, signal.SIGTERM)
         for process in self._processes:
@@ -72,6 +74,8 @@ class Cluster:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+        for child in psutil.wait_procs(below, timeout=5)[1]:  # HAProxy outlives who started it
+            child.kill()
 
     def healthy(self, node):
         """The operator's exec probe, with this machine's port."""
@@ -205,11 +209,19 @@ def test_the_application_runs_on_the_worker_behind_keys(cluster):
 
     url = f"http://127.0.0.1:{cluster.ports['serve']}"
     command = [str(ROOT / "deploy" / "healthcheck.sh"), str(cluster.ports["serve"])]
-    assert subprocess.run(command, check=False).returncode == 0
+    # HAProxy of the worker's node hears of ranks a moment later.
+    wait_for(lambda: subprocess.run(command, check=False).returncode == 0, 30, "health")
     body = {"model": "sere-demo", "prompt": "Work out 2 + 3.", "max_tokens": 4}
     key, admin = ({"authorization": f"Bearer {value}"} for value in (API_KEY, ADMIN))
     headers = {"content-type": "application/json"}
     assert request("POST", f"{url}/v1/completions", body, headers)[0] == 401
-    assert request("POST", f"{url}/v1/completions", body, {**headers, **key})[0] == 200
+
+    def answers():
+        found, answer = request("POST", f"{url}/v1/completions", body, {**headers, **key})
+        print(found, answer)
+        return found == 200
+
+    wait_for(answers, 30, "HAProxy of the worker knows both ranks")
+    assert all(answers() for _ in range(8))
     status, policy = request("GET", f"{url}/sere/policy", None, admin)
     assert (status, policy["replicas"]) == (200, 2)

@@ -19,7 +19,7 @@ SERE_API_KEY=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); expor
 SERE_ADMIN_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))'); export SERE_ADMIN_TOKEN
 
 python3 loadtest/random_model.py "$work" --model qwen3-30b-a3b --streams 128 --ranks "$gpus" --port "$port" --target-tpot-ms 12
-setsid $sere serve --config "$work/deployment.yaml" --direct-streaming > "$out/serve.log" 2>&1 &
+setsid $sere serve --config "$work/deployment.yaml" --proxy direct > "$out/serve.log" 2>&1 &
 server=$!
 trap 'kill -TERM $server 2>/dev/null; wait $server 2>/dev/null; rm -rf "$work"' EXIT
 until grep -q '^serving ' "$out/serve.log"; do

@@ -87,6 +87,15 @@ def made_once(folder):
 
 
 @pytest.fixture(scope="session")
+def of_vllm(tmp_path_factory):
+    """Requests, and the answers of plain vLLM with the demo model to them."""
+    from sere_ray.bench.differential_servers import of_vllm, vllm_server
+
+    with vllm_server(tmp_path_factory.mktemp("vllm")) as (url, key, _):
+        return of_vllm(url, key, generated=48)
+
+
+@pytest.fixture(scope="session")
 def sdist_path(tmp_path_factory):
     """The source archive of this repository, built once in a worker."""
     return build("sdist", Path(__file__).parents[1], tmp_path_factory.mktemp("sdist"))

@@ -19,7 +19,7 @@ LEVELS = (
     {"policy"},
     {"rules"},
     {"artifact"},
-    {"assets"},
+    {"assets", "proxy"},
     {"util"},
 )
 """Rooms, top first (docs/design.md). A room imports rooms below its own level only."""

@@ -16,6 +16,7 @@ GROUPS = {
         "tests/live/",
         "tests/serve/test_two_gangs.py",
         "tests/serve/test_direct_streaming.py",
+        "tests/serve/test_start.py",
         "tests/demo/test_demo.py",
         "tests/bench/test_chaos.py",
         "tests/k8s/test_as_the_operator_does.py",

@@ -168,7 +168,7 @@ def run_chaos(
             "metrics_interval_s": None,
             "env": {"HF_HUB_OFFLINE": "1", **ENVIRONMENT},
         }
-        with served(folder, port, arguments) as process:
+        with served(folder, port, arguments, proxy="default") as process:
             load = Clients(f"http://127.0.0.1:{port}", "stand-in")
             root = psutil.Process(process.pid)
             save(disturb(load, victims, root=root, streams=streams, console=console, save=save))

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from sere_ray.serve.run import IMPORT_PATH
+from sere_ray.serve.deployment_file import IMPORT_PATH
 from sere_ray.util.errors import SereError
 
 APP = "app"
@@ -41,7 +41,7 @@ def served(
     environment: Mapping[str, str] | None = None,
     metrics_port: int | None = None,
     *,
-    direct: bool = False,
+    proxy: str | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `sere-ray serve` in a process of its own until the block ends; yields once it serves.
 
@@ -51,15 +51,15 @@ def served(
         arguments: ``args`` of the application, fields of ``ServeConfig``.
         environment: variables beside those of this process.
         metrics_port: where it exports metrics; None = a port that Ray chooses.
-        direct: with HAProxy before the engines' own servers.
+        proxy: ``direct`` or ``default``, as `sere-ray serve` takes it; None = its own choice.
 
     Raises:
         SereError: it ends, or is not up in time; with the end of the log.
     """
     file = write_deployment(folder, port, arguments)
     command = ["-m", "sere_ray", "serve", "--config", str(file)]
-    if direct:
-        command.append("--direct-streaming")
+    if proxy is not None:
+        command += ["--proxy", proxy]
     if metrics_port is not None:
         command += ["--metrics-port", str(metrics_port)]
     log = folder / "log"

@@ -61,9 +61,10 @@ class OverheadPlan:
     Attributes:
         model: shapes; weights are random.
         folder: its configuration and tokenizer.
-        policy: value of the ``sere`` key.
+        policy: value of the ``sere`` key; empty = none.
         engine: further vLLM arguments.
         tokens: output tokens of a request.
+        model_id: name for clients.
     """
 
     model: Model
@@ -71,12 +72,13 @@ class OverheadPlan:
     policy: dict[str, Any]
     engine: dict[str, Any]
     tokens: int
+    model_id: str = MODEL_ID
 
     def body(self) -> dict[str, Any]:
         """A request: a random prompt, streamed."""
         vocabulary = int(self.model.config["vocab_size"])
         return {
-            "model": MODEL_ID,
+            "model": self.model_id,
             "prompt": [random.randrange(2, vocabulary) for _ in range(prompt_tokens())],
             "max_tokens": self.tokens,
             "temperature": 1,  # or random weights soon say the same in every stream
@@ -157,21 +159,21 @@ def start(plan: OverheadPlan, arm: str) -> Iterator[tuple[str, str, psutil.Proce
         starting = (
             _bare(plan, Path(name), port, key)
             if arm == BARE
-            else _ours(plan, Path(name), port, key, direct=arm == "direct")
+            else _ours(plan, Path(name), port, key, proxy=arm)
         )
         with starting as process:
             yield f"http://127.0.0.1:{port}", key, psutil.Process(process.pid)
 
 
-def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, *, direct: bool) -> Any:
+def _ours(plan: OverheadPlan, folder: Path, port: int, key: str, proxy: str) -> Any:
     arguments = {
         "model": str(plan.folder),
-        "model_id": MODEL_ID,
+        "model_id": plan.model_id,
         "device": "gpu" if on_gpu() else "cpu",
-        "sere": plan.policy,
+        "sere": plan.policy or None,
         "engine": plan.engine,
     }
-    return served(folder, port, arguments, {API_KEY: key}, direct=direct)
+    return served(folder, port, arguments, {API_KEY: key}, proxy=proxy)
 
 
 def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:
@@ -180,11 +182,11 @@ def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:
     engine = {**ENGINE_DEFAULTS[device], **plan.engine}
     options = {
         "model": str(plan.folder),
-        "served-model-name": MODEL_ID,
+        "served-model-name": plan.model_id,
         "host": "127.0.0.1",
         "port": port,
         "api-key": key,
-        "additional-config": json.dumps({"sere": plan.policy}),
+        "additional-config": json.dumps({"sere": plan.policy} if plan.policy else {}),
         **{k.replace("_", "-"): v for k, v in engine.items() if not isinstance(v, bool)},
     }
     if "compilation-config" in options:

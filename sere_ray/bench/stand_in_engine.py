@@ -2,18 +2,24 @@
 
 import asyncio
 import json
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
+
 from sere_ray.bench.stand_in import expected_words
 from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
-from sere_ray.serve.replica.engine import CompletionResponse, LLMEngine
+from sere_ray.serve.replica.engine import LLMEngine
 
 STEP_SECONDS = 0.02
 
 
 class StandInEngine(LLMEngine):  # type: ignore[misc]
     """One rank: it lives and dies with its replica."""
+
+    is_lost = False
 
     def __init__(self, llm_config: Any) -> None:
         self._model = llm_config.model_id
@@ -29,23 +35,32 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
     async def check_health(self) -> None:
         """Always healthy."""
 
-    async def completions(
-        self, request: Any, raw_request_info: Any = None
-    ) -> AsyncGenerator[Any, None]:
-        """A word each ``STEP_SECONDS``, in OpenAI's form."""
-        words = expected_words(request.prompt, request.max_tokens)
-        fields = {"id": request.request_id, "object": "text_completion", "model": self._model}
-        if request.stream:
-            for word in words:
-                await asyncio.sleep(STEP_SECONDS)
-                choice = {"index": 0, "text": word, "finish_reason": None}
-                yield f"data: {json.dumps({**fields, 'choices': [choice]})}\n\n"
-            yield "data: [DONE]\n\n"
-            return
-        await asyncio.sleep(STEP_SECONDS * len(words))
-        choice = {"index": 0, "text": "".join(words), "finish_reason": "length"}
-        usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": len(words)}
-        yield CompletionResponse.model_validate({**fields, "choices": [choice], "usage": usage})
+    async def build_asgi_app(self) -> FastAPI:
+        """One route: a word each ``STEP_SECONDS``, in OpenAI's form."""
+        app = FastAPI()
+
+        @app.post("/v1/completions")
+        async def completions(request: dict[str, Any]) -> Any:
+            words = expected_words(request["prompt"], request["max_tokens"])
+            if request.get("stream"):
+                return StreamingResponse(self._events(words), media_type="text/event-stream")
+            await asyncio.sleep(STEP_SECONDS * len(words))
+            choice = {"index": 0, "text": "".join(words), "finish_reason": "length"}
+            usage = {"prompt_tokens": 1, "completion_tokens": len(words)}
+            return {**self._fields(), "choices": [choice], "usage": usage}
+
+        return app
+
+    def _fields(self) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex, "object": "text_completion", "model": self._model}
+
+    async def _events(self, words: list[str]) -> AsyncGenerator[str, None]:
+        fields = self._fields()
+        for word in words:
+            await asyncio.sleep(STEP_SECONDS)
+            choice = {"index": 0, "text": word, "finish_reason": None}
+            yield f"data: {json.dumps({**fields, 'choices': [choice]})}\n\n"
+        yield "data: [DONE]\n\n"
 
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
@@ -73,4 +88,4 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
         """Not needed by tests of faults."""
         raise NotImplementedError
 
-    embeddings = transcriptions = chat
+    completions = embeddings = transcriptions = chat

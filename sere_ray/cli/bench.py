@@ -18,6 +18,7 @@ app.command("calibration")(cli_calibrate.bench_calibration)
 app.command("calibration-memory")(cli_calibrate.bench_memory)
 app.command("calibration-robustness")(cli_calibrate.bench_robustness)
 app.command()(cli_serve.chaos)
+app.command("differential")(cli_serve.differential)
 app.command("serving-overhead")(cli_serve.serving_overhead)
 
 

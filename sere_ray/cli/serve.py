@@ -1,4 +1,5 @@
-"""The commands around a deployment: serve, policy, stats, key, bench chaos and serving-overhead."""
+"""The commands around a deployment: serve, policy, stats, key, bench chaos, differential and
+serving-overhead."""
 
 import json
 import re
@@ -15,16 +16,26 @@ Url = Annotated[str, typer.Option(help="Of the deployment; the token is in SERE_
 policy_app = typer.Typer(no_args_is_help=True, help="Read or change the policy of a deployment.")
 
 
+class Proxy(StrEnum):
+    """Ways through Ray Serve."""
+
+    DEFAULT = "default"
+    DIRECT = "direct"
+
+
 def serve(
     config: Annotated[Path, typer.Option(help="A file such as deploy/demo-cpu.yaml.")],
     metrics_port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port for Prometheus; Ray opens it on all interfaces."),
     ] = None,
-    direct_streaming: Annotated[
-        bool,
-        typer.Option(help="HAProxy before the engines' own servers: much faster. Needs keys."),
-    ] = False,
+    proxy: Annotated[
+        Proxy | None,
+        typer.Option(
+            help="direct: HAProxy before the engines' own servers; default: Ray's proxy, much "
+            "slower under load. [direct, where HAProxy is installed]"
+        ),
+    ] = None,
 ) -> None:
     """Run a deployment on this machine until Ctrl-C or SIGTERM; then requests under way finish.
 
@@ -35,7 +46,7 @@ def serve(
     with user_errors():
         from sere_ray.serve.run import run_file
 
-        run_file(config, console, metrics_port, direct=direct_streaming)
+        run_file(config, console, metrics_port, proxy=proxy)
 
 
 def key(name: Annotated[str, typer.Argument(help="Who will hold it.")]) -> None:
@@ -114,13 +125,6 @@ def stats(
         print_stats(url, watch)
 
 
-class Proxy(StrEnum):
-    """Ways through Ray Serve."""
-
-    DEFAULT = "default"
-    DIRECT = "direct"
-
-
 def chaos(
     out: Out,
     kills: Annotated[int, typer.Option(min=1, help="Every third is the policy actor.")] = 20,
@@ -137,6 +141,24 @@ def chaos(
         from sere_ray.bench.chaos import run_chaos
 
         run_chaos(kills, streams=streams, save=saver(out), console=console)
+    print(out)
+
+
+def differential(
+    out: Out,
+    generated: Annotated[int, typer.Option(min=4, help="Requests of each generated kind.")] = 80,
+) -> None:
+    """Compare status, form and fields of answers with those of vLLM's own server.
+
+    The same requests go to vLLM with the demo model and to deployments on both ways: examples,
+    schemathesis on vLLM's document, hypothesis. Needs the packages of the extra `dev`.
+
+    Example: sere-ray bench differential --out docs/results/differential.json
+    """
+    with user_errors():
+        from sere_ray.bench.differential_servers import run_differential
+
+        run_differential(generated, save=saver(out), console=console)
     print(out)
 
 

@@ -6,8 +6,8 @@ function is called: a process that only builds or routes does not have it.
 ==========================  =====================================================================
 function                    why, remove when
 ==========================  =====================================================================
-engine_dead_error           A lost engine is told from a bad request by this class alone. Remove:
-                            vLLM exports it.
+server_arguments            Ray takes arguments of vLLM's HTTP server among those of an engine, and
+                            a mistyped one is refused before. Remove: vLLM exports them.
 compute_in_engine_process   Ray's wrapper sets an executor that starts a worker process, also for
                             one worker. Remove: Ray leaves that choice to vLLM.
 workspace_manager           Two engines of one process (step-time benchmark): the first one's
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def engine_dead_error() -> type[Exception]:
-    """What vLLM raises for every request of an engine that has died."""
-    from vllm.v1.engine.exceptions import EngineDeadError
+def server_arguments() -> list[str]:
+    """Names of the arguments of vLLM's HTTP server, such as ``enable_prompt_tokens_details``."""
+    from dataclasses import fields
 
-    return EngineDeadError  # type: ignore[no-any-return]
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    return [field.name for field in fields(FrontendArgs)]
 
 
 def compute_in_engine_process(engine_config: Any) -> None:

@@ -7,28 +7,32 @@ names). ``tests/serve/test_drift_of_ray.py`` fails when one of them changes:
 target, and who uses it                what, why, remove when
 =====================================  ==========================================================
 VLLMEngine                             ``_start_async_llm_engine``: compute in the engine process.
-``replica/engine.py``                  ``chat``, ``completions``, ``_engine_client``: see a loss.
-                                       Remove: Ray takes an executor, and tells of a dead engine.
+``replica/engine.py``                  ``_engine_client``: see a loss. ``build_asgi_app``: vLLM's
+                                       own routes on every way. Remove: Ray takes an executor, and
+                                       tells of a dead engine.
 vLLM below 0.33                        Ray 2.60 imports ``vllm.entrypoints.launchers.cli_args``,
 ``app.py``                             which 0.33 lacks: refused. Remove: a Ray that runs with 0.33.
-LLMEngine, CompletionResponse          Base and answer of the benchmarks' stand-in engine. Remove:
-``replica/engine.py``                  Ray publishes them.
+LLMEngine                              Base of the benchmarks' stand-in engine. Remove: Ray
+``replica/engine.py``                  publishes it.
 LLMServer, DPServer                    A replica asks the policy actor before it starts, follows it
 ``replica/server.py``                  then, and leaves it at its end: ``start``, ``check_health``,
                                        ``__del__``. ``__serve_build_asgi_app__``: access layer in
-                                       front of direct streaming. Remove: hooks for these four.
+                                       front of direct streaming, and the ingress of Ray's proxy
+                                       (``gateway/ingress.py``). Remove: hooks for these four.
 CallbackBase                           ``ctx.run_init_node = False`` where nothing is to be
 ``replica/server.py``                  downloaded. Remove: Ray sees that itself.
 DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:
 get_deployment_actor(_context)         never; they are alpha, so their form may change.
 ``replica/``, ``policy_actor/``
-OpenAiIngress, init,                   Routes that are served, and clear answers at a loss:
-to_model_metadata                      ``_process_llm_request``, ``_get_response``. Remove: Ray
-``gateway/ingress.py``                 answers 503 at once, and takes a list of routes.
+HAProxy's configuration, uvicorn's     Limits that Ray has no option for are written into the first
+AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), timed in the second.
+``proxy/``                             Remove: Ray takes them.
+Text of ``serve.status()``             "failed to start": a start ends at the first replica's
+``failed_start.py``                    failure. Remove: Serve has a state for it.
 handle._router                         Whether a replica is left, and who waits for one. Remove: a
-``gateway/ingress.py``                 handle tells how many replicas it has.
+``gateway/forward.py``                 handle tells how many replicas it has.
 RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is
-``gateway/ingress.py``, ``run.py``     imported; ports that are free. Remove: options of Serve.
+``gateway/ingress.py``, ``way.py``     imported; ports that are free. Remove: options of Serve.
 internal_kv                            The actor's name and what it stores outlive it. Remove: Ray
 ``policy_actor/``                      Serve has a store for applications.
 Metric._record                         A counter that starts at 0. Remove: ``Counter.inc`` takes 0.

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.policy_actor.auto_config import AUTO, AutoConfig
 from sere_ray.serve.replica.scorer import ScoreConfig, unscorable_engine
@@ -70,7 +71,12 @@ class ServeConfig(BaseModel):
         description="how many answers are scored by the exact model, and limits; null = none",
     )
     access: AccessConfig = Field(
-        default_factory=lambda: AccessConfig.model_validate({}), description="keys and limits"
+        default_factory=lambda: AccessConfig.model_validate({}),
+        description="keys, and limits by key",
+    )
+    limits: Limits = Field(
+        default_factory=lambda: Limits.model_validate({}),
+        description="limits on the time of requests and answers, and on connections",
     )
 
     @field_validator("engine")

@@ -1,30 +1,31 @@
 """``sere-ray serve``: a deployment file on a Ray instance of its own, until a signal."""
 
 import logging
-import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from sere_ray.serve import way
 from sere_ray.serve.app import check_vllm_of_ray
-from sere_ray.serve.config import ServeConfig
-from sere_ray.serve.policy_actor.artifacts import read_artifact
+from sere_ray.serve.deployment_file import check_artifacts, configs, limits_of_proxies, load_file
+from sere_ray.serve.engine_check import check_engine, check_model
+from sere_ray.serve.failed_start import failure, reason
 from sere_ray.util.errors import SereError
-from sere_ray.util.ports import check_free, free_ports
+from sere_ray.util.ports import check_free
 from sere_ray.util.progress import waiting
-from sere_ray.util.ray_instance import start_ray
+from sere_ray.util.ray_instance import nothing_left, session_logs, start_ray
 
-IMPORT_PATH = "sere_ray.serve:build_app"
-APPLICATION_KEYS = ("name", "import_path", "args", "route_prefix")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 0.5
 
 
 def run_file(
-    path: Path, console: Console, metrics_port: int | None = None, *, direct: bool = False
+    path: Path, console: Console, metrics_port: int | None = None, *, proxy: str | None = None
 ) -> None:
     """Serve the applications of a file until SIGINT or SIGTERM; then drain and end Ray.
 
@@ -32,82 +33,157 @@ def run_file(
         path: of the deployment file.
         console: where progress goes.
         metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
-        direct: HAProxy and the engines' own HTTP servers instead of Ray's proxy and an ingress.
+        proxy: ``direct``: HAProxy and the engines' own HTTP servers; ``default``: Ray's proxy and
+            an ingress; None = the first, where HAProxy is installed.
 
     Raises:
-        SereError: the file is not valid, an artifact is not there, or the port is taken.
+        SereError: the file is not valid, an artifact or model is not there, vLLM refuses the
+            arguments of an engine, the port is taken, or an engine does not start.
     """
-    if direct:
-        stream_directly()
-    document = load_file(path)
-    check_vllm_of_ray()
-    check_artifacts(document)
-    http = {"host": "127.0.0.1", "port": 8000, **(document.get("http_options") or {})}
-    host, port = http["host"], http["port"]
-    check_free(port, f"{path}: http_options.port", host=host)  # Ray would share it with others
-    if metrics_port is not None:
-        check_free(metrics_port, "--metrics-port", host="")
-    start_ray(metrics_port=metrics_port)
-    import ray
-    from ray import serve
-
+    chosen = way.choose(proxy)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    end_at_signals()
     try:
-        logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
-        from sere_ray.serve import build_app
-
-        serve.start(http_options=http)
-        names = []
-        for application in document["applications"]:
-            names.append(application.get("name", "default"))
-            with waiting(console, f"starting {names[-1]}"):
-                serve.run(
-                    build_app(application["args"]),
-                    name=names[-1],
-                    route_prefix=application.get("route_prefix", "/"),
-                    blocking=False,
-                )
-        if metrics_port is not None:
-            console.print(f"metrics on http://127.0.0.1:{metrics_port}/metrics", highlight=False)
-        console.print(f"serving {', '.join(names)} on http://{host}:{port}", highlight=False)
-        wait_for_signal()
-        console.print("draining: requests under way finish, new ones are refused")
-        for name in names:
-            serve.delete(name)
+        with ExitStack() as stack:
+            stack.enter_context(way.switched(chosen))
+            document = load_file(path)
+            http = check(path, document, metrics_port)
+            if chosen != way.DIRECT and proxy is None:
+                console.print("HAProxy is not installed: Ray's proxy serves, which is slower")
+            stack.enter_context(way.prepared(chosen, limits_of_proxies(path, document)))
+            stack.enter_context(nothing_left())
+            start_ray(metrics_port=metrics_port)
+            end_at_signals()  # Ray has set handlers of its own
+            names = deploy_all(document, http, console)
+            if metrics_port is not None:
+                address = f"http://127.0.0.1:{metrics_port}/metrics"
+                console.print(f"metrics on {address}", highlight=False)
+            host = f"http://{http['host']}:{http['port']}"
+            console.print(f"serving {', '.join(names)} on {host}", highlight=False)
+            wait_for_signal()
+            console.print("draining: requests under way finish, new ones are refused")
+            drain(names)
     except KeyboardInterrupt:
         console.print("stopped while starting")
     finally:
         logging.disable(logging.NOTSET)
-        ray.shutdown()  # the instance is ours alone: Serve ends with it
+        _set_handlers(before)
 
 
-def stream_directly() -> None:
-    """Have Ray put HAProxy before the engines' own HTTP servers. Call it before Ray is imported.
+def check(path: Path, document: Mapping[str, Any], metrics_port: int | None) -> dict[str, Any]:
+    """All that can be known before a process starts; the quick things first.
 
-    HAProxy opens two more ports, for its state and its metrics. Ray's defaults are fixed numbers,
-    so a second instance on a machine would not start: here the ports are free ones. Ray also keeps
-    a replica that has no request left for 30 s, for load balancers to notice. There is none here,
-    so it is 1 s.
-    """
-    os.environ |= {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
-    }
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-    names = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-    for name, port in zip(names, free_ports(2), strict=True):
-        os.environ.setdefault(name, str(port))
-
-
-def check_artifacts(document: Mapping[str, Any]) -> None:
-    """Read the artifacts, since the policy actors of this instance of Ray will run here.
+    Returns:
+        Ray's ``http_options``.
 
     Raises:
-        SereError: one is missing, unreadable or too large.
+        SereError: something cannot work.
     """
+    check_vllm_of_ray()
+    for config in configs(document):
+        check_model(config)
+    check_artifacts(document)
+    limits = limits_of_proxies(path, document)
+    http = {
+        "host": "127.0.0.1",
+        "port": 8000,
+        **(document.get("http_options") or {}),
+        "keep_alive_timeout_s": limits.idle_s,
+    }
+    # Ray would share it with others.
+    check_free(http["port"], f"{path}: http_options.port", host=http["host"])
+    if metrics_port is not None:
+        check_free(metrics_port, "--metrics-port", host="")
+    logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
+    for config in configs(document):
+        check_engine(config)
+    return http
+
+
+def deploy_all(document: Mapping[str, Any], http: dict[str, Any], console: Console) -> list[str]:
+    """Start all applications; returns their names.
+
+    Raises:
+        SereError: one does not start; with the reason.
+    """
+    from ray import serve
+
+    from sere_ray.serve import build_app
+
+    try:
+        serve.start(http_options=http)
+    except Exception as error:
+        raise _not_started("the HTTP proxy", str(error)) from None
+    names = []
     for application in document["applications"]:
-        config = ServeConfig.parse(application["args"])
-        if config.sere is not None:
-            read_artifact(config.sere.similarity_path, config.max_artifact_bytes)
+        names.append(application.get("name", "default"))
+        with waiting(console, f"starting {names[-1]}"):
+            deploy(
+                build_app(application["args"]),
+                names[-1],
+                application.get("route_prefix", "/"),
+            )
+    return names
+
+
+def deploy(application: Any, name: str, route_prefix: str | None) -> None:
+    """Start an application, and end the try where its first replica fails.
+
+    Serve would try three times a replica, and take its message for the reason.
+
+    Raises:
+        SereError: it does not start; with the engine's reason and the place of the logs.
+    """
+    from ray import serve
+
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            serve.run(application, name=name, route_prefix=route_prefix, blocking=False)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        message = failure(serve.status(), name)
+        if message is not None:
+            raise _not_started(name, message)
+    for error in errors:
+        if isinstance(error, SereError):
+            raise error
+        raise _not_started(name, str(error))
+
+
+def _not_started(name: str, message: str) -> SereError:
+    logs = session_logs()
+    return SereError(f"{name} does not start: {reason(message, logs)} (logs: {logs})")
+
+
+def drain(names: list[str]) -> None:
+    """Delete applications: requests under way finish first."""
+    from ray import serve
+
+    for name in names:
+        serve.delete(name)
+
+
+def end_at_signals() -> None:
+    """Have SIGINT and SIGTERM raise ``KeyboardInterrupt``: a start ends, and cleans up."""
+
+    def end(*_: object) -> None:
+        _set_handlers(dict.fromkeys(SIGNALS, signal.SIG_IGN))  # one is enough: we clean up
+        raise KeyboardInterrupt
+
+    _set_handlers(dict.fromkeys(SIGNALS, end))
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def wait_for_signal() -> None:
@@ -116,49 +192,7 @@ def wait_for_signal() -> None:
     Call it once Ray runs: Ray sets handlers of its own while it starts.
     """
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
-
-
-def _refuse_others(path: Path, where: str, given: Mapping[str, Any], taken: Sequence[str]) -> None:
-    for key in given:
-        if key not in taken:
-            raise SereError(
-                f"{path}: {where}{key}: `sere-ray serve` takes only {', '.join(taken)} here; "
-                "deploy the file with `serve deploy` on a Ray cluster, or leave the key out"
-            )
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """A deployment file, with every application's arguments checked.
-
-    Raises:
-        SereError: not there, not YAML, or a mistake in it.
-    """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SereError(
-            f"{path}: {error.strerror}; `sere-ray examples --out .` copies files to start from"
-        ) from None
-    except yaml.YAMLError as error:
-        raise SereError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    from pydantic import ValidationError
-    from ray.serve.schema import ServeDeploySchema
-
-    try:
-        ServeDeploySchema.model_validate(document)
-    except (ValidationError, TypeError) as error:
-        raise SereError(f"{path}: not a Ray Serve file: {' '.join(str(error).split())}") from None
-    _refuse_others(path, "", document, ("applications", "http_options"))
-    for number, application in enumerate(document["applications"]):
-        _refuse_others(path, f"applications.{number}.", application, APPLICATION_KEYS)
-        if application["import_path"] != IMPORT_PATH:
-            raise SereError(
-                f"{path}: import_path = {application['import_path']!r}: `sere-ray serve` runs "
-                f"{IMPORT_PATH}; use `serve run` for other applications"
-            )
-        ServeConfig.parse(application.get("args") or {})
-    return dict(document)

@@ -1,15 +1,20 @@
 """A Ray instance of our own on this machine."""
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sere_ray.util.errors import SereError
+from sere_ray.util.temporary import leave_room_for_sockets
 
 _NOT_STARTED = "timed out during startup"
 """Text of Ray's exception where a process of the instance has ended. It has no type of its own."""
 _ATTEMPTS = 2
+_END_SECONDS = 5.0
 
 
 def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
@@ -24,12 +29,13 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
         options: further ones of ``ray.init``.
 
     Raises:
-        SereError: it did not start twice.
+        SereError: it did not start twice, or no folder for its sockets has a short path.
     """
+    leave_room_for_sockets()
     import ray
 
     for _ in range(_ATTEMPTS):
-        before = psutil.Process().children()
+        before = psutil.Process().children(recursive=True)
         try:
             ray.init(
                 address="local",
@@ -43,6 +49,9 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
             if _NOT_STARTED not in str(error):
                 raise
             logs = _end_children(before)
+        except BaseException:  # a signal: what has started would outlive this process
+            _end_children(before)
+            raise
         else:
             return
     port = "" if metrics_port is None else f", or something listens on port {metrics_port}"
@@ -52,9 +61,38 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
     )
 
 
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """End Ray with the block, and every process below this one that outlives it.
+
+    An engine's process outlives its replica for a while, or for good where it hangs.
+    """
+    import ray
+
+    try:
+        yield
+    finally:
+        below = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        _, left = psutil.wait_procs(below, timeout=_END_SECONDS)
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=_END_SECONDS)
+
+
+def session_logs() -> Path:
+    """The folder in which the processes of the running instance log."""
+    import ray
+
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(folder, "ray", str(ray.get_runtime_context().get_session_name()), "logs")
+
+
 def _end_children(before: list[psutil.Process]) -> str:
     """End what a start has left, as Ray does only when this process ends; where its logs are."""
-    left = [process for process in psutil.Process().children() if process not in before]
+    below = psutil.Process().children(recursive=True)
+    left = [process for process in below if process not in before]
     arguments = []
     for process in left:
         with suppress(psutil.Error):  # one that has ended has no arguments

@@ -63,7 +63,7 @@ def test_the_copied_model_is_calibrated_by_the_command_in_the_copied_file(tmp_pa
     monkeypatch.chdir(tmp_path)
     result = run(*command[1:], "--sequences", "4", "--length", "32")
     assert result.exit_code == 0, result.output
-    from sere_ray.serve.run import load_file
+    from sere_ray.serve.deployment_file import load_file
 
     load_file(tmp_path / "deploy" / "demo-cpu.yaml")
 

@@ -20,12 +20,6 @@ def test_the_ledger_has_every_function():
     assert table.count("Remove:") == len(functions)
 
 
-def test_the_error_of_a_lost_engine_is_what_the_engine_client_raises():
-    from vllm.v1.engine import core_client
-
-    assert vllm_internals.engine_dead_error() is core_client.EngineDeadError
-
-
 @pytest.mark.parametrize(("workers", "is_changed"), [(1, True), (2, False)])
 def test_one_worker_computes_in_the_engine_process(workers, is_changed):
     from vllm.v1.executor.abstract import Executor

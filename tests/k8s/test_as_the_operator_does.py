@@ -17,12 +17,16 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import yaml
 
 from sere_ray import assets
+from sere_ray.proxy.haproxy import BINARY_VARIABLE
+from sere_ray.serve import way
 from sere_ray.util.ports import free_port, free_ports
 from tests.k8s.conftest import ROOT, only
+from tests.k8s.test_serve_config import environment
 from tests.serve.deployment import ADMIN, API_KEY, save_artifacts, save_keys, wait_for
 
 pytestmark = pytest.mark.engine
@@ -36,7 +40,7 @@ class Cluster:
     def __init__(self, service, folder):
         self.folder = folder
         self.token = secrets.token_hex(16)
-        names = ("gcs", "dashboard", "serve", "head_agent", "worker_agent")
+        names = ("gcs", "dashboard", "head", "serve", "head_agent", "worker_agent")
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._groups = service["rayClusterConfig"]
         self._processes = []
@@ -62,6 +66,7 @@ class Cluster:
         wait_for(lambda: self.healthy("worker"), 90, "the worker's probe")
 
     def stop(self):
+        below = [c for p in self._processes for c in psutil.Process(p.pid).children(recursive=True)]
         for process in reversed(self._processes):
             os.killpg(process.pid, signal.SIGTERM)
         for process in self._processes:
@@ -69,6 +74,8 @@ class Cluster:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+        for child in psutil.wait_procs(below, timeout=5)[1]:  # HAProxy outlives who started it
+            child.kill()
 
     def healthy(self, node):
         """The operator's exec probe, with this machine's port."""
@@ -98,6 +105,7 @@ class Cluster:
         ]
         environment = {
             **os.environ,
+            **self._environment(node),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "PYTHONPATH": str(ROOT),
@@ -113,6 +121,22 @@ class Cluster:
                     start_new_session=True,
                 )
             )
+
+    def _environment(self, node):
+        """The container's, with this machine's paths and ports: both nodes have a proxy here."""
+        groups = self._groups
+        group = groups["headGroupSpec"] if node == "head" else groups["workerGroupSpecs"][0]
+        found = environment(group["template"]["spec"]["containers"][0])
+        assert BINARY_VARIABLE in found
+        files = {variable: str(self.folder / file) for variable, file in way.FILES.items()}
+        ports = {variable: str(free_port()) for variable in way.PORTS}
+        return {
+            **found,
+            **files,
+            **ports,
+            BINARY_VARIABLE: str(way.write_program(self.folder)),
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(self.ports["serve"]),
+        }
 
 
 def request(method, url, body=None, headers=None):
@@ -156,7 +180,7 @@ def cluster(rendered):
     cluster = Cluster(service, folder)
     try:
         cluster.start()
-        config = serve_config(service, folder, cluster.ports["serve"])
+        config = serve_config(service, folder, cluster.ports["head"])
         status, answer = cluster.dashboard("PUT", "/api/serve/applications/", config)
         assert status == 200, answer
         yield cluster
@@ -178,18 +202,26 @@ def test_the_application_runs_on_the_worker_behind_keys(cluster):
     wait_for(running, 300, "the application")
     _, state = cluster.dashboard("GET", "/api/serve/applications/")
     (application,) = state["applications"].values()
-    replicas = [r for d in application["deployments"].values() for r in d["replicas"]]
-    assert len(replicas) == 3  # two ranks and the ingress
+    (ranks,) = (d for n, d in application["deployments"].items() if n.startswith("SereGangServer"))
     head = state["controller_info"]["node_id"]
-    assert head not in {replica["node_id"] for replica in replicas}
+    assert len(ranks["replicas"]) == 2
+    assert head not in {replica["node_id"] for replica in ranks["replicas"]}
 
     url = f"http://127.0.0.1:{cluster.ports['serve']}"
     command = [str(ROOT / "deploy" / "healthcheck.sh"), str(cluster.ports["serve"])]
-    assert subprocess.run(command, check=False).returncode == 0
+    # HAProxy of the worker's node hears of ranks a moment later.
+    wait_for(lambda: subprocess.run(command, check=False).returncode == 0, 30, "health")
     body = {"model": "sere-demo", "prompt": "Work out 2 + 3.", "max_tokens": 4}
     key, admin = ({"authorization": f"Bearer {value}"} for value in (API_KEY, ADMIN))
     headers = {"content-type": "application/json"}
     assert request("POST", f"{url}/v1/completions", body, headers)[0] == 401
-    assert request("POST", f"{url}/v1/completions", body, {**headers, **key})[0] == 200
+
+    def answers():
+        found, answer = request("POST", f"{url}/v1/completions", body, {**headers, **key})
+        print(found, answer)
+        return found == 200
+
+    wait_for(answers, 30, "HAProxy of the worker knows both ranks")
+    assert all(answers() for _ in range(8))
     status, policy = request("GET", f"{url}/sere/policy", None, admin)
     assert (status, policy["replicas"]) == (200, 2)

@@ -4,12 +4,15 @@ import importlib
 import os
 import shlex
 import subprocess
+import tomllib
 
 import pytest
 import yaml
 
+from sere_ray.proxy.haproxy import BINARY_VARIABLE, main
+from sere_ray.serve import way
 from sere_ray.serve.config import ServeConfig
-from tests.k8s.conftest import only
+from tests.k8s.conftest import ROOT, only
 from tests.serve.deployment import save_keys
 
 
@@ -69,15 +72,45 @@ def test_a_mistake_in_the_file_is_caught(rendered, change, words):
         read_by_ray(config)
 
 
-def test_the_application_is_built(config, service, tmp_path, ray_instance):
-    from ray.serve._private.build_app import build_app
+def environment(container):
+    return {each["name"]: each["value"] for each in container.get("env", ())}
 
+
+def containers(service):
+    cluster = service["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"]["containers"][0] for group in groups]
+
+
+def test_every_node_has_haproxy_with_our_limits(service):
+    """What `sere-ray serve` sets on one machine, the manifests set on each."""
+    expected = {
+        **dict.fromkeys(way.SWITCHES, "1"),
+        BINARY_VARIABLE: "/opt/sere/venv/bin/sere-haproxy",
+        way.CALLBACK_VARIABLE: way.CALLBACK,
+    }
+    for container in containers(service):
+        assert expected.items() <= environment(container).items()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["sere-haproxy"] == f"{main.__module__}:{main.__name__}"
+
+
+def test_the_application_is_built(config, service, tmp_path, ray_instance, monkeypatch):
+    from ray.llm._internal.serve.core.ingress import builder
+    from ray.serve._private import build_app as of_serve
+
+    from sere_ray.serve.gateway import ingress
+
+    for module in (builder, ingress):  # read from the environment at import
+        monkeypatch.setattr(module, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
+    monkeypatch.setattr(of_serve, "RAY_SERVE_ENABLE_HA_PROXY", True)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     save_keys(tmp_path / "keys.yaml")
     (application,) = config["applications"]
     args = application["args"]
     args["access"]["keys_file"] = str(tmp_path / "keys.yaml")
     module, _, name = application["import_path"].partition(":")
-    built = build_app(getattr(importlib.import_module(module), name)(args), name="app")
+    built = of_serve.build_app(getattr(importlib.import_module(module), name)(args), name="app")
 
     by_name = {deployment.name: deployment for deployment in built.deployments}
     assert {d["name"] for d in application.get("deployments", [])} <= set(by_name)
@@ -87,20 +120,18 @@ def test_the_application_is_built(config, service, tmp_path, ray_instance):
     assert settings.num_replicas == gangs * size
     assert settings.gang_scheduling_config.gang_size == size
     (bundle,) = ranks._replica_config.placement_group_bundles
-    ingress = next(d for name, d in by_name.items() if name == "SereIngress")
-    ingress_cpus = ingress._replica_config.ray_actor_options["num_cpus"]
-    assert_fits(service, gangs * size, bundle, ingress_cpus)
+    assert_fits(service, gangs * size, bundle)
 
 
-def assert_fits(service, ranks, bundle, ingress_cpus):
-    """All ranks and the ingress find their place, and no GPU is idle."""
+def assert_fits(service, ranks, bundle):
+    """All ranks find their place, and no GPU is idle; routers of requests need no CPU."""
     (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
     assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert int(limits.get("nvidia.com/gpu", 0)) * group["replicas"] == ranks * bundle.get("GPU", 0)
     cpus = int(limits["cpu"])
     on_one = ranks // group["replicas"]
-    assert on_one * bundle["CPU"] + ingress_cpus <= cpus
+    assert on_one * bundle["CPU"] <= cpus
 
 
 def test_paths_lead_into_volumes(config, service):

@@ -10,8 +10,12 @@ from tests.live.traffic import at_once, counted
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID
 from tests.serve.every_path import (
     BAD_REQUESTS,
+    check_answer_limit,
+    check_half_sent,
     check_hang_up,
+    check_keys_do_not_share_a_cache,
     check_refused,
+    check_switches_of_rays,
     check_too_many_at_once,
 )
 
@@ -56,6 +60,10 @@ def test_openai_client(served, client):
 @pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
 def test_bad_requests(served, case):
     check_refused(served, *case)
+
+
+def test_keys_do_not_share_a_cache(served):
+    check_keys_do_not_share_a_cache(served)
 
 
 def test_too_many_at_once(served):
@@ -187,3 +195,18 @@ def test_exact_second_turn_after_a_re_routed_first(served):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(served, stream):
     check_hang_up(served, stream=stream)
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def test_half_sent_requests_end_and_lock_nobody_out(served):
+    check_half_sent(served)
+
+
+def test_an_answer_beyond_the_limit_ends_in_the_engine(served):
+    check_answer_limit(served)
+
+
+def test_switches_of_rays_are_not_a_clients(served):
+    check_switches_of_rays(served)

@@ -15,16 +15,19 @@ import psutil
 import yaml
 
 from sere_ray import assets
+from sere_ray.bench.differential_examples import MODEL as MODEL_ID
+from sere_ray.bench.differential_servers import ENGINE
 from sere_ray.bench.servers import served
 from sere_ray.serve.gateway.keys import digest
 from sere_ray.util.ports import free_ports
 from sere_ray.util.processes import processes_named
 from tests.engine.conftest import random_artifact
 
-MODEL_ID = "sere-demo"
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
 UNSCORED_KEY = "sk-unscored"
 
+HALF_SENT_SECONDS, ANSWER_SECONDS = 4, 25
+"""Limits: the first for headers, and for bodies."""
 KEY_LIMIT = 32
 """Requests under way at once of one key, in one process that answers."""
 
@@ -86,12 +89,13 @@ class Served:
         }
         return self.request("POST", "/v1/completions", body, key, headers, timeout)
 
-    def begin(self, prompt, key=API_KEY, **body):
+    def begin(self, prompt, key=API_KEY, headers=None, **body):
         """Send a completion and read nothing: the open connection."""
         connection = HTTPConnection(self.url.removeprefix("http://"), timeout=60)
         body = {"model": MODEL_ID, "prompt": prompt, **body}
-        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        sent = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+        sent |= headers or {}
+        connection.request("POST", "/v1/completions", json.dumps(body), sent)
         return connection
 
     def sere(self, what, change=None):
@@ -122,7 +126,7 @@ def _parsed(content):
 
 
 @contextmanager
-def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
+def deployed(folder, *, keys=True, environment=None, proxy="default", **arguments):
     """Run a deployment file from ``folder``; ends every process that it started."""
     port, metrics_port = free_ports(2)
     save_artifacts(folder)
@@ -131,23 +135,22 @@ def deployed(folder, *, keys=True, environment=None, direct=False, **arguments):
         save_keys(folder / "keys.yaml")
         access["keys_file"] = str(folder / "keys.yaml")
     arguments = {
+        "limits": {
+            "header_s": HALF_SENT_SECONDS,
+            "body_s": HALF_SENT_SECONDS,
+            "answer_s": ANSWER_SECONDS,
+        },
         "model": str(assets.MODEL),
         "model_id": MODEL_ID,
         "sere": {"similarity": str(folder / "a.safetensors"), "select_top_k": 1},
         "artifacts": str(folder),
         "access": access,
         "env": {"HF_HUB_OFFLINE": "1"},
-        "engine": {
-            "max_model_len": 256,
-            "max_num_seqs": 16,
-            "enforce_eager": True,
-            "dtype": "float32",
-            "kv_cache_memory_bytes": 1 << 26,
-        },
+        "engine": ENGINE,
         **arguments,
     }
     variables = {"PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
-    with served(folder, port, arguments, variables, metrics_port, direct=direct) as process:
+    with served(folder, port, arguments, variables, metrics_port, proxy=proxy) as process:
         yield Served(process, f"http://127.0.0.1:{port}", folder / "log", metrics_port)
 
 

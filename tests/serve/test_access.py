@@ -10,6 +10,7 @@ import yaml
 
 from sere_ray.policy.tiers import forbids_score
 from sere_ray.serve.gateway.access import PRINCIPAL, VISITORS, AccessConfig, AccessLayer
+from sere_ray.serve.gateway.bodies import answers_asked
 from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment, new_key
 from sere_ray.util.errors import SereError
 
@@ -39,13 +40,19 @@ class Inner:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def layer(inner, *, keys=KEYS, public=frozenset(), **limits):
+def layer(inner, *, keys=KEYS, public=frozenset(), loopback=None, **limits):
     config = AccessConfig.model_validate({"max_body_bytes": 1024, **limits})
     fixed = KeyFile.model_validate(keys or {})
-    return AccessLayer(inner, config=config, fixed=fixed, public=public)
+    return AccessLayer(inner, config=config, fixed=fixed, public=public, loopback=loopback)
 
 
 async def ask(app, method="GET", path="/v1/models", *, key=None, body=b"", headers=(), **scope):
+    """``(status, JSON, headers)``."""
+    status, content, found = await ask_text(app, method, path, headers, key=key, body=body, **scope)
+    return status, json.loads(content or b"null"), found
+
+
+async def ask_text(app, method, path, headers=(), *, key=None, body=b"", **scope):
     """``(status, body, headers)``."""
     sent = [(b"host", b"127.0.0.1:8000"), *headers]
     if key is not None:
@@ -76,16 +83,20 @@ async def ask(app, method="GET", path="/v1/models", *, key=None, body=b"", heade
 
     await app(scope, receive, send)
     content = b"".join(message.get("body", b"") for message in answer)
-    return answer[0]["status"], json.loads(content or b"null"), dict(answer[0]["headers"])
+    return answer[0]["status"], content, dict(answer[0]["headers"])
 
 
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 20))
 
 
+JSON = (b"content-type", b"application/json")
+
+
 def completion(inner, key, body=None, headers=(), **limits):
     content = json.dumps(body or {"prompt": "a"}).encode()
-    app = layer(inner, **limits)
+    app = layer(inner, **{"share_prefix_cache": True, **limits})
+    headers = [JSON, *headers]
     return run(ask(app, "POST", "/v1/completions", key=key, body=content, headers=headers))
 
 
@@ -100,7 +111,11 @@ def completion(inner, key, body=None, headers=(), **limits):
         ("/sere/policy", "t-ops", 200),
         ("/sere/policy", "k-all", 403),
         ("/sere/policy", None, 401),
-        ("/v1", "k-all", 404),
+        ("/v1", "k-all", 200),
+        ("/v1", None, 401),
+        ("/health", None, 200),
+        ("/health/", None, 200),
+        ("/health/other", "k-all", 404),
         ("/sere", "t-ops", 404),
         ("/metrics", "t-ops", 404),
         ("//sere/policy", "k-all", 404),
@@ -143,6 +158,26 @@ def test_without_keys_public_paths_too_are_for_this_machine():
     app = layer(Inner(), keys=None, public=PAGE)
     assert run(ask(app, path="/sere/ui", **far))[0] == 403
     assert run(ask(app, path="/sere/ui"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("word", "host", "client", "status"),
+    [
+        ("the-word", "127.0.0.1:8000", "192.0.2.7", 200),  # HAProxy's address, of this machine
+        ("the-word", "[::1]:8000", "127.0.0.1", 200),
+        ("the-word", "evil.example:8000", "127.0.0.1", 403),
+        ("a-guess", "127.0.0.1:8000", "127.0.0.1", 403),
+        ("", "127.0.0.1:8000", "127.0.0.1", 403),
+        (None, "127.0.0.1:8000", "127.0.0.1", 403),  # past HAProxy
+    ],
+)
+def test_behind_haproxy_only_its_word_tells_of_this_machine(word, host, client, status):
+    inner = Inner()
+    app = layer(inner, keys=None, loopback=digest("the-word"))
+    headers = [] if word is None else [(b"x-sere-loopback", word.encode())]
+    scope = {"headers": [(b"host", host.encode()), *headers], "client": (client, 4000)}
+    assert run(ask(app, **scope))[0] == status
+    assert len(inner.requests) == (status == 200)
 
 
 def test_visitors_without_a_key_take_a_bounded_number_of_places():
@@ -289,17 +324,26 @@ def test_tier_refused(key, header, body, status, code):
     [
         (b'{"a": 1}', [], 200),
         (b"{", [], 400),
-        (b"", [], 400),
+        (b"", [], 200),  # vLLM says what is missing
         (b'"text"', [], 400),
+        (b"\xff", [], 400),
         (b"[" * 900, [], 400),
         (b'{"a": "' + b"x" * 1024 + b'"}', [], 413),
         (b"{}", [(b"content-length", b"99999999999")], 413),
+        (b"{}", [(b"content-length", b"9" * 6000)], 413),
     ],
 )
 def test_body(body, headers, status):
     inner = Inner()
     found, answer, _ = run(
-        ask(layer(inner), "POST", "/v1/completions", key="k-all", body=body, headers=headers)
+        ask(
+            layer(inner),
+            "POST",
+            "/v1/completions",
+            key="k-all",
+            body=body,
+            headers=[JSON, *headers],
+        )
     )
     assert found == status
     if status != 200:
@@ -328,17 +372,183 @@ def test_concurrency_is_bounded_per_key_and_over_all():
     run(scenario())
 
 
-def test_a_failing_application_gives_its_place_back():
+def test_a_failing_application_gives_its_place_back_and_tells_nothing():
     async def scenario():
         async def broken(scope, receive, send):
-            raise RuntimeError("broken")
+            raise RuntimeError("broken at /root/secret.py")
 
         app = layer(broken, max_concurrent_per_key=1)
         for _ in range(3):
-            with pytest.raises(RuntimeError):
-                await ask(app, key="k-all")
+            status, answer, _ = await ask(app, key="k-all")
+            assert status == 500
+            assert answer["error"]["type"] == "InternalServerError"
+            assert "secret" not in str(answer)
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "answers"),
+    [
+        ({"prompt": "a"}, 1),
+        ({"prompt": "a", "n": 3}, 3),
+        ({"prompt": ["a", "b"], "n": 3}, 6),
+        ({"prompt": ["1", "2"]}, 2),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": [[1], [2, 3]]}, 2),
+        ({"prompt": "a", "prompt_embeds": ["x", "y"]}, 3),
+        ({"messages": [], "n": "2"}, 2),
+        ({"n": 2.0}, 2),
+        ({"n": None}, 1),
+        ({"n": -5, "prompt": []}, 1),
+        ({"n": float("inf")}, 1),
+        ({"n": float("nan")}, 1),
+        ({"n": "many"}, 1),
+        ({"n": [7], "prompt": {"a": 1}}, 1),
+        ({"n": 10**30}, 10**30),
+    ],
+)
+def test_answers_that_a_request_asks_for(body, answers):
+    assert answers_asked(body) == answers
+
+
+def test_limits_count_answers_and_not_requests():
+    async def scenario():
+        inner = Inner()
+        inner.may_answer.clear()
+        app = layer(inner, max_concurrent_requests=5, max_concurrent_per_key=4)
+
+        def post(key, **fields):
+            body = json.dumps({"prompt": "a", **fields}).encode()
+            return ask(app, "POST", "/v1/completions", key=key, body=body, headers=[JSON])
+
+        waiting = [asyncio.create_task(post("k-all", prompt=["a", "b"], n=2))]
+        await asyncio.sleep(0)
+        assert (await post("k-all"))[0] == 429
+        assert (await post("k-plain", n=2))[0] == 429, "over all keys"
+        waiting.append(asyncio.create_task(post("k-plain")))
+        await asyncio.sleep(0)
+        status, answer, _ = await post("k-exact", n=5)
+        assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+        inner.may_answer.set()
+        assert [status for status, *_ in await asyncio.gather(*waiting)] == [200, 200]
+        status, answer, _ = await post("k-all", n=5)
+        assert (status, answer["error"]["code"]) == (400, "too_many_answers")
+        assert "a key may have 4" in answer["error"]["message"]
+        assert (await post("k-all", n=4))[0] == 200
+
+    run(scenario())
+
+
+# --- whose prefix cache --------------------------------------------------------------------------
+
+
+def salt_of(key, body=None, group=None, **options):
+    inner = Inner()
+    keys = {"keys": [{**each, "group": group} for each in KEYS["keys"]]} if group else KEYS
+    options = {"share_prefix_cache": False, "keys": keys, **options}
+    assert completion(inner, key, {"prompt": "a", **(body or {})}, **options)[0] == 200
+    return inner.requests[0][1].get("cache_salt")
+
+
+def test_keys_do_not_find_each_others_prompts():
+    salts = {
+        salt_of(key, body) for key in ("k-all", "k-plain") for body in ({}, {"cache_salt": "x"})
+    }
+    assert len(salts) == 4
+    assert None not in salts
+    assert "x" not in salts
+    assert salt_of("k-all") == salt_of("k-all"), "a key finds its own"
+
+
+def test_keys_of_a_group_do():
+    assert salt_of("k-all", group="team") == salt_of("k-plain", group="team")
+    assert salt_of("k-all", group="team") != salt_of("k-all", group="all")
+    assert salt_of("k-all", group="all") == salt_of("k-all"), "a key is a group of its own name"
+
+
+def test_one_switch_shares_the_cache():
+    assert salt_of("k-all", share_prefix_cache=True) is None
+    assert salt_of("k-all", {"cache_salt": "x"}, share_prefix_cache=True) == "x"
+
+
+@pytest.mark.parametrize("salt", ["", 5, [], {}])
+def test_a_salt_that_is_none_is_left_for_vllm_to_refuse(salt):
+    assert salt_of("k-all", {"cache_salt": salt}) == salt
+
+
+def test_without_keys_nothing_is_salted():
+    assert salt_of(None, keys=None) is None
+
+
+# --- browsers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [b"text/plain", b"", b"application/json5", None])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_body_of_another_type_reaches_no_engine(kind, path):
+    """The content type stays as it was sent, so that vLLM refuses it."""
+    inner = Inner()
+    headers = [] if kind is None else [(b"content-type", kind)]
+    assert run(ask(layer(inner), "POST", path, key="k-all", body=b"{}", headers=headers))[0] == 200
+    scope, received = inner.requests[0]
+    assert received is None
+    assert dict(scope["headers"]).get(b"content-type") == kind
+
+
+def test_no_other_route_gets_a_body():
+    inner = Inner()
+    for path in ("/v1/other", "/v1/completions/", "/v1/models", "/health"):
+        run(ask(layer(inner), "POST", path, key="k-all", body=b'{"a": 1}', headers=[JSON]))
+    assert [received for _, received in inner.requests] == [None] * 4
+
+
+ORIGIN = b"https://chat.example.com"
+
+
+@pytest.mark.parametrize("keys", [KEYS, None])
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        (b"http://127.0.0.1:8000", 200),  # the page itself
+        (b"https://127.0.0.1:8000", 200),  # behind a proxy that ends TLS
+        (b"http://127.0.0.1:3000", 403),
+        (b"http://localhost:8000", 403),
+        (b"null", 403),
+        (b"", 403),
+        (b"https://elsewhere.example", 403),
+        (ORIGIN, 200),
+        (b"https://chat.example.com.evil.example", 403),
+    ],
+)
+def test_pages_of_other_origins_are_refused_unless_allowed(keys, origin, status):
+    inner = Inner()
+    app = layer(inner, keys=keys, allowed_origins=[ORIGIN.decode()])
+    headers = [] if origin is None else [(b"origin", origin)]
+    found, answer, headers = run(ask(app, key="k-all" if keys else None, headers=headers))
+    assert (found, len(inner.requests)) == (status, status == 200)
+    assert (headers.get(b"access-control-allow-origin") == ORIGIN) == (origin == ORIGIN)
+    if status == 403:
+        assert answer["error"]["code"] == "foreign_origin"
+        assert "access.allowed_origins" in answer["error"]["message"]
+
+
+def test_an_allowed_page_may_ask_what_it_may_send_and_read_its_refusals():
+    inner = Inner()
+    app = layer(inner, allowed_origins=[ORIGIN.decode()])
+    preflight = [(b"origin", ORIGIN), (b"access-control-request-method", b"POST")]
+    status, _, headers = run(ask_text(app, "OPTIONS", "/v1/completions", preflight))
+    assert (status, headers[b"access-control-allow-origin"]) == (200, ORIGIN)
+    status, _, headers = run(ask(app, headers=[(b"origin", ORIGIN)]))
+    assert (status, headers[b"access-control-allow-origin"]) == (401, ORIGIN)
+    assert inner.requests == []
+
+
+@pytest.mark.parametrize("origin", ["*", "chat.example.com", "https://chat.example.com/", "null"])
+def test_an_origin_has_no_path_and_no_star(origin):
+    with pytest.raises(ValueError, match="is no origin"):
+        AccessConfig(allowed_origins=[origin])
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -406,5 +616,5 @@ def test_below_sere_the_route_decides_first_but_no_body_is_too_large():
     assert run(ask(layer(inner), "PUT", "/sere/policy", **arguments))[0] == 413
     assert run(ask(layer(inner), "DELETE", "/sere/policy", key="t-ops"))[0] == 200, "handed on"
     assert run(ask(layer(inner), "DELETE", "/sere/policy"))[0] == 401
-    status, _, headers = run(ask(layer(inner), "DELETE", "/v1/models"))
-    assert (status, headers[b"allow"]) == (405, b"GET, HEAD, POST, PUT")
+    assert run(ask(layer(inner), "DELETE", "/v1/models"))[0] == 401
+    assert run(ask(layer(inner), "DELETE", "/v1/models", key="k-all"))[0] == 200, "vLLM decides"

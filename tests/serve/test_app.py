@@ -14,8 +14,9 @@ from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.serve import ServeConfig, app, build_app
 from sere_ray.serve.app import engine_arguments, llm_config
+from sere_ray.serve.deployment_file import limits_of_proxies, load_file
 from sere_ray.serve.policy_actor.auto_config import level_policies
-from sere_ray.serve.run import load_file, run_file
+from sere_ray.serve.run import run_file
 from sere_ray.util.errors import PolicyError, SereError, UnsupportedError
 
 VALID = {"model": "/m", "model_id": "m"}
@@ -209,6 +210,19 @@ def test_deployment_files_are_valid(tmp_path, monkeypatch):
         ),
         ("applications: []\nproxy_location: HeadOnly", ["proxy_location", "serve deploy"]),
         (
+            "http_options: {request_timeout_s: 3}\napplications: []",
+            ["http_options.request_timeout_s", "limits.answer_s"],
+        ),
+        (
+            "http_options: {keep_alive_timeout_s: 3}\napplications: []",
+            ["http_options.keep_alive_timeout_s", "limits.idle_s"],
+        ),
+        (
+            "applications: [{import_path: 'sere_ray.serve:build_app', args: {model: m, "
+            "model_id: m, limits: {header_s: 0}}}]",
+            ["limits.header_s = 0", "greater than"],
+        ),
+        (
             "applications: [{import_path: 'sere_ray.serve:build_app', deployments: []}]",
             ["applications.0.deployments", "name, import_path, args, route_prefix", "serve deploy"],
         ),
@@ -277,6 +291,18 @@ def test_a_file_without_policy_has_no_router_actor():
 
     config = ServeConfig.parse({"model": str(assets.MODEL), "model_id": "m"})
     assert server.OPTIONS not in llm_config(config).experimental_configs
+
+
+def test_applications_behind_one_proxy_agree_on_its_limits(tmp_path):
+    def document(*limits):
+        arguments = [{**VALID, "limits": each} for each in limits]
+        return {"applications": [{"args": each} for each in arguments]}
+
+    path = tmp_path / "file.yaml"
+    assert limits_of_proxies(path, document({"answer_s": 3}, {})).header_s == 10
+    assert limits_of_proxies(path, {"applications": []}).answer_s is None
+    with pytest.raises(SereError, match="the same, but for answer_s"):
+        limits_of_proxies(path, document({"header_s": 3}, {}))
 
 
 def test_behind_haproxy_nobody_is_served_without_keys(monkeypatch, has_words):

@@ -9,9 +9,14 @@ import pytest
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
 from tests.serve.every_path import (
     BAD_REQUESTS,
+    check_answer_limit,
+    check_as_vllm,
     check_drains,
+    check_half_sent,
     check_hang_up,
+    check_keys_do_not_share_a_cache,
     check_refused,
+    check_switches_of_rays,
     check_too_many_at_once,
 )
 from tests.serve.faults import check_killed_engine, check_killed_router
@@ -22,7 +27,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("direct")
-    with deployed(folder, direct=True, data_parallel_size=2) as deployment:
+    with deployed(folder, proxy="direct", data_parallel_size=2) as deployment:
         yield deployment
 
 
@@ -43,6 +48,14 @@ def test_who_may_read_what(served, path, key):
 @pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: " ".join(map(str, case))[:60])
 def test_bad_requests(served, case):
     check_refused(served, *case)
+
+
+def test_answers_as_vllm(served, of_vllm):
+    check_as_vllm(served, of_vllm, "direct")
+
+
+def test_keys_do_not_share_a_cache(served):
+    check_keys_do_not_share_a_cache(served)
 
 
 def test_too_many_at_once(served):
@@ -77,6 +90,18 @@ def test_a_client_that_hangs_up_frees_its_slot(served, stream):
     check_hang_up(served, stream=stream)
 
 
+def test_half_sent_requests_end_and_lock_nobody_out(served):
+    check_half_sent(served)
+
+
+def test_an_answer_beyond_the_limit_ends_in_the_engine(served):
+    check_answer_limit(served)
+
+
+def test_switches_of_rays_are_not_a_clients(served):
+    check_switches_of_rays(served)
+
+
 def test_a_killed_router(served):
     check_killed_router(served)
 
@@ -95,7 +120,10 @@ def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
         return status == 200
 
     wait_for(is_back, 120, "the gang comes back")
-    print(*meanwhile, sep="\n")
+    print(*(each[:2] for each in meanwhile), sep="\n")
+    refused = [(status, answer) for status, _, answer in meanwhile if status not in (None, 200)]
+    for status, answer in refused:
+        assert (status, answer["error"]["type"]) == (503, "server_error")
     # The last one may have waited for the gang, which takes as long as a start does here, or
     # longer on a busy machine: not an error of HAProxy's.
     errors = [seconds for status, seconds, _ in meanwhile if status != 200]

@@ -19,34 +19,29 @@ from ray.experimental import internal_kv
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackCtx
 from ray.llm._internal.serve import constants as llm_constants
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig as InternalConfig
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    CompletionResponse,
-    to_model_metadata,
-)
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
-from ray.llm._internal.serve.core.ingress import builder, ingress
+from ray.llm._internal.serve.core.ingress import builder
 from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve._private import constants, replica, router
+from ray.serve._private import constants, deployment_state, http_util, replica, router
 from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.context import DeploymentActorContext, ReplicaContext
 from ray.serve.gang import GangContext
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig, build_llm_deployment, build_openai_app
 from ray.serve.llm.deployment import DPServer, LLMServer
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.util import metrics
+
+from sere_ray.proxy.limits import RAY_SWITCHES
+from sere_ray.serve import way
 
 PACKAGE = Path(__file__).parents[2] / "sere_ray"
 PRIVATE = {
     "ray.experimental.internal_kv",
     "ray.llm._internal.common.callbacks.base.CallbackBase",
     "ray.llm._internal.serve.constants.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING",
-    "ray.llm._internal.serve.core.configs.openai_api_models.CompletionResponse",
-    "ray.llm._internal.serve.core.configs.openai_api_models.to_model_metadata",
     "ray.llm._internal.serve.core.engine.protocol.LLMEngine",
-    "ray.llm._internal.serve.core.ingress.ingress.init",
     "ray.llm._internal.serve.engines.vllm.vllm_engine.VLLMEngine",
 }
 """What is imported of Ray's private and experimental modules; each has a test below."""
@@ -57,8 +52,6 @@ ALPHA = {
     "ray.serve.llm.build_openai_app",
     "ray.serve.llm.deployment.DPServer",
     "ray.serve.llm.deployment.LLMServer",
-    "ray.serve.llm.ingress.OpenAiIngress",
-    "ray.serve.llm.ingress.make_fastapi_ingress",
 }
 """What is imported of Ray's alpha modules; each has a test below."""
 
@@ -133,7 +126,7 @@ def test_the_ledger_names_who_uses_it():
     for name in PRIVATE | ALPHA - {"ray.serve.llm.LLMConfig"}:
         last = name.rpartition(".")[2]
         covered = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "RAY_SERVE_..."}.get(last, last)
-        builders = ("build_llm_deployment", "build_openai_app", "make_fastapi_ingress")
+        builders = ("build_llm_deployment", "build_openai_app")
         assert covered in ledger or last in builders, name
 
 
@@ -178,10 +171,11 @@ def test_a_loss_is_seen_by_the_engines_client():
     relies(isinstance(AsyncLLM.errored, property), "AsyncLLM.errored", "no property")
 
 
-def test_answers_of_an_engine_come_from_two_generators():
-    for method in (VLLMEngine.chat, VLLMEngine.completions):
-        takes(method, "self", "request", "raw_request_info")
-        relies(inspect.isasyncgenfunction(method), f"{method.__qualname__} yielding", "no yield")
+def test_an_engine_makes_vllms_application():
+    takes(VLLMEngine.build_asgi_app, "self")
+    is_async(VLLMEngine.build_asgi_app)
+    does(VLLMEngine.build_asgi_app, "app = build_app(", "app.state._state.update(", "return app")
+    has(LLMEngine, "build_asgi_app")
 
 
 def test_workers_are_called_through_the_engine():
@@ -195,7 +189,6 @@ def test_what_a_stand_in_engine_has_to_have():
 
     missing = set(LLMEngine.__abstractmethods__) & set(StandInEngine.__abstractmethods__)
     relies(not missing, "no abstract method of LLMEngine beside those of StandInEngine", missing)
-    has(CompletionResponse, "id", "choices", "usage", "model")
 
 
 def test_what_ray_imports_of_vllm_is_there():
@@ -248,7 +241,14 @@ def test_direct_streaming_asks_a_replica_for_its_routes():
     build = llm_server.LLMServer.__serve_build_asgi_app__
     takes(build, "self")
     is_async(build)
-    does(build, "app = await self.engine.build_asgi_app()", "return app")
+    # Ours does the same, without the layer that loads adapters by a header.
+    does(
+        build,
+        "app = await self.engine.build_asgi_app()",
+        "_ResolveLoRAMiddleware",
+        "_add_openai_models_retrieve_route(",
+        "return app",
+    )
     name = replica.SERVE_BUILD_ASGI_APP_METHOD
     relies(name == "__serve_build_asgi_app__", "Serve calling __serve_build_asgi_app__", name)
 
@@ -324,39 +324,44 @@ def test_the_clusters_store(name, arguments):
 # --- the HTTP side: gateway/ingress.py, run.py ----------------------------------------------------
 
 
-def test_requests_pass_through_two_methods_of_the_ingress():
-    takes(OpenAiIngress._process_llm_request, "self", "body", "call_method", "raw_request")
-    takes(OpenAiIngress._get_response, "self", "body", "call_method", "raw_request")
-    does(OpenAiIngress._process_llm_request, "self._get_response(", "StreamingResponse(")
-    takes(OpenAiIngress._get_model_id, "self", "model")
-    is_async(OpenAiIngress._get_model_id)
-    takes(OpenAiIngress._get_configured_serve_handle, "self", "model_id")
-    for route in (OpenAiIngress.completions, OpenAiIngress.chat):
-        does(route, "await self._process_llm_request(")
-    takes(OpenAiIngress.__init__, "self", "llm_deployments", "model_cards")
+def test_an_ingress_makes_its_application_in_the_replica():
+    found = inspect.signature(serve.ingress).parameters["app"]
+    relies(found.default is None, "serve.ingress() without an application", found)
+    does(serve.ingress, "__serve_build_asgi_app__")
 
 
-def test_routes_are_those_that_the_ingress_has():
-    from sere_ray.serve.gateway.ingress import ROUTES, SERVED
-
-    has(OpenAiIngress, *ROUTES)
-    own = inspect.getsource(ingress).partition("DEFAULT_ENDPOINTS = {")[2].partition("}\n\n")[0]
-    for path in SERVED:
-        relies(f'"{path}"' in own, f"the route {path} of Ray's ingress", own)
-    takes(make_fastapi_ingress, "cls", "endpoint_map", "app")
+def test_a_call_of_a_replica_can_be_cancelled():
+    takes(DeploymentResponseGenerator.cancel, "self")
+    has(DeploymentResponseGenerator, "__anext__")
 
 
-def test_the_ingress_application_is_made_by_init():
-    takes(ingress.init)
-    does(ingress.init, "CORSMiddleware,", "return ")
-    relies("app: Optional[FastAPI]" in inspect.getsource(make_fastapi_ingress), "app=", "none")
+def test_the_proxies_take_our_limits():
+    """`tests/proxy` has HAProxy's configuration; here is what leads there."""
+    import uvicorn.config
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    does(http_util.configure_http_middlewares, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+    does(http_util.start_asgi_http_server, "uvicorn.Config(")
+    relies("auto" in uvicorn.config.HTTP_PROTOCOLS, "uvicorn's HTTP_PROTOCOLS['auto']", "none")
+    for name in ("connection_made", "connection_lost", "data_received"):
+        has(AutoHTTPProtocol, name)
+    does(http_util.parse_request_timeout_header, "SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER")
+    for name in RAY_SWITCHES:
+        text = inspect.getsource(constants)
+        relies(f'"{name}"' in text, f"the header {name}", "another name")
+
+
+def test_the_first_replica_that_fails_is_told():
+    from sere_ray.serve.failed_start import FAILED
+
+    text = inspect.getsource(deployment_state)
+    for what in ("A replica", "A deployment actor"):
+        relies(f"{what} {FAILED}" in text, f"the message '{what} {FAILED}'", "none")
 
 
 def test_an_application_is_built_of_these():
-    takes(to_model_metadata, "model_id", "model_config", "overrides")
     found = list(inspect.signature(build_llm_deployment).parameters)
     relies(found[0] == "llm_config", "build_llm_deployment(llm_config)", found)
-    takes(OpenAiIngress.get_deployment_options, "llm_configs")
     takes(build_openai_app, "llm_serving_args")
     does(builder.build_openai_app, "if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:")
 
@@ -367,8 +372,10 @@ def test_direct_streaming_is_chosen_by_the_environment_at_import():
     text = inspect.getsource(constants)
     for name in (
         "RAY_SERVE_ENABLE_HA_PROXY",
-        "RAY_SERVE_HAPROXY_STATS_PORT",
-        "RAY_SERVE_HAPROXY_METRICS_PORT",
+        *way.PORTS,
+        *way.FILES,
+        "RAY_SERVE_HAPROXY_BINARY_PATH",
+        way.CALLBACK_VARIABLE,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
     ):
         relies(f'"{name}"' in text, f"the variable {name}", "nobody who reads it")

@@ -80,7 +80,8 @@ def test_the_access_layer_tells_the_status_of_every_answer():
     async def scenario():
         await ask(app, key="k-all")
         await ask(app, key="wrong")
-        await ask(app, "POST", "/v1/completions", key="k-all", body=b"no json")
+        json_type = [(b"content-type", b"application/json")]
+        await ask(app, "POST", "/v1/completions", key="k-all", body=b"no json", headers=json_type)
         await ask(app, "POST", "/v1/completions", key="k-all", body=b"x" * 2000)
         await ask(app, path="/sere/policy", key="k-all")
 

@@ -1,5 +1,4 @@
-"""What clients of a lost engine read where Ray streams directly; the server is a stand-in for
-vLLM's, with its answers."""
+"""What clients of a lost engine read; the server is a stand-in for vLLM's, with its answers."""
 
 import asyncio
 import json
@@ -9,7 +8,7 @@ import sys
 import pytest
 
 from sere_ray.serve.gateway import losses
-from sere_ray.serve.gateway.losses import EngineLostError, LossLayer, raise_at_loss
+from sere_ray.serve.gateway.losses import LossLayer
 
 HTTP = {"type": "http"}
 FAILED = b'{"error": {"message": "EngineCore", "type": "InternalServerError", "code": 500}}'
@@ -74,41 +73,26 @@ def test_only_requests_are_looked_at():
     assert said_by(messages, lost=True, scope={"type": "lifespan"}) == messages
 
 
-@pytest.mark.parametrize("lost", [True, False])
-def test_the_engine_raises_in_place_of_vllms_event(lost):
-    """Behind Ray's proxy; an error of a request whose engine lives is vLLM's to word."""
-    events = ['data: {"choices": []}\n\n', f"data: {FAILED.decode()}\n\n", "data: [DONE]\n\n"]
-    read = []
+@pytest.mark.parametrize(
+    ("lost", "status", "code"), [(True, 503, "engine_lost"), (False, 500, 500)]
+)
+def test_what_nobody_has_foreseen_tells_nothing_of_the_server(lost, status, code):
+    sent = []
 
-    async def responses():
-        for event in events:
-            yield event
+    async def server(scope, receive, send):
+        raise RuntimeError("at /root/secret.py")
 
-    async def run():
-        async for event in raise_at_loss(responses(), lambda: lost):
-            read.append(event)
+    async def send(message):
+        sent.append(message)
 
-    if lost:
-        with pytest.raises(EngineLostError):
-            asyncio.run(run())
-    else:
-        asyncio.run(run())
-    assert read == (events[:1] if lost else events)
+    asyncio.run(LossLayer(server, is_lost=lambda: lost)({**HTTP, "path": "/"}, None, send))
+    start, body = sent
+    assert start["status"] == status
+    assert json.loads(body["body"])["error"]["code"] == code
+    assert b"secret" not in body["body"]
 
 
-def test_an_exception_of_vllm_stays_in_the_engines_process():
-    """Serve's controller would import vLLM to read it."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    async def responses():
-        yield "an event"
-        raise EngineDeadError
-
-    async def run():
-        return [event async for event in raise_at_loss(responses(), lambda: True)]
-
-    with pytest.raises(EngineLostError, match="EngineCore") as caught:
-        asyncio.run(run())
-    assert type(caught.value).__module__ == losses.__name__
+def test_the_controller_reads_a_loss_without_vllm():
+    """It gets the exception of a failed health check."""
     check = f"import sys, {losses.__name__}; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -42,3 +42,18 @@ def test_a_killed_engine(two_gangs):
 
 def test_sigterm_drains(two_gangs):
     check_drains(two_gangs)
+
+
+def test_direct_streaming_reaches_every_rank_without_keys(tmp_path):
+    options = {"keys": False, "num_replicas": 2, "data_parallel_size": 2}
+    with deployed(tmp_path, proxy="direct", **options) as gangs:
+
+        def rows():
+            _, stats, _ = gangs.request("GET", "/sere/stats")
+            return [r["counters"]["decode_only"]["decode_rows"] for r in stats["per_replica"]]
+
+        before = rows()
+        for _ in range(8):
+            assert gangs.complete(key=None)[0] == 200
+        assert len(before) == 4
+        assert all(after > now for now, after in zip(before, rows(), strict=True))

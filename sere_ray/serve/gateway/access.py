@@ -4,17 +4,26 @@ It wraps the application itself, so every path passes it: Ray's proxy, direct st
 Errors have OpenAI's form. Without any key only this machine is served.
 """
 
-import json
+import hmac
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from ipaddress import ip_address
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.middleware.cors import CORSMiddleware
 
-from sere_ray.policy.tiers import HEADER, NEVER, SCORE_XARG, TIERS, XARG
-from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing
-from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
+from sere_ray.policy.tiers import HEADER
+from sere_ray.proxy.limits import LOOPBACK_HEADER
+from sere_ray.serve.gateway.bodies import answers_asked, for_engine, is_json, json_object
+from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing, digest
+from sere_ray.serve.gateway.messages import read_body, replayed, with_body
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, as_vllm, failed
+from sere_ray.serve.gateway.routes import HEALTH, WITH_BODY
 
+logger = logging.getLogger("ray.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT")
 PRINCIPAL = "sere_principal"
 """Key of the ASGI scope: name of the key's holder."""
@@ -32,11 +41,27 @@ class AccessConfig(BaseModel):
     keys_file: str | None = Field(None, description="hashed keys, on every node with an ingress")
     max_body_bytes: int = Field(2 << 20, ge=1024, le=1 << 30)
     max_concurrent_requests: int = Field(
-        1024, ge=1, description="requests under way in one ingress process, over all keys"
+        1024, ge=1, description="answers under way in one ingress process, over all keys"
     )
     max_concurrent_per_key: int = Field(
-        256, ge=1, description="requests of one key under way in one ingress process"
+        256, ge=1, description="answers (prompts times `n`) of one key under way in one process"
     )
+    share_prefix_cache: bool = Field(
+        False, description="whether keys of different groups find each other's prompts"
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="pages of other origins that may ask, such as https://chat.example.com"
+    )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if re.fullmatch(r"https?://[^/\s*]+", origin) is None:
+                raise ValueError(
+                    f"{origin!r} is no origin; write it as https://chat.example.com, without a path"
+                )
+        return value
 
 
 class AccessLayer:
@@ -48,6 +73,8 @@ class AccessLayer:
         fixed: keys of the environment, which hold beside those of the file.
         public: paths that may be read without a key; a path must match exactly.
         count: called with the status of every answer.
+        loopback: hash of the word by which a proxy says that a request is of this machine; None =
+            there is no such proxy, the client's address tells.
     """
 
     def __init__(
@@ -58,11 +85,18 @@ class AccessLayer:
         fixed: KeyFile,
         public: frozenset[str] = frozenset(),
         count: Callable[[int], None] = lambda status: None,
+        loopback: str | None = None,
     ) -> None:
         self._app, self._config = app, config
-        self._public, self._count = public, count
+        self._public, self._count, self._loopback = public, count, loopback
         self._ring = KeyRing(config.keys_file, fixed)
-        self._under_way: dict[str, int] = {}
+        self._under_way: Counter[str] = Counter()
+        self._for_pages = CORSMiddleware(
+            self._serve,
+            allow_origins=config.allowed_origins,
+            allow_methods=METHODS,
+            allow_headers=["*"],
+        )
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -70,22 +104,48 @@ class AccessLayer:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        send = self._counting(send)
+        is_page = _headers(scope).get("origin") in self._config.allowed_origins
+        await (self._for_pages if is_page else self._serve)(scope, receive, self._counting(send))
+
+    async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            key = self._authorize(scope)
-            self._enter(key)
+            await self._admit(scope, receive, noted)
         except Refusal as refusal:
-            return await refusal.answer(send)
+            if has_begun:
+                raise
+            await refusal.answer(send)
+        except Exception:
+            if has_begun:
+                raise
+            logger.exception("sere-ray: %s %s failed", scope["method"], scope["path"][:200])
+            await failed().answer(send)
+
+    async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Let a request through while its answers have places.
+
+        Raises:
+            Refusal: it may not pass.
+        """
+        key = self._authorize(scope)
+        places = 1
+        self._enter(key, places)
         try:
             scope = {**scope, PRINCIPAL: key.name}
-            try:
-                if scope["method"] in ("POST", "PUT", "PATCH"):
-                    scope, receive = await self._checked(scope, receive, key)
-            except Refusal as refusal:
-                return await refusal.answer(send)
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                content, answers = await self._checked(scope, receive, key)
+                self._enter(key, answers - places)
+                places = answers
+                scope, receive = with_body(scope, content), replayed(content, receive)
             await self._app(scope, receive, send)
         finally:
-            self._leave(key)
+            self._leave(key, places)
 
     def _counting(self, send: Send) -> Send:
         async def counted(message: Message) -> None:
@@ -97,15 +157,14 @@ class AccessLayer:
 
     def _authorize(self, scope: Mapping[str, Any]) -> Key:
         path, headers = _path(scope), _headers(scope)
-        is_admin = path.startswith("/sere/")
-        if scope["method"] not in METHODS and (not is_admin or path in self._public):
-            raise Refusal(  # a route of /sere/ says itself which methods it has, to an admin
-                405, "method_not_allowed", "Method not allowed.", {"allow": ", ".join(METHODS)}
-            )
-        if not is_admin and not path.startswith("/v1/"):
-            raise Refusal(404, "not_found", "No such path; see /v1/models.")
+        self._check_origin(headers)
+        is_admin, is_health = path.startswith("/sere/"), path.rstrip("/") == HEALTH
+        if scope["method"] not in METHODS and path in self._public:
+            raise Refusal(405, "method_not_allowed", "Method not allowed.", {"allow": "GET, HEAD"})
+        if not (is_admin or is_health or path == "/v1" or path.startswith("/v1/")):
+            raise as_vllm(404, "No such path; see /v1/models.")
         if self._ring.is_open:
-            if not _is_local(scope, headers):
+            if not _is_local(scope, headers, self._loopback):
                 raise Refusal(
                     403,
                     "no_keys",
@@ -113,7 +172,7 @@ class AccessLayer:
                     "set access.keys_file in the deployment file.",
                 )
             return _ANYBODY
-        if path in self._public and scope["method"] in ("GET", "HEAD"):
+        if is_health or (path in self._public and scope["method"] in ("GET", "HEAD")):
             return _VISITOR
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else ""
@@ -132,109 +191,70 @@ class AccessLayer:
             )
         return key
 
-    def _enter(self, key: Key) -> None:
-        mine = self._under_way.get(key.name, 0)
+    def _check_origin(self, headers: Mapping[str, str]) -> None:
+        """Refuse what a page of elsewhere asks: its reader may not know of it."""
+        origin = headers.get("origin")
+        own = (f"http://{headers.get('host', '')}", f"https://{headers.get('host', '')}")
+        if origin not in (None, *own, *self._config.allowed_origins):
+            raise Refusal(
+                403,
+                "foreign_origin",
+                f"Pages of {str(origin)[:200]!r} may not ask here; allow them by "
+                "access.allowed_origins in the deployment file.",
+            )
+
+    def _enter(self, key: Key, answers: int) -> None:
+        mine = self._under_way[key.name] + answers
         if (
-            mine >= (VISITORS if key is _VISITOR else self._config.max_concurrent_per_key)
-            or sum(self._under_way.values()) >= self._config.max_concurrent_requests
+            mine > (VISITORS if key is _VISITOR else self._config.max_concurrent_per_key)
+            or self._under_way.total() + answers > self._config.max_concurrent_requests
         ):
             raise Refusal(
-                429, "rate_limit_exceeded", "Too many requests under way.", {"retry-after": "1"}
+                429, "rate_limit_exceeded", "Too many answers under way.", {"retry-after": "1"}
             )
-        self._under_way[key.name] = mine + 1
+        self._under_way[key.name] = mine
 
-    def _leave(self, key: Key) -> None:
-        self._under_way[key.name] -= 1
+    def _leave(self, key: Key, answers: int) -> None:
+        self._under_way[key.name] -= answers
         if not self._under_way[key.name]:
             del self._under_way[key.name]
 
     async def _checked(
-        self, scope: MutableMapping[str, Any], receive: Receive, key: Key
-    ) -> tuple[MutableMapping[str, Any], Receive]:
-        """Read the body, refuse it if it is too large, and write into it the request's tier, and
-        that it must not be scored where the key says so.
+        self, scope: Mapping[str, Any], receive: Receive, key: Key
+    ) -> tuple[bytes, int]:
+        """The body that the application gets, and how many answers it asks for.
 
         Below ``/sere/`` the body stays as it is: there the application reads it, if the route
-        takes one.
+        takes one. An engine gets only a JSON object, as we have read it; where vLLM takes no body,
+        or none of this type, it gets none, and refuses the request.
+
+        Raises:
+            Refusal: too large, no JSON object, of a tier that is not permitted, or too many answers
+                for any time.
         """
-        content = await _read_body(receive, _headers(scope), self._config.max_body_bytes)
-        if _path(scope).startswith("/v1/"):
-            body = _json_object(content)
-            _set_tier(body, _headers(scope).get(HEADER), key)
-            content = json.dumps(body).encode()
-        replaced = (b"content-length", b"content-type", b"transfer-encoding")
-        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in replaced]
-        headers += [
-            (b"content-length", str(len(content)).encode()),
-            (b"content-type", b"application/json"),
-        ]
-        return {**scope, "headers": headers}, _replay(content, receive)
+        path, headers = _path(scope), _headers(scope)
+        content = await read_body(receive, headers, self._config.max_body_bytes)
+        if path.startswith("/sere/"):
+            return content, 1
+        takes_body = path in WITH_BODY and scope["method"] == "POST"
+        if not content or not takes_body or not is_json(headers.get("content-type", "")):
+            return b"", 1
+        body = json_object(content)
+        answers, most = answers_asked(body), self._config.max_concurrent_per_key
+        if answers > most:
+            raise Refusal(
+                400,
+                "too_many_answers",
+                f"The request asks for {_short(answers)} answers (prompts times n); a key may have "
+                f"{most} under way (access.max_concurrent_per_key). Ask in parts.",
+            )
+        shares = self._config.share_prefix_cache or key is _ANYBODY
+        group = None if shares else key.group or key.name
+        return for_engine(body, headers.get(HEADER), key, cache_group=group), answers
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Refusal(400, "invalid_json", "The body is not JSON.") from None
-    if not isinstance(body, dict):
-        raise Refusal(400, "invalid_json", "The body must be a JSON object.")
-    return body
-
-
-def _set_tier(body: dict[str, Any], header: str | None, key: Key) -> None:
-    """Write the tier of a request, and a key's ban on scores, where the engine looks for them."""
-    xargs = body.get("vllm_xargs")
-    if xargs is not None and not isinstance(xargs, dict):
-        raise Refusal(422, "invalid_parameter", "vllm_xargs must be an object.")
-    asked = header if header is not None else (xargs or {}).get(XARG)
-    tier = key.default_tier if asked is None else asked
-    if tier not in TIERS:
-        raise Refusal(
-            422, "invalid_tier", f"Unknown tier {str(tier)[:40]!r}; allowed: {', '.join(TIERS)}."
-        )
-    if tier not in key.tiers:
-        raise Refusal(403, "tier_not_permitted", f"This key may not ask for the tier {tier!r}.")
-    others = {name: value for name, value in (xargs or {}).items() if name != XARG}
-    if not key.score:
-        others[SCORE_XARG] = NEVER
-    if tier != "default":
-        others[XARG] = tier
-    if others:
-        body["vllm_xargs"] = others
-    else:
-        body.pop("vllm_xargs", None)
-
-
-async def _read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    too_large = Refusal(413, "body_too_large", f"The body is larger than {limit} bytes.")
-    length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise too_large
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refusal(400, "disconnected", "The client went away.")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise too_large
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-def _replay(content: bytes, receive: Receive) -> Receive:
-    """Hand the body over once; afterwards the client's messages (a disconnect) come through."""
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": content, "more_body": False}
-
-    return replay
+def _short(number: int) -> str:
+    return str(number) if number < 10**9 else "more than a billion"
 
 
 def _path(scope: Mapping[str, Any]) -> str:
@@ -246,14 +266,19 @@ def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
     return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
 
 
-def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+def _is_local(scope: Mapping[str, Any], headers: Mapping[str, str], loopback: str | None) -> bool:
     """Whether a request comes from this machine and names it as such.
 
-    The second keeps out web pages of elsewhere whose host name was made to point here.
+    The second keeps out web pages of elsewhere whose host name was made to point here. Behind a
+    proxy that says where a request is from (``loopback``), only its word counts: the proxy itself
+    is a peer of this machine, too, whoever asks it.
     """
     host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-    client = (scope.get("client") or ("",))[0]
-    return _is_loopback(client) and (host == "localhost" or _is_loopback(host))
+    if loopback is None:
+        is_near = _is_loopback((scope.get("client") or ("",))[0])
+    else:
+        is_near = hmac.compare_digest(digest(headers.get(LOOPBACK_HEADER, "")), loopback)
+    return is_near and (host == "localhost" or _is_loopback(host))
 
 
 def _is_loopback(address: str) -> bool:

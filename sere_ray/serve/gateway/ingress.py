@@ -1,55 +1,46 @@
-"""The HTTP side: OpenAI routes and the control API behind the access layer.
+"""The HTTP side: vLLM's OpenAI routes and the control API behind the access layer.
 
-Two ways lead to the engines. Behind Ray's proxy :class:`SereIngress` takes a request and hands it
-to a replica. Where Ray streams directly, the engine's own server answers. :func:`protect` puts the
-access layer around either.
+Two ways lead to the engines, and both end in vLLM's own application, cut to what is served
+(:func:`engine_app`). Behind Ray's proxy :class:`SereIngress` hands a request on to a replica. Where
+Ray streams directly, the replica's own server answers. :func:`protect` puts the access layer around
+either.
 """
 
-import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
-from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-from ray.llm._internal.serve.core.ingress.ingress import init
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.llm import build_llm_deployment, build_openai_app
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse
+from starlette.routing import Mount
 
 from sere_ray.observe.export import RaySink
 from sere_ray.observe.metrics import REFUSED
+from sere_ray.proxy.limits import SECRET, Limits
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.control_api import REPORTED, control_app
+from sere_ray.serve.gateway.forward import Forwarder
 from sere_ray.serve.gateway.hang_ups import HangUpLayer
-from sere_ray.serve.gateway.keys import KeyFile, KeyRing, from_environment
-from sere_ray.serve.gateway.losses import EngineLostError, LossLayer, loss_event, lost, nobody
-from sere_ray.serve.gateway.refusals import Refusal, answer, http_error
+from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment
+from sere_ray.serve.gateway.losses import LossLayer
+from sere_ray.serve.gateway.refusals import http_error
+from sere_ray.serve.gateway.routes import MODELS, SERVED
+from sere_ray.serve.gateway.time_limits import TimeLimitLayer
 from sere_ray.serve.gateway.ui import PATHS
 from sere_ray.util.errors import SereError
 
-ROUTES = {
-    "models": lambda app: app.get("/v1/models"),
-    "model_data": lambda app: app.get("/v1/models/{model:path}"),
-    "completions": lambda app: app.post("/v1/completions"),
-    "chat": lambda app: app.post("/v1/chat/completions"),
-}
-"""What is served of Ray's ingress: what is tested, and nothing else."""
-SERVED = frozenset(
-    {"/v1/models", "/v1/models/{model:path}", "/v1/completions", "/v1/chat/completions"}
-)
-"""The paths of ``ROUTES``, for a server that has routes of its own: those beside these may not know
-the tiers, so they are dropped."""
 ACCESS = "sere_access"
 """Key of ``LLMConfig.experimental_configs`` that holds the arguments of :func:`protect`."""
-QUEUE_CHECK_SECONDS = 1.0
-"""How often a request that waits for a replica asks whether one is left."""
+NO_LIMIT = 1_000_000
+"""Requests that Serve lets into one process: the access layer has limits of its own, and says so to
+a client, where Serve would let it wait."""
 
 
 def ingress_app(config: ServeConfig, llm: Any) -> Any:
@@ -67,27 +58,28 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
     """
     keys = from_environment()
     ring = KeyRing(config.access.keys_file, keys)
-    if ring.is_open and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    loopback = os.environ.get(SECRET) if behind_haproxy else None
+    if ring.is_open and behind_haproxy and loopback is None:
         raise SereError(
             "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
-            "client looks local; give keys (`sere-ray key NAME`)"
+            "client looks local; give keys (`sere-ray key NAME`), or let `sere-ray serve` start it"
         )
+    protection: dict[str, Any] = {
+        "access": config.access,
+        "keys": keys,
+        "limits": config.limits,
+        "control": config.sere is not None,
+        "loopback": None if loopback is None else digest(loopback),
+    }
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
-        llm.experimental_configs[ACCESS] = (config.access, keys, config.sere is not None)
+        llm.experimental_configs[ACCESS] = protection
         return build_openai_app({"llm_configs": [llm]})
-    app = init()
-    # No page of another origin may talk to the server: browsers are no clients of it.
-    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
-    protect(app, config.access, keys, control=config.sere is not None)
-    ingress = make_fastapi_ingress(SereIngress, endpoint_map=ROUTES, app=app)
-    options = SereIngress.get_deployment_options([llm])
+    options: dict[str, Any] = {"name": SereIngress.__name__, "max_ongoing_requests": NO_LIMIT}
     if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
         options["ray_actor_options"] = {"num_cpus": 0.5}
-    model_id = config.model_id
-    return serve.deployment(ingress, **options).bind(
-        llm_deployments={model_id: build_llm_deployment(llm)},
-        model_cards={model_id: to_model_metadata(model_id, llm)},
-    )
+    ingress = serve.deployment(serve.ingress()(SereIngress), **options)
+    return ingress.bind(build_llm_deployment(llm), protection)
 
 
 class RefusalCounter:
@@ -110,131 +102,83 @@ class RefusalCounter:
             self._sink.record(REFUSED, 1, status=str(status))
 
 
-def protect(
-    app: Any,
-    access: AccessConfig,
-    keys: KeyFile,
-    *,
-    control: bool,
-    is_lost: Callable[[], bool] | None = None,
-) -> None:
-    """Put the access layer around an application, mount control API and page in it, and drop
-    routes that are not served.
+class SereIngress:
+    """The ingress behind Ray's proxy.
 
     Args:
-        app: a FastAPI application; changed in place.
+        engines: handle of their deployment.
+        protection: arguments of :func:`protect`.
+    """
+
+    def __init__(self, engines: Any, protection: dict[str, Any]) -> None:
+        self._engines, self._protection = engines, protection
+
+    async def __serve_build_asgi_app__(self) -> Starlette:
+        app = Starlette(routes=[Mount("/", Forwarder(self._engines))])
+        protect(app, **self._protection)
+        return app
+
+
+def engine_app(app: FastAPI, model_id: str, *, is_lost: Callable[[], bool]) -> FastAPI:
+    """Cut vLLM's application to what is served, and let it word a loss as we do.
+
+    Args:
+        app: of vLLM; changed in place.
+        model_id: of the only model, for OpenAI's ``GET /v1/models/{id}``, which vLLM has not.
+        is_lost: says whether the engine is gone.
+    """
+    app.router.routes[:] = [r for r in app.routes if getattr(r, "path", None) in SERVED]
+    app.add_exception_handler(HTTPException, http_error)
+    _add_model_route(app, model_id)
+    app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
+    # Which pages of other origins may ask is a matter of the access layer.
+    layers: list[Any] = app.user_middleware
+    app.user_middleware = [layer for layer in layers if layer.cls is not CORSMiddleware]
+    app.add_middleware(HangUpLayer)
+    app.add_middleware(LossLayer, is_lost=is_lost)
+    return app
+
+
+def _add_model_route(app: FastAPI, model_id: str) -> None:
+    @app.get(MODELS + "/{model:path}")
+    async def retrieve(model: str) -> Any:
+        if not model:
+            return RedirectResponse(MODELS)
+        if model != model_id:
+            raise HTTPException(404, f"The model {model[:200]!r} does not exist.")
+        models = await app.state.openai_serving_models.show_available_models()
+        return next(card for card in models.data if card.id == model_id)
+
+
+def protect(
+    app: Starlette,
+    *,
+    access: AccessConfig,
+    keys: KeyFile,
+    limits: Limits,
+    control: bool,
+    loopback: str | None = None,
+) -> None:
+    """Put the access layer around an application, and mount control API and page in it.
+
+    Args:
+        app: changed in place.
         access: limits and the key file.
         keys: those of the environment.
+        limits: on the time of a request and its answer.
         control: whether there is a policy actor to control.
-        is_lost: says whether the engine that answers in this process is gone; None = the process
-            has no engine.
+        loopback: hash of the word by which HAProxy tells requests of this machine; None = it is
+            seen by the client's address.
     """
-    app.add_exception_handler(HTTPException, http_error)
-    app.router.routes[:] = [r for r in app.routes if getattr(r, "path", None) in SERVED]
     if control:
-        app.mount("/sere", control_app())
-    app.middleware_stack = None  # vLLM builds its application at once; Starlette does it again
-    if is_lost is not None:
-        app.add_middleware(HangUpLayer)
-        app.add_middleware(LossLayer, is_lost=is_lost)
-    public = PATHS if control else frozenset()
-    count = RefusalCounter()
-    app.add_middleware(AccessLayer, config=access, fixed=keys, public=public, count=count)
-
-
-class SereIngress(OpenAiIngress):  # type: ignore[misc]
-    """Ray's OpenAI ingress, with clear answers when a gang is lost.
-
-    Ray answers 500 while a dead engine is noticed, lets requests wait without limit while no
-    replica runs, and cuts a stream off. Here a request gets 503 at once, and a stream ends with an
-    error event.
-    """
-
-    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
-        try:
-            response: Response = await super()._process_llm_request(*args, **kwargs)
-        except Refusal as refusal:
-            return answer(refusal)
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = until_loss(response.body_iterator)
-        return response
-
-    async def _get_response(self, *, body: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        model_id = await self._get_model_id(body.model)
-        handle = self._get_configured_serve_handle(model_id)
-        if has_no_replica(handle):
-            raise nobody()
-        started = False
-        try:
-            responses = super()._get_response(body=body, **kwargs)
-            first = await first_response(responses, handle)
-            started = True
-            yield first
-            async for response in responses:
-                yield response
-        except Refusal:
-            raise
-        except Exception as error:
-            if not is_loss(error):
-                raise
-            if not started:
-                raise lost() from None
-            yield loss_event()
-
-
-async def until_loss(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """The events of a stream, up to the one that tells of a lost engine.
-
-    After it Ray would send ``[DONE]``, as if the answer were whole.
-    """
-    async for event in events:
-        yield event
-        if event == loss_event():
-            return
-
-
-def is_loss(error: Exception) -> bool:
-    """Whether an error means that the engine is gone, not that the request is bad."""
-    kinds = (EngineLostError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
-    return isinstance(error, kinds)
-
-
-async def first_response(responses: AsyncIterator[Any], handle: Any) -> Any:
-    """Wait for the first response to a request, but not for a gang that has yet to start.
-
-    Ray drops a dead replica when it does not take a call. The request of that call would then wait
-    until the next gang is up.
-
-    Raises:
-        Refusal: no replica is left, and the request is still in Ray's queue.
-    """
-    first = asyncio.ensure_future(anext(responses))
-    try:
-        while not first.done():
-            await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
-            if not first.done() and has_no_replica(handle) and has_queue(handle):
-                raise nobody()
-        return first.result()
-    finally:
-        first.cancel()
-
-
-def has_no_replica(handle: Any) -> bool:
-    """Whether the deployment behind a handle has been running and no replica of it is left."""
-    requests = _request_router(handle)
-    return requests is not None and not requests.curr_replicas
-
-
-def has_queue(handle: Any) -> bool:
-    """Whether a request waits for a replica to take it."""
-    return bool(_request_router(handle)._pending_requests_by_id)
-
-
-def _request_router(handle: Any) -> Any:
-    """Ray's request router of a handle; None before the first replica.
-
-    Reaches into the handle, as Ray's own ``broadcast`` does: there is no public way to ask.
-    """
-    router = getattr(handle, "_router", None)
-    inner = getattr(router, "_asyncio_router", router)
-    return getattr(inner, "request_router", None)
+        app.router.routes.insert(0, Mount("/sere", control_app()))
+    app.middleware_stack = None
+    app.add_middleware(
+        AccessLayer,
+        config=access,
+        fixed=keys,
+        public=PATHS if control else frozenset(),
+        count=RefusalCounter(),
+        loopback=loopback,
+    )
+    app.add_middleware(TimeLimitLayer, limits=limits)

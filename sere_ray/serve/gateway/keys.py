@@ -45,6 +45,9 @@ class Key(BaseModel):
     default_tier: Tier = "default"
     tiers: tuple[Tier, ...] = TIERS
     score: bool = Field(default=True, description="whether answers may be scored")
+    group: str | None = Field(
+        default=None, pattern=NAME_PATTERN, description="keys that share a prefix cache [own name]"
+    )
 
     @model_validator(mode="after")
     def _default_is_permitted(self) -> Self:

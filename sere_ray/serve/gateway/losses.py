@@ -1,17 +1,17 @@
 """What a client is told when the engine of its request is lost: one wording on every path.
 
 vLLM answers 500 for an engine that died, and ends a stream with an event of its own and ``[DONE]``.
-Behind Ray's proxy a replica raises instead (:func:`raise_at_loss`), and the ingress says what is
-said here (``ingress.py``). Where Ray streams directly, vLLM's own server
-answers, and :class:`LossLayer` puts the wording of this module in place of its own.
+:class:`LossLayer` around its application puts the wording of this module in place of its own.
+Behind Ray's proxy a whole replica may be gone: then the ingress says the same (``forward.py``).
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, MutableMapping
+import logging
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from sere_ray.engine.vllm_internals import engine_dead_error
-from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, failed
 
+logger = logging.getLogger("ray.serve")
 _ERROR_EVENT = 'data: {"error"'
 
 
@@ -42,24 +42,6 @@ def loss_event() -> str:
     return f"data: {lost().body().decode()}\n\n"
 
 
-async def raise_at_loss(
-    responses: AsyncIterable[Any], is_lost: Callable[[], bool]
-) -> AsyncIterator[Any]:
-    """What an engine answers; an exception in place of the event with which vLLM ends a stream.
-
-    Raises:
-        EngineLostError: the engine is gone.
-    """
-    dead = engine_dead_error()
-    try:
-        async for response in responses:
-            if isinstance(response, str) and response.startswith(_ERROR_EVENT) and is_lost():
-                raise dead
-            yield response
-    except dead as error:
-        raise EngineLostError(str(error)) from None
-
-
 class LossLayer:
     """Pure ASGI middleware around a server that answers from one engine.
 
@@ -75,18 +57,26 @@ class LossLayer:
         """Serve one request; what is said after the loss is dropped."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        has_ended = False
+        has_begun = has_ended = False
 
         async def guarded(message: Message) -> None:
-            nonlocal has_ended
+            nonlocal has_begun, has_ended
             if has_ended:
                 return
+            has_begun = True
             if _tells_of_failure(message) and self._is_lost():
                 has_ended = True
                 return await _tell_of_loss(message, send)
             await send(message)
 
-        await self._app(scope, receive, guarded)
+        try:
+            await self._app(scope, receive, guarded)
+        except Exception:
+            if has_begun:
+                raise
+            if not self._is_lost():
+                logger.exception("sere-ray: vLLM failed at %s", scope["path"][:200])
+            await (lost() if self._is_lost() else failed()).answer(send)
 
 
 def _tells_of_failure(message: Message) -> bool:

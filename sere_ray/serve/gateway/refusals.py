@@ -1,7 +1,11 @@
-"""Refusals: every error that a client gets, in OpenAI's form."""
+"""Refusals: every error that a client gets of us, in OpenAI's form.
+
+Where vLLM's own server would refuse as well, ``type`` and ``code`` are vLLM's (:func:`as_vllm`).
+"""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,21 +24,36 @@ class Refusal(Exception):
 
     Args:
         status: of HTTP.
-        code: a short name that programs compare.
+        code: what programs compare: a short name, or vLLM's number.
         message: for people: what is wrong and what to do.
         headers: of the answer, beside those of its content.
+        kind: the field ``type``; None = OpenAI's name for this status.
+        param: the field of the request that is wrong, never its value.
     """
 
     def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str | int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.headers = status, code, dict(headers or {})
+        self.kind, self.param = kind, param
 
     def body(self) -> bytes:
         """The JSON document."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
+        error = {
+            "message": str(self),
+            "type": self.kind or kind,
+            "param": self.param,
+            "code": self.code,
+        }
         return json.dumps({"error": error}).encode()
 
     async def answer(self, send: Send) -> None:
@@ -44,6 +63,17 @@ class Refusal(Exception):
         pairs = [(k.encode(), v.encode()) for k, v in {**headers, **self.headers}.items()]
         await send({"type": "http.response.start", "status": self.status, "headers": pairs})
         await send({"type": "http.response.body", "body": content})
+
+
+def as_vllm(status: int, message: str, *, param: str | None = None) -> Refusal:
+    """A refusal with the fields that vLLM's own server has at this status."""
+    return Refusal(status, status, message, kind=HTTPStatus(status).phrase, param=param)
+
+
+def failed() -> Refusal:
+    """The refusal of a request in whose course something failed that nobody has foreseen."""
+    message = "The server failed at this request; its log says why."
+    return Refusal(500, 500, message, kind="InternalServerError")
 
 
 def answer(refusal: Refusal) -> "Response":
@@ -58,5 +88,6 @@ async def http_error(request: "Request", error: Exception) -> "Response":
     from starlette.exceptions import HTTPException
 
     assert isinstance(error, HTTPException)
-    code = "not_found" if error.status_code == 404 else "http_error"
-    return answer(Refusal(error.status_code, code, str(error.detail), error.headers))
+    refusal = as_vllm(error.status_code, str(error.detail))
+    refusal.headers = dict(error.headers or {})
+    return answer(refusal)

@@ -1,17 +1,14 @@
 """The engine of a replica: Ray's wrapper of vLLM, with one process less."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
 from sere_ray.engine.vllm_internals import compute_in_engine_process
-from sere_ray.serve.gateway.losses import raise_at_loss
 
-__all__ = ["CompletionResponse", "LLMEngine", "SereEngine"]
-"""The first two are Ray's: what an engine of a replica is, and answers (for stand-ins)."""
+__all__ = ["LLMEngine", "SereEngine"]
+"""The first is Ray's: what an engine of a replica is (for stand-ins)."""
 
 
 class SereEngine(VLLMEngine):  # type: ignore[misc]
@@ -27,22 +24,6 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
     def is_lost(self) -> bool:
         """Whether vLLM's engine has died; not before it was started."""
         return self._engine_client is not None and bool(self._engine_client.errored)
-
-    def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """The responses to a chat request.
-
-        Raises:
-            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
-        """
-        return raise_at_loss(super().chat(*args, **kwargs), lambda: self.is_lost)
-
-    def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """The responses to a completion request.
-
-        Raises:
-            EngineLostError: the engine is lost; Ray's engine would end the stream with an event.
-        """
-        return raise_at_loss(super().completions(*args, **kwargs), lambda: self.is_lost)
 
     def _start_async_llm_engine(
         self, engine_args: Any, engine_config: Any, placement_group: Any

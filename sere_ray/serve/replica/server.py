@@ -8,7 +8,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.policy.policy import Startup
+from sere_ray.proxy.slow_clients import limit_requests
+from sere_ray.serve.gateway.forward import answers
 from sere_ray.serve.gateway.losses import EngineLostError
 from sere_ray.serve.policy_actor.actor import RouterActor
 from sere_ray.serve.policy_actor.locate import ACTOR
@@ -43,11 +45,17 @@ class _Following:
     _default_engine_cls = SereEngine
     follower: Follower | None = None
     engine: Any
+    _app: Any
     _watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the engine, then watch it."""
+        """Start the engine and make its HTTP application, then watch it."""
+        from sere_ray.serve.gateway.ingress import engine_app
+
         await self._start_engine_and_follow()
+        model_id = self._llm_config.model_id  # type: ignore[attr-defined]
+        app = await self.engine.build_asgi_app()
+        self._app = engine_app(app, model_id, is_lost=lambda: self.engine.is_lost)
         self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
 
     async def _start_engine_and_follow(self) -> None:
@@ -114,14 +122,21 @@ class _Following:
             return False
         return True
 
+    async def serve_http(
+        self, scope: Mapping[str, Any], body: bytes
+    ) -> AsyncIterator[list[MutableMapping[str, Any]]]:
+        """What the engine's application answers to a request that an ingress took."""
+        async for messages in answers(self._app, scope, body):
+            yield messages
+
     async def __serve_build_asgi_app__(self) -> Any:
         """The engine's own routes, for direct streaming: behind the access layer, too."""
         from sere_ray.serve.gateway.ingress import ACCESS, protect
 
-        app = await super().__serve_build_asgi_app__()  # type: ignore[misc]
-        access, keys, control = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
-        protect(app, access, keys, control=control, is_lost=lambda: self.engine.is_lost)
-        return app
+        protection = self._llm_config.experimental_configs[ACCESS]  # type: ignore[attr-defined]
+        protect(self._app, **protection)
+        limit_requests(protection["limits"])  # Ray starts this replica's HTTP server after it
+        return self._app
 
     @classmethod
     def get_deployment_options(cls, llm_config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 
 from sere_ray.observe.score import Scores
+from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.gateway.ingress import protect
 from sere_ray.serve.gateway.keys import KeyFile
@@ -117,7 +118,8 @@ class Site:
         if has_keys:
             save_keys(folder / "keys.yaml")
             access = AccessConfig(keys_file=str(folder / "keys.yaml"))
-        protect(self.app, access, KeyFile(), control=True)
+        limits = Limits.model_validate({})
+        protect(self.app, access=access, keys=KeyFile(), limits=limits, control=True)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/sere/ui"
         self.has_router = True

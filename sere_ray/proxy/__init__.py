@@ -1,0 +1,1 @@
+"""What runs in the proxies, before a request reaches a replica; it imports nothing heavy."""

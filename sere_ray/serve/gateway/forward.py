@@ -1,0 +1,185 @@
+"""A request behind Ray's proxy goes on to vLLM's own HTTP application, in a replica.
+
+So every path has vLLM's routes, checks and errors. The ingress sends the request as it came
+(:class:`Forwarder`), the replica answers with what its application says, message by message
+(:func:`answers`). Nothing of a body is interpreted on the way.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+from sere_ray.serve.gateway.losses import EngineLostError, loss_event, lost, nobody
+from sere_ray.serve.gateway.refusals import App, Message, Receive, Send
+
+logger = logging.getLogger("ray.serve")
+PASSED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
+          "root_path", "headers", "client", "server")  # fmt: skip
+"""What a replica is told of a request: fields of the ASGI scope that are data."""
+WITH_BODY = ("POST", "PUT", "PATCH")
+QUEUE_CHECK_SECONDS = 1.0
+"""How often a request that waits for a replica asks whether one is left."""
+
+
+class Forwarder:
+    """ASGI application of the ingress: the answers of a replica.
+
+    Ray lets requests wait without limit while no replica runs, and cuts a stream off whose replica
+    died. Here a request gets 503 at once, and a stream ends with an error event. Where the client
+    or a limit gives up, the replica's call is cancelled.
+
+    Args:
+        handle: of the engines' deployment.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle.options(stream=True)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one request.
+
+        Raises:
+            Refusal: no engine runs, or it was lost before it answered.
+        """
+        body = await _whole_body(receive) if scope["method"] in WITH_BODY else b""
+        if has_no_replica(self._handle):
+            raise nobody()
+        request = {name: scope[name] for name in PASSED if name in scope}
+        call = self._handle.serve_http.remote(request, body)
+        has_begun = is_whole = is_stream = False
+        head: Message | None = None
+        try:
+            messages = await first_response(call, self._handle)
+            while messages is not None:
+                for message in messages:
+                    if message["type"] == "http.response.start":
+                        # Held until there is more: a replica that dies now leaves a refusal.
+                        head, is_stream = message, _begins_stream(message)
+                        continue
+                    if not has_begun and head is not None:
+                        has_begun = True
+                        await send(head)
+                    await send(message)
+                    is_whole = not message.get("more_body", False)
+                messages = await anext(call, None)
+        except Exception as error:
+            if is_whole and is_loss(error):
+                return
+            if not is_loss(error) or (has_begun and not is_stream):
+                raise
+            if not has_begun:
+                raise lost() from None
+            await send({"type": "http.response.body", "body": loss_event().encode()})
+        finally:
+            if not is_whole:
+                call.cancel()
+
+
+async def answers(app: App, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    """What an application answers to one request: its messages, as many at a time as there are.
+
+    Closed before its end, it tells the application that the client is gone.
+
+    Args:
+        app: acts on its cancellation (:class:`~sere_ray.serve.gateway.hang_ups.HangUpLayer`).
+        scope: of the request, as :class:`Forwarder` passes it on.
+        body: the whole of it.
+    """
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    is_gone, has_body = asyncio.Event(), False
+
+    async def receive() -> Message:
+        nonlocal has_body
+        if not has_body:
+            has_body = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await is_gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def run() -> None:
+        try:
+            await app(dict(scope), receive, messages.put)
+        finally:
+            messages.put_nowait(None)
+
+    serving = asyncio.ensure_future(run())
+    try:
+        ready: list[Message | None] = []
+        while None not in ready:
+            ready = [await messages.get()]
+            while not messages.empty():
+                ready.append(messages.get_nowait())
+            if ready[0] is not None:
+                yield [message for message in ready if message is not None]
+        await serving
+    finally:
+        is_gone.set()
+        serving.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await serving
+
+
+async def _whole_body(receive: Receive) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _begins_stream(message: Message) -> bool:
+    headers = dict(message.get("headers") or ())
+    return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error means that the engine is gone, not that the request is bad."""
+    kinds = (EngineLostError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+    return isinstance(error, kinds)
+
+
+async def first_response(responses: AsyncIterator[Any], handle: Any) -> Any:
+    """Wait for the first response to a request, but not for a gang that has yet to start.
+
+    Ray drops a dead replica when it does not take a call. The request of that call would then wait
+    until the next gang is up.
+
+    Raises:
+        Refusal: no replica is left, and the request is still in Ray's queue.
+    """
+    first = asyncio.ensure_future(anext(responses))
+    try:
+        while not first.done():
+            await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
+            if not first.done() and has_no_replica(handle) and has_queue(handle):
+                raise nobody()
+        return first.result()
+    finally:
+        first.cancel()
+
+
+def has_no_replica(handle: Any) -> bool:
+    """Whether the deployment behind a handle has been running and no replica of it is left."""
+    requests = _request_router(handle)
+    return requests is not None and not requests.curr_replicas
+
+
+def has_queue(handle: Any) -> bool:
+    """Whether a request waits for a replica to take it."""
+    return bool(_request_router(handle)._pending_requests_by_id)
+
+
+def _request_router(handle: Any) -> Any:
+    """Ray's request router of a handle; None before the first replica.
+
+    Reaches into the handle, as Ray's own ``broadcast`` does: there is no public way to ask.
+    """
+    router = getattr(handle, "_router", None)
+    inner = getattr(router, "_asyncio_router", router)
+    return getattr(inner, "request_router", None)

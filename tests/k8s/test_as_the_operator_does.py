@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -66,7 +67,6 @@ class Cluster:
         wait_for(lambda: self.healthy("worker"), 90, "the worker's probe")
 
     def stop(self):
-        below = [c for p in self._processes for c in psutil.Process(p.pid).children(recursive=True)]
         for process in reversed(self._processes):
             os.killpg(process.pid, signal.SIGTERM)
         for process in self._processes:
@@ -74,8 +74,10 @@ class Cluster:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-        for child in psutil.wait_procs(below, timeout=5)[1]:  # HAProxy outlives who started it
-            child.kill()
+        for process in psutil.process_iter(["cmdline"]):  # HAProxy outlives who started it
+            if any(str(self.folder) in part for part in process.info["cmdline"] or ()):
+                with suppress(psutil.Error):
+                    process.kill()
 
     def healthy(self, node):
         """The operator's exec probe, with this machine's port."""

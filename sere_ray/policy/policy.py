@@ -9,6 +9,7 @@ vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
@@ -20,12 +21,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sere_ray.artifact.strength import Stage, Strength
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
-from sere_ray.util.errors import PolicyError
+from sere_ray.util.errors import ArtifactError, PolicyError
 
+_NOTHING: Mapping[str, Strength] = MappingProxyType({})
 Dispatch = Literal["allgather", "all_to_all"]
 RuleName = Literal["sere", "margin", "spare"]
 """What engines compute."""
@@ -68,6 +71,18 @@ class Policy(BaseModel):
     tau: Tau = Field(
         None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
     )
+    loss: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="in place of tau: the relative loss of right answers of the worst task, by "
+        "what `sere-ray strength` measured on this model",
+    )
+    guard: bool | None = Field(
+        None,
+        description="with loss: a layer of a step that would give up more demand than was "
+        "measured stays exact",
+    )
     beta: float | None = Field(
         None, ge=0.0, le=1.0, description="1 = weights renormalised, 0 = the gate's scale"
     )
@@ -104,9 +119,10 @@ class Policy(BaseModel):
         takes, text = RULES[self.rule], None
         for key in [key for key in type(self).model_fields if key in RULE_KEYS]:
             value = getattr(self, key)
-            if value is None and key in takes.required:
+            if value is None and key in takes.required and not (key == "tau" and self.loss):
                 about = type(self).model_fields[key].description
-                text = f"{key} is missing: give it ({about})"
+                other = ", or loss in its place" if "loss" in takes.keys else ""
+                text = f"{key} is missing: give it ({about}){other}"
             elif value is not None and key not in takes.keys:
                 text = (
                     f"{key} = {value!r}: rule {self.rule!r} has no such key, only "
@@ -114,9 +130,27 @@ class Policy(BaseModel):
                 )
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        self._check_loss()
         for number, entry in enumerate(self.by_rows or ()):
             self._check_range(number, entry)
         return self
+
+    def _check_loss(self) -> None:
+        """A loss was measured for the rule's defaults, so it goes with no other key of the rule."""
+        text, others = None, (k for k in RULES[self.rule].keys if k not in ("loss", "guard"))
+        if self.loss is None and self.guard:
+            text = (
+                "guard = True: is held against the demand that was given up where `loss` was "
+                "measured; give loss in place of tau, or leave guard out"
+            )
+        for key in others if self.loss is not None else ():
+            if getattr(self, key) is not None:
+                text = (
+                    f"loss = {self.loss!r}: stands for tau, with the rule's other keys as they "
+                    f"come, and {key} = {getattr(self, key)!r} is set; set one of them to null"
+                )
+        if text:
+            raise PydanticCustomError("rule_key", "{text}", {"text": text})
 
     def _check_range(self, number: int, entry: RowRange) -> None:
         allowed = RULES[self.rule].keys
@@ -174,18 +208,30 @@ class Policy(BaseModel):
         if rule != self.rule and rule in RULE_NAMES:
             others = RULE_KEYS.difference(RULES[rule].keys)
             kept = {key: kept[key] for key in kept if key not in others and key != "by_rows"}
+        if changes.get("loss") is not None:
+            kept.pop("tau", None)
+        elif changes.get("tau") is not None:
+            kept = {key: kept[key] for key in kept if key not in ("loss", "guard")}
         return self.parse({**kept, **changes}, where=where)
 
-    def for_model(self, *, top_k: int, where: str = "sere") -> BoundPolicy:
-        """Check the policy against a model's K and fill the default floor.
+    def for_model(
+        self,
+        *,
+        top_k: int,
+        strengths: Mapping[str, Strength] = _NOTHING,
+        where: str = "sere",
+    ) -> BoundPolicy:
+        """Check the policy against a model's K and fill the default floor; turn `loss` into tau.
+
+        Args:
+            top_k: K.
+            strengths: of the artifact, for a policy with `loss`.
+            where: name of the policy in error messages.
 
         Raises:
-            PolicyError: ``select_top_k`` is larger than K.
+            PolicyError: ``select_top_k`` is larger than K, or `loss` beyond what was measured.
+            ArtifactError: the artifact does not say what `loss` means.
         """
-        ranges = [
-            (e.up_to, self._of_range(e).for_model(top_k=top_k, where=f"{where}.by_rows.{number}"))
-            for number, e in enumerate(self.by_rows or ())
-        ]
         if self.select_top_k is not None and self.select_top_k > top_k:
             raise PolicyError(
                 f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
@@ -193,9 +239,11 @@ class Policy(BaseModel):
             )
         floor = top_k if self.min_primary_experts is None else self.min_primary_experts
         others = (
-            (key, getattr(self, key)) for key in RULES[self.rule].keys if key not in OWN_FIELDS
+            (key, getattr(self, key))
+            for key in RULES[self.rule].keys
+            if key not in OWN_FIELDS and key != "loss"
         )
-        return BoundPolicy(
+        bound = BoundPolicy(
             mode=self.mode,
             rule=self.rule,
             select_top_k=self.select_top_k or top_k,
@@ -203,8 +251,33 @@ class Policy(BaseModel):
             min_primary_experts=floor,
             union=self.union,
             knobs=tuple((key, value) for key, value in others if value is not None),
-            by_rows=tuple(ranges),
         )
+        stages = self._stages(strengths, where)
+        ranges = []
+        for number, entry in enumerate(self.by_rows or ()):
+            place = f"{where}.by_rows.{number}"
+            part = self._of_range(entry).for_model(top_k=top_k, strengths=strengths, where=place)
+            ranges.append((entry.up_to, part))
+        return bound.in_stages(stages).in_ranges(ranges)
+
+    def _stages(self, strengths: Mapping[str, Strength], where: str) -> list[Stage]:
+        """Taus by rows, of a policy with `loss`."""
+        if self.loss is None:
+            return []
+        if self.rule not in strengths:
+            raise ArtifactError(
+                f"{where}.loss = {self.loss}: {self.similarity} does not say which tau that is "
+                f"under rule {self.rule!r}; `sere-ray strength MODEL --similarity "
+                f"{self.similarity} --data TEXT --rules {self.rule}` adds it, or give tau"
+            )
+        low, high = strengths[self.rule].range
+        if not low <= self.loss <= high:
+            raise PolicyError(
+                f"{where}.loss = {self.loss}: {self.similarity} says which tau that is from "
+                f"{low:.2g} to {high:.2g} under rule {self.rule!r}; give a loss in this range, "
+                "or mode: off for none"
+            )
+        return strengths[self.rule].stages(self.loss)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
         """Refuse a list of another length than the model has MoE layers.

@@ -119,6 +119,8 @@ def test_equals_brute_force(name, data):
         "lead": data.draw(st.sampled_from([None, 0.0, 0.5, 0.75, 1.0])),
         "limit": data.draw(st.sampled_from([None, 0.0, 0.5, 1.0])),
         "protect": data.draw(st.sampled_from([None, False, True])),
+        "most": data.draw(st.sampled_from([None, 0, 2000, 50_000])),
+        "guard": data.draw(st.booleans()),
         "statistics": statistics(data.draw(st.integers(0, 99)), data.draw(st.booleans())),
     }
     of_layer = Layer(E, **knobs)

@@ -71,7 +71,6 @@ class Holdings:
         self.audit.record(what, who, self.newest)
         self._artifact: SimilarityArtifact = self._file.parse()
         base = Policy.parse(self.newest["policy"])
-        base.for_model(top_k=self._top_k)
         check_artifact(base, self._artifact)
         if state is None:
             pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
@@ -182,10 +181,9 @@ class Holdings:
         if mode == AUTO:
             written["mode"] = "off"
         policy = base.changed(written, where="policy")
-        policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
-        check_artifact(policy, self._artifact)
+        check_artifact(policy, self._artifact, where="policy")
         if mode != AUTO:
             self.pilot = None
             return policy

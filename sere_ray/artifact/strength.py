@@ -71,7 +71,7 @@ class Strength(BaseModel):
 
     curves: tuple[StrengthCurve, ...] = Field(min_length=1, description="by rising rows")
     tasks: tuple[str, ...] = Field(description="of which `loss` is the worst one's")
-    items: int = Field(description="questions asked at each tau and number of rows, all tasks")
+    items: int = Field(description="asked of all tasks and taus")
     data: str = Field(description="name of the text")
 
     @model_validator(mode="after")

@@ -20,9 +20,9 @@ def strength(
     ] = None,
     half_width: Annotated[
         float, typer.Option(help="Ask until the 95 % interval of each relative loss is +- this.")
-    ] = 0.02,
+    ] = 0.01,
     most_items: Annotated[
-        int, typer.Option(min=100, help="Of a task, at each tau and number of rows: ask no more.")
+        int, typer.Option(min=100, help="Of a task, at each tau: ask no more.")
     ] = 5000,
     sequences: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens for KL.")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON with what was measured.")] = None,

@@ -1,10 +1,10 @@
 """``sere-ray strength``: what `loss` means on a model, measured and kept in its artifact.
 
 A tau means something else on every model: gates differ in how far they prefer their choices. So a
-rule is run with its defaults at some taus, laid out over experts read, and numbers of rows. KL to
-the exact model is measured at each; the strong ones are also asked tasks, since a small loss
-takes very many items to see and a large one few. What a task loses is a power of KL, the same at
-all numbers of rows (docs/quality.md says how well that holds); the power is fitted, and tau, by
+rule is run with its defaults at some taus, laid out over experts read, and numbers of rows, and KL
+to the exact model is measured at each. The strongest taus are also asked tasks, at the middle
+number of rows: a small loss takes very many items to see, a large one few. What a task loses is a
+power of KL, the same at all numbers of rows (docs/quality.md); the power is fitted, and so tau, by
 way of KL, says what the worst task loses.
 """
 
@@ -34,7 +34,9 @@ _ASKED = 3
 """The strongest of them are asked tasks."""
 _LEAST_RIGHT = 100
 """Items that the exact model must have right for a task to say something."""
-_POWERS = np.linspace(0.4, 1.2, 17)
+_POWERS = np.linspace(0.4, 1.0, 13)
+"""Answers that flip both ways alike cost in proportion to KL; where nearly all are right, they flip
+one way, in proportion to its root."""
 _SEED = 2
 """Of the questions: others than `tasks`, `tune` and `advise` ask, which may judge what is found."""
 
@@ -46,10 +48,10 @@ class StrengthPlan:
     rules: tuple[str, ...]
     tasks: tuple[str, ...] | None
     """None = all that the text and the model allow."""
-    half_width: float = 0.02
-    """Of the interval of each relative loss; the fit is of nine."""
+    half_width: float = 0.01
+    """Of the interval of each relative loss; the fit is of three."""
     most_items: int = 5000
-    """Of a task, at each tau and number of rows, however wide the interval is then."""
+    """Of a task, at each tau, however wide the interval is then."""
 
 
 class Point(NamedTuple):
@@ -98,11 +100,9 @@ def measure_strength(
     strengths, rows = {}, []
     for rule in wanted.rules:
         points = _points(evaluator, chunks, routing, rule, console)
-        answers = [
-            {**row, "kl": point.kl}
-            for batch, of_batch in points.items()
-            for row, point in _ask(evaluator, asked, rule, batch, of_batch, wanted, console)
-        ]
+        middle = sorted(points)[len(points) // 2]
+        of_tasks = _ask(evaluator, asked, rule, middle, points[middle], wanted, console)
+        answers = [{**row, "kl": point.kl} for row, point in of_tasks]
         laws = fit(answers)
         if not laws:
             raise SereError(

@@ -123,7 +123,8 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     assert sizes.issuperset(batches)
     decode = read_counters(engine)["decode_only"]
     pairs = zip(decode["experts_after"], decode["experts_before"], strict=True)
-    assert all(after < before for after, before in pairs)
+    least = 0 if policy.guard else 1  # a guarded layer may have been exact in every step
+    assert all(before - after >= least for after, before in pairs)
     assert sum(decode["slots_rerouted"]) > 0
     beyond = np.array(decode["beyond_range"])
     if policy.loss is None:

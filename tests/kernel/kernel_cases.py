@@ -68,7 +68,7 @@ def expected(case: Case) -> tuple[Tensor, Counts]:
     if not (case.kinds == REROUTABLE).any():
         return new, (0,) * OWN_COUNTERS  # steps without a decode row are not counted
     counts = count(case.rerouting(), case.ids, new, case.row_kind)
-    return new, (*(int(number) for number in counts), 0)
+    return new, (*(int(number) for number in counts), 0, 0)
 
 
 def merged(case: Case) -> tuple[Tensor, Tensor, int]:

@@ -54,7 +54,7 @@ def check(case: Case, name: str, *others, cache: Path, seed: int = 0, own=None, 
     assert_same_ids(ids, wanted_ids, name)
     assert torch.equal(weights, wanted_weights)
     if own is None:
-        assert layer.counters[1].tolist() == [*expected(case)[1][:4], number]
+        assert layer.counters[1].tolist() == [*expected(case)[1][:4], number, 0]
     return ids
 
 

@@ -96,7 +96,8 @@ class Holdings:
             "sha256": self._file.sha256,
             "bytes": len(self._file.content),
             "layers": sorted(self._artifact.layers),
-            "metadata": self._artifact.metadata.model_dump(),
+            "metadata": self._artifact.metadata.model_dump(exclude={"strengths"}),
+            "losses": {rule: of.range for rule, of in self._artifact.strengths.items()},
         }
 
     def change_policy(self, changes: Mapping[str, Any], who: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def describe(path: Path) -> Group:
     for name, value in artifact.metadata.model_dump(exclude={"strengths"}).items():
         shown = f"{len(value)} layers" if name == "router_fingerprint" else value
         origin.add_row(name, Text(str(shown)))
-    for rule, strength in artifact.strengths.items():
+    for rule, strength in artifact.metadata.strengths.items():
         low, high = strength.range
         shown = f"{low:.2g} to {high:.2g}, worst of {', '.join(strength.tasks)} on {strength.data}"
         origin.add_row(f"loss under {rule}", Text(shown))

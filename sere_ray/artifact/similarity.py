@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
 from sere_ray.artifact.statistics import GROUPS
-from sere_ray.artifact.strength import Strength
+from sere_ray.artifact.strength import Strength, check_layers_of
 from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
@@ -102,13 +102,7 @@ class SimilarityArtifact:
             ) from None
         artifact = cls(layers, metadata, statistics)
         check_content(layers, statistics, metadata.num_experts, path)
-        for rule, strength in metadata.strengths.items():
-            found = {len(most) for curve in strength.curves for most in curve.most}
-            if found != {len(layers)}:
-                raise ArtifactError(
-                    f"{path}: its strengths of rule {rule!r} are of {found} layers, it has "
-                    f"{len(layers)}; run `sere-ray strength` again"
-                )
+        check_layers_of(metadata.strengths, len(layers), path)
         return artifact
 
     @classmethod
@@ -129,11 +123,6 @@ class SimilarityArtifact:
                 return cls.load(file.name)
             except ArtifactError as error:
                 raise ArtifactError(str(error).replace(file.name, name)) from None
-
-    @property
-    def strengths(self) -> Mapping[str, Strength]:
-        """What `loss` means, by rule."""
-        return self.metadata.strengths
 
     def check_replaces(self, running: "SimilarityArtifact", *, path: str) -> None:
         """Refuse an artifact that was not calibrated on the weights which ``running`` fits.

@@ -7,9 +7,13 @@ rule loses at some taus and numbers of rows; this is what it found, and how it i
 import itertools
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sere_ray.util.errors import ArtifactError
 
 
 class Stage(NamedTuple):
@@ -111,6 +115,21 @@ class Strength(BaseModel):
                     stages.append(Stage(rows, tau, tuple(most)))
             stages.append(high)
         return stages
+
+
+def check_layers_of(strengths: Mapping[str, Strength], layers: int, path: Path) -> None:
+    """Refuse what was measured on another number of layers than the artifact has.
+
+    Raises:
+        ArtifactError: names both numbers.
+    """
+    for rule, strength in strengths.items():
+        found = len(strength.curves[0].most[0])
+        if found != layers:
+            raise ArtifactError(
+                f"{path}: its strengths of rule {rule!r} are of {found} layers, it has {layers}; "
+                "run `sere-ray strength` again"
+            )
 
 
 def _between(low: float, high: float, part: float) -> float:

@@ -101,7 +101,7 @@ class KvSalts:
         self.settled = not self._several_ranks
 
     def _take(self, artifact: SimilarityArtifact) -> None:
-        self._matrices, self._strengths = matrices_digest(artifact), artifact.strengths
+        self._matrices, self._strengths = matrices_digest(artifact), artifact.metadata.strengths
 
     def _word_of(self, policy: Policy) -> str | None:
         bound = policy.for_model(top_k=self._top_k, strengths=self._strengths)

@@ -165,7 +165,7 @@ class EngineState(ABC):
         return policy
 
     def _told(self, policy: Policy, artifact: SimilarityArtifact) -> Told:
-        bound = policy.for_model(top_k=self.top_k, strengths=artifact.strengths)
+        bound = policy.for_model(top_k=self.top_k, strengths=artifact.metadata.strengths)
         return Told(bound, artifact)
 
     # --- layers -----------------------------------------------------------------------------------

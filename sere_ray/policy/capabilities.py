@@ -46,7 +46,7 @@ def check_artifact(policy: Policy, artifact: SimilarityArtifact, *, where: str =
         ArtifactError: names what it reads, and the command that adds it.
         PolicyError: a key does not fit the artifact's model.
     """
-    strengths = artifact.strengths
+    strengths = artifact.metadata.strengths
     policy.for_model(top_k=artifact.metadata.top_k, strengths=strengths, where=where)
     artifact.check_has(RULES[policy.rule].statistics, path=policy.similarity, rule=policy.rule)
 

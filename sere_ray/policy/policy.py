@@ -6,10 +6,8 @@ a result file; instead of it there may be the path of a YAML file of these keys,
 vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
@@ -21,14 +19,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sere_ray.artifact.strength import Stage, Strength
+from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
+from sere_ray.policy.explain import explain
+from sere_ray.policy.loss import stages_of, without_the_other, wrong_with_loss
 from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
-from sere_ray.util.errors import ArtifactError, PolicyError
+from sere_ray.util.errors import PolicyError
 
-_NOTHING: Mapping[str, Strength] = MappingProxyType({})
 Dispatch = Literal["allgather", "all_to_all"]
 RuleName = Literal["sere", "margin", "spare"]
 """What engines compute."""
@@ -73,15 +72,13 @@ class Policy(BaseModel):
     )
     loss: float | None = Field(
         None,
-        gt=0.0,
-        lt=1.0,
-        description="in place of tau: the relative loss of right answers of the worst task, by "
-        "what `sere-ray strength` measured on this model",
+        gt=0,
+        lt=1,
+        description="in place of tau: what the worst task loses, by `sere-ray strength`",
     )
     guard: bool | None = Field(
         None,
-        description="with loss: a layer of a step that would give up more demand than was "
-        "measured stays exact",
+        description="with loss: what would give up more demand than was measured stays exact",
     )
     beta: float | None = Field(
         None, ge=0.0, le=1.0, description="1 = weights renormalised, 0 = the gate's scale"
@@ -130,27 +127,11 @@ class Policy(BaseModel):
                 )
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
-        self._check_loss()
+        if text := wrong_with_loss(self.rule, dict(self)):
+            raise PydanticCustomError("rule_key", "{text}", {"text": text})
         for number, entry in enumerate(self.by_rows or ()):
             self._check_range(number, entry)
         return self
-
-    def _check_loss(self) -> None:
-        """A loss was measured for the rule's defaults, so it goes with no other key of the rule."""
-        text, others = None, (k for k in RULES[self.rule].keys if k not in ("loss", "guard"))
-        if self.loss is None and self.guard:
-            text = (
-                "guard = True: is held against the demand that was given up where `loss` was "
-                "measured; give loss in place of tau, or leave guard out"
-            )
-        for key in others if self.loss is not None else ():
-            if getattr(self, key) is not None:
-                text = (
-                    f"loss = {self.loss!r}: stands for tau, with the rule's other keys as they "
-                    f"come, and {key} = {getattr(self, key)!r} is set; set one of them to null"
-                )
-        if text:
-            raise PydanticCustomError("rule_key", "{text}", {"text": text})
 
     def _check_range(self, number: int, entry: RowRange) -> None:
         allowed = RULES[self.rule].keys
@@ -188,7 +169,9 @@ class Policy(BaseModel):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
+            raise PolicyError(
+                "; ".join(explain(e, where, cls, _AT_START) for e in error.errors())
+            ) from None
 
     def changed(self, changes: Mapping[str, Any], *, where: str = "sere") -> Self:
         """This policy with other values of some keys.
@@ -208,17 +191,13 @@ class Policy(BaseModel):
         if rule != self.rule and rule in RULE_NAMES:
             others = RULE_KEYS.difference(RULES[rule].keys)
             kept = {key: kept[key] for key in kept if key not in others and key != "by_rows"}
-        if changes.get("loss") is not None:
-            kept.pop("tau", None)
-        elif changes.get("tau") is not None:
-            kept = {key: kept[key] for key in kept if key not in ("loss", "guard")}
-        return self.parse({**kept, **changes}, where=where)
+        return self.parse({**without_the_other(kept, changes), **changes}, where=where)
 
     def for_model(
         self,
         *,
         top_k: int,
-        strengths: Mapping[str, Strength] = _NOTHING,
+        strengths: Mapping[str, Strength] | None = None,
         where: str = "sere",
     ) -> BoundPolicy:
         """Check the policy against a model's K and fill the default floor; turn `loss` into tau.
@@ -238,11 +217,8 @@ class Policy(BaseModel):
                 f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
             )
         floor = top_k if self.min_primary_experts is None else self.min_primary_experts
-        others = (
-            (key, getattr(self, key))
-            for key in RULES[self.rule].keys
-            if key not in OWN_FIELDS and key != "loss"
-        )
+        keys = [key for key in RULES[self.rule].keys if key not in (*OWN_FIELDS, "loss")]
+        others = ((key, getattr(self, key)) for key in keys)
         bound = BoundPolicy(
             mode=self.mode,
             rule=self.rule,
@@ -252,32 +228,13 @@ class Policy(BaseModel):
             union=self.union,
             knobs=tuple((key, value) for key, value in others if value is not None),
         )
-        stages = self._stages(strengths, where)
-        ranges = []
-        for number, entry in enumerate(self.by_rows or ()):
-            place = f"{where}.by_rows.{number}"
-            part = self._of_range(entry).for_model(top_k=top_k, strengths=strengths, where=place)
-            ranges.append((entry.up_to, part))
+        places = ((f"{where}.by_rows.{i}", entry) for i, entry in enumerate(self.by_rows or ()))
+        ranges = [
+            (e.up_to, self._of_range(e).for_model(top_k=top_k, strengths=strengths, where=place))
+            for place, e in places
+        ]
+        stages = stages_of(self.rule, self.loss, strengths or {}, self.similarity, where)
         return bound.in_stages(stages).in_ranges(ranges)
-
-    def _stages(self, strengths: Mapping[str, Strength], where: str) -> list[Stage]:
-        """Taus by rows, of a policy with `loss`."""
-        if self.loss is None:
-            return []
-        if self.rule not in strengths:
-            raise ArtifactError(
-                f"{where}.loss = {self.loss}: {self.similarity} does not say which tau that is "
-                f"under rule {self.rule!r}; `sere-ray strength MODEL --similarity "
-                f"{self.similarity} --data TEXT --rules {self.rule}` adds it, or give tau"
-            )
-        low, high = strengths[self.rule].range
-        if not low <= self.loss <= high:
-            raise PolicyError(
-                f"{where}.loss = {self.loss}: {self.similarity} says which tau that is from "
-                f"{low:.2g} to {high:.2g} under rule {self.rule!r}; give a loss in this range, "
-                "or mode: off for none"
-            )
-        return strengths[self.rule].stages(self.loss)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
         """Refuse a list of another length than the model has MoE layers.
@@ -333,32 +290,10 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     try:
         startup = Startup.model_validate(given)
     except ValidationError as error:
-        raise PolicyError("; ".join(_explain(e, where, Startup) for e in error.errors())) from None
+        raise PolicyError(
+            "; ".join(explain(e, where, Startup, _AT_START) for e in error.errors())
+        ) from None
     return Policy.parse(policy, where=where), startup
 
 
-def _explain(error: Any, where: str, model: type[BaseModel]) -> str:
-    path = ".".join([where, *(str(part) for part in error["loc"])])
-    key = str(error["loc"][0]) if error["loc"] else ""
-    keys = list(model.model_fields)
-    if error["type"] == "rule_key":
-        return f"{where}.{error['msg']}"
-    if key not in keys and key in Startup.model_fields:
-        return (
-            f"{path} = {error['input']!r}: is taken when an engine starts and is no part of a "
-            "policy; leave it out here"
-        )
-    if key not in keys:
-        near = difflib.get_close_matches(key, [*keys, *Startup.model_fields], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return (
-            f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}; "
-            f"at the start of an engine also {', '.join(Startup.model_fields)}"
-        )
-    about = model.model_fields[key].description
-    if error["type"] == "missing":
-        return f"{path} is missing: give it ({about})"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if key == "mode" and isinstance(error["input"], bool):
-        message += ", in quotes: YAML reads a bare on or off as a boolean"
-    return f"{path} = {error['input']!r}: {message} ({about})"
+_AT_START = tuple(Startup.model_fields)

@@ -72,7 +72,7 @@ def test_an_artifact_keeps_it(tmp_path, has_words):
     path, strength = tmp_path / "a.safetensors", make_strength(layers=2)
     whole = artifact(2, {"margin": strength})
     whole.save(path)
-    assert SimilarityArtifact.load(path).strengths == {"margin": strength}
+    assert SimilarityArtifact.load(path).metadata.strengths == {"margin": strength}
     replace(whole, layers={0: torch.eye(4)}).save(path)
     with pytest.raises(ArtifactError) as caught:
         SimilarityArtifact.load(path)

@@ -101,7 +101,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         generate(engine, prompts(batch, seed=5, length=(20, 60)), tokens=6)
     artifact = SimilarityArtifact.load(similarity)
     statistics = artifact.statistics
-    bound = policy.for_model(top_k=TOP_K, strengths=artifact.strengths)
+    bound = policy.for_model(top_k=TOP_K, strengths=artifact.metadata.strengths)
     changed, sizes = 0, set()
     for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:

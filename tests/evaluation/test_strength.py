@@ -57,7 +57,7 @@ def test_the_artifact_says_what_a_loss_is(artifact, tmp_path):
     done = run(artifact, "--tasks", "arithmetic", "--out", out)
     assert done.exit_code == 0, done.output
     after = SimilarityArtifact.load(artifact)
-    strength = after.strengths["margin"]
+    strength = after.metadata.strengths["margin"]
     assert [curve.rows for curve in strength.curves] == [4, 8]
     assert strength.tasks == ("arithmetic",)
     assert all(len(most) == len(before.layers) for c in strength.curves for most in c.most)

@@ -252,7 +252,7 @@ def check_split(
     slots = 0
     for own, of_rank, layer in zip(owned, ids, layers, strict=True):
         assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
-        before, after, changed, critical, _ = layer.counters[1].tolist()
+        before, after, changed, critical, _, _ = layer.counters[1].tolist()
         assert (before, after, critical) == (counts[0], counts[1], counts[3])
         slots += changed
     assert slots == counts[2]

@@ -97,7 +97,7 @@ class Holdings:
             "bytes": len(self._file.content),
             "layers": sorted(self._artifact.layers),
             "metadata": self._artifact.metadata.model_dump(exclude={"strengths"}),
-            "losses": {rule: of.range for rule, of in self._artifact.strengths.items()},
+            "losses": {rule: of.range for rule, of in self._artifact.metadata.strengths.items()},
         }
 
     def change_policy(self, changes: Mapping[str, Any], who: str) -> dict[str, Any]:

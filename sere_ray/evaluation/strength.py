@@ -4,8 +4,8 @@ A tau means something else on every model: gates differ in how far they prefer t
 rule is run with its defaults at some taus, laid out over experts read, and numbers of rows, and KL
 to the exact model is measured at each. The strongest taus are also asked tasks, at the middle
 number of rows: a small loss takes very many items to see, a large one few. What a task loses is a
-power of KL, the same at all numbers of rows (docs/quality.md); the power is fitted, and so tau, by
-way of KL, says what the worst task loses.
+power of KL, taken to be the same at all numbers of rows (docs/quality.md says how far that holds).
+The power is fitted, and so tau, by way of KL, says what the worst task loses.
 """
 
 from collections.abc import Callable, Sequence

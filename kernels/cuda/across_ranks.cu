@@ -54,8 +54,8 @@ __device__ __forceinline__ void count_busiest(const Shared& shared, const Places
     most_before = max(most_before, __reduce_add_sync(ALL_LANES, before));
     most_after = max(most_after, __reduce_add_sync(ALL_LANES, after));
   }
-  if (lane == 0) atomicAdd(&counters[5], (unsigned long long)most_before);
-  if (lane == 1) atomicAdd(&counters[6], (unsigned long long)most_after);
+  if (lane == 0) atomicAdd(&counters[6], (unsigned long long)most_before);
+  if (lane == 1) atomicAdd(&counters[7], (unsigned long long)most_after);
 }
 
 template <bool ONLY_RULE, class Then>
@@ -83,7 +83,7 @@ __device__ __forceinline__ void name_experts(Shared& shared, const Arguments& a,
 #define PLACEMENT_PARAMETERS const int *local_ids, const unsigned char *owner, int num_ranks
 #define PLACEMENT_ARGUMENTS {local_ids, owner, num_ranks}
 
-// RULE_PARAMETERS are those of the rows of all ranks; counters has seven numbers of this layer.
+// RULE_PARAMETERS are those of the rows of all ranks; counters has eight numbers of this layer.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute_gathered(RULE_PARAMETERS, PLACEMENT_PARAMETERS) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;

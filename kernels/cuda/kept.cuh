@@ -31,4 +31,21 @@ __device__ __forceinline__ unsigned fill_up(const Shared& shared, unsigned kept,
   return kept;
 }
 
+// The guard: whether more demand is given up than in any step of calibration; then, if it is on, all that are named are
+// kept after all.
+__device__ __forceinline__ bool guard(const Shared& shared, unsigned& kept, const Settings& settings) {
+  if (settings.most == ANY_DEMAND) return false;
+  int given_up = 0;                                // at most E * (UNIT + 1), which fits
+  unsigned named = 0;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int wanted = shared.wanted[threadIdx.x % 32 * PER_LANE + j];
+    named |= unsigned(wanted >= 0) << j;
+    if (!(kept >> j & 1)) given_up += max(wanted, 0);
+  }
+  const bool is_beyond = __reduce_add_sync(ALL_LANES, given_up) > settings.most;
+  if (is_beyond && settings.guard) kept = named;
+  return is_beyond;
+}
+
 }  // namespace

@@ -68,27 +68,36 @@ __device__ __forceinline__ void add_up_blocks(Shared& shared, const Settings& se
   }
 }
 
-// Bit j: the expert lane * PER_LANE + j is kept. Under margin every warp finds out for itself.
-__device__ __forceinline__ unsigned kept_experts(const Shared& shared, const Settings& settings) {
-  if (settings.rule == SPARE) return kept_of_fates(shared);
+struct Kept {
+  unsigned experts;                                // bit j: the expert lane * PER_LANE + j
+  bool is_beyond;                                  // of guard()
+};
+
+// Under margin every warp finds out for itself.
+__device__ __forceinline__ Kept kept_experts(const Shared& shared, const Settings& settings) {
+  if (settings.rule == SPARE) return {kept_of_fates(shared), shared.is_beyond != 0};
   unsigned kept = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
     kept |= unsigned(shared.wanted[threadIdx.x % 32 * PER_LANE + j] > settings.tau) << j;
   }
-  return fill_up(shared, kept, settings.min_primary_experts);
+  kept = fill_up(shared, kept, settings.min_primary_experts);
+  const bool is_beyond = guard(shared, kept, settings);
+  return {kept, is_beyond};
 }
 
-// Counters of the layer, by one warp: experts before and after. All that are kept are read: somebody named them.
-__device__ __forceinline__ void count_experts(const Shared& shared, unsigned kept, unsigned long long* counters) {
+// Counters of the layer, by one warp: experts before and after, steps beyond the range. All that are kept are read:
+// somebody named them.
+__device__ __forceinline__ void count_experts(const Shared& shared, Kept kept, unsigned long long* counters) {
   const int lane = threadIdx.x % 32;
   int before = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) before += shared.wanted[lane * PER_LANE + j] >= 0;
   before = __reduce_add_sync(ALL_LANES, before);
-  const int after = __reduce_add_sync(ALL_LANES, __popc(kept));
+  const int after = __reduce_add_sync(ALL_LANES, __popc(kept.experts));
   if (lane == 0) atomicAdd(&counters[0], (unsigned long long)before);
   if (lane == 1) atomicAdd(&counters[1], (unsigned long long)after);
+  if (lane == 5 && kept.is_beyond) atomicAdd(&counters[5], 1ull);
 }
 
 // The slots of a row that keep their expert, a bit each.
@@ -140,7 +149,8 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   const Rows rows = rows_of_warp();
   if (rows.first >= a.num_rows) announce<SHOWS>();
   if (rows.first >= a.num_rows && !counts) return;
-  const unsigned kept = kept_experts(shared, start.settings);
+  const Kept found = kept_experts(shared, start.settings);
+  const unsigned kept = found.experts;
   const bool spares = start.settings.rule == SPARE;
   int changed = 0, merged = 0;
 #pragma unroll 1
@@ -170,7 +180,7 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   merged = __reduce_add_sync(ALL_LANES, merged);
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
   if (lane == 0 && merged) atomicAdd(&counters[4], (unsigned long long)merged);
-  if (counts) count_experts(shared, kept, counters);
+  if (counts) count_experts(shared, found, counters);
 }
 
 // The rule on the whole batch, by all blocks. SHOWS: then() may write to the first block, which sees it behind this.

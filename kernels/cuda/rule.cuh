@@ -24,6 +24,7 @@ constexpr int KIND_BITS = 2, KIND_MASK = 3;        // of a byte of row_kind; abo
 constexpr int WEIGHT_UNIT = 32;                    // weight of a row without one
 constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
 constexpr int SERE = 0, MARGIN = 1, SPARE = 2;     // rules. See margin.cuh and spare.cuh
+constexpr int ANY_DEMAND = 0x7fffffff;             // of Settings::most: nobody knows what is too much
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ constexpr int ceil_pow2(int n) {
@@ -56,10 +57,11 @@ struct __align__(16) Settings {                    // of one layer, written by t
   int runners_up;
   float beta, fill;                                // of margin alone
   int merges;                                      // step 7: slots that repeat an expert of their row become -1
-  int protect;                                     // whether every row keeps its first choice
+  short protect;                                   // whether every row keeps its first choice
+  short guard;                                     // whether a step that gives up more than `most` stays exact
   float lead, share;                               // what demand is made of; they add up to 1
   float limit;                                     // of spare: most that a stand-in may leave over
-  int unused[1];
+  int most;                                        // of margin and spare: the most demand that calibration gave up
 };
 
 struct __align__(16) Step {                        // written by the host before every step
@@ -106,6 +108,7 @@ struct Shared {
     int is_read[STRIDE];                           // is it read after the rule
     int wanted[STRIDE];                            // of demand: from all blocks, see wanted_of()
   };
+  int is_beyond;                                   // of spare: what guard() has found
 };
 
 struct StandInOf {
@@ -124,7 +127,7 @@ struct Arguments {
   const Settings* settings;
   const Step* step;
   const signed char* row_kind;                     // [num_rows], see KIND_BITS
-  unsigned long long* counters;                    // five of this layer; of the other counter row
+  unsigned long long* counters;                    // six of this layer; of the other counter row
   int counter_stride;                              // this many further on
 };
 

@@ -112,6 +112,8 @@ __device__ __forceinline__ void spare_experts(Shared& shared, const Arguments& a
   for (int j = 0; j < PER_LANE; ++j) kept |= unsigned(shared.fate[lane * PER_LANE + j] == KEPT) << j;
   __syncthreads();                                 // all have read what is written now
   kept = fill_up(shared, kept, max(settings.min_primary_experts, 1));
+  const bool is_beyond = guard(shared, kept, settings);
+  if (threadIdx.x == 0) shared.is_beyond = is_beyond;
 #pragma unroll 1
   for (int start = 0; start < PER_WARP; start += 32) {  // 32 experts of this warp, a lane each
     const int u = min(warp + (start + lane) * WARPS, STRIDE - 1);

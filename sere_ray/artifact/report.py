@@ -23,9 +23,13 @@ def describe(path: Path) -> Group:
     origin = Table(show_header=False, box=None, pad_edge=False)
     origin.add_row("file", Text(str(path)))
     origin.add_row("sha256", file_sha256(path))
-    for name, value in artifact.metadata.model_dump().items():
+    for name, value in artifact.metadata.model_dump(exclude={"strengths"}).items():
         shown = f"{len(value)} layers" if name == "router_fingerprint" else value
         origin.add_row(name, Text(str(shown)))
+    for rule, strength in artifact.metadata.strengths.items():
+        low, high = strength.range
+        shown = f"{low:.2g} to {high:.2g}, worst of {', '.join(strength.tasks)} on {strength.data}"
+        origin.add_row(f"loss under {rule}", Text(shown))
     return Group(origin, Text(), _layer_table(artifact))
 
 

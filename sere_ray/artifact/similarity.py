@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
 from sere_ray.artifact.statistics import GROUPS
+from sere_ray.artifact.strength import Strength, check_layers_of
 from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
@@ -44,6 +45,9 @@ class ArtifactMetadata(BaseModel):
     libraries: dict[str, str] = Field(default_factory=dict)
     date: str = Field(description="ISO 8601, UTC")
     synthetic: bool = Field(False, description="random numbers, for benchmarks with dummy weights")
+    strengths: dict[str, Strength] = Field(
+        default_factory=dict, description="by rule: what `loss` means; of `sere-ray strength`"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class SimilarityArtifact:
             ) from None
         artifact = cls(layers, metadata, statistics)
         check_content(layers, statistics, metadata.num_experts, path)
+        check_layers_of(metadata.strengths, len(layers), path)
         return artifact
 
     @classmethod

@@ -17,6 +17,7 @@ from sere_ray.cli import loadtest as cli_loadtest
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import quality as cli_quality
 from sere_ray.cli import serve as cli_serve
+from sere_ray.cli import strength as cli_strength
 from sere_ray.cli.common import console, numbers, user_errors
 
 app = typer.Typer(
@@ -109,7 +110,13 @@ for panel, commands in {
         cli_examples.examples,
     ),
     _RUNNING: (cli_serve.stats, cli_serve.key),
-    _MEASURE: (cli_quality.evaluate, cli_quality.tasks, cli_compare.compare, cli_advise.speed),
+    _MEASURE: (
+        cli_quality.evaluate,
+        cli_quality.tasks,
+        cli_strength.strength,
+        cli_compare.compare,
+        cli_advise.speed,
+    ),
     _WATCH: (cli_observe.monitor_demo,),
 }.items():
     for command in commands:

@@ -60,7 +60,6 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
         )
     if on_gpu:
         check_shape(model.get_num_experts(), model.get_num_experts_per_tok())
-    policy.for_model(top_k=model.get_num_experts_per_tok())
     if policy.similarity_path.resolve().parent == Path(model.model).resolve():
         raise ArtifactError(
             f"{policy.similarity}: lies in the checkpoint's folder, where vLLM would load it as "

@@ -12,27 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.policy.policy import Policy
+from sere_ray.policy.bound import BoundPolicy
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def kv_word(policy: Policy, matrices: str, weights: str, top_k: int) -> str | None:
+def kv_word(policy: BoundPolicy, matrices: str, weights: str) -> str | None:
     """The word of what re-routed rows leave in the KV cache.
 
     Args:
-        policy: that runs.
+        policy: the numbers that run.
         matrices: of :func:`matrices_digest`.
         weights: of :func:`weights_digest`.
-        top_k: K of the model.
 
     Returns:
         32 hexadecimal digits; None = the policy changes nothing.
     """
     if policy.mode != "on":
         return None
-    numbers = policy.for_model(top_k=top_k).model_dump_json()
+    numbers = policy.model_dump_json()
     return hashlib.sha256("\n".join(("1", numbers, matrices, weights)).encode()).hexdigest()[:32]
 
 

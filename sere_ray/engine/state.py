@@ -31,11 +31,12 @@ MIXED = 1
 COUNTERS = (
     *RuleCounts._fields,
     "slots_merged",
+    "beyond_range",
     "experts_max_rank_before",
     "experts_max_rank_after",
 )
-"""Per layer: those of the rule, slots that others of their row took over, then experts of the rank
-that reads most of them."""
+"""Per layer: those of the rule, slots that others of their row took over, steps that gave up more
+demand than calibration saw, then experts of the rank that reads most of them."""
 KIND_NAMES = ("decode_only", "mixed")
 """Of the two kinds of step in reports, in the order of the counter rows."""
 BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
@@ -74,7 +75,7 @@ class EngineState(ABC):
         self.layers = sorted(self.artifact.layers)
         self.position = {layer: i for i, layer in enumerate(self.layers)}
         self.totals = (StepTotals(), StepTotals())
-        self.running = Told(self.policy.for_model(top_k=self.top_k), self.artifact)
+        self.running = self._told(self.policy, self.artifact)
         self.versions = Versions(self.running) if self.kind["several_ranks"] else None
 
     @property
@@ -117,7 +118,7 @@ class EngineState(ABC):
             check_tables(new, self.artifact, on_gpu=self.kind["on_gpu"])
         check_artifact(policy, new)
         self.policy, self.artifact = policy, new
-        told = Told(policy.for_model(top_k=self.top_k), self.artifact)
+        told = self._told(policy, new)
         if self.versions is None:
             self.run(told)
         else:
@@ -161,8 +162,11 @@ class EngineState(ABC):
         check_change(policy, self.policy, **self.kind)
         self.gates.check(policy)
         policy.check_layers(len(self.layers))
-        policy.for_model(top_k=self.top_k)
         return policy
+
+    def _told(self, policy: Policy, artifact: SimilarityArtifact) -> Told:
+        bound = policy.for_model(top_k=self.top_k, strengths=artifact.metadata.strengths)
+        return Told(bound, artifact)
 
     # --- layers -----------------------------------------------------------------------------------
 

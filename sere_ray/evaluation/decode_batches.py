@@ -129,6 +129,15 @@ class DecodeBatches:
             busiest=busiest,
         )
 
+    def strength(self, policy: BoundPolicy, batch: int) -> tuple[float, list[int]]:
+        """Mean KL of a policy with demand, and by layer the most that a step gave up of it."""
+        _, rules = self.rules_of(policy, len(self.ids), batch)
+        for rule in rules.values():
+            rule.most_given_up = 0
+        found = self._forward(rules).log_softmax(dim=-1)
+        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1).mean()
+        return float(kl), [rule.most_given_up or 0 for rule in rules.values()]
+
     def predictions(self, policy: BoundPolicy | None, batch: int) -> Predictions:
         """What is said of the texts with ``batch`` rows a step; None = by the exact model.
 

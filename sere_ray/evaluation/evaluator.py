@@ -198,7 +198,9 @@ class Evaluator:
         """
         policy = as_policy(keys)
         policy.check_layers(len(self.shape.layers))
-        return policy.for_model(top_k=self.shape.top_k, where=label(keys))
+        policy = policy.model_copy(update={"similarity": str(self.plan.similarity)})  # for messages
+        strengths = self.artifact.metadata.strengths
+        return policy.for_model(top_k=self.shape.top_k, strengths=strengths, where=label(keys))
 
     def repair(self, keys: dict[str, Any], batch: int) -> Repair | None:
         """LDA's maps for a setting that asks for them, fitted on the second text; else None.

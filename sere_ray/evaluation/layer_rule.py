@@ -16,6 +16,7 @@ from sere_ray.evaluation.gates import that_chose
 from sere_ray.evaluation.lda import Affine, Moments
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
 from sere_ray.rules.common import named_by
+from sere_ray.rules.demand import DEMAND_RULES
 from sere_ray.rules.gate import Gate, scores_of
 from sere_ray.util.errors import UnsupportedError
 
@@ -62,15 +63,18 @@ class LayerRule:
         gates: what the layer's gate may be.
         affine: LDA's repair of the layer's output; None = none.
         moments: where set, the layer's output stays exact, and both outputs are added here.
+        most_given_up: where set, the most demand that a step gave up, of rules with demand.
     """
 
     def __init__(
         self, rule: str, layer: Layer, module: MoELayer, gates: Sequence[Gate], counts: Counts
     ) -> None:
-        self.rule, self.layer, self.module, self.counts = RULES[rule], layer, module, counts
+        self.name, self.rule = rule, RULES[rule]
+        self.layer, self.module, self.counts = layer, module, counts
         self.gates = gates
         self.affine: Affine | None = None
         self.moments: Moments | None = None
+        self.most_given_up: int | None = None
         self._constant: Tensor | None = None
         self._exact: Choice | None = None
 
@@ -125,6 +129,12 @@ class LayerRule:
                 )
             scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
+        if self.most_given_up is not None and scores is not None:
+            of_rule = DEMAND_RULES[self.name]
+            settled = of_rule.settle(layer)
+            asked = of_rule.ask(ids, weights, scores, kinds, settled)
+            given_up = int(of_rule.given_up(asked, settled).max())
+            self.most_given_up = max(self.most_given_up, given_up)
         return rule.apply(ids, weights, scores, kinds, layer)
 
 

@@ -14,7 +14,7 @@ from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from sere_ray.rules.merging import DROPPED
 from sere_ray.rules.sere import UNNAMED
 
-Counts = tuple[int, int, int, int, int, int, int]
+Counts = tuple[int, int, int, int, int, int, int, int]
 
 
 def _fill_slot_orders(ids: Any, weights: Any, kinds: Any, orders: Any) -> None:
@@ -120,7 +120,7 @@ def _apply_slot_orders(
                 ids[row, slot] = target[expert]
                 slots_rerouted += 1
     most_before, most_after = busiest(target, lowest, num_slots, owner)
-    return named, read, slots_rerouted, critical, 0, most_before, most_after
+    return named, read, slots_rerouted, critical, 0, 0, most_before, most_after
 
 
 apply_slot_orders: Callable[..., Counts] = njit(cache=True, nogil=True)(_apply_slot_orders)

@@ -27,6 +27,8 @@ class StepCounts(NamedTuple):
     critical_kept: int
     slots_merged: int
     """Slots that others of their row took over: see :func:`merge_repeated`."""
+    beyond_range: int
+    """1 where more demand is given up than in any step of calibration, of rules with demand."""
     experts_max_rank_before: int
     """Experts before the rule of the rank that holds most of them."""
     experts_max_rank_after: int

@@ -16,10 +16,13 @@ from sere_ray.rules.spare import Modes, modes_of
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _RULES = {"sere": 0, "margin": 1, "spare": 2}
-_SETTINGS = struct.Struct("iiiiifiiffiifff4x")
-OWN_COUNTERS = 5
-"""Fields of :class:`sere_ray.rules.RuleCounts`, then slots that others of their row took over."""
-NUM_COUNTERS = 7
+_SETTINGS = struct.Struct("iiiiifiiffihhfffi")
+_ANY_DEMAND = 2**31 - 1
+"""More than can be given up: nobody knows what is too much."""
+OWN_COUNTERS = 6
+"""Fields of :class:`sere_ray.rules.RuleCounts`, slots that others of their row took over, then
+steps that gave up more demand than calibration saw."""
+NUM_COUNTERS = 8
 """Those, then experts that the busiest rank reads, before and after the rule."""
 _KIND_BITS = 2
 """Of a row's byte in device memory; above them what its weight lacks, as ``rule.cuh`` says."""
@@ -163,9 +166,11 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
         layer.fill,
         merges,
         modes.protect,
+        layer.guard,
         modes.lead,
         1 - modes.lead,
         modes.limit,
+        _ANY_DEMAND if layer.most is None else layer.most,
     )
 
 

@@ -101,6 +101,16 @@ ALERTS = (
         "Answers differ from the exact model's: re-route less, or `sere-ray policy set mode=off`.",
     ),
     Alert(
+        "SereBeyondRange",
+        f"sere:beyond_range:share > 0.05 {_RUNS_RULE}",
+        "10m",
+        "warning",
+        "{{ $value | humanizePercentage }} of the layer steps of {{ $labels.app }} give up more "
+        "demand than any step that `loss` was measured on.",
+        "Traffic is unlike that text, so the loss is not what the policy says: run `sere-ray "
+        "strength` on text like it, or set guard=true.",
+    ),
+    Alert(
         "SereNothingSaved",
         f"sere:experts_saved:share < 0.02 {_RUNS_RULE} "
         "and on (app) max by (app) (sere:batch_size:mean) >= 4",

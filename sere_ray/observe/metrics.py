@@ -112,6 +112,14 @@ CRITICAL_KEPT = Metric(
     _LAYERS,
     "experts kept because no kept one is similar enough (threshold)",
 )
+BEYOND_RANGE = Metric(
+    "sere_beyond_range_total",
+    "counter",
+    "layer steps",
+    _LAYERS,
+    "steps of a layer that gave up more demand than any step that `loss` was measured on (under "
+    "guard the layer stayed exact)",
+)
 BYTES_BEFORE = Metric(
     "sere_dispatch_bytes_before_total",
     "counter",
@@ -228,6 +236,7 @@ PER_LAYER = {
     "slots_rerouted": SLOTS_REROUTED,
     "slots_merged": SLOTS_MERGED,
     "critical_kept": CRITICAL_KEPT,
+    "beyond_range": BEYOND_RANGE,
 }
 """The metric of each field that is a list by layer; exported by bucket of layers."""
 BYTES = {"bytes_dispatched_before": BYTES_BEFORE, "bytes_dispatched_after": BYTES_AFTER}

@@ -72,6 +72,13 @@ QUALITY = Row(
             ),
         ),
         Panel(
+            "Beyond the range of loss",
+            "Share of layer steps that give up more demand than any step that `loss` was measured "
+            "on; under guard these stay exact.",
+            "percentunit",
+            (Query(f"sere:beyond_range:share{APP}", "{{app}}"),),
+        ),
+        Panel(
             "Busiest rank over mean",
             "Experts that the busiest rank reads over the mean: every step waits for it.",
             "none",

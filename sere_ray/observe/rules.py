@@ -48,6 +48,7 @@ SERE_RECORDINGS = (
     Recording("sere:slots_merged:share", _ratio("slots_merged", "slots", "app", where="")),
     Recording("sere:decode_rows:share", _ratio("decode_rows", "rows", "app", where="")),
     Recording("sere:critical_kept:share", _ratio("critical_kept", "experts_after", "app")),
+    Recording("sere:beyond_range:share", _ratio("beyond_range", "layer_steps", "app")),
     Recording(
         # An expert lives on one rank, so the mean over ranks is the union over their number.
         "sere:experts_max_rank:ratio",

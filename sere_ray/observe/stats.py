@@ -15,6 +15,7 @@ _OF_GANG = (
     "experts_max_rank_before",
     "experts_max_rank_after",
     "critical_kept",
+    "beyond_range",
 )
 """Counted by layer. Under a global union all ranks of a gang count the same, steps included."""
 _OF_RANK = (
@@ -55,6 +56,10 @@ class StepSums(BaseModel):
     )
     critical_kept: ByLayer = Field(
         description="experts read outside the primary set: no stand-in reaches the threshold"
+    )
+    beyond_range: ByLayer = Field(
+        description="steps that gave up more demand than any step that `loss` was measured on; "
+        "under `guard` the layer stayed exact in them"
     )
     slots_rerouted: ByLayer = Field(description="expert choices that the rule changed")
     slots_merged: ByLayer = Field(
@@ -99,6 +104,7 @@ class StepMeans(BaseModel):
     experts_max_rank_before: float | None
     experts_max_rank_after: float | None
     critical_kept: float | None
+    beyond_range: float | None = Field(description="share of a layer's steps, 0..1")
     rerouted_share: float | None = Field(description="slots_rerouted of slots, 0..1")
     bytes_dispatched_before: float | None = Field(description="of a step, over all layers")
     bytes_dispatched_after: float | None

@@ -3,12 +3,13 @@
 :meth:`sere_ray.policy.policy.Policy.for_model` makes them from what a user wrote.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from sere_ray.artifact.strength import Stage
 from sere_ray.rules import Layer
 
 Mode = Literal["off", "observe", "on"]
@@ -34,7 +35,8 @@ class BoundPolicy(BaseModel):
     min_primary_experts: int
     union: Union = "global"
     knobs: tuple[tuple[str, Any], ...] = ()
-    """Further knobs of the rule that were given; ``tau`` may be one number per layer."""
+    """Further knobs of the rule that were given; of ``tau`` and ``most`` one for each layer, if
+    there are several."""
     by_rows: tuple[tuple[int, "BoundPolicy"], ...] = ()
     """``(most re-routable rows of a step, its numbers)``, from small steps to large ones."""
 
@@ -45,6 +47,37 @@ class BoundPolicy(BaseModel):
             rows: re-routable rows that the kept experts are chosen over.
         """
         return next((bound for up_to, bound in self.by_rows if rows <= up_to), self)
+
+    def in_stages(self, stages: Sequence[Stage]) -> "BoundPolicy":
+        """The same numbers with the taus of `loss` by rows; without any, as it is."""
+        if not stages:
+            return self
+        parts = [self._at(stage) for stage in stages]
+        ranges = tuple((s.up_to, part) for s, part in zip(stages, parts, strict=True))
+        return parts[-1].model_copy(update={"by_rows": ranges[:-1]})
+
+    def _at(self, stage: Stage) -> "BoundPolicy":
+        return self.model_copy(
+            update={"knobs": (*self.knobs, ("tau", stage.tau), ("most", stage.most))}
+        )
+
+    def in_ranges(self, ranges: Sequence[tuple[int, "BoundPolicy"]]) -> "BoundPolicy":
+        """The same numbers, but others for steps of few rows.
+
+        Args:
+            ranges: ``(most rows, numbers)`` from few to many; both may have ``by_rows`` of their
+                own, which hold as far as their range goes.
+        """
+        if not ranges:
+            return self
+        flat: list[tuple[int, BoundPolicy]] = []
+        above = 0
+        for up_to, part in ranges:
+            flat += [(rows, numbers) for rows, numbers in part.by_rows if above < rows < up_to]
+            flat.append((up_to, part.for_rows(up_to).model_copy(update={"by_rows": ()})))
+            above = up_to
+        flat += [(rows, numbers) for rows, numbers in self.by_rows if rows > above]
+        return self.model_copy(update={"by_rows": tuple(flat)})
 
     def identity(self, top_k: int) -> "BoundPolicy":
         """For layers that stay exact: the same policy with a rule that changes nothing.

@@ -39,12 +39,15 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
             )
 
 
-def check_artifact(policy: Policy, artifact: SimilarityArtifact) -> None:
-    """Refuse a rule that reads more of a layer than the artifact says.
+def check_artifact(policy: Policy, artifact: SimilarityArtifact, *, where: str = "sere") -> None:
+    """Refuse a policy that reads more than the artifact says.
 
     Raises:
-        ArtifactError: names the rule, what it reads, and the command that adds it.
+        ArtifactError: names what it reads, and the command that adds it.
+        PolicyError: a key does not fit the artifact's model.
     """
+    strengths = artifact.metadata.strengths
+    policy.for_model(top_k=artifact.metadata.top_k, strengths=strengths, where=where)
     artifact.check_has(RULES[policy.rule].statistics, path=policy.similarity, rule=policy.rule)
 
 

@@ -6,7 +6,6 @@ a result file; instead of it there may be the path of a YAML file of these keys,
 vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,7 +19,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
+from sere_ray.policy.explain import explain
+from sere_ray.policy.loss import stages_of, without_the_other, wrong_with_loss
 from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
@@ -68,6 +70,16 @@ class Policy(BaseModel):
     tau: Tau = Field(
         None, description="least demand of a kept expert, 0..1: a number, or a list, one per layer"
     )
+    loss: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="in place of tau: what the worst task loses, by `sere-ray strength`",
+    )
+    guard: bool | None = Field(
+        None,
+        description="with loss: what would give up more demand than was measured stays exact",
+    )
     beta: float | None = Field(
         None, ge=0.0, le=1.0, description="1 = weights renormalised, 0 = the gate's scale"
     )
@@ -104,9 +116,10 @@ class Policy(BaseModel):
         takes, text = RULES[self.rule], None
         for key in [key for key in type(self).model_fields if key in RULE_KEYS]:
             value = getattr(self, key)
-            if value is None and key in takes.required:
+            if value is None and key in takes.required and not (key == "tau" and self.loss):
                 about = type(self).model_fields[key].description
-                text = f"{key} is missing: give it ({about})"
+                other = ", or loss in its place" if "loss" in takes.keys else ""
+                text = f"{key} is missing: give it ({about}){other}"
             elif value is not None and key not in takes.keys:
                 text = (
                     f"{key} = {value!r}: rule {self.rule!r} has no such key, only "
@@ -114,6 +127,8 @@ class Policy(BaseModel):
                 )
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        if text := wrong_with_loss(self.rule, dict(self)):
+            raise PydanticCustomError("rule_key", "{text}", {"text": text})
         for number, entry in enumerate(self.by_rows or ()):
             self._check_range(number, entry)
         return self
@@ -154,7 +169,9 @@ class Policy(BaseModel):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            raise PolicyError("; ".join(_explain(e, where, cls) for e in error.errors())) from None
+            raise PolicyError(
+                "; ".join(explain(e, where, cls, _AT_START) for e in error.errors())
+            ) from None
 
     def changed(self, changes: Mapping[str, Any], *, where: str = "sere") -> Self:
         """This policy with other values of some keys.
@@ -174,28 +191,35 @@ class Policy(BaseModel):
         if rule != self.rule and rule in RULE_NAMES:
             others = RULE_KEYS.difference(RULES[rule].keys)
             kept = {key: kept[key] for key in kept if key not in others and key != "by_rows"}
-        return self.parse({**kept, **changes}, where=where)
+        return self.parse({**without_the_other(kept, changes), **changes}, where=where)
 
-    def for_model(self, *, top_k: int, where: str = "sere") -> BoundPolicy:
-        """Check the policy against a model's K and fill the default floor.
+    def for_model(
+        self,
+        *,
+        top_k: int,
+        strengths: Mapping[str, Strength] | None = None,
+        where: str = "sere",
+    ) -> BoundPolicy:
+        """Check the policy against a model's K and fill the default floor; turn `loss` into tau.
+
+        Args:
+            top_k: K.
+            strengths: of the artifact, for a policy with `loss`.
+            where: name of the policy in error messages.
 
         Raises:
-            PolicyError: ``select_top_k`` is larger than K.
+            PolicyError: ``select_top_k`` is larger than K, or `loss` beyond what was measured.
+            ArtifactError: the artifact does not say what `loss` means.
         """
-        ranges = [
-            (e.up_to, self._of_range(e).for_model(top_k=top_k, where=f"{where}.by_rows.{number}"))
-            for number, e in enumerate(self.by_rows or ())
-        ]
         if self.select_top_k is not None and self.select_top_k > top_k:
             raise PolicyError(
                 f"{where}.select_top_k = {self.select_top_k}: this model chooses K = {top_k} "
                 f"experts per token, so 1..{top_k} is allowed ({top_k} changes nothing)"
             )
         floor = top_k if self.min_primary_experts is None else self.min_primary_experts
-        others = (
-            (key, getattr(self, key)) for key in RULES[self.rule].keys if key not in OWN_FIELDS
-        )
-        return BoundPolicy(
+        keys = [key for key in RULES[self.rule].keys if key not in (*OWN_FIELDS, "loss")]
+        others = ((key, getattr(self, key)) for key in keys)
+        bound = BoundPolicy(
             mode=self.mode,
             rule=self.rule,
             select_top_k=self.select_top_k or top_k,
@@ -203,8 +227,14 @@ class Policy(BaseModel):
             min_primary_experts=floor,
             union=self.union,
             knobs=tuple((key, value) for key, value in others if value is not None),
-            by_rows=tuple(ranges),
         )
+        places = ((f"{where}.by_rows.{i}", entry) for i, entry in enumerate(self.by_rows or ()))
+        ranges = [
+            (e.up_to, self._of_range(e).for_model(top_k=top_k, strengths=strengths, where=place))
+            for place, e in places
+        ]
+        stages = stages_of(self.rule, self.loss, strengths or {}, self.similarity, where)
+        return bound.in_stages(stages).in_ranges(ranges)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
         """Refuse a list of another length than the model has MoE layers.
@@ -260,32 +290,10 @@ def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
     try:
         startup = Startup.model_validate(given)
     except ValidationError as error:
-        raise PolicyError("; ".join(_explain(e, where, Startup) for e in error.errors())) from None
+        raise PolicyError(
+            "; ".join(explain(e, where, Startup, _AT_START) for e in error.errors())
+        ) from None
     return Policy.parse(policy, where=where), startup
 
 
-def _explain(error: Any, where: str, model: type[BaseModel]) -> str:
-    path = ".".join([where, *(str(part) for part in error["loc"])])
-    key = str(error["loc"][0]) if error["loc"] else ""
-    keys = list(model.model_fields)
-    if error["type"] == "rule_key":
-        return f"{where}.{error['msg']}"
-    if key not in keys and key in Startup.model_fields:
-        return (
-            f"{path} = {error['input']!r}: is taken when an engine starts and is no part of a "
-            "policy; leave it out here"
-        )
-    if key not in keys:
-        near = difflib.get_close_matches(key, [*keys, *Startup.model_fields], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return (
-            f"{path} = {error['input']!r}: unknown key; {hint}allowed keys: {', '.join(keys)}; "
-            f"at the start of an engine also {', '.join(Startup.model_fields)}"
-        )
-    about = model.model_fields[key].description
-    if error["type"] == "missing":
-        return f"{path} is missing: give it ({about})"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if key == "mode" and isinstance(error["input"], bool):
-        message += ", in quotes: YAML reads a bare on or off as a boolean"
-    return f"{path} = {error['input']!r}: {message} ({about})"
+_AT_START = tuple(Startup.model_fields)

@@ -71,6 +71,25 @@ def by_demand(first: Tensor, demand: Tensor) -> Tensor:
     return worth.argsort(dim=-1, descending=True, stable=True)
 
 
+def held(kept: Tensor, named: Tensor, wanted: Tensor, layer: Layer) -> Tensor:
+    """``[..., E]`` bool: under ``guard`` all named experts where too much demand is given up.
+
+    Args:
+        kept: ``[..., E]`` bool, by the rule.
+        named: ``[..., E]`` bool, by somebody.
+        wanted: ``[..., E]`` int64, demand.
+        layer: ``most`` is the most that is not too much.
+    """
+    if not layer.guard or layer.most is None:
+        return kept
+    return kept | (named & (given_up(kept, named, wanted) > layer.most)[..., None])
+
+
+def given_up(kept: Tensor, named: Tensor, wanted: Tensor) -> Tensor:
+    """``[...]`` int64: demand for named experts that are not kept; arguments as of :func:`held`."""
+    return wanted.masked_fill(kept | ~named, 0).sum(dim=-1)
+
+
 def place_in_rank(order: Tensor, owner: Tensor | None) -> Tensor:
     """``[..., E]`` int64: how many experts of an expert's own rank come before it.
 

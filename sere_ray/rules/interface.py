@@ -56,6 +56,9 @@ class Layer:
         limit: of ``spare``, most that a stand-in may leave over, 0..1.
         protect: of ``spare``, whether every row keeps its first choice.
         rcr_scale: of ``ace``, what the second view counts beside the first.
+        most: of ``margin`` and ``spare``, the most demand that steps of calibration gave up, in
+            units of demand; None = nobody knows.
+        guard: whether a step that gives up more stays exact.
     """
 
     num_experts: int
@@ -81,6 +84,8 @@ class Layer:
     lead: float | None = None
     limit: float | None = None
     protect: bool | None = None
+    most: int | None = None
+    guard: bool = False
 
     def statistic(self, name: str) -> Tensor:
         """A tensor that calibration, or the weights, say of this layer.

@@ -14,12 +14,16 @@ nothing unless the busiest ranks all lose one: ``balance_ranks`` decides by leve
 Demand is a sum of integers, so that it is the same in whatever order rows and ranks are added up.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sere_ray.rules.common import (
     best_experts,
     changeable_rows,
+    given_up,
+    held,
     named_by,
     need_scores,
     place_in_rank,
@@ -84,11 +88,29 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
         asked: sums of :func:`ask` over less than 2^16 ranks.
         layer: as there.
     """
-    named, wanted = is_named(asked), asked // _DEMAND
-    decisive = of_level(wanted, layer.owner) if layer.balance_ranks else wanted
+    named, wanted = is_named(asked), wanted_of(asked)
+    decisive = of_level(asked // _DEMAND, layer.owner) if layer.balance_ranks else wanted
     kept = named & (decisive > demand_units(layer.tau))
     # The floor is filled by demand with experts that somebody named.
-    return named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+    kept = named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+    return held(kept, named, wanted, layer)
+
+
+def demand_given_up(asked: Tensor, layer: Layer) -> Tensor:
+    """``[...]`` int64: demand for experts that the rule alone, without ``guard``, does not keep.
+
+    Args:
+        asked: as of :func:`keep`.
+        layer: as there.
+    """
+    kept = keep(asked, replace(layer, guard=False))
+    return given_up(kept, is_named(asked), wanted_of(asked))
+
+
+def wanted_of(asked: Tensor) -> Tensor:
+    """``[..., E]`` int64: the demand in sums of :func:`ask`; beyond ``UNIT`` nothing is told
+    apart."""
+    return (asked // _DEMAND).clamp(max=UNIT + 1)
 
 
 def of_level(wanted: Tensor, owner: Tensor | None) -> Tensor:

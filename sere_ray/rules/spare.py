@@ -28,6 +28,8 @@ from torch import Tensor
 from sere_ray.rules.common import (
     best_experts,
     changeable_rows,
+    given_up,
+    held,
     named_by,
     need_scores,
     read_anyway,
@@ -97,11 +99,30 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
         layer: as there.
     """
     named, anyway = is_named(asked), asked // _ANYWAY % (_DEMAND // _ANYWAY) > 0
-    wanted = (asked // _DEMAND).clamp(max=UNIT)
-    wanted = wanted.masked_fill(anyway, UNIT + 1).masked_fill(~named, -1)
+    wanted = wanted_of(asked).masked_fill(anyway, UNIT + 1).masked_fill(~named, -1)
     loss = loss_units(layer.statistic("directed_loss"), modes_of(layer).limit)
     kept = cannot_be_spared(wanted, anyway, loss, demand_units(layer.tau))
-    return named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
+    kept = named & best_experts(kept, wanted, max(layer.min_primary_experts, 1))
+    return held(kept, named, wanted, layer)
+
+
+def demand_given_up(asked: Tensor, layer: Layer) -> Tensor:
+    """``[...]`` int64: demand for experts that the rule alone, without ``guard``, does not keep.
+
+    What stands in for them does not count: it is what a stand-in must make up for.
+
+    Args:
+        asked: as of :func:`keep`.
+        layer: as there.
+    """
+    kept = keep(asked, replace(layer, guard=False))
+    return given_up(kept, is_named(asked), wanted_of(asked))
+
+
+def wanted_of(asked: Tensor) -> Tensor:
+    """``[..., E]`` int64: the demand in sums of :func:`ask`; beyond ``UNIT`` nothing is told
+    apart."""
+    return (asked // _DEMAND).clamp(max=UNIT)
 
 
 def is_named(asked: Tensor) -> Tensor:

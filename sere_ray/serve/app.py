@@ -83,7 +83,7 @@ def check_artifact(config: ServeConfig) -> None:
         return
     artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()
     top_k = artifact.metadata.top_k
-    config.sere.for_model(top_k=top_k)
+    config.sere.for_model(top_k=top_k, strengths=artifact.metadata.strengths)
     if config.auto is not None:
         level_policies(config.sere, config.auto, top_k)
 

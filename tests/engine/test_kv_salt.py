@@ -58,7 +58,7 @@ def test_the_word_follows_from_what_is_computed(checkpoint, tmp_path):
     of_artifact, key = matrices_digest(artifact), sere_key(folder)
 
     def word(changes=(), matrices=of_artifact, weights="w"):
-        return kv_word(Policy.parse({**key, **dict(changes)}), matrices, weights, 4)
+        return kv_word(Policy.parse({**key, **dict(changes)}).for_model(top_k=4), matrices, weights)
 
     assert word() == word({"similarity": "elsewhere.safetensors", "min_primary_experts": 4})
     others = [

@@ -1,5 +1,7 @@
 """The rules ``margin`` and ``spare`` in a real vLLM engine on a CPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,17 +21,22 @@ from sere_ray.evaluation.statistics import draws, mean
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE, RULES
 from sere_ray.util.errors import PolicyError, UnsupportedError
+from tests.artifact.strengths import make_strength
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine
 
 pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
+MOST = 3000
+"""Demand that some steps of these tests give up more than, and others do not."""
 MARGIN = {"rule": "margin", "tau": 0.006}
 SPARE = {"rule": "spare", "tau": 0.006, "lead": 0.5, "limit": 0.9}
 SETTINGS = (
     {**MARGIN, "tau": [0.002, 0.004, 0.006, 0.01]},
     {**MARGIN, "balance_ranks": True},
     {**MARGIN, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "fill": 1.0}]},
+    {"rule": "margin", "loss": 0.02},
+    {"rule": "margin", "loss": 0.02, "guard": True},
     {**SPARE, "tau": [0.002, 0.004, 0.006, 0.01]},
     {**SPARE, "protect": False, "min_primary_experts": 0},
     {**SPARE, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "limit": 0.0}]},
@@ -39,7 +46,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def similarity(tmp_path_factory):
     path = tmp_path_factory.mktemp("rules") / "demo.safetensors"
-    calibrate(
+    artifact = calibrate(
         str(assets.MODEL),
         data=str(assets.CALIBRATION),
         out=path,
@@ -47,6 +54,9 @@ def similarity(tmp_path_factory):
         device="cpu",
         statistics=("directed",),
     )
+    strengths = {"margin": make_strength(layers=len(artifact.layers), most=MOST)}
+    metadata = artifact.metadata.model_copy(update={"strengths": strengths})
+    replace(artifact, metadata=metadata).save(path)
     return str(path)
 
 
@@ -89,8 +99,9 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     batches = (2, 4, 8) if policy.by_rows else (8,)
     for batch in batches:
         generate(engine, prompts(batch, seed=5, length=(20, 60)), tokens=6)
-    bound = policy.for_model(top_k=TOP_K)
-    statistics = SimilarityArtifact.load(similarity).statistics
+    artifact = SimilarityArtifact.load(similarity)
+    statistics = artifact.statistics
+    bound = policy.for_model(top_k=TOP_K, strengths=artifact.metadata.strengths)
     changed, sizes = 0, set()
     for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:
@@ -112,8 +123,14 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     assert sizes.issuperset(batches)
     decode = read_counters(engine)["decode_only"]
     pairs = zip(decode["experts_after"], decode["experts_before"], strict=True)
-    assert all(after < before for after, before in pairs)
+    least = 0 if policy.guard else 1  # a guarded layer may have been exact in every step
+    assert all(before - after >= least for after, before in pairs)
     assert sum(decode["slots_rerouted"]) > 0
+    beyond = np.array(decode["beyond_range"])
+    if policy.loss is None:
+        assert not beyond.any(), "nobody knows a range"
+    else:
+        assert 0 < beyond.sum() < decode["steps"] * len(beyond)
 
 
 @pytest.mark.parametrize("keys", [MARGIN, SPARE], ids=lambda keys: keys["rule"])

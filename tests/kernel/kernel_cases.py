@@ -68,7 +68,7 @@ def expected(case: Case) -> tuple[Tensor, Counts]:
     if not (case.kinds == REROUTABLE).any():
         return new, (0,) * OWN_COUNTERS  # steps without a decode row are not counted
     counts = count(case.rerouting(), case.ids, new, case.row_kind)
-    return new, (*(int(number) for number in counts), 0)
+    return new, (*(int(number) for number in counts), 0, 0)
 
 
 def merged(case: Case) -> tuple[Tensor, Tensor, int]:
@@ -252,7 +252,7 @@ def check_split(
     slots = 0
     for own, of_rank, layer in zip(owned, ids, layers, strict=True):
         assert_same_ids(of_rank.cpu(), new[own.start : own.stop], "kernel")
-        before, after, changed, critical, _ = layer.counters[1].tolist()
+        before, after, changed, critical, _, _ = layer.counters[1].tolist()
         assert (before, after, critical) == (counts[0], counts[1], counts[3])
         slots += changed
     assert slots == counts[2]

@@ -28,6 +28,7 @@ from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, margin, name_dropped, spare
 from sere_ray.rules import gate as gates
 from sere_ray.rules.common import named_by
+from sere_ray.rules.demand import DEMAND_RULES
 from sere_ray.rules.gate import PLAIN, SCORINGS, Gate
 from tests.rules.gate_cases import choose, make_gate
 from tests.rules.test_sere import assert_same_ids
@@ -42,6 +43,8 @@ KNOBS = {
     "beta": [0.0, 0.3, 0.5, 1.0],
     "fill": [0.0, 0.5, 1.0],
     "runners_up": [1, 3, 8, 1000],
+    "most": [None, 0, 3000, 50_000, 500_000],
+    "guard": [False, True],
 }
 
 
@@ -133,10 +136,11 @@ class Rank(NamedTuple):
 def check_ranks(ranks: list[Rank], wanted: Found, case: MarginCase) -> None:
     """Experts are counted by every rank, slots by the one whose they are."""
     counts = torch.stack([rank.layer.counters[1].cpu() for rank in ranks])
-    assert (counts[:, :2] == torch.tensor(wanted[2][:2])).all()
+    for column in (0, 1, 5):
+        assert (counts[:, column] == wanted[2][column]).all()
     ids = torch.cat([rank.ids.cpu() for rank in ranks])
     weights = torch.cat([rank.weights.cpu() for rank in ranks])
-    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0, 0)
+    found = (*wanted[2][:2], int(counts[:, 2].sum()), 0, 0, wanted[2][5])
     check_margin((ids, weights, found), wanted, case)
 
 
@@ -187,10 +191,21 @@ def by_reference(
         int((~stayed & changed[:, None]).sum()),
         0,
         0,
+        _beyond(rule, (ids, weights, scores, kinds), layer, row_weight),
     ]
     if REROUTABLE not in kinds:
         counts = [0] * OWN_COUNTERS  # steps without a decode row are not counted
     return name_dropped(new_ids, ids), new_weights, tuple(counts)
+
+
+def _beyond(rule: str, rows: tuple[Tensor, ...], layer: Layer, row_weight: Tensor | None) -> int:
+    """Whether more demand is given up than calibration saw."""
+    if layer.most is None:
+        return 0
+    of_rule = DEMAND_RULES[rule]
+    settled = of_rule.settle(layer)
+    asked = of_rule.ask(*rows, settled, row_weight)
+    return int(of_rule.given_up(asked, settled) > layer.most)
 
 
 def _in_libm(name: str) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,8 @@ SPARE_KNOBS = {
     "lead": [None, 0.0, 0.37, 1.0],
     "limit": [None, 0.0, 0.3, 0.8, 1.0],
     "protect": [None, False, True],
+    "most": KNOBS["most"],
+    "guard": KNOBS["guard"],
 }
 KINDS_OF_LOSS = ("even", "tied", "similar", "foreign", "chain")
 

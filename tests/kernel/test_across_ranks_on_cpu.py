@@ -94,7 +94,7 @@ def check_ranks(case: Case, split: float, round_robin: bool, *, block, **options
         assert counters[:2] == list(counts[:2])
         assert counters[3] == counts[3]
         assert counters[2] == own_slots(case, new, own)
-        assert counters[5:] == (busiest(case, new, placement) if counts[0] else [0, 0])
+        assert counters[6:] == (busiest(case, new, placement) if counts[0] else [0, 0])
         if aligned:
             check_local_alignment(ids, aligned, block, placement.local_ids)
 

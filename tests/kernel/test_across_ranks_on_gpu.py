@@ -51,7 +51,7 @@ def check_gathered(case: Case, split: float, round_robin: bool, block: int | Non
             across_ranks.reroute_gathered(*arguments)
         assert_same_ids(ids.cpu(), new, "kernel")
         assert not counters[0].any()
-        before, after, slots, critical, _, *most = counters[1].tolist()
+        before, after, slots, critical, _, _, *most = counters[1].tolist()
         assert (before, after, critical) == (counts[0], counts[1], counts[3])
         assert slots == own_slots(case, new, own)
         assert most == (busiest(case, new, placement) if counts[0] else [0, 0])

@@ -151,7 +151,7 @@ def test_demand_of_many_rows_does_not_overflow(cache: Path) -> None:
     for cluster in (1, 8):
         ids, weights, counts = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
         check_margin((ids, weights, counts), case.expected(EMULATED), case)
-        assert counts == (2, 2, 0, 0, 0)
+        assert counts == (2, 2, 0, 0, 0, 0)
 
 
 def observes_and_switches_off(
@@ -185,7 +185,7 @@ def test_a_batch_of_one_is_exact(cache: Path) -> None:
         ids, weights, counts = run(case, cache=cache)
         assert torch.equal(ids, case.ids)
         assert torch.equal(weights, case.weights)
-        assert counts == (8, 8, 0, 0, 0)
+        assert counts == (8, 8, 0, 0, 0, 0)
 
 
 def halves_of_ranks(case: MarginCase, split: float, seed: int, cache: Path) -> None:

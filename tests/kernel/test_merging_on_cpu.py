@@ -54,7 +54,7 @@ def check(case: Case, name: str, *others, cache: Path, seed: int = 0, own=None, 
     assert_same_ids(ids, wanted_ids, name)
     assert torch.equal(weights, wanted_weights)
     if own is None:
-        assert layer.counters[1].tolist() == [*expected(case)[1][:4], number]
+        assert layer.counters[1].tolist() == [*expected(case)[1][:4], number, 0]
     return ids
 
 
@@ -152,5 +152,5 @@ def test_margin_drops_what_it_does_not_fill(cluster: int, cache: Path) -> None:
     repeats = (named[0] == first) & (torch.arange(8) > 0) & (named[1] == 0)
     assert_same_ids(ids, named[0].masked_fill(repeats, -1), "margin")
     torch.testing.assert_close(weights, named[1], rtol=1e-5, atol=1e-9)
-    assert counts == (*named[2][:4], int(repeats.sum()))
+    assert counts == (*named[2][:4], int(repeats.sum()), 0)
     assert repeats.any()

@@ -92,7 +92,7 @@ def test_demand_beyond_what_is_told_apart_is_not_kept_anyway(cache: Path) -> Non
     for cluster in (1, 8):
         found = run(case, cache=cache, threads=512, seed=2, cluster=cluster)
         check_margin(found, case.expected(EMULATED), case)
-        assert found[2] == (2, 1, 3000, 0, 0)
+        assert found[2] == (2, 1, 3000, 0, 0, 0)
 
 
 def test_of_equal_demand_the_first_expert_is_kept(cache: Path) -> None:

@@ -27,6 +27,7 @@ def counters(steps, scale=1, **changes):
         "slots_rerouted": [steps * i for i in range(5)],
         "slots_merged": [steps] * 5,
         "critical_kept": [steps] * 5,
+        "beyond_range": [steps] * 5,
         "experts_max_rank_before": [steps * 8] * 5,
         "experts_max_rank_after": [steps * 4] * 5,
         "bytes_dispatched_before": [steps * 100] * 5,

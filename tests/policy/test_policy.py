@@ -15,7 +15,8 @@ from sere_ray.policy import policy as config
 from sere_ray.policy.bound import BoundPolicy, Mode, Union
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key
-from sere_ray.util.errors import PolicyError, SereError
+from sere_ray.util.errors import ArtifactError, PolicyError, SereError
+from tests.artifact.strengths import make_strength
 
 SMALLEST: dict[str, Any] = {"similarity": "demo.safetensors", "select_top_k": 2}
 KEYS = [
@@ -27,6 +28,8 @@ KEYS = [
     "union",
     "mode",
     "tau",
+    "loss",
+    "guard",
     "beta",
     "fill",
     "runners_up",
@@ -578,3 +581,67 @@ def test_examples() -> None:
     results = doctest.testmod(config)
     assert results.failed == 0
     assert results.attempted > 0
+
+
+LOSS = {**SMALLEST, "select_top_k": None, "rule": "margin", "loss": 0.01}
+
+
+def bound_of(keys, where="sere"):
+    return Policy.parse(keys).for_model(top_k=4, strengths={"margin": make_strength()}, where=where)
+
+
+def test_a_loss_is_a_tau_by_rows_and_layers():
+    bound = bound_of({**LOSS, "guard": True})
+    found = {rows: bound.for_rows(rows).of_layer(1, 48, None) for rows in (1, 4, 6, 16, 100)}
+    assert [found[rows].tau for rows in (1, 4, 16, 100)] == [0.001, 0.001, 0.004, 0.004]
+    assert 0.001 < found[6].tau < 0.004
+    assert {layer.most for layer in found.values()} == {4000}
+    assert all(layer.guard for layer in found.values())
+    assert bound.for_rows(4).of_layer(0, 48, None).most == 2000
+    assert not bound_of(LOSS).of_layer(0, 48, None).guard
+
+
+def test_ranges_of_a_user_hold_as_far_as_they_go():
+    """Each with the taus of its own loss, or with a tau."""
+    entries = [{"up_to": 5, "loss": 0.001}, {"up_to": 8, "loss": None, "tau": 0.5}]
+    bound = bound_of({**LOSS, "by_rows": entries})
+    taus = [bound.for_rows(rows).of_layer(0, 48, None).tau for rows in (4, 5, 6, 8, 16, 99)]
+    assert taus[0] == 0.00001
+    assert taus[0] < taus[1] < 0.00004
+    assert taus[2:] == [0.5, 0.5, 0.004, 0.004]
+    assert [up_to for up_to, _ in bound.by_rows] == [4, 5, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tau": 0.01}, ["sere.loss = 0.01", "tau = 0.01", "null"]),
+        ({"beta": 0.25}, ["sere.loss = 0.01", "beta = 0.25"]),
+        ({"min_primary_experts": 3}, ["sere.loss = 0.01", "min_primary_experts = 3"]),
+        ({"loss": None}, ["sere.tau is missing", "loss in its place"]),
+        ({"loss": 0.0}, ["sere.loss = 0.0", "greater than 0"]),
+        ({"loss": None, "tau": 0.1, "guard": True}, ["sere.guard = True", "give loss"]),
+        ({"rule": "sere", "select_top_k": 1}, ["sere.loss = 0.01", "no such key"]),
+    ],
+)
+def test_loss_stands_alone(changes, words, has_words):
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse({**LOSS, **changes})
+    has_words(str(caught.value), *words)
+
+
+def test_one_of_tau_and_loss_takes_the_others_place():
+    policy = Policy.parse({**LOSS, "guard": True})
+    by_tau = policy.changed({"tau": 0.02})
+    assert (by_tau.tau, by_tau.loss, by_tau.guard) == (0.02, None, None)
+    assert by_tau.changed({"loss": 0.03}).loss == 0.03
+
+
+def test_a_loss_that_the_artifact_cannot_translate(has_words):
+    with pytest.raises(ArtifactError) as caught:
+        Policy.parse(LOSS).for_model(top_k=4)
+    has_words(str(caught.value), "sere.loss = 0.01", "sere-ray strength", "--rules margin", "tau")
+    for loss in (0.0001, 0.5):
+        with pytest.raises(PolicyError) as refused:
+            bound_of({**LOSS, "loss": loss}, where="policy")
+        has_words(str(refused.value), f"policy.loss = {loss}", "0.001 to 0.1", "mode: off")

@@ -150,7 +150,14 @@ def _margin(rows, anyway, layer):
     kept = first | {e for e in named if worth[e] > least}
     if layer.balance_ranks:
         kept = first | (_levels(first, worth, least, layer) & named)
-    return _fill_up(kept, named, worth, layer.min_primary_experts)
+    kept = _fill_up(kept, named, worth, layer.min_primary_experts)
+    return _guarded(kept, named, worth, layer)
+
+
+def _guarded(kept, named, worth, layer):
+    """Everything that is named, where more is given up than ever in calibration."""
+    lost = sum(worth[e] for e in named - kept)
+    return kept | named if layer.guard and layer.most is not None and lost > layer.most else kept
 
 
 def _levels(first, worth, least, layer):
@@ -187,6 +194,7 @@ def _spare(rows, anyway, layer):
         if e in must or worth[e] * min([256, *losses]) > least * 256:
             kept.add(e)
     kept = _fill_up(kept, named, worth, max(layer.min_primary_experts, 1))
+    kept = _guarded(kept, named, worth, layer)
     return [_stand_in(*row, kept, layer) for row in rows]
 
 

@@ -119,6 +119,8 @@ def test_equals_brute_force(name, data):
         "lead": data.draw(st.sampled_from([None, 0.0, 0.5, 0.75, 1.0])),
         "limit": data.draw(st.sampled_from([None, 0.0, 0.5, 1.0])),
         "protect": data.draw(st.sampled_from([None, False, True])),
+        "most": data.draw(st.sampled_from([None, 0, 2000, 50_000])),
+        "guard": data.draw(st.booleans()),
         "statistics": statistics(data.draw(st.integers(0, 99)), data.draw(st.booleans())),
     }
     of_layer = Layer(E, **knobs)
@@ -389,7 +391,8 @@ def test_novices_are_what_dropped_experts_give_on_average():
 def test_every_key_is_a_knob():
     fields = set(Layer.__dataclass_fields__)
     for rule in RULES.values():
-        assert set(rule.required) <= set(rule.keys) <= fields
+        # What `loss` means is in the artifact: a rule is given tau.
+        assert set(rule.required) <= set(rule.keys) <= fields | {"loss"}
 
 
 @pytest.mark.parametrize("protect", [True, False])

@@ -31,6 +31,7 @@ def rank(gang="g", union="global", **changes):
         "experts_max_rank_before": [12, 16],
         "experts_max_rank_after": [6, 8],
         "critical_kept": [2, 0],
+        "beyond_range": [1, 0],
         "slots_rerouted": [5, 7],
         "slots_merged": [2, 3],
         "bytes_dispatched_before": [100, 300],

@@ -1,6 +1,6 @@
 """The rules of a CPU engine in one layer: kept experts from the rows of all ranks, then new ids."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from sere_ray.kernel.cpu_sere import (
     reroute_by_slot_orders,
 )
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import PADDING, REROUTABLE, Choice, Layer, margin, name_dropped, spare
+from sere_ray.rules import PADDING, REROUTABLE, Choice, Layer, name_dropped
+from sere_ray.rules.demand import DEMAND_RULES, DemandRule
 from sere_ray.rules.gate import Gate, scores_of
 
 
@@ -50,28 +51,6 @@ class LayerOfStep(NamedTuple):
     """``[rows]`` int64 of the step, without padding: how far drafts count; None = all are whole."""
 
 
-class DemandRule(NamedTuple):
-    """A rule in two halves: what rows ask of experts, which adds up over ranks, and what follows.
-
-    Arguments are those of :mod:`sere_ray.rules.margin`.
-    """
-
-    settle: Callable[[Layer], Layer]
-    """Fills in what the layer's statistics say."""
-    ask: Callable[..., Tensor]
-    keep: Callable[..., Tensor]
-    is_named: Callable[[Tensor], Tensor]
-    take: Callable[..., Choice]
-
-
-_DEMAND_RULES = {
-    "margin": DemandRule(
-        lambda layer: layer, margin.ask, margin.keep, margin.is_named, margin.refill_rows
-    ),
-    "spare": DemandRule(spare.with_modes, spare.ask, spare.keep, spare.is_named, spare.stand_in),
-}
-
-
 def apply_rule(
     bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
@@ -88,7 +67,7 @@ def apply_rule(
     """
     if bound.rule == "sere":
         return _apply_sere(bound, of_step, union)
-    return _apply_by_demand(_DEMAND_RULES[bound.rule], bound, of_step, union)
+    return _apply_by_demand(DEMAND_RULES[bound.rule], bound, of_step, union)
 
 
 def _apply_sere(
@@ -167,12 +146,18 @@ def _apply_by_demand(
         slots_rerouted=_slots_changed(ids[changed], new_ids[changed]),
         critical_kept=0,
         slots_merged=int(((new_ids < 0) & (ids >= 0)).sum()) if of_step.skips_dropped else 0,
+        beyond_range=int(_is_beyond(rule, asked, knobs)),
         experts_max_rank_before=_busiest(named, owner),
         experts_max_rank_after=_busiest(kept, owner),
     )
     if not of_step.skips_dropped:
         new_ids = name_dropped(new_ids, ids)
     return (new_ids, new_weights), counts
+
+
+def _is_beyond(rule: DemandRule, asked: Tensor, knobs: Layer) -> bool:
+    """Whether more demand is given up than in any step of calibration."""
+    return knobs.most is not None and bool(rule.given_up(asked, knobs) > knobs.most)
 
 
 def _slots_changed(before: Tensor, after: Tensor) -> int:

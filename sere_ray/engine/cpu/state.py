@@ -40,7 +40,7 @@ class CpuState(EngineState):
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
         row_weight: ``[rows]`` int64 of it, of demand under ``margin``; None = all are whole.
-        counters: ``[2, layers, 7]`` by step kind, fields of ``StepCounts``.
+        counters: ``[2, layers, 8]`` by step kind, fields of ``StepCounts``.
         rows: of this rank in the running step, without padding.
         decode_rows: of these, re-routable ones.
         union_rows: re-routable rows that experts are chosen over.

@@ -284,7 +284,7 @@ class UnionOfRanks:
         """
         found, report = self.read_counters(), {}
         for kind, name in enumerate(KIND_NAMES):
-            before, read, _, _, _, busiest_before, busiest_read = found[kind].T.tolist()
+            before, read, _, _, _, _, busiest_before, busiest_read = found[kind].T.tolist()
             report[name] = {
                 "steps": self.steps[kind],
                 "experts_before": before,

@@ -109,6 +109,9 @@ class ArtifactInfo(BaseModel):
     bytes: int
     layers: list[int]
     metadata: dict[str, Any]
+    losses: dict[str, tuple[float, float]] = Field(
+        description="by rule: the least and the largest `loss` that the artifact can translate"
+    )
 
 
 class ArtifactChoice(BaseModel):

@@ -71,7 +71,6 @@ class Holdings:
         self.audit.record(what, who, self.newest)
         self._artifact: SimilarityArtifact = self._file.parse()
         base = Policy.parse(self.newest["policy"])
-        base.for_model(top_k=self._top_k)
         check_artifact(base, self._artifact)
         if state is None:
             pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
@@ -97,7 +96,8 @@ class Holdings:
             "sha256": self._file.sha256,
             "bytes": len(self._file.content),
             "layers": sorted(self._artifact.layers),
-            "metadata": self._artifact.metadata.model_dump(),
+            "metadata": self._artifact.metadata.model_dump(exclude={"strengths"}),
+            "losses": {rule: of.range for rule, of in self._artifact.metadata.strengths.items()},
         }
 
     def change_policy(self, changes: Mapping[str, Any], who: str) -> dict[str, Any]:
@@ -182,10 +182,9 @@ class Holdings:
         if mode == AUTO:
             written["mode"] = "off"
         policy = base.changed(written, where="policy")
-        policy.for_model(top_k=self._top_k, where="policy")
         policy.check_layers(len(self._artifact.layers), where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
-        check_artifact(policy, self._artifact)
+        check_artifact(policy, self._artifact, where="policy")
         if mode != AUTO:
             self.pilot = None
             return policy

@@ -63,6 +63,7 @@ class Engine(Replica):
             "bytes_dispatched_before": BYTES,
             "bytes_dispatched_after": BYTES,
             "critical_kept": (0, 0),
+            "beyond_range": (0, 0),
         }
         decode_only = counted(
             steps=self.steps,

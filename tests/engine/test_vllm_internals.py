@@ -2,6 +2,9 @@
 
 import ast
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,3 +70,29 @@ def test_dummy_weights_are_given_to_a_function(monkeypatch):
     loader.load_weights(model, None)
     assert filled == [model]
     assert model.weight.abs().max() <= 1e-3  # vLLM's own came first
+
+
+ASKED = """
+import ctypes
+from sere_ray.engine.cpu.back_end import ask_for_tiles
+
+def allowed():
+    found = ctypes.c_ulong(0)
+    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found))  # ARCH_GET_XCOMP_PERM
+    return found.value >> 18 & 1
+
+before = allowed()
+ask_for_tiles()
+print(before, allowed())
+"""
+
+
+def test_an_engine_asks_for_tile_registers_where_there_are_some():
+    """vLLM's experts for them do not, and such a process ends with an illegal instruction."""
+    found = subprocess.run(
+        [sys.executable, "-c", ASKED], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert found == (["0", "1"] if torch.cpu._is_amx_tile_supported() else ["0", "0"])
+    found = find_spec("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+    experts = Path(found.origin)
+    assert "init_amx" not in experts.read_text(), "vLLM asks itself: ask_for_tiles() can go"

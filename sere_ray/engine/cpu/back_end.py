@@ -22,6 +22,17 @@ from sere_ray.policy.policy import Policy, Startup
 logger = logging.getLogger("vllm.sere_ray")
 
 
+def ask_for_tiles() -> None:
+    """Ask Linux for the tile registers (AMX) of this CPU, if it has some.
+
+    vLLM's experts for it compute with them without asking, and a process that has not asked ends
+    with an illegal instruction. torch asks at its own first use, which may come later: an eager
+    engine whose cache is given in bytes has none before its first request.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 class CpuBackEnd:
     """Re-routing by compiled loops, with vLLM's model runner V1."""
 
@@ -30,6 +41,7 @@ class CpuBackEnd:
     ) -> CpuState:
         """With tensor parallelism alone every rank sees every row, so no union is needed."""
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
+        ask_for_tiles()
         top_k = vllm_config.model_config.get_num_experts_per_tok()
         max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         union = None

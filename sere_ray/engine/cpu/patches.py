@@ -14,6 +14,9 @@ GPUModelRunner._dummy_run              With ``enable_expert_parallel``: take par
                                        of data-parallel ranks. Why: a dummy pass calls the model
                                        directly, past ``_model_forward``. Remove: as for
                                        GPUModelRunner._model_forward.
+(none) ``ask_for_tiles``               The process asks for the tile registers of AMX, which vLLM's
+                                       ``X86CPUUnquantizedExperts`` use without asking. Remove:
+                                       vLLM asks.
 =====================================  ==========================================================
 
 With ``enable_expert_parallel`` also those of ``expert_parallel.py``, with ``dispatch: all_to_all``

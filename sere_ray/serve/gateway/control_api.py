@@ -109,7 +109,7 @@ class ArtifactInfo(BaseModel):
     bytes: int
     layers: list[int]
     metadata: dict[str, Any]
-    losses: dict[str, tuple[float, float]] = Field(
+    losses: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
         description="by rule: the least and the largest `loss` that the artifact can translate"
     )
 

@@ -23,7 +23,7 @@ from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.explain import explain
 from sere_ray.policy.loss import stages_of, without_the_other, wrong_with_loss
-from sere_ray.policy.row_ranges import RowRange, RowRanges, refuse
+from sere_ray.policy.row_ranges import MOST, RowRange, RowRanges, refuse
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
@@ -52,13 +52,19 @@ class Policy(BaseModel):
         description="which rule re-routes; others are compared by `sere-ray evaluate` only",
     )
     select_top_k: int | None = Field(
-        None, ge=1, description="S: slots of a row that are never re-routed; <= K"
+        None,
+        ge=1,
+        le=MOST,
+        description="S: slots of a row that are never re-routed; <= K",
     )
     threshold: float | None = Field(
         None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in, 0..1; null = any"
     )
     min_primary_experts: int | None = Field(
-        None, ge=0, description="m: least size of the primary set; null = K of the model"
+        None,
+        ge=0,
+        le=MOST,
+        description="m: least size of the primary set; null = K of the model",
     )
     union: Union = Field(
         "global",
@@ -87,7 +93,10 @@ class Policy(BaseModel):
         None, ge=0.0, le=1.0, description="factor of the weight of a stand-in"
     )
     runners_up: int | None = Field(
-        None, ge=1, description="how many unchosen experts a chosen one is compared with"
+        None,
+        ge=1,
+        le=MOST,
+        description="how many unchosen experts a chosen one is compared with",
     )
     balance_ranks: bool | None = Field(
         None, description="whether tau counts what the busiest expert-parallel rank reads"

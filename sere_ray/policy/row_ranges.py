@@ -17,6 +17,9 @@ from pydantic_core import PydanticCustomError
 
 MOST_RANGES = 16
 _EXAMPLE = "{up_to: 8, tau: 0.01}"
+MOST = 1 << 20
+"""The largest whole number of a policy: beyond any model and batch; what processes hand on has 64
+bits."""
 
 
 class RowRange(NamedTuple):
@@ -52,11 +55,12 @@ def _as_range(entry: object, path: str, before: int) -> RowRange:
     if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
         raise refuse(path, entry, f"must be a mapping such as {_EXAMPLE}")
     up_to = entry.get("up_to")
-    if not isinstance(up_to, int) or isinstance(up_to, bool) or up_to <= before:
+    if not isinstance(up_to, int) or isinstance(up_to, bool) or not before < up_to <= MOST:
         raise refuse(
             f"{path}.up_to",
             up_to,
-            f"must be a number of rows above {before}; entries go from small steps to large ones",
+            f"must be a number of rows above {before} and at most {MOST:,}; entries go from small "
+            "steps to large ones",
         )
     keys = {key: entry[key] for key in entry if key != "up_to"}
     if not keys:

@@ -411,6 +411,19 @@ def test_keys_of_other_rules(value: dict[str, Any]) -> None:
     [
         (other("margin", tau=0.1, threshold=0.3), ["sere.threshold = 0.3", "'margin'", "tau"]),
         (other("margin", tau=0.1, select_top_k=2), ["sere.select_top_k = 2", "only tau"]),
+        (
+            other("margin", tau=0.1, runners_up=10**30),
+            ["runners_up", "less than or equal to 1048576"],
+        ),
+        (other("sere", select_top_k=10**30), ["select_top_k", "less than or equal to 1048576"]),
+        (
+            other("sere", select_top_k=1, min_primary_experts=10**30),
+            ["min_primary_experts", "less than or equal to 1048576"],
+        ),
+        (
+            other("sere", select_top_k=1, by_rows=[{"up_to": 10**30, "select_top_k": 1}]),
+            ["by_rows.0.up_to", "1,048,576"],
+        ),
         (other("margin"), ["sere.tau is missing"]),
         (other("spare"), ["sere.tau is missing"]),
         (other("spare", tau=0.1, beta=0.5), ["sere.beta = 0.5", "'spare'", "lead, limit, protect"]),

@@ -15,6 +15,7 @@ LEVELS = (
     {"observe"},
     {"evaluation"},
     {"engine"},
+    {"masks"},
     {"calibration", "dispatch", "kernel"},
     {"policy"},
     {"rules"},

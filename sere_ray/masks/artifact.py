@@ -107,8 +107,15 @@ class MasksArtifact:
         found._check(path)
         return found
 
-    def level(self, level: int, *, path: str) -> dict[int, LayerMask]:
+    def level(
+        self, level: int, *, path: str, device: torch.device | str = "cpu"
+    ) -> dict[int, LayerMask]:
         """The masks of a level by decoder layer index.
+
+        Args:
+            level: 1 is the lightest.
+            path: of the file, for the message.
+            device: where the weights go.
 
         Raises:
             ArtifactError: there is no such level; names those there are.
@@ -123,7 +130,8 @@ class MasksArtifact:
                 "of these"
             )
         keep_first = self.metadata.keep_first
-        return {layer: LayerMask(w, keep_first) for layer, w in self.weights[level].items()}
+        of_level = self.weights[level].items()
+        return {layer: LayerMask(weight.to(device), keep_first) for layer, weight in of_level}
 
     def check_model(self, gates: Mapping[int, Tensor], top_k: int, *, path: str) -> None:
         """Refuse masks of another model.

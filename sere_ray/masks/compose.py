@@ -127,7 +127,7 @@ class MaskedRows:
 
     def _sizes(self) -> list[int]:
         """Numbers of slots that some row has left; a row with none asks and takes nothing."""
-        return [int(size) for size in self.count.unique() if size > 0]
+        return sorted(set(self.count.flatten().tolist()) - {0})
 
     def _of_size(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights ``[..., T, size]`` and kinds ``[..., T]``: other rows are padding."""

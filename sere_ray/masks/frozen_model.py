@@ -1,6 +1,6 @@
 """The frozen model with mask routers in it: gradients of a step, and how good masks are."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -111,11 +111,11 @@ class FrozenModel:
             with changed_choices(self.model, change):
                 logits = self.model(input_ids=windows.to(self.model.device), use_cache=False).logits
             kl = distance(exact, logits)
-            (kl + torch.stack(penalties).mean()).backward()
+            torch.autograd.backward(kl + torch.stack(penalties).mean())
         return float(kl.detach())
 
     @torch.no_grad()
-    def validate(self, windows: Tensor, on_batch: Callable[[], object] = lambda: None) -> Validation:
+    def validate(self, windows: Tensor) -> Validation:
         """What the routers give on windows ``[N, L]``; N is a multiple of a penalty's batch."""
         size = self.settings.batch
         slots: dict[int, list[float]] = {index: [] for index in self.layers}
@@ -131,12 +131,12 @@ class FrozenModel:
             experts[layer].append(float(share))
             return ids, weights * kept
 
-        for batch in windows.split(size):
+        for start in range(0, len(windows), size):
+            batch = windows[start : start + size]
             exact = self._exact(batch)
             with changed_choices(self.model, change):
                 logits = self.model(input_ids=batch.to(self.model.device), use_cache=False).logits
             distances.append(float(distance(exact, logits)))
-            on_batch()
 
         def means(of_batches: dict[int, list[float]]) -> dict[int, float]:
             return {index: sum(values) / len(values) for index, values in of_batches.items()}

@@ -13,7 +13,8 @@ from torch import Tensor
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.data import TextSource
 from sere_ray.calibration.loading import is_local
-from sere_ray.calibration.plan import CalibrationSettings, MoEShape, prepare
+from sere_ray.calibration.collect import MoEShape
+from sere_ray.calibration.plan import CalibrationSettings, prepare
 from sere_ray.masks.artifact import Penalty
 from sere_ray.util.errors import DataError, SereError
 

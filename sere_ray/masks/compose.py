@@ -1,8 +1,9 @@
 """Masks first, then a rule over what they leave.
 
-To the rule a row is as if the gate had chosen only the experts that its mask leaves: a masked slot
-names nobody, demands nothing, does not count for the floor, and is no stand-in of its own row. Rules
-take K slots of every row, so rows are handed to them by the number of slots that are left.
+To the rule a row is as if the gate had chosen only the experts that its mask leaves, and scored
+those that it masks 0: a masked slot names nobody, demands nothing, does not count for the floor,
+and under `margin` is neither a runner-up nor a stand-in of its row. Rules take K slots of every
+row, so rows are handed to them by the number of slots that are left.
 """
 
 from dataclasses import dataclass

@@ -171,6 +171,7 @@ class _Training:
                 f"slots kept {found.slots_mean:.0%}, experts of a batch {found.experts_mean:.0%}; "
                 f"slots by layer {kept}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _row(self, found: Validation) -> dict[str, Any]:

@@ -22,14 +22,15 @@ def train_masks(
     knob: Annotated[
         str,
         typer.Option(help="Weight of the penalty, growing, comma-separated: a level for each."),
-    ] = "0.05,0.1,0.2",
+    ] = "0.05,0.1,0.2,0.4",
     penalty: Annotated[
         Literal["rows", "batch"],
         typer.Option(help="What is made few: slots of each row, or experts that a batch reads."),
-    ] = "rows",
+    ] = "batch",
     keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Every row keeps its first choice.")
-    ] = False,
+        bool,
+        typer.Option("--keep-first/--drop-first", help="Whether rows keep their first choice."),
+    ] = True,
     balance: Annotated[float, typer.Option(help="Weight of the load-balance term.")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="Of each level.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 16,

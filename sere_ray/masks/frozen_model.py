@@ -146,9 +146,7 @@ class FrozenModel:
     @torch.no_grad()
     def _exact(self, windows: Tensor) -> Tensor:
         """``[B, L, V]`` float32 log-probabilities of the model as it is."""
-        logits: Tensor = self.model(
-            input_ids=windows.to(self.model.device), use_cache=False
-        ).logits
+        logits: Tensor = self.model(input_ids=windows.to(self.model.device), use_cache=False).logits
         return logits.float().log_softmax(dim=-1)
 
     def _soft(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

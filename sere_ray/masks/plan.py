@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sere_ray.calibration.checkpoint import Checkpoint
+from sere_ray.calibration.collect import MoEShape
 from sere_ray.calibration.data import TextSource
 from sere_ray.calibration.loading import is_local
-from sere_ray.calibration.collect import MoEShape
 from sere_ray.calibration.plan import CalibrationSettings, prepare
 from sere_ray.masks.artifact import Penalty
 from sere_ray.util.errors import DataError, SereError
@@ -50,9 +50,9 @@ class TrainSettings:
 
     model: str
     data: str
-    knobs: tuple[float, ...] = (0.05, 0.1, 0.2)
-    penalty: Penalty = "rows"
-    keep_first: bool = False
+    knobs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    penalty: Penalty = "batch"
+    keep_first: bool = True
     balance: float = 0.0
     steps: int = 200
     batch_size: int = 16

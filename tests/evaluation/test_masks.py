@@ -53,9 +53,7 @@ def test_frontier(similarity, masks, tmp_path):
     ]
     done, out = evaluate(similarity, settings, tmp_path)
     assert done.exit_code == 0, done.output
-    rows = {
-        (row["rule"], row["level"], row["batch"]): row for row in load_result(out)["rows"]
-    }
+    rows = {(row["rule"], row["level"], row["batch"]): row for row in load_result(out)["rows"]}
     for batch in (1, 8):
         exact, first, second, zero = (
             rows[key, level, batch]

@@ -16,6 +16,8 @@ SMALL = {
     "validation": 8,
     "length": 16,
     "learning_rate": 0.05,
+    "penalty": "rows",
+    "keep_first": False,
     "device": "cpu",
 }
 """Enough to drop slots, in two seconds."""

@@ -92,7 +92,9 @@ def test_without_masked_slots_it_is_the_rule(rule):
 def test_a_rule_that_changes_nothing_leaves_masks_alone(rule):
     kept, ids, weights, scores = drawn(6, 4)
     kept[2] = False
-    found = after_masks(rule, kept, ids, weights, scores, kinds_of(*[1] * 6), layer(rule, **FULL[rule]))
+    found = after_masks(
+        rule, kept, ids, weights, scores, kinds_of(*[1] * 6), layer(rule, **FULL[rule])
+    )
     assert torch.equal(found[0], torch.where(kept, ids, -1))
     assert torch.equal(found[1], torch.where(kept, weights, 0.0))
 

@@ -87,6 +87,7 @@ def train_masks(
                 "data": Path(data).name,
                 "settings": about,
                 "seconds": round(trained.seconds, 1),
+                "processor_seconds": round(trained.processor_seconds, 1),
                 "rows": trained.history,
             }
             write_result(report, content, row_lines=True)

@@ -205,3 +205,8 @@ def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "
                 f"{option}: {name!r} is compared by `sere-ray evaluate` only; engines serve "
                 f"{' and '.join(RULE_NAMES)}"
             )
+        if name == "none":
+            raise SereError(
+                f"{option}: 'none' has no settings of its own; name it in --settings, with masks "
+                "and level"
+            )

@@ -42,6 +42,8 @@ class Trained:
     """What validation said: rows of a result file."""
     seconds: float
     """Of this process; a job that went on does not count what was done before."""
+    processor_seconds: float
+    """The same in time of its processors, which other work on the machine does not lengthen."""
 
 
 def train_masks(settings: TrainSettings, out: Path, console: Console | None = None) -> Trained:
@@ -58,7 +60,7 @@ def train_masks(settings: TrainSettings, out: Path, console: Console | None = No
     Raises:
         SereError: something cannot be used; says why.
     """
-    start = time.monotonic()
+    start, processor = time.monotonic(), time.process_time()
     pick_device(settings.device)  # refuses what this machine lacks
     plan = prepare_training(settings, out)
     work = WorkFolder(out.with_name(f"{out.name}.work"), plan.identity())
@@ -69,7 +71,8 @@ def train_masks(settings: TrainSettings, out: Path, console: Console | None = No
         artifact = training.artifact()
         artifact.save(out)
         work.remove()
-    return Trained(artifact, state.history, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return Trained(artifact, state.history, seconds, time.process_time() - processor)
 
 
 class _Training:

@@ -107,6 +107,16 @@ def test_refusals(keys, message, similarity, masks, tmp_path):
     assert not out.exists()
 
 
+def test_none_has_no_grid(similarity, tmp_path):
+    done = CliRunner().invoke(
+        app,
+        ["evaluate", str(assets.MODEL), "--similarity", similarity, "--data", HELD_OUT]
+        + ["--rules", "none", "--out", str(tmp_path / "out.json")],
+    )
+    assert done.exit_code == 2
+    assert "--rules: 'none' has no settings of its own; name it in --settings" in done.stderr
+
+
 def test_masks_of_another_model(similarity, masks, tmp_path):
     found = MasksArtifact.load(masks)
     prints = dict(found.metadata.router_fingerprint) | {2: "0" * 32}

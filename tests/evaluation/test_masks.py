@@ -50,10 +50,12 @@ def test_frontier(similarity, masks, tmp_path):
         *({"rule": "none", "masks": masks, "level": level} for level in (1, 2, 3)),
         *({**margin, "masks": masks, "level": level} for level in (1, 3)),
         {"rule": "sere", "select_top_k": 2, "masks": masks, "level": 1},
+        {"rule": "sere", "select_top_k": 1},
     ]
     done, out = evaluate(similarity, settings, tmp_path)
     assert done.exit_code == 0, done.output
     rows = {(row["rule"], row["level"], row["batch"]): row for row in load_result(out)["rows"]}
+    assert load_result(out)["comparison"] == [], "masks are no peer of rules without training"
     for batch in (1, 8):
         exact, first, second, zero = (
             rows[key, level, batch]
@@ -108,11 +110,8 @@ def test_refusals(keys, message, similarity, masks, tmp_path):
 
 
 def test_none_has_no_grid(similarity, tmp_path):
-    done = CliRunner().invoke(
-        app,
-        ["evaluate", str(assets.MODEL), "--similarity", similarity, "--data", HELD_OUT]
-        + ["--rules", "none", "--out", str(tmp_path / "out.json")],
-    )
+    text = ["--similarity", similarity, "--data", HELD_OUT, "--out", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(app, ["evaluate", str(assets.MODEL), "--rules", "none", *text])
     assert done.exit_code == 2
     assert "--rules: 'none' has no settings of its own; name it in --settings" in done.stderr
 

@@ -14,6 +14,7 @@ from sere_ray.cli import calibrate as cli_calibrate
 from sere_ray.cli import compare as cli_compare
 from sere_ray.cli import examples as cli_examples
 from sere_ray.cli import loadtest as cli_loadtest
+from sere_ray.cli import masks as cli_masks
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import quality as cli_quality
 from sere_ray.cli import serve as cli_serve
@@ -114,6 +115,7 @@ for panel, commands in {
         cli_quality.evaluate,
         cli_quality.tasks,
         cli_strength.strength,
+        cli_masks.train_masks,
         cli_compare.compare,
         cli_advise.speed,
     ),

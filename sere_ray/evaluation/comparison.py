@@ -104,7 +104,10 @@ def compare(
             of_case = [
                 (point, measured)
                 for point, measured in zip(points, found, strict=True)
-                if point.batch == batch and point.rule != EXACT and point.ranks in (None, count)
+                if point.batch == batch
+                and point.rule not in (EXACT, "none")
+                and not point.keys.get("masks")  # rules are compared as they are without training
+                and point.ranks in (None, count)
             ]
             rules = {point.rule for point, _ in of_case}
             if not rules.intersection(OURS) or "sere" not in rules or rules <= {*OURS, "sere"}:

@@ -19,7 +19,10 @@ from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.evaluation.gates import candidates
 from sere_ray.evaluation.layer_rule import Counts, Floats, LayerRule, linear_owner
 from sere_ray.evaluation.lda import Moments, Repair
+from sere_ray.evaluation.settings import BoundSetting
 from sere_ray.evaluation.teacher_forced import forward_changed
+from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.masks.slots import LayerMask
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import Choice
 
@@ -38,6 +41,8 @@ class Measured:
     """``[N, D - 1]`` how much more likely that token is than under the exact model, -1..1."""
     reads: Floats
     """``[N]`` distinct experts per layer and step of the batch that the text was in."""
+    rows_share: Floats
+    """``[N]`` of that batch's slots the share that an expert computes: the others are dropped."""
     busiest: dict[int, Floats]
     """Number of ranks -> ``[N]``, the same of the rank that reads the most, linear placement."""
 
@@ -46,7 +51,7 @@ class Measured:
         """The texts of several, in order."""
         of_texts = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("kl", "agreement", "loss", "delta_p", "reads")
+            for name in ("kl", "agreement", "loss", "delta_p", "reads", "rows_share")
         }
         busiest = {
             ranks: np.concatenate([part.busiest[ranks] for part in parts])
@@ -65,6 +70,8 @@ class Predictions:
     """``[N, D - 1]`` whether they are the most likely ones."""
     reads: float
     """Mean distinct experts per layer and step; NaN where they were not counted."""
+    rows_share: float
+    """Share of slots that an expert computes; NaN as well."""
 
 
 class DecodeBatches:
@@ -77,6 +84,7 @@ class DecodeBatches:
         similarity: decoder layer index -> ``[E, E]`` float32.
         ranks: numbers of expert-parallel ranks, for ``busiest``.
         statistics: decoder layer index -> further tensors by name, for rules that read them.
+        masks: learned masks by path, for settings that name them.
     """
 
     def __init__(
@@ -87,8 +95,9 @@ class DecodeBatches:
         similarity: Mapping[int, Tensor],
         ranks: tuple[int, ...] = (1,),
         statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
+        masks: Mapping[str, MasksArtifact] | None = None,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.masks = model, ranks, masks or {}
         self.layers, self.config = find_moe_layers(model), model.config.get_text_config()
         self.similarity = {layer: matrix.to(model.device) for layer, matrix in similarity.items()}
         self.statistics = {
@@ -119,13 +128,14 @@ class DecodeBatches:
         kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)
         agreement = found.argmax(dim=-1) == self.exact.argmax(dim=-1)
         log_p, exact = self._of_text(found), self._of_text(self.exact)
-        reads, busiest = counts.per_text(batch, len(self.layers))
+        reads, rows_share, busiest = counts.per_text(batch, len(self.layers))
         return Measured(
             kl=_numpy(kl),
             agreement=_numpy(agreement),
             loss=_numpy(-log_p),
             delta_p=_numpy(log_p.exp() - exact.exp()),
             reads=reads,
+            rows_share=rows_share,
             busiest=busiest,
         )
 
@@ -145,12 +155,13 @@ class DecodeBatches:
             UnsupportedError: its rule reads scores that this model's gate does not choose by.
         """
         if policy is None:
-            found, reads = self.exact, float("nan")
+            found, reads, share = self.exact, float("nan"), float("nan")
         else:
             found, counts = self._run(policy, batch)
-            reads = float(counts.per_text(batch, len(self.layers))[0].mean())
+            per_text = counts.per_text(batch, len(self.layers))
+            reads, share = (float(values.mean()) for values in per_text[:2])
         hits = found[:, :-1].argmax(dim=-1) == self.answers[:, 1:]
-        return Predictions(_numpy(self._of_text(found)), hits.cpu().numpy(), reads)
+        return Predictions(_numpy(self._of_text(found)), hits.cpu().numpy(), reads, share)
 
     def _run(
         self, policy: BoundPolicy, batch: int, ranks: int = 1, repair: Repair | None = None
@@ -177,7 +188,16 @@ class DecodeBatches:
             knobs = policy.of_layer(i, experts, similarity, owner, statistics)
             gates = candidates(self.config, module.selection_bias, experts)
             rules[layer] = LayerRule(policy.rule, knobs, module, gates, counts)
+        for layer, mask in self._masks_of(policy).items():
+            rules[layer].mask = mask
         return counts, rules
+
+    def _masks_of(self, policy: BoundPolicy) -> dict[int, LayerMask]:
+        """By layer, those that come before the policy's rule."""
+        if not isinstance(policy, BoundSetting) or policy.masks is None:
+            return {}
+        path, level = policy.masks
+        return self.masks[path].level(level, path=path, device=self.model.device)
 
     def fit(self, policy: BoundPolicy, batch: int) -> dict[int, Moments]:
         """What LDA's repair of a policy needs, by layer; earlier layers stay exact."""

@@ -25,8 +25,9 @@ from sere_ray.calibration.loading import (
 from sere_ray.evaluation.comparison import Point
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.lda import Moments, Repair
-from sere_ray.evaluation.settings import as_policy, label
+from sere_ray.evaluation.settings import Setting, as_policy, label
 from sere_ray.evaluation.weight_statistics import ace_statistics
+from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import RULES
 from sere_ray.util.errors import DataError, SereError
@@ -122,13 +123,15 @@ class Evaluator:
         if "ace" in self.rules:
             for layer, named in ace_statistics(self.model).items():
                 self.statistics[layer] |= named
+        self.masks: dict[str, MasksArtifact] = {}
+        """Those that settings named so far, by path."""
         self._repairs: dict[tuple[str, int], Repair] = {}
         self._fitted_on: list[DecodeBatches] = []
 
     def _allowed(self) -> tuple[str, ...]:
-        """Rules that read nothing which the artifact lacks."""
+        """Rules that change something and read nothing which the artifact lacks."""
         has = self.artifact.statistics.get(min(self.artifact.layers), {})
-        return tuple(rule for rule in RULES if set(_of_text(rule)) <= has.keys())
+        return tuple(r for r in RULES if r != "none" and set(_of_text(r)) <= has.keys())
 
     def windows(self, data: str, sequences: int | None = None) -> Tensor:
         """``[sequences, length]`` token ids; every window is whole.
@@ -198,9 +201,27 @@ class Evaluator:
         """
         policy = as_policy(keys)
         policy.check_layers(len(self.shape.layers))
+        self._open_masks(policy)
         policy = policy.model_copy(update={"similarity": str(self.plan.similarity)})  # for messages
         strengths = self.artifact.metadata.strengths
         return policy.for_model(top_k=self.shape.top_k, strengths=strengths, where=label(keys))
+
+    def _open_masks(self, policy: Setting) -> None:
+        """Load and check the masks that a setting names.
+
+        Raises:
+            ArtifactError: they are not this model's, or have no such level.
+        """
+        path, level = policy.masks, policy.level
+        if path is None or level is None:
+            return
+        if path not in self.masks:
+            artifact = MasksArtifact.load(path)
+            layers = find_moe_layers(self.model)
+            gates = {index: layer.gate_weight for index, layer in layers.items()}
+            artifact.check_model(gates, self.shape.top_k, path=path)
+            self.masks[path] = artifact
+        self.masks[path].level(level, path=path)
 
     def repair(self, keys: dict[str, Any], batch: int) -> Repair | None:
         """LDA's maps for a setting that asks for them, fitted on the second text; else None.
@@ -238,6 +259,7 @@ class Evaluator:
             self.artifact.layers,
             self.plan.ranks,
             self.statistics,
+            self.masks,
         )
 
 

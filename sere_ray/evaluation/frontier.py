@@ -151,6 +151,7 @@ def _rows(
         {
             "rule": point.rule,
             "settings": {k: v for k, v in knobs.items() if k != "rule" and v is not None},
+            "level": knobs.get("level"),
             "batch": point.batch,
             "ranks": count,
             **quality,

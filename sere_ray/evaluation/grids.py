@@ -80,7 +80,7 @@ class Routing:
             with torch.inference_mode():
                 for layer, row in self._rows.items():
                     rules[layer](layer, *(part[:, :texts].contiguous() for part in row))
-            reads, busiest = counts.per_text(batch, len(rules))
+            reads, _, busiest = counts.per_text(batch, len(rules))
             self._known[name] = float((busiest[ranks] if ranks > 1 else reads).mean())
         return self._known[name]
 

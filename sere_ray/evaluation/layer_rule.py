@@ -14,6 +14,8 @@ from sere_ray.calibration.collect import MoELayer
 from sere_ray.evaluation.compiled_sere import compiled_sere
 from sere_ray.evaluation.gates import that_chose
 from sere_ray.evaluation.lda import Affine, Moments
+from sere_ray.masks.compose import after_masks
+from sere_ray.masks.slots import LayerMask, kept_slots
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
 from sere_ray.rules.common import named_by
 from sere_ray.rules.demand import DEMAND_RULES
@@ -33,27 +35,36 @@ class Counts:
 
     def __post_init__(self) -> None:
         self.reads: Any = 0.0
+        self.slots: Any = 0.0
         self.busiest: dict[int, Any] = dict.fromkeys(self.ranks, 0.0)
 
-    def add(self, read: Tensor) -> None:
-        """Count a layer; ``read [D, G, E]`` bool."""
+    def add(self, read: Tensor, slots: Tensor) -> None:
+        """Count a layer.
+
+        Args:
+            read: ``[D, G, E]`` bool.
+            slots: ``[D, G, B, K]`` bool, those that an expert computes.
+        """
+        self.slots += slots.float().mean(dim=(0, 2, 3))
         self.reads += read.sum(dim=-1).float().mean(dim=0)
         for ranks in self.ranks:
             of_ranks = [part.sum(dim=-1) for part in read.tensor_split(ranks, dim=-1)]
             self.busiest[ranks] += torch.stack(of_ranks).amax(dim=0).float().mean(dim=0)
 
-    def per_text(self, batch: int, layers: int) -> tuple[Floats, dict[int, Floats]]:
+    def per_text(self, batch: int, layers: int) -> tuple[Floats, Floats, dict[int, Floats]]:
         """Means over layers for each text, ``[N]``: every text has the numbers of its batch.
 
         Returns:
-            Experts read, and by number of ranks those that the busiest rank reads.
+            Experts read; the share of slots that an expert computes; and by number of ranks the
+            experts that the busiest rank reads.
         """
 
         def spread(sums: Tensor) -> Floats:
             values: Floats = (sums / layers).repeat_interleave(batch).cpu().numpy()
             return values
 
-        return spread(self.reads), {ranks: spread(sums) for ranks, sums in self.busiest.items()}
+        busiest = {ranks: spread(sums) for ranks, sums in self.busiest.items()}
+        return spread(self.reads), spread(self.slots), busiest
 
 
 class LayerRule:
@@ -61,6 +72,7 @@ class LayerRule:
 
     Attributes:
         gates: what the layer's gate may be.
+        mask: what comes before the rule; None = nothing.
         affine: LDA's repair of the layer's output; None = none.
         moments: where set, the layer's output stays exact, and both outputs are added here.
         most_given_up: where set, the most demand that a step gave up, of rules with demand.
@@ -72,6 +84,7 @@ class LayerRule:
         self.name, self.rule = rule, RULES[rule]
         self.layer, self.module, self.counts = layer, module, counts
         self.gates = gates
+        self.mask: LayerMask | None = None
         self.affine: Affine | None = None
         self.moments: Moments | None = None
         self.most_given_up: int | None = None
@@ -88,7 +101,7 @@ class LayerRule:
         )
         taken = torch.where(new_weights != 0, new_ids, -1)
         anybody = torch.ones(shape, dtype=torch.bool, device=ids.device)
-        self.counts.add(named_by(taken, anybody, self.layer.num_experts))
+        self.counts.add(named_by(taken, anybody, self.layer.num_experts), taken >= 0)
         if self.rule.output is not None:
             before, after = (of_batches, weights.view(*shape, -1)), (new_ids, new_weights)
             self._constant = self.rule.output(before, after, self.layer).view(steps, rows, -1)
@@ -116,7 +129,7 @@ class LayerRule:
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         rule, layer = self.rule, self.layer
-        if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
+        if self.mask is None and self.name == "sere" and ids.device.type == "cpu":
             return compiled_sere(ids, weights, layer)
         scores = None
         if rule.needs_scores:
@@ -135,6 +148,14 @@ class LayerRule:
             asked = of_rule.ask(ids, weights, scores, kinds, settled)
             given_up = int(of_rule.given_up(asked, settled).max())
             self.most_given_up = max(self.most_given_up, given_up)
+        if self.mask is not None:
+            if scores is not None and not layer.gate.is_plain:
+                raise UnsupportedError(
+                    f"layer {index}: this model's gate has a bias, groups or other scores than a "
+                    f"softmax, behind which masks go with none and sere, not with {self.name}"
+                )
+            kept = kept_slots(hidden, ids, weights, kinds, self.mask)
+            return after_masks(self.name, kept, ids, weights, scores, kinds, layer)
         return rule.apply(ids, weights, scores, kinds, layer)
 
 

@@ -1,12 +1,16 @@
 """Settings of rules as the evaluator takes them, those that engines do not serve included."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from sere_ray.artifact.strength import Strength
+from sere_ray.masks.compose import RULES_AFTER_MASKS
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError, SereError
@@ -33,8 +37,26 @@ Budget = Annotated[
 
 
 AnyRule = Literal[
-    "sere", "topk", "oea", "xshare", "lynx", "k1k2", "ace", "exfold", "mone", "margin", "spare"
+    "none",
+    "sere",
+    "topk",
+    "oea",
+    "xshare",
+    "lynx",
+    "k1k2",
+    "ace",
+    "exfold",
+    "mone",
+    "margin",
+    "spare",
 ]
+
+
+class BoundSetting(BoundPolicy):
+    """A setting with the numbers that it has for one model."""
+
+    masks: tuple[str, int] | None = None
+    """File of learned masks, and their level."""
 
 
 class Setting(Policy):
@@ -61,6 +83,41 @@ class Setting(Policy):
     lda: bool | None = Field(
         None, description="repair the outputs of the layers with LDA, fitted on --tune-data"
     )
+
+    masks: str | None = Field(
+        None, min_length=1, description="path of learned masks that come before the rule"
+    )
+    level: int | None = Field(None, ge=1, description="of the masks; 1 is the lightest")
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Self:
+        text = None
+        if self.masks is not None and self.level is None:
+            text = f"level is missing: masks = {self.masks!r} has several; give one, 1 or above"
+        elif self.masks is None and self.level is not None:
+            text = f"level = {self.level}: is one of masks; give masks, too, or leave it out"
+        elif self.masks is not None and self.rule not in RULES_AFTER_MASKS:
+            text = (
+                f"masks = {self.masks!r}: go with the rules {', '.join(RULES_AFTER_MASKS)}, not "
+                f"with {self.rule!r}; leave it out"
+            )
+        elif self.masks is not None and self.loss is not None:
+            text = f"loss = {self.loss}: was measured without masks; give tau, or leave masks out"
+        if text:
+            raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        return self
+
+    def for_model(
+        self,
+        *,
+        top_k: int,
+        strengths: Mapping[str, Strength] | None = None,
+        where: str = "sere",
+    ) -> BoundSetting:
+        """As of a policy, and which masks come first."""
+        bound = super().for_model(top_k=top_k, strengths=strengths, where=where)
+        masks = None if self.masks is None or self.level is None else (self.masks, self.level)
+        return BoundSetting(**dict(bound), masks=masks)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
         """Refuse a list of another length than the model has MoE layers.
@@ -119,8 +176,12 @@ def label(keys: dict[str, Any]) -> str:
         "rcr_scale": "rcr",
     }
     shown = (key for key in keys if key != "rule" and keys[key] is not None)
-    parts = [f"{names.get(key, key)}={keys[key]}" for key in shown]
+    parts = [f"{names.get(key, key)}={_short(key, keys[key])}" for key in shown]
     return " ".join(parts) or EXACT
+
+
+def _short(key: str, value: Any) -> Any:
+    return Path(value).name if key == "masks" else value
 
 
 def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "--rules") -> None:
@@ -143,4 +204,9 @@ def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "
             raise SereError(
                 f"{option}: {name!r} is compared by `sere-ray evaluate` only; engines serve "
                 f"{' and '.join(RULE_NAMES)}"
+            )
+        if name == "none":
+            raise SereError(
+                f"{option}: 'none' has no settings of its own; name it in --settings, with masks "
+                "and level"
             )

@@ -62,6 +62,7 @@ def summarise(found: Measured, shares: Doubles) -> dict[str, float | list[float]
     perplexity = Estimate(*(float(np.exp(x)) for x in (loss.value, loss.low, loss.high)))
     return {
         **mean(found.reads, shares).fields("experts_read_mean", 3),
+        **mean(found.rows_share, shares).fields("expert_rows_share", 4),
         **mean(found.kl, shares).fields("kl_mean", 5),
         **percentile99(found.kl).fields("kl_p99", 4),
         **_tail(found),

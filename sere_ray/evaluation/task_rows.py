@@ -22,6 +22,8 @@ def row_of(task: str, keys: Keys, batch: int, found: Found, half_width: float) -
         **paired_fields(Paired.join(found.parts), half_width),
         "ended_by": found.ended_by,
         "experts_read_mean": round(float(np.mean(found.reads)), 3),
+        "expert_rows_share": round(float(np.mean(found.rows_shares)), 4),
+        "level": keys.get("level"),
     }
 
 

@@ -54,6 +54,8 @@ class Found:
     parts: list[Paired] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     """Mean distinct experts per layer and step."""
+    rows_shares: list[float] = field(default_factory=list)
+    """Share of slots that an expert computes."""
     ended_by: Ended = "most_items"
     """Why there are no more items: the interval is narrow enough, that many were asked, the text
     has no more, or too much is lost."""
@@ -105,6 +107,7 @@ class Measurement:
             said = batches.predictions(policy, self.batch)
             of_policy.parts.append(Paired(exact, judge(self.task, part, order, said), texts))
             of_policy.reads.append(said.reads)
+            of_policy.rows_shares.append(said.rows_share)
 
 
 def _enough(found: list[Found], wanted: TaskPlan) -> Ended | None:

@@ -7,49 +7,17 @@ position. KV entries are the re-routed ones, as they would be in a server.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from sere_ray.calibration.collect import find_moe_layers
+from sere_ray.calibration.choices import changed_choices
 from sere_ray.kernel.cpu_sere import reroute_and_count
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import REROUTABLE, Choice
-
-
-@contextmanager
-def changed_choices(
-    model: PreTrainedModel,
-    change: Callable[[int, Tensor, Tensor, Tensor], Choice],
-    after: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[None]:
-    """Let ``change(layer, hidden_states, topk_ids, topk_weights)`` stand between every gate and
-    its experts, and ``after(layer, hidden_states, output)`` behind these."""
-
-    def hook(layer: int) -> Any:
-        def change_choice(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden_states, topk_ids, topk_weights = arguments
-            return (hidden_states, *change(layer, hidden_states, topk_ids, topk_weights))
-
-        return change_choice
-
-    def behind(layer: int) -> Any:
-        def change_output(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Any:
-            return output if after is None else after(layer, arguments[0], output)
-
-        return change_output
-
-    with ExitStack() as stack:
-        for index, layer in find_moe_layers(model).items():
-            handle = layer.experts.register_forward_pre_hook(hook(index))
-            stack.callback(handle.remove)
-            handle = layer.experts.register_forward_hook(behind(index))
-            stack.callback(handle.remove)
-        yield
 
 
 def forward_changed(

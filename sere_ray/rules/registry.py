@@ -6,6 +6,7 @@ from sere_ray.rules.exfold import exfold
 from sere_ray.rules.interface import Output, Rule
 from sere_ray.rules.margin import margin
 from sere_ray.rules.mone import mone, novices
+from sere_ray.rules.none import none
 from sere_ray.rules.peers import lynx, oea, topk, xshare
 from sere_ray.rules.sere import sere
 from sere_ray.rules.skipping import ace, k1k2
@@ -29,6 +30,7 @@ class RuleInfo(NamedTuple):
 
 
 RULES: dict[str, RuleInfo] = {
+    "none": RuleInfo(none, (), (), False),
     "sere": RuleInfo(
         sere,
         ("select_top_k", "threshold", "min_primary_experts"),

@@ -141,7 +141,7 @@ def test_summary():
     kl = np.tile(np.arange(texts, dtype=np.float32)[:, None], (1, positions))
     ones = np.ones((texts, positions), dtype=np.float32)
     moved = np.tile(np.float32([0.3, -0.4]), (texts, positions // 2))[:, 1:]
-    found = Measured(kl, ones, ones[:, 1:], moved, ones[:, 0] * 7, {1: ones[:, 0]})
+    found = Measured(kl, ones, ones[:, 1:], moved, ones[:, 0] * 7, ones[:, 0], {1: ones[:, 0]})
     row = summarise(found, draws(texts))
     assert (row["kl_mean"], row["experts_read_mean"], row["top1_agreement"]) == (2.5, 7.0, 1.0)
     assert row["kl_mean_95"][0] < 2.5 < row["kl_mean_95"][1]

@@ -61,7 +61,13 @@ def test_comparison_at_equal_experts_and_at_equal_kl():
         ones = np.ones((texts, 4), dtype=np.float32)
         experts = np.full(texts, reads, dtype=np.float32)
         return Measured(
-            kl, ones, ones[:, 1:], 0 * ones[:, 1:], experts, {1: experts, 2: experts / 2}
+            kl,
+            ones,
+            ones[:, 1:],
+            0 * ones[:, 1:],
+            experts,
+            ones[:, 0],
+            {1: experts, 2: experts / 2},
         )
 
     points, found = [Point("exact", {}, 4)], [measured(9.0, 0.0)]

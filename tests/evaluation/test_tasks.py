@@ -202,7 +202,7 @@ def test_a_word_is_right_if_all_its_tokens_are():
     task = Task(4, 6, 1, None)
     question = Question([list(range(10))], [(5, 6), (6, 8), (8, 10)])
     hits = np.array([[True, True, False, True, True]])
-    said = Predictions(np.zeros((1, 5), dtype=np.float32), hits, 0.0)
+    said = Predictions(np.zeros((1, 5), dtype=np.float32), hits, 0.0, 1.0)
     assert judge(task, [question], [(0, 0)], said).tolist() == [True, False, True]
 
 
@@ -214,7 +214,7 @@ def test_the_true_end_must_be_the_most_likely():
     likely |= {(1, 0): -1.0, (1, 1): -1.0, (1, 2): -3.0, (1, 3): -4.0}  # a tie is not right
     before = {place: 10.0 * place[1] for place in order}
     rows = [[before[place], likely[place] / 2, likely[place] / 2] for place in order]
-    said = Predictions(np.array(rows, dtype=np.float32), np.zeros((8, 3), dtype=bool), 0.0)
+    said = Predictions(np.array(rows, dtype=np.float32), np.zeros((8, 3), dtype=bool), 0.0, 1.0)
     assert judge(task, questions, order, said).tolist() == [True, False]
 
 

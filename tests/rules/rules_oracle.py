@@ -18,6 +18,8 @@ def apply(name, ids, weights, scores, kinds, layer):
         kind == REROUTABLE and all(0 <= e < layer.num_experts for e in row)
         for kind, row in zip(kinds, ids, strict=True)
     ]
+    if name == "none":
+        return list(zip(ids, weights, strict=True))
     if name == "topk":
         return [
             _truncate(*row, layer.select_top_k) if change else row

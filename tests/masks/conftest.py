@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from sere_ray import assets
+from sere_ray.masks.plan import TrainSettings
+from sere_ray.masks.train import train_masks
+
+SMALL = {
+    "model": str(assets.MODEL),
+    "data": str(assets.CALIBRATION),
+    "knobs": (0.5, 2.0),
+    "steps": 8,
+    "batch_size": 8,
+    "batch": 8,
+    "sequences": 32,
+    "validation": 8,
+    "length": 16,
+    "learning_rate": 0.05,
+    "penalty": "rows",
+    "keep_first": False,
+    "device": "cpu",
+}
+"""Enough to drop slots, in two seconds."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Path of small masks of the demo model, and what training said."""
+    path = tmp_path_factory.mktemp("masks") / "demo.masks.safetensors"
+    return path, train_masks(TrainSettings(**SMALL), path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sere_ray.calibration.collect import MoELayer
-from sere_ray.evaluation.compiled_sere import compiled_sere
+from sere_ray.evaluation.compiled_rules import compiled
 from sere_ray.evaluation.gates import that_chose
 from sere_ray.evaluation.lda import Affine, Moments
 from sere_ray.rules import REROUTABLE, RULES, Choice, Layer, name_dropped
@@ -116,8 +116,6 @@ class LayerRule:
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         rule, layer = self.rule, self.layer
-        if rule.apply is RULES["sere"].apply and ids.device.type == "cpu":
-            return compiled_sere(ids, weights, layer)
         scores = None
         if rule.needs_scores:
             logits = linear(hidden, self.module.gate_weight)
@@ -128,6 +126,9 @@ class LayerRule:
                     "softmax, of which the peers' papers say nothing; compare sere and margin"
                 )
             scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
+        fast = compiled(self.name, ids, weights, scores, layer)
+        if fast is not None:
+            return fast
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
         if self.most_given_up is not None and scores is not None:
             of_rule = DEMAND_RULES[self.name]

@@ -1,7 +1,10 @@
 """Calibration text: where it comes from, and how it becomes token windows and batches."""
 
+import bz2
+import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,9 +19,12 @@ from sere_ray.util.errors import DataError
 from sere_ray.util.files import file_sha256
 
 _ALLOWED = (
-    "allowed: a .parquet or .jsonl file with a text column, any other UTF-8 text file, or the "
-    "name of a Hugging Face dataset"
+    "allowed: a .parquet, .jsonl, .ndjson or .json file with a text column, any other UTF-8 text "
+    "file, these but .parquet also as .gz, .bz2 or .xz, or the name of a Hugging Face dataset"
 )
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_UNREAD = (".csv", ".tsv", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".pdf")
+"""Endings of files whose syntax would pass for text, or that are not text."""
 _PARQUET_ROWS = 64  # rows read at a time
 _CHARACTERS_PER_TOKEN = 8  # first guess of how much of a long document is needed
 
@@ -50,9 +56,11 @@ def open_texts(data: str, text_column: str = "text") -> TextSource:
     """Open a file or a hub dataset.
 
     Args:
-        data: path of a ``.parquet`` or ``.jsonl`` file with a text column, path of any other
-            text file (one document), or name of a Hugging Face dataset, of which the split
-            ``train`` is streamed.
+        data: path of a file that its ending tells, in upper or lower case: ``.parquet``,
+            ``.jsonl`` or ``.ndjson`` (an object a line), ``.json`` (a list of objects, or one a
+            line), all with a text column, any other text file (one document); all but
+            ``.parquet`` also compressed, ``.gz``, ``.bz2`` or ``.xz``. Or name of a Hugging Face
+            dataset, of which the split ``train`` is streamed.
         text_column: name of the column.
 
     Raises:
@@ -68,12 +76,7 @@ def open_texts(data: str, text_column: str = "text") -> TextSource:
             raise DataError(f"data = {data!r}: no such file; {_ALLOWED}")
         texts, revision = _hub_texts(data, text_column)
         return TextSource(data, _not_empty(texts, data), revision=revision)
-    if path.suffix == ".parquet":
-        texts = _parquet_texts(path, text_column)
-    elif path.suffix == ".jsonl":
-        texts = _jsonl_texts(path, text_column)
-    else:
-        texts = _plain_texts(path)
+    texts = _file_texts(path, text_column)
     return TextSource(data, _not_empty(texts, data), sha256=file_sha256(path))
 
 
@@ -165,6 +168,19 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
         characters *= 4
 
 
+def _file_texts(path: Path, column: str) -> Iterator[str]:
+    """Documents of a file, by its ending."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    kind = before if last in _OPENERS else last
+    if kind in _UNREAD or (kind == ".parquet" and last in _OPENERS):
+        raise DataError(f"data = {str(path)!r}: {kind or last} files are not read; {_ALLOWED}")
+    if kind == ".parquet":
+        return _parquet_texts(path, column)
+    if kind in (".jsonl", ".ndjson"):
+        return _jsonl_texts(path, column)
+    return _json_texts(path, column) if kind == ".json" else _plain_texts(path)
+
+
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     try:
         file = pq.ParquetFile(path)
@@ -191,15 +207,34 @@ def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
         yield _as_text(row[column], column, where)
 
 
+def _json_texts(path: Path, column: str) -> Iterator[str]:
+    """Of a list of objects; else of an object a line."""
+    try:
+        rows = json.loads("".join(_lines(path)))
+    except json.JSONDecodeError:
+        yield from _jsonl_texts(path, column)
+        return
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise DataError(f"data = {str(path)!r}: must be a list of objects with {column!r}")
+    for number, row in enumerate(rows):
+        where = f"{path}, entry {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
+        _check_column(column, list(row), where)
+        yield _as_text(row[column], column, where)
+
+
 def _plain_texts(path: Path) -> Iterator[str]:
     yield "".join(_lines(path))
 
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with _OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8") as file:
             yield from file
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise DataError(f"data = {str(path)!r}: not a text file ({error}); {_ALLOWED}") from None
 
 

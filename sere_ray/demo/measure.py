@@ -70,7 +70,7 @@ def label(policy: Policy) -> str:
     """Short name of a policy in tables and plots."""
     if policy.mode == "off":
         return "stock"
-    return f"margin, tau={policy.tau}" if policy.rule == "margin" else f"S={policy.select_top_k}"
+    return f"margin {policy.tau}" if policy.rule == "margin" else f"S={policy.select_top_k}"
 
 
 def measure_quality(

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 Cells = tuple[Sequence[str], list[list[str]]]
 """Headings, and rows of as many cells."""
 NOTES = {
+    "margin 0.01": "rule `margin`, tau = 0.01 on the trained model. S=2: the published rule",
     "experts": "read per layer and decode step, of 48. `margin` and S = 2 read them on both models",
-    "same token, KL": "trained model, held-out text, teacher-forced: agreement with and distance "
+    "same, KL": "trained model, held-out text, teacher-forced: agreement with and distance "
     "(nats) from the exact model",
-    "step": "random model of 1.9 GB, beyond a CPU's cache; times as fast as stock (lowest and "
-    "highest of the rounds). stock is the same engine in mode `off`",
+    "step, faster": "random model of 1.9 GB, beyond a CPU's cache; times as fast as stock, lowest "
+    "and highest of the rounds. stock is the same engine in mode `off`",
     "answers": "trained model, arithmetic answered right, through the endpoint. It fits a CPU's "
     "cache, so reading less of it saves no time and the rule's own time shows",
 }
@@ -76,10 +77,10 @@ def comparison(quality: Sequence[Quality], speeds: Sequence[Speed]) -> Cells:
         ]
         if each.streams == largest:
             speed = of_policy[each.policy]
-            spread = f"{speed.speedup:.2f} ({speed.speedup_min:.2f}-{speed.speedup_max:.2f})"
+            spread = f"{speed.speedup:.2f} ({speed.speedup_min:.1f}-{speed.speedup_max:.1f})"
             row += [f"{speed.experts_read:.1f}", f"{speed.step_ms:.1f}", spread]
         rows.append(row + [""] * (8 - len(row)))
-    head = ("policy", "rows", "experts", "same token", "KL", "experts", "step ms", "times as fast")
+    head = ("policy", "rows", "experts", "same", "KL", "experts", "step ms", "faster")
     return head, rows
 
 
@@ -105,7 +106,7 @@ def print_table(title: str, cells: Cells, console: Console) -> None:
     head, rows = cells
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for name in head:
-        table.add_column(name, justify="left" if name == "policy" else "right")
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

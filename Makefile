@@ -12,7 +12,7 @@ TORCH_INDEX ?= auto
 
 .PHONY: help demo monitor-demo loadtest test nightly lint format install benchmark clean
 help:
-	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare"
+	@echo "make demo       exact and re-routed on a CPU: loss, speed, answers as served"
 	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
 	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP"
 	@echo "make test       lint, types and all tests that run on this machine"

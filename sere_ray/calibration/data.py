@@ -1,31 +1,19 @@
 """Calibration text: where it comes from, and how it becomes token windows and batches."""
 
-import bz2
-import gzip
-import json
-import lzma
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sere_ray.calibration.text_files import ALLOWED, as_text, check_column, file_texts
 from sere_ray.util.errors import DataError
 from sere_ray.util.files import file_sha256
 
-_ALLOWED = (
-    "allowed: a .parquet, .jsonl, .ndjson or .json file with a text column, any other UTF-8 text "
-    "file, these but .parquet also as .gz, .bz2 or .xz, or the name of a Hugging Face dataset"
-)
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_UNREAD = (".csv", ".tsv", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".pdf")
-"""Endings of files whose syntax would pass for text, or that are not text."""
-_PARQUET_ROWS = 64  # rows read at a time
 _CHARACTERS_PER_TOKEN = 8  # first guess of how much of a long document is needed
 
 
@@ -69,14 +57,14 @@ def open_texts(data: str, text_column: str = "text") -> TextSource:
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        raise DataError(f"data = {data!r}: is a folder; {_ALLOWED}")
+        raise DataError(f"data = {data!r}: is a folder; {ALLOWED}")
     if not path.exists():
         looks_like_file = path.suffix[1:2].isalpha()  # "org/set-v1.0" does not
         if looks_like_file or path.is_absolute() or data.startswith((".", "~")):
-            raise DataError(f"data = {data!r}: no such file; {_ALLOWED}")
+            raise DataError(f"data = {data!r}: no such file; {ALLOWED}")
         texts, revision = _hub_texts(data, text_column)
         return TextSource(data, _not_empty(texts, data), revision=revision)
-    texts = _file_texts(path, text_column)
+    texts = file_texts(path, text_column)
     return TextSource(data, _not_empty(texts, data), sha256=file_sha256(path))
 
 
@@ -168,76 +156,6 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
         characters *= 4
 
 
-def _file_texts(path: Path, column: str) -> Iterator[str]:
-    """Documents of a file, by its ending."""
-    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    kind = before if last in _OPENERS else last
-    if kind in _UNREAD or (kind == ".parquet" and last in _OPENERS):
-        raise DataError(f"data = {str(path)!r}: {kind or last} files are not read; {_ALLOWED}")
-    if kind == ".parquet":
-        return _parquet_texts(path, column)
-    if kind in (".jsonl", ".ndjson"):
-        return _jsonl_texts(path, column)
-    return _json_texts(path, column) if kind == ".json" else _plain_texts(path)
-
-
-def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from them
-        raise DataError(f"data = {str(path)!r}: not a readable parquet file ({error})") from None
-    _check_column(column, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
-        for text in batch.column(0).to_pylist():
-            yield _as_text(text, column, str(path))
-
-
-def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data = {where!r}: not a line of JSON ({error}); mend it") from None
-        if not isinstance(row, dict):
-            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
-        _check_column(column, list(row), where)
-        yield _as_text(row[column], column, where)
-
-
-def _json_texts(path: Path, column: str) -> Iterator[str]:
-    """Of a list of objects; else of an object a line."""
-    try:
-        rows = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError:
-        yield from _jsonl_texts(path, column)
-        return
-    if isinstance(rows, dict):
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise DataError(f"data = {str(path)!r}: must be a list of objects with {column!r}")
-    for number, row in enumerate(rows):
-        where = f"{path}, entry {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
-        _check_column(column, list(row), where)
-        yield _as_text(row[column], column, where)
-
-
-def _plain_texts(path: Path) -> Iterator[str]:
-    yield "".join(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with _OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise DataError(f"data = {str(path)!r}: not a text file ({error}); {_ALLOWED}") from None
-
-
 def _hub_texts(name: str, column: str) -> tuple[Iterator[str], str | None]:
     """Stream the split ``train`` of a hub dataset; also the commit it is at."""
     try:
@@ -261,8 +179,8 @@ def _row_texts(rows: Iterable[dict[str, Any]], name: str, column: str) -> Iterat
             return
         except Exception as error:
             raise _hub_error(name, error) from None
-        _check_column(column, list(row), name)
-        yield _as_text(row[column], column, name)
+        check_column(column, list(row), name)
+        yield as_text(row[column], column, name)
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
@@ -270,27 +188,8 @@ def _hub_error(name: str, error: Exception) -> DataError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return DataError(
         f"data = {name!r}: no such file, and not a dataset that can be streamed from the hub "
-        f"({reason}); {_ALLOWED}; without a network, download it and give the file"
+        f"({reason}); {ALLOWED}; without a network, download it and give the file"
     )
-
-
-def _check_column(column: str, columns: Sequence[str], where: str) -> None:
-    if column not in columns:
-        raise DataError(
-            f"data = {where!r}: no column {column!r}; it has {', '.join(map(repr, columns))}; "
-            "choose one as text_column"
-        )
-
-
-def _as_text(value: object, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            f"data = {where!r}: column {column!r} holds {type(value).__name__}, must be text; "
-            "choose another one as text_column"
-        )
-    return value
 
 
 def _not_empty(texts: Iterable[str], name: str) -> Iterator[str]:
@@ -301,4 +200,4 @@ def _not_empty(texts: Iterable[str], name: str) -> Iterator[str]:
             found = True
             yield text
     if not found:
-        raise DataError(f"data = {name!r}: holds no text; {_ALLOWED}")
+        raise DataError(f"data = {name!r}: holds no text; {ALLOWED}")

@@ -126,9 +126,6 @@ class LayerRule:
                     "softmax, of which the peers' papers say nothing; compare sere and margin"
                 )
             scores, layer = scores_of(logits, gate), replace(layer, gate=gate)
-        fast = compiled(self.name, ids, weights, scores, layer)
-        if fast is not None:
-            return fast
         kinds = torch.full(ids.shape[:-1], REROUTABLE, dtype=torch.int8, device=ids.device)
         if self.most_given_up is not None and scores is not None:
             of_rule = DEMAND_RULES[self.name]
@@ -136,6 +133,9 @@ class LayerRule:
             asked = of_rule.ask(ids, weights, scores, kinds, settled)
             given_up = int(of_rule.given_up(asked, settled).max())
             self.most_given_up = max(self.most_given_up, given_up)
+        fast = compiled(self.name, ids, weights, scores, layer)
+        if fast is not None:
+            return fast
         return rule.apply(ids, weights, scores, kinds, layer)
 
 

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from sere_ray.kernel.gate_loops import compile_loop, rank_row
 from sere_ray.rules import PADDING, REROUTABLE
-from sere_ray.rules.gate import MOST, NEVER, SCORE_UNIT
+from sere_ray.rules.gate import NEVER
 from sere_ray.rules.margin import UNIT, WEIGHT_UNIT
 
-# Division by 0 is infinite here, as in torch.
-_compile = njit(cache=True, nogil=True, error_model="numpy")
-_MOST, _SCORE_UNIT, _UNIT = np.float32(MOST), np.float32(SCORE_UNIT), np.float32(UNIT)
+_UNIT = np.float32(UNIT)
 _OWN = 2**31
 """What puts an expert that a row chose before all others."""
 
@@ -30,48 +28,7 @@ def _is_changeable(ids: Any, kind: int, num_experts: int) -> bool:
     return valid
 
 
-is_changeable: Callable[..., bool] = _compile(_is_changeable)
-
-
-def _to_units(value: Any, scale: Any) -> Any:
-    scaled = value * scale
-    if scaled != scaled:
-        return 0
-    return np.int64(np.rint(min(max(scaled, -_MOST), _MOST)))
-
-
-to_units: Callable[..., Any] = _compile(_to_units)
-
-
-def _rank_row(
-    scores: Any, ids: Any, bias: Any, sums: bool, group: int, units: Any, ranks: Any
-) -> None:
-    """Fill ``units`` and ``ranks`` of a row: :func:`sere_ray.rules.gate.in_units`."""
-    num_experts = len(scores)
-    best = np.float32(-np.inf)
-    for expert in ids:
-        if scores[expert] > best or scores[expert] != scores[expert]:
-            best = scores[expert]
-    scale = _SCORE_UNIT / best
-    total = 0
-    for expert in range(num_experts):
-        units[expert] = ranks[expert] = to_units(scores[expert], scale)
-        total += units[expert]
-    if len(bias):
-        if sums:
-            scale = np.float32(total)
-        for expert in range(num_experts):
-            ranks[expert] += to_units(bias[expert], scale)
-    if group:
-        for first in range(0, num_experts, group):
-            is_chosen = False
-            for expert in ids:
-                is_chosen |= expert // group * group == first
-            if not is_chosen:
-                ranks[first : first + group] = NEVER
-
-
-rank_row: Callable[..., None] = _compile(_rank_row)
+is_changeable: Callable[..., bool] = compile_loop(_is_changeable)
 
 
 def _best_others(ranks: Any, is_chosen: Any, best: Any) -> tuple[int, int]:
@@ -94,7 +51,7 @@ def _best_others(ranks: Any, is_chosen: Any, best: Any) -> tuple[int, int]:
     return found, best[:found].sum()
 
 
-best_others: Callable[..., tuple[int, int]] = _compile(_best_others)
+best_others: Callable[..., tuple[int, int]] = compile_loop(_best_others)
 
 
 def _ask(
@@ -145,7 +102,7 @@ def _ask(
             demand[expert] += wanted
 
 
-ask: Callable[..., None] = _compile(_ask)
+ask: Callable[..., None] = compile_loop(_ask)
 
 
 def _of_level(wanted: Any, owner: Any) -> Any:
@@ -161,7 +118,7 @@ def _of_level(wanted: Any, owner: Any) -> Any:
     return sums[level]
 
 
-of_level: Callable[..., Any] = _compile(_of_level)
+of_level: Callable[..., Any] = compile_loop(_of_level)
 
 
 def _keep(
@@ -190,7 +147,7 @@ def _keep(
     return named if given_up > most else kept, given_up
 
 
-keep: Callable[..., tuple[Any, int]] = _compile(_keep)
+keep: Callable[..., tuple[Any, int]] = compile_loop(_keep)
 
 
 def _power(base: Any, exponent: float) -> Any:
@@ -200,7 +157,7 @@ def _power(base: Any, exponent: float) -> Any:
     return np.float32(np.float64(base) ** exponent)
 
 
-power: Callable[..., Any] = _compile(_power)
+power: Callable[..., Any] = compile_loop(_power)
 
 
 def _take_best(worth: Any, takes: Any, taken: Any) -> int:
@@ -222,7 +179,7 @@ def _take_best(worth: Any, takes: Any, taken: Any) -> int:
     return found
 
 
-take_best: Callable[..., int] = _compile(_take_best)
+take_best: Callable[..., int] = compile_loop(_take_best)
 
 
 def _refill(
@@ -279,7 +236,7 @@ def _refill(
             weights[row, slot] = p[slot] * mass / scale if slot < found else 0
 
 
-refill: Callable[..., None] = _compile(_refill)
+refill: Callable[..., None] = compile_loop(_refill)
 
 
 def _finish(before: Any, ids: Any, kinds: Any, names_dropped: bool) -> tuple[int, int]:
@@ -309,7 +266,7 @@ def _finish(before: Any, ids: Any, kinds: Any, names_dropped: bool) -> tuple[int
     return rerouted, dropped
 
 
-finish: Callable[..., tuple[int, int]] = _compile(_finish)
+finish: Callable[..., tuple[int, int]] = compile_loop(_finish)
 
 
 def _busiest(named: Any, owner: Any) -> Any:
@@ -320,4 +277,4 @@ def _busiest(named: Any, owner: Any) -> Any:
     return of_ranks.max()
 
 
-busiest: Callable[..., Any] = _compile(_busiest)
+busiest: Callable[..., Any] = compile_loop(_busiest)

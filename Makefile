@@ -7,12 +7,12 @@ PIN := constraints/cpu.txt
 # Tests that run at once: each takes a core and up to 3 GB.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-# Where torch +cpu comes from: auto = PyTorch's own index unless pip already finds it elsewhere.
+# Where torch comes from, and it alone: auto = PyTorch's index unless pip finds the CPU build without.
 TORCH_INDEX ?= auto
 
 .PHONY: help demo monitor-demo loadtest test nightly lint format install benchmark clean
 help:
-	@echo "make demo       serve the demo model on CPU, exact and re-routed, and compare"
+	@echo "make demo       exact and re-routed on a CPU: loss, speed, answers as served"
 	@echo "make monitor-demo  the demo under load with Prometheus beside it, until Ctrl-C"
 	@echo "make loadtest   latency and cost of the demo, exact and re-routed, through HTTP"
 	@echo "make test       lint, types and all tests that run on this machine"
@@ -50,9 +50,7 @@ benchmark: $(STAMP)
 
 install: $(STAMP)
 
-# The pins are the whole closure, so nothing is resolved. Without CPU builds of torchvision,
-# torchaudio and torchcodec vLLM does not start, and it does not need them: they are left out.
-$(STAMP): $(PIN) pyproject.toml
+$(STAMP): $(PIN) constraints/install_cpu.py pyproject.toml
 	@test "$$(uname -s)" = Linux || { echo "error: sere-ray runs on Linux; use a container or WSL2"; exit 2; }
 	@$(PYTHON) -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "error: Python 3.11, 3.12 or 3.13 with venv is needed; set PYTHON=python3.12"; exit 2; }
@@ -60,14 +58,7 @@ $(STAMP): $(PIN) pyproject.toml
 	  echo "no C++ compiler found (Debian: apt install g++): vLLM will run without its compiled graph"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned CPU stack into $(VENV): some minutes, 4 GB"
-	@set -e; $(BIN)/python -m pip install -q "$$(grep '^pip==' $(PIN))" 2>/dev/null; \
-	index="$(TORCH_INDEX)"; \
-	if [ "$$index" = auto ]; then \
-	  index=https://download.pytorch.org/whl/cpu; \
-	  ! $(BIN)/python -m pip install -q --dry-run --no-deps "$$(grep '^torch==' $(PIN))" \
-	    >/dev/null 2>&1 || index=; \
-	fi; \
-	$(BIN)/python -m pip install -q --no-deps -r $(PIN) $${index:+--extra-index-url $$index}
+	@TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python constraints/install_cpu.py
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -45,7 +45,9 @@ stack() {
   python3 -m venv "$2"
   "$2/bin/pip" install -q --no-cache-dir "$(pin pip)"
   if [ "$1" = cpu ]; then
-    "$2/bin/pip" install -q --no-cache-dir --no-deps -r <(pins) ${3:+--extra-index-url "$3"}
+    # Torch alone from TORCH_INDEX, so that no package can come from either index.
+    "$2/bin/pip" install -q --no-cache-dir --no-deps "$(pin torch)" ${3:+--index-url "$3"}
+    "$2/bin/pip" install -q --no-cache-dir --no-deps -r <(pins | grep -v '^torch==')
   else
     "$2/bin/pip" install -q --no-cache-dir -r <(requirements gpu) -c "$root/constraints/gpu.txt"
   fi

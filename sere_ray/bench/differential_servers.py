@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from sere_ray.bench.models import get_model
 from sere_ray.bench.serving_overhead import BARE, PROXIES, OverheadPlan, start
 from sere_ray.calibration.run import calibrate
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url
 from sere_ray.util.progress import progress
 
 ENGINE = {
@@ -38,7 +38,7 @@ def vllm_server(folder: Path) -> AbstractContextManager[tuple[str, str, Any]]:
 
 def of_vllm(url: str, key: str, generated: int) -> tuple[list[Case], list[Answer]]:
     """The cases, made of its document, and its answers."""
-    with urlopen(f"{url}/openapi.json", timeout=60) as response:
+    with open_url(f"{url}/openapi.json", 60) as response:
         cases = all_cases(json.load(response), generated)
     return cases, ask_all(url, key, cases)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import aiohttp
 import psutil
@@ -32,6 +32,7 @@ from sere_ray.bench.servers import served, server
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.gateway.keys import API_KEY
+from sere_ray.util.http import open_url
 from sere_ray.util.ports import free_port
 from sere_ray.util.progress import progress
 
@@ -205,7 +206,7 @@ def _bare(plan: OverheadPlan, folder: Path, port: int, key: str) -> Any:
 
 def _answers(url: str, key: str) -> bool:
     try:
-        with urlopen(Request(url, headers=_bearer(key)), timeout=10):
+        with open_url(Request(url, headers=_bearer(key)), 10):
             return True
     except (HTTPError, URLError, OSError):
         return False

@@ -1,25 +1,19 @@
 """Calibration text: where it comes from, and how it becomes token windows and batches."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sere_ray.calibration.text_files import ALLOWED, as_text, check_column, file_texts
 from sere_ray.util.errors import DataError
 from sere_ray.util.files import file_sha256
 
-_ALLOWED = (
-    "allowed: a .parquet or .jsonl file with a text column, any other UTF-8 text file, or the "
-    "name of a Hugging Face dataset"
-)
-_PARQUET_ROWS = 64  # rows read at a time
 _CHARACTERS_PER_TOKEN = 8  # first guess of how much of a long document is needed
 
 
@@ -50,9 +44,11 @@ def open_texts(data: str, text_column: str = "text") -> TextSource:
     """Open a file or a hub dataset.
 
     Args:
-        data: path of a ``.parquet`` or ``.jsonl`` file with a text column, path of any other
-            text file (one document), or name of a Hugging Face dataset, of which the split
-            ``train`` is streamed.
+        data: path of a file that its ending tells, in upper or lower case: ``.parquet``,
+            ``.jsonl`` or ``.ndjson`` (an object a line), ``.json`` (a list of objects, or one a
+            line), all with a text column, any other text file (one document); all but
+            ``.parquet`` also compressed, ``.gz``, ``.bz2`` or ``.xz``. Or name of a Hugging Face
+            dataset, of which the split ``train`` is streamed.
         text_column: name of the column.
 
     Raises:
@@ -61,19 +57,14 @@ def open_texts(data: str, text_column: str = "text") -> TextSource:
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        raise DataError(f"data = {data!r}: is a folder; {_ALLOWED}")
+        raise DataError(f"data = {data!r}: is a folder; {ALLOWED}")
     if not path.exists():
         looks_like_file = path.suffix[1:2].isalpha()  # "org/set-v1.0" does not
         if looks_like_file or path.is_absolute() or data.startswith((".", "~")):
-            raise DataError(f"data = {data!r}: no such file; {_ALLOWED}")
+            raise DataError(f"data = {data!r}: no such file; {ALLOWED}")
         texts, revision = _hub_texts(data, text_column)
         return TextSource(data, _not_empty(texts, data), revision=revision)
-    if path.suffix == ".parquet":
-        texts = _parquet_texts(path, text_column)
-    elif path.suffix == ".jsonl":
-        texts = _jsonl_texts(path, text_column)
-    else:
-        texts = _plain_texts(path)
+    texts = file_texts(path, text_column)
     return TextSource(data, _not_empty(texts, data), sha256=file_sha256(path))
 
 
@@ -165,44 +156,6 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
         characters *= 4
 
 
-def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from them
-        raise DataError(f"data = {str(path)!r}: not a readable parquet file ({error})") from None
-    _check_column(column, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
-        for text in batch.column(0).to_pylist():
-            yield _as_text(text, column, str(path))
-
-
-def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data = {where!r}: not a line of JSON ({error}); mend it") from None
-        if not isinstance(row, dict):
-            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
-        _check_column(column, list(row), where)
-        yield _as_text(row[column], column, where)
-
-
-def _plain_texts(path: Path) -> Iterator[str]:
-    yield "".join(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data = {str(path)!r}: not a text file ({error}); {_ALLOWED}") from None
-
-
 def _hub_texts(name: str, column: str) -> tuple[Iterator[str], str | None]:
     """Stream the split ``train`` of a hub dataset; also the commit it is at."""
     try:
@@ -226,8 +179,8 @@ def _row_texts(rows: Iterable[dict[str, Any]], name: str, column: str) -> Iterat
             return
         except Exception as error:
             raise _hub_error(name, error) from None
-        _check_column(column, list(row), name)
-        yield _as_text(row[column], column, name)
+        check_column(column, list(row), name)
+        yield as_text(row[column], column, name)
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
@@ -235,27 +188,8 @@ def _hub_error(name: str, error: Exception) -> DataError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return DataError(
         f"data = {name!r}: no such file, and not a dataset that can be streamed from the hub "
-        f"({reason}); {_ALLOWED}; without a network, download it and give the file"
+        f"({reason}); {ALLOWED}; without a network, download it and give the file"
     )
-
-
-def _check_column(column: str, columns: Sequence[str], where: str) -> None:
-    if column not in columns:
-        raise DataError(
-            f"data = {where!r}: no column {column!r}; it has {', '.join(map(repr, columns))}; "
-            "choose one as text_column"
-        )
-
-
-def _as_text(value: object, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            f"data = {where!r}: column {column!r} holds {type(value).__name__}, must be text; "
-            "choose another one as text_column"
-        )
-    return value
 
 
 def _not_empty(texts: Iterable[str], name: str) -> Iterator[str]:
@@ -266,4 +200,4 @@ def _not_empty(texts: Iterable[str], name: str) -> Iterator[str]:
             found = True
             yield text
     if not found:
-        raise DataError(f"data = {name!r}: holds no text; {_ALLOWED}")
+        raise DataError(f"data = {name!r}: holds no text; {ALLOWED}")

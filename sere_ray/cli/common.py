@@ -9,10 +9,20 @@ import typer
 from rich.console import Console
 
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import root
 
 console = Console(stderr=True)
 DEFAULT_URL = "http://127.0.0.1:8000"
 """Of a deployment on this machine."""
+
+
+def as_root(url: str) -> str:
+    """An option's address, with or without ``/v1``."""
+    try:
+        return root(url)
+    except SereError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sere_ray.cli.common import Out, TextColumn, console, names, user_errors
+from sere_ray.cli.common import Out, TextColumn, as_root, console, names, user_errors
 from sere_ray.cli.loadtest_common import Model, Seed
 
 
 def compare(
-    url: Annotated[str, typer.Argument(help="Of a deployment, without /v1.")],
+    url: Annotated[str, typer.Argument(help="Of a deployment.", callback=as_root)],
     tasks: Annotated[
         str,
         typer.Option(

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sere_ray.cli.common import console
+from sere_ray.cli.common import as_root, console
 
-Url = Annotated[str, typer.Option(help="Of the endpoint, without /v1.")]
+Url = Annotated[str, typer.Option(help="Of the endpoint.", callback=as_root)]
 Workload = Annotated[
     Path | None, typer.Option(help="JSON lines of prompt and max_tokens [arithmetic].")
 ]

@@ -145,7 +145,7 @@ def production_score(
 
 
 def _token(variable: str) -> str:
-    value = os.environ.get(variable)
+    value = os.environ.get(variable, "").strip()
     if not value:
         raise SereError(
             f"{variable} is not set: put a token of a Grafana service account there, or name "

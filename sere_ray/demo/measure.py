@@ -1,6 +1,6 @@
-"""What the demo measures: which policies it compares, their quality, and traffic under each."""
+"""What the demo measures on its trained model: policies, their quality, traffic under each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,33 @@ from sere_ray.bench.demo_model import PROMPT_TOKENS, TOP_K, bound, heldout_windo
 from sere_ray.calibration.loading import load_model
 from sere_ray.demo.serving import Served, send
 from sere_ray.engine.control import experts_read
-from sere_ray.evaluation.teacher_forced import Quality, exact_logits, score
+from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
 
-THRESHOLD = 0.3
-"""Least similarity of a stand-in, in the policies that limit it."""
+TAUS = (0.01, 0.025)
+"""Of `margin`: on the demo model at 16 streams, the experts that S = 2 reads, and its loss."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One policy at one decode batch size on held-out text, teacher-forced, in float32."""
+
+    policy: str
+    streams: int
+    experts_read: float
+    """Mean distinct experts per layer and decode step."""
+    top1_agreement: float
+    """Share of rows whose most likely next token is the exact model's."""
+    kl_mean: float
+    """KL(exact || re-routed) of next-token distributions, nats."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One policy at one concurrency: a row of the table, of the JSON and of the plots."""
+    """One policy at one concurrency, served."""
 
-    rule: str
-    """``off`` for stock."""
-    select_top_k: int | None
-    threshold: float | None
+    policy: str
     concurrency: int
     experts_read: float
     """Mean distinct experts per layer and decode-only step, counted in the engine."""
@@ -39,41 +50,36 @@ class Run:
     accuracy: float
     """Share of arithmetic problems answered right, through the endpoint."""
     problems: int
-    top1_agreement: float
-    """Against the exact model on teacher-forced held-out rows."""
-    kl_mean: float
-    """KL(exact || re-routed), nats, on the same rows."""
 
 
 def policies(similarity: str) -> list[Policy]:
-    """The policies that the demo compares: stock, and S = 2 and 1, each without and with threshold.
+    """The policies that the demo compares: stock, `margin` twice, and the published rule at S = 2.
 
     Args:
         similarity: path of the artifact.
     """
-    rerouted = [
-        Policy.parse({"similarity": similarity, "select_top_k": size, "threshold": threshold})
-        for size in (2, 1)
-        for threshold in (None, THRESHOLD)
+    common = {"similarity": similarity}
+    return [
+        Policy.parse({**common, "select_top_k": TOP_K, "mode": "off"}),
+        *(Policy.parse({**common, "rule": "margin", "tau": tau}) for tau in TAUS),
+        Policy.parse({**common, "select_top_k": 2}),
     ]
-    off = Policy.parse({"similarity": similarity, "select_top_k": TOP_K, "mode": "off"})
-    return [off, *rerouted]
 
 
-def label(rule: str, select_top_k: int | None, threshold: float | None) -> str:
+def label(policy: Policy) -> str:
     """Short name of a policy in tables and plots."""
-    if rule == "off":
+    if policy.mode == "off":
         return "stock"
-    return f"S={select_top_k}" + ("" if threshold is None else f", rho={threshold}")
+    return f"margin {policy.tau}" if policy.rule == "margin" else f"S={policy.select_top_k}"
 
 
 def measure_quality(
-    policies: list[Policy],
+    policies: Sequence[Policy],
     batches: Sequence[int],
     artifact: SimilarityArtifact,
     on_point: Callable[[], object],
-) -> dict[tuple[Policy, int], Quality]:
-    """Score every policy at every decode batch size on held-out text, teacher-forced, in float32.
+) -> list[Quality]:
+    """Score every policy at every decode batch size on held-out text.
 
     It runs in this process, without an engine, and all policies see the same rows.
 
@@ -82,36 +88,26 @@ def measure_quality(
         batches: decode batch sizes.
         artifact: of the demo model.
         on_point: called after each score.
-
-    Returns:
-        The quality, by policy and batch size.
     """
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype="float32"
     )
-    input_ids = heldout_windows()
-    exact = exact_logits(model, input_ids, PROMPT_TOKENS)
-    scores = {}
-    for policy in policies:
-        for batch in batches:
-            scores[policy, batch] = score(
-                model,
-                input_ids,
-                exact,
-                bound(policy),
-                artifact.layers,
-                batch=batch,
-                prompt_tokens=PROMPT_TOKENS,
-            )
+    texts = DecodeBatches(model, heldout_windows(), PROMPT_TOKENS, artifact.layers)
+    found = []
+    for batch in batches:
+        for policy in policies:
+            measured = texts.measure(bound(policy), batch)
+            reads, same, loss = measured.reads, measured.agreement, measured.kl
+            means = [round(float(values.mean()), 5) for values in (reads, same, loss)]
+            found.append(Quality(label(policy), batch, *means))
             on_point()
-    return scores
+    return found
 
 
 def measure_runs(
     policies: list[Policy],
     concurrencies: Sequence[int],
     problems: int,
-    quality: Mapping[tuple[Policy, int], Quality],
     deployment: Deployment,
     base_url: str,
     model_id: str,
@@ -123,7 +119,6 @@ def measure_runs(
         policies: to compare.
         concurrencies: numbers of requests in flight.
         problems: how many are sent at most for each policy and concurrency.
-        quality: from :func:`measure_quality`; goes into the rows.
         deployment: changes the policy and reads the engines' counters.
         base_url: of the endpoint; ends in ``/v1``.
         model_id: name of the served model.
@@ -152,7 +147,7 @@ def measure_runs(
             if policy.mode == "off":  # `off` counts nothing; `observe` says what stock reads
                 _, observed = traffic(policy.model_copy(update={"mode": "observe"}))
                 experts = experts_read(observed, "experts_before")
-            runs.append(_run(policy, concurrency, served, counters, experts, quality))
+            runs.append(_run(policy, concurrency, served, counters, experts))
             on_point()
     return runs
 
@@ -163,21 +158,12 @@ def problems_at(concurrency: int) -> int:
 
 
 def _run(
-    policy: Policy,
-    concurrency: int,
-    served: Served,
-    counters: dict[str, Any],
-    experts: float,
-    quality: Mapping[tuple[Policy, int], Quality],
+    policy: Policy, concurrency: int, served: Served, counters: dict[str, Any], experts: float
 ) -> Run:
     decode = counters["decode_only"]
     steps = max(decode["steps"], 1)
-    off = policy.mode == "off"
-    score = quality[policy, concurrency]
     return Run(
-        rule="off" if off else policy.rule,
-        select_top_k=None if off else policy.select_top_k,
-        threshold=policy.threshold,
+        policy=label(policy),
         concurrency=concurrency,
         experts_read=round(experts, 2),
         step_ms=round(decode["forward_seconds"] / steps * 1e3, 3),
@@ -185,6 +171,4 @@ def _run(
         tokens_per_s=round(served.tokens_per_s, 1),
         accuracy=round(served.accuracy, 4),
         problems=served.problems,
-        top1_agreement=round(score.top1_agreement, 4),
-        kl_mean=round(score.kl_mean, 5),
     )

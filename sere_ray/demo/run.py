@@ -1,4 +1,4 @@
-"""The demo, step by step: calibrate, score quality, serve, send traffic, report."""
+"""The demo, step by step: calibrate, score quality, time a large model, serve, send traffic."""
 
 import shutil
 import tempfile
@@ -7,17 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from sere_ray import assets
 from sere_ray.calibration import calibrate
+from sere_ray.demo import report
 from sere_ray.demo.measure import Run, measure_quality, measure_runs, policies
-from sere_ray.demo.report import print_table, write_html
 from sere_ray.demo.serving import HOST, MODEL_ID, RANKS, served
+from sere_ray.demo.speed import measure_speed
 from sere_ray.serve.run import wait_for_signal
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import check_free
-from sere_ray.util.progress import progress
+from sere_ray.util.progress import progress, waiting
 from sere_ray.util.results import write_result
+
+CALIBRATION_SEQUENCES = 100
+"""A quarter of the usual text, in a quarter of the time; only `sere` reads the artifact here."""
 
 
 def run_demo(
@@ -37,50 +42,77 @@ def run_demo(
         SereError: the port is taken, or a package of the extra ``cpu`` is missing.
     """
     compiled = check_machine(port, console) and not eager
+    streams, start = max(concurrencies), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="sere-demo-") as folder:
         similarity = Path(folder) / "demo.safetensors"
         console.print("[bold]1. calibrate[/]: how alike are the demo model's experts?")
         artifact = calibrate(
-            str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, console=console
+            str(assets.MODEL),
+            data=str(assets.CALIBRATION),
+            out=similarity,
+            sequences=CALIBRATION_SEQUENCES,
+            console=console,
         )
         settings = policies(str(similarity))
         points = len(settings) * len(concurrencies)
 
-        console.print("[bold]2. quality[/]: held-out text, exact model against re-routed")
+        console.print("[bold]2. quality[/]: trained model on held-out text, exact and re-routed")
         with progress(console, points, task="   teacher-forced", unit="settings") as advance:
             quality = measure_quality(settings, concurrencies, artifact, lambda: advance(1))
 
-        console.print(
-            f"[bold]3. serve[/]: Ray Serve and vLLM on CPU, {RANKS} ranks that share the experts, "
-            "one to two minutes"
+        console.print("[bold]3. speed[/]: decode steps of a random model beyond the CPU's cache")
+        of_streams = [each for each in quality if each.streams == streams]
+        reads = [each.experts_read for each in of_streams]
+        with waiting(console, "1.9 GB of experts"):
+            speeds = measure_speed(settings, reads, streams, Path(folder) / "speed.log")
+        words = report.summary(of_streams, speeds)
+        console.print(f"\n[bold]{escape(words)}[/]", highlight=False)
+        report.print_table(
+            "loss on the trained model, and speed of the large one",
+            report.comparison(quality, speeds),
+            console,
         )
-        start = time.perf_counter()
+        first_s = time.perf_counter() - start
+        console.print(f"   first comparison after {first_s:.0f} s")
+
+        console.print(
+            f"[bold]4. serve[/]: the trained model, Ray Serve and vLLM on CPU, {RANKS} ranks that "
+            "share the experts"
+        )
+        start_of_engines = time.perf_counter()
         with served(
-            settings[0],
-            port,
-            max_streams=max(concurrencies),
-            compiled=compiled,
-            console=console,
+            settings[0], port, max_streams=streams, compiled=compiled, console=console
         ) as deployment:
-            console.print(f"   up after {time.perf_counter() - start:.0f} s")
-            console.print("[bold]4. traffic[/]: arithmetic through the endpoint")
+            engines_s = time.perf_counter() - start_of_engines
+            console.print(f"   up after {engines_s:.0f} s; arithmetic through the endpoint")
             with progress(console, points, task="   requests", unit="settings") as advance:
                 runs = measure_runs(
                     settings,
                     concurrencies,
                     problems,
-                    quality,
                     deployment,
                     f"http://{HOST}:{port}/v1",
                     MODEL_ID,
                     lambda: advance(1),
                 )
-            print_table(runs, console)
+            report.print_table("the trained model, served", report.served(runs), console)
+            report.print_notes(console)
+            console.print(f"all of it after {time.perf_counter() - start:.0f} s")
             if json:
-                write_result(json, {"model": "demo", "runs": [vars(run) for run in runs]})
+                content = {
+                    "model": "demo",
+                    "summary": words,
+                    "first_comparison_s": round(first_s, 1),
+                    "engines_start_s": round(engines_s, 1),
+                    "all_s": round(time.perf_counter() - start, 1),
+                    "quality": [vars(row) for row in quality],
+                    "speed": [vars(row) for row in speeds],
+                    "runs": [vars(row) for row in runs],
+                }
+                write_result(json, content)
                 console.print(f"wrote {json}")
             if html:
-                write_html(runs, html)
+                report.write_html(quality, speeds, runs, words, html)
                 console.print(f"wrote {html}")
             if keep:
                 _wait(port, console)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 
 from sere_ray import assets
@@ -19,6 +19,8 @@ from sere_ray.util.ray_instance import start_ray
 HOST = "127.0.0.1"
 MODEL_ID = "sere-demo"
 APP = "sere-demo"
+YIELDING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Environment of engines: threads that wait give their core away, to another rank for instance."""
 RANKS = 2
 """Data-parallel ranks; each holds half of the experts."""
 
@@ -56,7 +58,7 @@ def served(
     logging.disable(logging.INFO)
     from sere_ray.serve import build_app
 
-    environment = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
+    environment = {"env_vars": {"HF_HUB_OFFLINE": "1", **YIELDING}}
     start_ray(metrics_port=metrics_port, runtime_env=environment)
     try:
         serve.start(http_options={"host": HOST, "port": port})
@@ -117,7 +119,10 @@ async def _send(
 ) -> Served:
     waiting = iter(problems)
     correct = tokens = 0
-    async with AsyncOpenAI(base_url=base_url, api_key="none", timeout=120) as client:
+    direct = DefaultAsyncHttpxClient(trust_env=False)  # past proxies: it is this machine
+    async with AsyncOpenAI(
+        base_url=base_url, api_key="none", timeout=120, http_client=direct
+    ) as client:
 
         async def stream() -> None:
             nonlocal correct, tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sere_ray.calibration.collect import MoELayer
-from sere_ray.evaluation.compiled_sere import compiled_sere
+from sere_ray.evaluation.compiled_rules import compiled
 from sere_ray.evaluation.gates import that_chose
 from sere_ray.evaluation.lda import Affine, Moments
 from sere_ray.masks.compose import after_masks
@@ -129,8 +129,6 @@ class LayerRule:
 
     def _apply(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
         rule, layer = self.rule, self.layer
-        if self.mask is None and self.name == "sere" and ids.device.type == "cpu":
-            return compiled_sere(ids, weights, layer)
         scores = None
         if rule.needs_scores:
             logits = linear(hidden, self.module.gate_weight)
@@ -156,6 +154,9 @@ class LayerRule:
                 )
             kept = kept_slots(hidden, ids, weights, kinds, self.mask)
             return after_masks(self.name, kept, ids, weights, scores, kinds, layer)
+        fast = compiled(self.name, ids, weights, scores, layer)
+        if fast is not None:
+            return fast
         return rule.apply(ids, weights, scores, kinds, layer)
 
 

@@ -58,11 +58,11 @@ def reroute_and_count(
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
     counts = _loops().reroute(
         new_ids.numpy(),
-        _as_numpy(topk_weights),
+        as_numpy(topk_weights),
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
-        _owners(owner, similarity),
+        owners(owner, similarity.shape[0]),
     )
     return new_ids, StepCounts(*counts)
 
@@ -79,7 +79,7 @@ def lowest_slot_orders(
     orders = np.full(num_experts, UNNAMED, dtype=np.uint8)
     _loops().fill_slot_orders(
         topk_ids.contiguous().numpy(),
-        _as_numpy(topk_weights),
+        as_numpy(topk_weights),
         row_kind.contiguous().numpy(),
         orders,
     )
@@ -119,7 +119,7 @@ def reroute_by_slot_orders(
         similarity.contiguous().numpy(),
         row_kind.contiguous().numpy(),
         *_numbers(topk_ids, similarity, select_top_k, threshold, min_primary_experts),
-        _owners(owner, similarity),
+        owners(owner, similarity.shape[0]),
     )
     return new_ids, StepCounts(*counts)
 
@@ -139,7 +139,7 @@ def merge_repeated(
         New ids and weights, and how many slots were taken over by others.
     """
     new_ids = topk_ids.clone(memory_format=torch.contiguous_format)
-    new_weights = torch.from_numpy(_as_numpy(topk_weights).copy())
+    new_weights = torch.from_numpy(as_numpy(topk_weights).copy())
     kinds = row_kind.contiguous().numpy()
     merged = _loops().merge_repeated(new_ids.numpy(), new_weights.numpy(), kinds, num_experts)
     return new_ids, new_weights.to(topk_weights.dtype), merged
@@ -152,18 +152,20 @@ def _loops() -> ModuleType:
     return cpu_loops
 
 
-def _as_numpy(weights: Tensor) -> NDArray[np.floating]:
+def as_numpy(weights: Tensor) -> NDArray[np.floating]:
+    """Weights as loops take them, float32 or float64 and contiguous; a copy only if need be."""
     if weights.dtype not in (torch.float32, torch.float64):
         weights = weights.float()  # exact: numpy has no bf16
     array: NDArray[np.floating] = weights.contiguous().numpy()
     return array
 
 
-def _owners(owner: Tensor | None, similarity: Tensor) -> NDArray[np.int64]:
+def owners(owner: Tensor | None, num_experts: int) -> NDArray[np.int64]:
+    """``[E]``: the rank that holds each expert; None = one rank holds them all."""
     if owner is None:
-        return np.zeros(similarity.shape[0], np.int64)
-    owners: NDArray[np.int64] = owner.numpy()
-    return owners
+        return np.zeros(num_experts, np.int64)
+    ranks: NDArray[np.int64] = owner.numpy()
+    return ranks
 
 
 def _numbers(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import psutil
 
@@ -21,6 +21,7 @@ from sere_ray.loadtest.generator import Pending
 from sere_ray.loadtest.policies import parse_policies, whole_policy
 from sere_ray.serve.client import set_policy
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url
 from sere_ray.util.processes import ENGINE, processes, processes_named
 
 _STEP_SECONDS = 5.0
@@ -141,7 +142,7 @@ def _status(plan: LoadPlan, url: str, body: bytes) -> int:
         headers["Authorization"] = f"Bearer {plan.target.keys[0].key}"
     data = body.replace(b"MODEL", plan.target.model.encode())
     try:
-        with urlopen(Request(f"{url}/v1/chat/completions", data, headers), timeout=30) as answer:
+        with open_url(Request(f"{url}/v1/chat/completions", data, headers), 30) as answer:
             return int(answer.status)
     except HTTPError as error:
         return error.code

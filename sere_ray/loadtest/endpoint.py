@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 from sere_ray.loadtest.workload import ClientKey, load_keys
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url
 
 API_KEY = "OPENAI_API_KEY"
 """Variable of the key that is used without a file of keys, as OpenAI's own client reads it."""
@@ -24,7 +25,7 @@ def read_keys(path: Path | None) -> list[ClientKey]:
     """
     if path is not None:
         return load_keys(path)
-    own = os.environ.get(API_KEY)
+    own = os.environ.get(API_KEY, "").strip()  # of a file, for instance: with its last newline
     return [ClientKey(key=own)] if own else []
 
 
@@ -44,7 +45,7 @@ def find_model(url: str, keys: Sequence[ClientKey], model: str | None) -> str:
     for number, key in enumerate(keys or [None], 1):
         headers = {"Authorization": f"Bearer {key.key}"} if key else {}
         try:
-            with urlopen(Request(address, headers=headers), timeout=_TIMEOUT_SECONDS) as response:
+            with open_url(Request(address, headers=headers), _TIMEOUT_SECONDS) as response:
                 served = [str(entry["id"]) for entry in json.load(response)["data"]]
         except HTTPError as error:
             which = f"key {number} of {len(keys)}" if key else "a request without key"

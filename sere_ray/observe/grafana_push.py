@@ -14,6 +14,7 @@ from sere_ray.observe.dashboards import DASHBOARD
 from sere_ray.observe.grafana_alerts import FOLDER, GROUP, INTERVAL_SECONDS, rule_group
 from sere_ray.observe.render import DATA_SOURCE_UID
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import is_direct
 
 Report = Callable[[str], None]
 POLICY_TAGS = ["sere-ray", "policy"]
@@ -52,6 +53,7 @@ class Grafana:
             raise SereError(f"--url = {url!r}: must start with http:// or https://")
         self._url, self._report, self._dry_run = url, report, dry_run
         self._api = GrafanaApi.from_url(url, credential=token)
+        self._api.client.s.trust_env = not is_direct(url, has_secret=True)  # of proxies
 
     def push(self, prometheus_url: str) -> None:
         """Create or update the folder, data source, dashboard and alert rules.

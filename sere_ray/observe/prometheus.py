@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import yaml
 
 from sere_ray.observe.alerts import alert_groups
 from sere_ray.observe.rules import recording_groups
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url
 
 HOST = "127.0.0.1"
 START_SECONDS = 30.0
@@ -60,7 +60,7 @@ class Prometheus:
         """
         address = f"{self.url}/api/v1/{what}?{urlencode(parameters)}"
         try:
-            with urlopen(address, timeout=30) as response:
+            with open_url(address, 30) as response:
                 return json.load(response)["data"]
         except HTTPError as error:
             raise SereError(f"{address}: {json.load(error)['error']}") from None
@@ -139,7 +139,7 @@ def _wait(server: Prometheus, process: subprocess.Popen[bytes], log: Path) -> No
         if process.poll() is not None:
             break
         try:
-            with urlopen(f"{server.url}/-/ready", timeout=5):
+            with open_url(f"{server.url}/-/ready", 5):
                 return
         except (URLError, OSError):
             time.sleep(0.1)

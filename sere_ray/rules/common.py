@@ -141,7 +141,7 @@ def refill(
     unserved = changeable & ~of_rows.gather(-1, old).all(dim=-1)
 
     ids, weights = topk_ids[unserved].long(), topk_weights[unserved]  # [U, K]
-    before = scores[unserved].gather(1, ids).sum(dim=1, keepdim=True)
+    before = sum_of_slots(scores[unserved].gather(1, ids))
     own = torch.zeros_like(scores[unserved], dtype=torch.bool).scatter_(1, ids, True)
     p = torch.where(own, scores[unserved], fill * scores[unserved])
     # The bits of floats in 0..1 are in their order; these and ranks are within 2^30 of 0.
@@ -151,13 +151,26 @@ def refill(
     new_ids = worth.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
     taken = worth.gather(1, new_ids) > NEVER
     p = torch.where(taken, p.gather(1, new_ids), 0.0)
-    scale = p.sum(dim=1, keepdim=True) ** beta * before ** (1 - beta)
-    new_weights = torch.where(taken, p * weights.sum(dim=1, keepdim=True) / scale, 0.0)
+    scale = power(sum_of_slots(p), beta) * power(before, 1 - beta)
+    new_weights = torch.where(taken, p * sum_of_slots(weights) / scale, 0.0)
 
     all_ids, all_weights = topk_ids.clone(), topk_weights.clone()
     all_ids[unserved] = torch.where(taken, new_ids, -1).to(topk_ids.dtype)
     all_weights[unserved] = new_weights.to(topk_weights.dtype)
     return all_ids, all_weights
+
+
+def sum_of_slots(values: Tensor) -> Tensor:
+    """``[rows, 1]`` float32 of ``[rows, K]``: slot by slot, as float sums have an order."""
+    total = torch.zeros_like(values[:, :1], dtype=torch.float32)
+    for slot in range(values.shape[1]):
+        total = total + values[:, slot, None].float()
+    return total
+
+
+def power(base: Tensor, exponent: float) -> Tensor:
+    """Of float32. Computed in float64: of float32 every library has a power of its own."""
+    return (base.double() ** exponent).float()
 
 
 def name_dropped(topk_ids: Tensor, before: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def scores_of(logits: Tensor, gate: Gate) -> Tensor:
     """``[..., E]`` float32, at least 0, of logits of the same shape."""
     logits = logits.float()
     if gate.scoring == "softmax":
-        return logits.softmax(dim=-1)
+        # On a CPU torch's own wakes all threads for a few rows, and waits for the last of them.
+        exponentials = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        return exponentials / exponentials.sum(dim=-1, keepdim=True)
     if gate.scoring == "sigmoid":
         return logits.sigmoid()
     return torch.nn.functional.softplus(logits).sqrt()

@@ -37,7 +37,7 @@ UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
 WEIGHT_UNIT = 32
 """Weight of a row that is certain to count; a draft has less: see :func:`demand`."""
-_NAMED, _DEMAND = 1, 2**16
+NAMED, DEMAND = 1, 2**16
 """What a row adds to an expert's number in :func:`ask`: once for naming it, and per unit."""
 
 
@@ -76,7 +76,7 @@ def ask(
     wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT + 1)
     wanted = wanted.masked_fill(anyway, UNIT + 1)
     named = anyway | named_by(topk_ids, rows, layer.num_experts)
-    return wanted * _DEMAND + named.long() * _NAMED
+    return wanted * DEMAND + named.long() * NAMED
 
 
 def keep(asked: Tensor, layer: Layer) -> Tensor:
@@ -89,7 +89,7 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
         layer: as there.
     """
     named, wanted = is_named(asked), wanted_of(asked)
-    decisive = of_level(asked // _DEMAND, layer.owner) if layer.balance_ranks else wanted
+    decisive = of_level(asked // DEMAND, layer.owner) if layer.balance_ranks else wanted
     kept = named & (decisive > demand_units(layer.tau))
     # The floor is filled by demand with experts that somebody named.
     kept = named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
@@ -110,7 +110,7 @@ def demand_given_up(asked: Tensor, layer: Layer) -> Tensor:
 def wanted_of(asked: Tensor) -> Tensor:
     """``[..., E]`` int64: the demand in sums of :func:`ask`; beyond ``UNIT`` nothing is told
     apart."""
-    return (asked // _DEMAND).clamp(max=UNIT + 1)
+    return (asked // DEMAND).clamp(max=UNIT + 1)
 
 
 def of_level(wanted: Tensor, owner: Tensor | None) -> Tensor:
@@ -151,7 +151,7 @@ def refill_rows(
 
 def is_named(asked: Tensor) -> Tensor:
     """``[..., E]`` bool: the experts that somebody named."""
-    return asked % _DEMAND > 0
+    return asked % DEMAND > 0
 
 
 def demand_units(tau: float) -> int:

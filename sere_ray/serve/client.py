@@ -8,7 +8,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import yaml
 
@@ -16,6 +16,7 @@ from sere_ray.observe.stats import STEP_KINDS, between, means
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.gateway.keys import ADMIN_TOKEN
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url, root
 from sere_ray.util.token_times import quantile_ms
 
 TIMEOUT_SECONDS = 30.0
@@ -25,7 +26,7 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
     """GET ``/sere/{what}``, or PUT a change to it. The admin token is in ``SERE_ADMIN_TOKEN``.
 
     Args:
-        url: of the deployment.
+        url: of the deployment, with or without ``/v1``.
         what: path below ``/sere/``, such as ``policy``.
         change: JSON to PUT; None = GET.
 
@@ -40,13 +41,11 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
         if not (token.isascii() and token.isprintable()):
             raise SereError(f"{ADMIN_TOKEN}: holds characters that no token has; set it anew")
         headers["Authorization"] = f"Bearer {token}"
-    address = f"{url.rstrip('/')}/sere/{what}"
+    address = f"{root(url)}/sere/{what}"
     body = None if change is None else json.dumps(change).encode()
     method = "GET" if change is None else "PUT"
     try:
-        with urlopen(
-            Request(address, body, headers, method=method), timeout=TIMEOUT_SECONDS
-        ) as response:
+        with open_url(Request(address, body, headers, method=method), TIMEOUT_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
     except HTTPError as error:

@@ -16,6 +16,7 @@ from sere_ray.serve.deployment_file import check_artifacts, configs, limits_of_p
 from sere_ray.serve.engine_check import check_engine, check_model
 from sere_ray.serve.failed_start import failure, reason
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import address
 from sere_ray.util.ports import check_free
 from sere_ray.util.progress import waiting
 from sere_ray.util.ray_instance import nothing_left, session_logs, start_ray
@@ -56,10 +57,10 @@ def run_file(
             end_at_signals()  # Ray has set handlers of its own
             names = deploy_all(document, http, console)
             if metrics_port is not None:
-                address = f"http://127.0.0.1:{metrics_port}/metrics"
-                console.print(f"metrics on {address}", highlight=False)
-            host = f"http://{http['host']}:{http['port']}"
-            console.print(f"serving {', '.join(names)} on {host}", highlight=False)
+                metrics = f"http://127.0.0.1:{metrics_port}/metrics"
+                console.print(f"metrics on {metrics}", highlight=False)
+            url = f"http://{address(http['host'], http['port'])}"
+            console.print(f"serving {', '.join(names)} on {url}", highlight=False)
             wait_for_signal()
             console.print("draining: requests under way finish, new ones are refused")
             drain(names)

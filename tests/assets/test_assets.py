@@ -70,9 +70,6 @@ def test_final_answer():
 
 
 def test_policies_of_the_demo():
-    names = [
-        label("off" if p.mode == "off" else "sere", p.select_top_k, p.threshold)
-        for p in policies("a.safetensors")
-    ]
-    assert names == ["stock", "S=2", "S=2, rho=0.3", "S=1", "S=1, rho=0.3"]
+    names = [label(policy) for policy in policies("a.safetensors")]
+    assert names == ["stock", "margin 0.01", "margin 0.025", "S=2"]
     assert [problems_at(c) for c in (1, 4, 16)] == [12, 48, 128]

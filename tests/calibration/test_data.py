@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +101,41 @@ def test_reads_parquet_jsonl_and_text(tmp_path: Path) -> None:
     assert source.revision is None
 
 
+ROWS = [{"text": "one"}, {"text": "two"}]
+LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.json", LINES),
+        ("a.json", json.dumps(ROWS, indent=2).encode()),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.Json.BZ2", bz2.compress(json.dumps(ROWS).encode())),
+        ("a.v1.ndjson.xz", lzma.compress(LINES)),
+    ],
+)
+def test_endings_say_what_a_file_is(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert list(open_texts(str(path)).texts) == ["one", "two"]
+
+
+def test_upper_case_parquet_and_compressed_text(tmp_path: Path) -> None:
+    assert list(open_texts(write_parquet(tmp_path / "A.PARQUET", text=["one"])).texts) == ["one"]
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n"))
+    assert list(open_texts(str(tmp_path / "a.txt.gz")).texts) == ["one\n"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.zst", "a.TSV.gz", "a.parquet.gz", "a.zip"])
+def test_other_syntax_is_refused_and_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text\none\n")
+    with pytest.raises(DataError, match=r"files are not read; allowed: a \.parquet"):
+        open_texts(str(tmp_path / name))
+
+
 def test_another_column(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", body=["one"])
     assert list(open_texts(path, "body").texts) == ["one"]
@@ -138,6 +176,13 @@ def test_no_text(tmp_path: Path, name: str) -> None:
         ("a.bin", b"\xff\xfe\x00\x80", "not a text file"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2'.*not a line of JSON"),
         ("a.jsonl", b"[1, 2]\n", "must be an object with 'text'"),
+        ("a.json", b"[1, 2]\n", "entry 0'.*must be an object with 'text'"),
+        ("a.json", b'"one"', "must be a list of objects with 'text'"),
+        ("a.json", b'{"text": "x", ', "not a line of JSON"),
+        ("a.json", b'{"body": "x"}', "no column 'text'"),
+        ("a.jsonl.gz", LINES, "not a text file"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "not a text file"),
+        ("a.jsonl.xz", b"no", "not a text file"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -149,7 +194,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
 
 @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/nowhere/at-all", "~/none"])
 def test_missing_file(name: str) -> None:
-    with pytest.raises(DataError, match=r"no such file; allowed: a \.parquet or \.jsonl"):
+    with pytest.raises(DataError, match=r"no such file; allowed: a \.parquet, \.jsonl"):
         open_texts(name)
 
 

@@ -20,6 +20,7 @@ from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.placement import expert_owner
 from sere_ray.policy.policy import Policy, Startup
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
+from sere_ray.rules.gate import PLAIN, scores_of
 from sere_ray.util.errors import ArtifactError, PolicyError, SereError
 from sere_ray.util.ports import free_port
 from tests.engine.ranks import RANKS, gloo_group, run_ranks
@@ -317,7 +318,8 @@ def test_rules_of_demand_keep_one_set_of_experts_on_all_ranks():
         for group in [calls] if policy.union == "global" else [[call] for call in calls]:
             fields = [list(chain(*of)) for of in zip(*(call[2] for call in group), strict=True)]
             ids, weights, logits, kinds, new_ids, new_weights = map(torch.tensor, fields)
-            scores, of_step = logits.softmax(-1), bound.for_rows(int((kinds == REROUTABLE).sum()))
+            scores = scores_of(logits, PLAIN)
+            of_step = bound.for_rows(int((kinds == REROUTABLE).sum()))
             layer = number % LAYERS
             statistics = make_statistics(layer)
             knobs = of_step.of_layer(layer, EXPERTS, None, OWNER, statistics)
@@ -378,7 +380,7 @@ def test_a_rule_is_told_which_rank_holds_an_expert():
         if owner is not None:
             state.owner[0] = owner
         layer = Layer(EXPERTS, **keys, owner=owner)
-        expected = RULES["margin"].apply(ids, weights, logits.softmax(-1), kinds, layer)[0]
+        expected = RULES["margin"].apply(ids, weights, scores_of(logits, PLAIN), kinds, layer)[0]
         with state.step(kinds.numpy()):
             new_ids, _ = state.choose(0, ids, weights, logits)
         assert torch.equal(new_ids, name_dropped(expected, ids))

@@ -594,7 +594,7 @@ def test_mistakes_in_the_key_file(tmp_path, has_words, content, words):
 
 
 def test_keys_of_the_environment_are_hashed_at_once(monkeypatch):
-    monkeypatch.setenv("SERE_API_KEY", "k-env")
+    monkeypatch.setenv("SERE_API_KEY", "k-env\n")  # as `$(cat FILE)` does not, but secrets do
     monkeypatch.delenv("SERE_ADMIN_TOKEN", raising=False)
     keys = from_environment()
     assert "k-env" not in repr(keys)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sere_ray.engine.cpu.union import UnionOfRanks
+from sere_ray.kernel import cpu_margin
+from sere_ray.kernel.cpu_margin import busiest, finish
 from sere_ray.kernel.cpu_sere import (
     StepCounts,
     lowest_slot_orders,
@@ -17,7 +19,7 @@ from sere_ray.kernel.cpu_sere import (
     reroute_by_slot_orders,
 )
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import PADDING, REROUTABLE, Choice, Layer, name_dropped
+from sere_ray.rules import REROUTABLE, Choice, Layer
 from sere_ray.rules.demand import DEMAND_RULES, DemandRule
 from sere_ray.rules.gate import Gate, scores_of
 
@@ -51,6 +53,18 @@ class LayerOfStep(NamedTuple):
     """``[rows]`` int64 of the step, without padding: how far drafts count; None = all are whole."""
 
 
+_DEMAND_RULES = {
+    **DEMAND_RULES,
+    "margin": DEMAND_RULES["margin"]._replace(
+        ask=cpu_margin.ask,
+        keep=cpu_margin.keep,
+        take=cpu_margin.refill_rows,
+        given_up=cpu_margin.demand_given_up,
+    ),
+}
+"""``margin`` as compiled loops."""
+
+
 def apply_rule(
     bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
@@ -67,7 +81,7 @@ def apply_rule(
     """
     if bound.rule == "sere":
         return _apply_sere(bound, of_step, union)
-    return _apply_by_demand(DEMAND_RULES[bound.rule], bound, of_step, union)
+    return _apply_by_demand(_DEMAND_RULES[bound.rule], bound, of_step, union)
 
 
 def _apply_sere(
@@ -118,7 +132,7 @@ def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, 
 def _apply_by_demand(
     rule: DemandRule, bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
-    """The torch rule itself.
+    """The rule in its two halves, ranks' sums between them.
 
     Where the experts' code takes no id of -1, a dropped slot names the row's best expert, with
     weight 0.
@@ -139,40 +153,20 @@ def _apply_by_demand(
         union.compare(of_step.layer, kept)
     new_ids, new_weights = rule.take(kept, ids, weights, scores, kinds, knobs)
     named = rule.is_named(asked)
-    changed = (new_ids != ids).any(dim=1) & (kinds != PADDING)
+    rerouted, dropped = finish(ids, new_ids, kinds, names_dropped=not of_step.skips_dropped)
     counts = StepCounts(
         experts_before=int(named.sum()),
         experts_after=int(kept.sum()),
-        slots_rerouted=_slots_changed(ids[changed], new_ids[changed]),
+        slots_rerouted=rerouted,
         critical_kept=0,
-        slots_merged=int(((new_ids < 0) & (ids >= 0)).sum()) if of_step.skips_dropped else 0,
+        slots_merged=dropped if of_step.skips_dropped else 0,
         beyond_range=int(_is_beyond(rule, asked, knobs)),
-        experts_max_rank_before=_busiest(named, owner),
-        experts_max_rank_after=_busiest(kept, owner),
+        experts_max_rank_before=busiest(named, owner),
+        experts_max_rank_after=busiest(kept, owner),
     )
-    if not of_step.skips_dropped:
-        new_ids = name_dropped(new_ids, ids)
     return (new_ids, new_weights), counts
 
 
 def _is_beyond(rule: DemandRule, asked: Tensor, knobs: Layer) -> bool:
     """Whether more demand is given up than in any step of calibration."""
     return knobs.most is not None and bool(rule.given_up(asked, knobs) > knobs.most)
-
-
-def _slots_changed(before: Tensor, after: Tensor) -> int:
-    """Slots whose expert the row did not have before, or that are dropped; order does not count.
-
-    Args:
-        before: ``[rows, K]`` ids.
-        after: ``[rows, K]`` ids; -1 = dropped.
-    """
-    stayed = (after[:, :, None] == before[:, None, :]).any(dim=2)
-    return int((~stayed).sum())
-
-
-def _busiest(named: Tensor, owner: Tensor | None) -> int:
-    """Experts of the rank that holds most of those that are ``named``, ``[E]`` bool."""
-    if owner is None or not named.any():
-        return int(named.sum())
-    return int(torch.bincount(owner[named]).max())

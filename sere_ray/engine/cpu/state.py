@@ -19,8 +19,9 @@ from sere_ray.engine.cpu.sent import GatheredBytes, Sent
 from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.layer_checks import check_rows
 from sere_ray.engine.state import DECODE_ONLY, MIXED, EngineState
-from sere_ray.kernel.cpu_sere import StepCounts, reroute_and_count
+from sere_ray.kernel.cpu_sere import StepCounts
 from sere_ray.kernel.memory import OWN_COUNTERS
+from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import EXACT, REROUTABLE, Choice
 from sere_ray.rules.gate import PLAIN
@@ -52,7 +53,7 @@ class CpuState(EngineState):
     owner: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        """Allocate everything a step writes to, and compile the rule."""
+        """Allocate everything a step writes to, and compile the rules."""
         super().__post_init__()
         self._take_matrices()
         self.row_kind = torch.zeros(self.max_rows, dtype=torch.int8, device="cpu")
@@ -66,7 +67,7 @@ class CpuState(EngineState):
             self.sent = DispatchMeter(len(self.layers))
         elif self.union is not None:
             self.sent = GatheredBytes(len(self.layers))
-        _compile_rule(self.top_k)
+        _compile_rules(self.top_k)
 
     @property
     def kind(self) -> EngineKind:
@@ -231,15 +232,23 @@ def active_state() -> CpuState | None:
     return _active.get()
 
 
-def _compile_rule(top_k: int) -> None:
-    """Compile for the dtypes of vLLM's CPU router, so that the first step does not wait for it."""
-    ids = torch.zeros((1, top_k), dtype=torch.int32)
-    reroute_and_count(
-        ids,
-        ids.float(),
-        torch.ones((1, 1), dtype=torch.float32),  # vLLM sets another default while it loads
-        torch.ones(1, dtype=torch.int8),
-        select_top_k=1,
-        threshold=None,
-        min_primary_experts=0,
+def _compile_rules(top_k: int) -> None:
+    """Compile for the dtypes of vLLM's CPU router, so that no step waits for it."""
+    experts = top_k + 1
+    floats = torch.zeros((1, experts), dtype=torch.float32)  # vLLM sets another default at loading
+    ids = torch.arange(top_k, dtype=torch.int32)[None]
+    kinds = torch.ones(1, dtype=torch.int8)
+    similarity = floats.expand(experts, experts)
+    layer = LayerOfStep(
+        0, 0, ids, floats[:, :top_k], floats, PLAIN, kinds, similarity, {}, None, skips_dropped=True
     )
+    for rule, knobs in {"sere": (), "margin": (("tau", 1.0),)}.items():
+        bound = BoundPolicy(
+            mode="on",
+            rule=rule,
+            select_top_k=1,
+            threshold=None,
+            min_primary_experts=0,
+            knobs=knobs,
+        )
+        apply_rule(bound, layer, None)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import open_url
 
 _TIMEOUT_SECONDS = 600.0
 _BUSY = {429, 503}
@@ -86,7 +87,7 @@ class Endpoint:
         while True:
             try:
                 request = Request(address, json.dumps(body).encode(), headers)
-                with urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+                with open_url(request, _TIMEOUT_SECONDS) as response:
                     return _reply(json.load(response))
             except HTTPError as error:
                 if error.code not in _BUSY or time.monotonic() > end:

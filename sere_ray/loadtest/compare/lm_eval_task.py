@@ -13,6 +13,7 @@ import yaml
 from sere_ray.loadtest.compare.ask import Endpoint
 from sere_ray.loadtest.compare.scores import Scores
 from sere_ray.util.errors import SereError
+from sere_ray.util.http import environment_for
 
 PROGRAM = "lm_eval"
 _SAMPLES = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\dT[^_]*\.jsonl")
@@ -97,7 +98,8 @@ def run_lm_eval(
         command += ["--model_args", arguments, "--apply_chat_template", "--log_samples"]
         command += ["--output_path", out, *(["--include_path", str(folder)] if folder else [])]
         command += [*(["--limit", str(items)] if items else []), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = environment_for(endpoint.url)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SereError(f"--tasks {task}: {failure(done.stderr)}")
         found = [

@@ -89,7 +89,7 @@ def from_environment() -> KeyFile:
     """Keys of ``SERE_API_KEY`` and ``SERE_ADMIN_TOKEN``, hashed at once."""
 
     def key(name: str, variable: str) -> tuple[Key, ...]:
-        value = os.environ.get(variable)
+        value = os.environ.get(variable, "").strip()  # clients leave a last newline out, too
         return (Key(name=name, sha256=digest(value)),) if value else ()
 
     return KeyFile(keys=key("env", API_KEY), admin=key("env-admin", ADMIN_TOKEN))

@@ -52,19 +52,13 @@ class Policy(BaseModel):
         description="which rule re-routes; others are compared by `sere-ray evaluate` only",
     )
     select_top_k: int | None = Field(
-        None,
-        ge=1,
-        le=MOST,
-        description="S: slots of a row that are never re-routed; <= K",
+        None, ge=1, le=MOST, description="S: slots of a row that are never re-routed; <= K"
     )
     threshold: float | None = Field(
         None, ge=0.0, le=1.0, description="rho: least similarity of a stand-in, 0..1; null = any"
     )
     min_primary_experts: int | None = Field(
-        None,
-        ge=0,
-        le=MOST,
-        description="m: least size of the primary set; null = K of the model",
+        None, ge=0, le=MOST, description="m: least size of the primary set; null = K of the model"
     )
     union: Union = Field(
         "global",
@@ -93,10 +87,7 @@ class Policy(BaseModel):
         None, ge=0.0, le=1.0, description="factor of the weight of a stand-in"
     )
     runners_up: int | None = Field(
-        None,
-        ge=1,
-        le=MOST,
-        description="how many unchosen experts a chosen one is compared with",
+        None, ge=1, le=MOST, description="how many unchosen experts a chosen one is compared with"
     )
     balance_ranks: bool | None = Field(
         None, description="whether tau counts what the busiest expert-parallel rank reads"

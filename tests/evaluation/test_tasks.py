@@ -29,7 +29,7 @@ HELD_OUT = str(assets.CALIBRATION.with_name("heldout.jsonl"))
 CUE = load_tokenizer(str(assets.MODEL))("\nName:", add_special_tokens=False)["input_ids"]
 FIELDS = {"task", "rule", "settings", "batch", "items", "right", "right_exact", "lost", "won"}
 FIELDS |= {"relative_loss", "relative_loss_95", "mcnemar_p", "items_needed", "ended_by"}
-FIELDS |= {"experts_read_mean"}
+FIELDS |= {"experts_read_mean", "expert_rows_share", "level"}
 
 
 def by_characters(text):

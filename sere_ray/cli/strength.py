@@ -18,13 +18,16 @@ def strength(
     tasks: Annotated[
         str | None, typer.Option(help="Which, comma-separated [all that text and model allow].")
     ] = None,
-    half_width: Annotated[
-        float, typer.Option(help="Ask until the 95 % interval of each relative loss is +- this.")
-    ] = 0.01,
-    most_items: Annotated[
-        int, typer.Option(min=100, help="Of a task, at each tau: ask no more.")
-    ] = 5000,
-    sequences: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens for KL.")] = 64,
+    precision: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Ask until the strongest setting's loss is +- this part of it."
+        ),
+    ] = 0.15,
+    most_items: Annotated[int, typer.Option(min=100, help="Of a task: ask no more.")] = 4000,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Windows of 128 tokens that show what steps give up.")
+    ] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON with what was measured.")] = None,
     text_column: TextColumn = "text",
     device: Device = "auto",
@@ -39,7 +42,6 @@ def strength(
         from sere_ray.evaluation.evaluator import EvaluationPlan
         from sere_ray.evaluation.strength import StrengthPlan, described, measure_strength
         from sere_ray.evaluation.task_items import check_tasks
-        from sere_ray.evaluation.task_run import TaskPlan
         from sere_ray.util.results import write_result
 
         chosen = names(tasks) if tasks else None
@@ -57,8 +59,7 @@ def strength(
             device=device,
             dtype=dtype,
         )
-        wanted = StrengthPlan(names(rules), chosen, half_width, most_items)
-        TaskPlan(chosen or (), half_width, most_items).check()
+        wanted = StrengthPlan(names(rules), chosen, precision, most_items)
         found, measured = measure_strength(plan, wanted, console)
         artifact = SimilarityArtifact.load(similarity)
         metadata = artifact.metadata

@@ -139,14 +139,13 @@ class DecodeBatches:
             busiest=busiest,
         )
 
-    def strength(self, policy: BoundPolicy, batch: int) -> tuple[float, list[int]]:
-        """Mean KL of a policy with demand, and by layer the most that a step gave up of it."""
+    def most_given_up(self, policy: BoundPolicy, batch: int) -> list[int]:
+        """By layer the most demand that a step gave up under a policy with demand, in units."""
         _, rules = self.rules_of(policy, len(self.ids), batch)
         for rule in rules.values():
             rule.most_given_up = 0
-        found = self._forward(rules).log_softmax(dim=-1)
-        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1).mean()
-        return float(kl), [rule.most_given_up or 0 for rule in rules.values()]
+        self._forward(rules)
+        return [rule.most_given_up or 0 for rule in rules.values()]
 
     def predictions(self, policy: BoundPolicy | None, batch: int) -> Predictions:
         """What is said of the texts with ``batch`` rows a step; None = by the exact model.
@@ -155,9 +154,18 @@ class DecodeBatches:
             UnsupportedError: its rule reads scores that this model's gate does not choose by.
         """
         if policy is None:
-            found, reads, share = self.exact, float("nan"), float("nan")
-        else:
-            found, counts = self._run(policy, batch)
+            return self._said(self.exact, None, batch)
+        return self._said(*self._run(policy, batch), batch)
+
+    def predictions_with_kl(self, policy: BoundPolicy, batch: int) -> tuple[Predictions, Floats]:
+        """The same under a policy, and ``[N, D - 1]`` KL(exact || re-routed) of these rows."""
+        found, counts = self._run(policy, batch)
+        kl = (self.exact.exp() * (self.exact - found)).sum(dim=-1)[:, :-1]
+        return self._said(found, counts, batch), _numpy(kl)
+
+    def _said(self, found: Tensor, counts: "Counts | None", batch: int) -> Predictions:
+        reads = share = float("nan")
+        if counts is not None:
             per_text = counts.per_text(batch, len(self.layers))
             reads, share = (float(values.mean()) for values in per_text[:2])
         hits = found[:, :-1].argmax(dim=-1) == self.answers[:, 1:]

@@ -34,6 +34,11 @@ def paired_fields(paired: Paired, half_width: float) -> dict[str, Any]:
         paired: the answers.
         half_width: of a relative loss's interval, for the number of items that give it.
     """
+    return {**counted_fields(paired), "items_needed": paired.items_needed(half_width)}
+
+
+def counted_fields(paired: Paired) -> dict[str, Any]:
+    """The same without how many items a half-width takes."""
     loss = paired.relative_loss()
     none = {"relative_loss": None, "relative_loss_95": None}
     return {
@@ -44,7 +49,6 @@ def paired_fields(paired: Paired, half_width: float) -> dict[str, Any]:
         "won": paired.won,
         **(loss.fields("relative_loss", 5) if loss else none),
         "mcnemar_p": float(f"{mcnemar_p(paired.lost, paired.won):.4g}"),
-        "items_needed": paired.items_needed(half_width),
     }
 
 

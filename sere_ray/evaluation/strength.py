@@ -28,9 +28,11 @@ from sere_ray.rules.demand import DEMAND_RULES
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
-_PLACES = (0.97, 0.85, 0.7, 0.5, 0.25, 0.0)
-"""Taus, from light to strong, by what they read: 0 = first choices alone, 1 = all choices."""
-_TO_THE_END = slice(1, None, 2)
+_PLACES = (0.97, 0.85, 0.7, 0.55, 0.4, 0.25, 0.12, 0.03)
+"""Taus, from light to strong, by what they read: 0 = first choices alone, 1 = all choices. None is
+at 0, since from some tau on nothing changes any more, and taus between it and the next would be
+taken for what they are not."""
+_TO_THE_END = slice(3, None, 2)
 """Which of them are asked many items."""
 _SEED = 2
 """Of the questions: others than `tasks`, `tune` and `advise` ask, which may judge what is found."""

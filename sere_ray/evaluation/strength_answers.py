@@ -23,7 +23,7 @@ from sere_ray.evaluation.task_rows import Keys, Rows, counted_fields, named
 from sere_ray.evaluation.task_run import Measurement, asking_order, judge
 from sere_ray.util.progress import progress
 
-_EVERYWHERE = 600
+_EVERYWHERE = 400
 """Items that all settings are asked."""
 
 

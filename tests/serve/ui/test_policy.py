@@ -1,9 +1,17 @@
 """The policy form: changes, refusals, ranks that do not follow yet, mode auto."""
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from sere_ray.cli.main import app
+from sere_ray.serve.client import request
+from sere_ray.util.errors import SereError
+from tests.artifact.strengths import make_strength
 from tests.browser import watched
 from tests.serve.deployment import ADMIN
+from tests.serve.test_actor import save_artifact
 from tests.serve.ui.actions import REFUSED, UNAUTHORIZED, connect, poll, text
 
 pytestmark = pytest.mark.timeout(120)
@@ -102,3 +110,32 @@ def test_mode_auto_shows_its_level_and_why(browser, make_site):
         assert page.get_by_role("button", name="Apply").is_disabled()
         page.locator("#audit li", has_text="level 2: ").wait_for()
         assert "level 2: p90 0.2 ms > 0.1 ms." in text(page, "#audit li:first-child")
+
+
+def test_a_loss_is_set_from_a_terminal(site, tmp_path, monkeypatch, has_words):
+    """Of an artifact that says what it means; no other one may take its place then."""
+    monkeypatch.setenv("SERE_ADMIN_TOKEN", ADMIN)
+    save_artifact(tmp_path / "b.safetensors", strengths={"margin": make_strength(layers=2)})
+    url = site.url.removesuffix("/sere/ui")
+
+    def set_keys(*pairs):
+        return CliRunner().invoke(app, ["policy", "set", *pairs, "--url", url])
+
+    refused = set_keys("rule=margin", "loss=0.01")
+    assert refused.exit_code == 2
+    has_words(
+        refused.output.replace("\n", " "), "loss = 0.01", "sere-ray strength", "a.safetensors"
+    )
+    assert request(url, "artifact", change={"name": "b.safetensors"})["losses"]["margin"]
+    done = set_keys("rule=margin", "loss=0.01", "guard=true")
+    assert done.exit_code == 0, done.output
+    status = json.loads(done.stdout)
+    assert (status["replicas_settled"], status["replicas"]) == (2, 2)
+    policy = site.engines[0].told[-1].policy
+    assert (policy["loss"], policy["guard"], policy["tau"]) == (0.01, True, None)
+    beyond = set_keys("loss=0.5")
+    assert beyond.exit_code == 2
+    has_words(beyond.output.replace("\n", " "), "loss = 0.5", "0.001 to 0.1")
+    with pytest.raises(SereError, match="sere-ray strength"):
+        request(url, "artifact", change={"name": "a.safetensors"})
+    assert site.newest["policy"]["loss"] == 0.01

@@ -24,7 +24,7 @@ from sere_ray.evaluation.task_run import Measurement, asking_order, judge
 from sere_ray.util.progress import progress
 
 _EVERYWHERE = 400
-"""Items that all settings are asked."""
+"""Items, or texts, that all settings are asked."""
 
 
 class Asking(NamedTuple):
@@ -93,7 +93,7 @@ class AskedTask:
         self._size = Measurement(evaluator, task, self._largest).size
         self.answers = [Answers(asking) for asking in settings]
         self.to_the_end = [a for a in self.answers if a.asking in to_the_end]
-        self.items = 0
+        self.items = self.texts = 0
         self.ended_by: str | None = None
 
     def ask(self) -> None:
@@ -108,7 +108,7 @@ class AskedTask:
         batches = self.evaluator.batches(ids, self.task.prompt_tokens)
         exact = judge(self.task, part, order, batches.predictions(None, self._largest))
         texts = np.repeat(np.arange(len(part)), [len(question.answers) for question in part])
-        everywhere = self.items < _EVERYWHERE
+        everywhere = self.is_new
         for answers in self.answers if everywhere else self.to_the_end:
             policy = self.evaluator.bind(answers.asking.keys)
             said, kl = batches.predictions_with_kl(policy, answers.asking.batch)
@@ -117,6 +117,12 @@ class AskedTask:
             if everywhere:
                 answers.kl.append(_of_answers(self.task, part, order, kl))
         self.items += len(exact)
+        self.texts += len(order)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether all settings are asked yet."""
+        return max(self.items, self.texts) < _EVERYWHERE
 
     def strongest(self) -> Loss:
         """Of the setting that loses most, of those that are asked to the end."""
@@ -155,24 +161,27 @@ def ask_in_turns(
     going = list(tasks)
     with progress(console, most_items * len(tasks), task=title, unit="items at most") as advance:
         while going:
+            task = min(going, key=lambda task: task.texts)
+            before = task.items
+            task.ask()
+            advance(task.items - before)
+            worst = max(tasks, key=lambda task: task.strongest().low)
             for task in going:
-                before = task.items
-                task.ask()
-                advance(task.items - before)
-            least = max(task.strongest().low for task in tasks)
-            for task in going:
-                task.ended_by = task.ended_by or _enough(task, least, precision, most_items)
+                task.ended_by = task.ended_by or _enough(task, worst, precision, most_items)
             going = [task for task in going if task.ended_by is None]
 
 
-def _enough(task: AskedTask, least: float, precision: float, most_items: int) -> str | None:
-    """Why a task is asked no further. A task that is left keeps the law that it has."""
-    loss = task.strongest()
+def _enough(task: AskedTask, worst: AskedTask, precision: float, most_items: int) -> str | None:
+    """Why a task is asked no further. A task that is left keeps the law that it has.
+
+    Once the worst is known, it is enough that another one seems to lose less.
+    """
+    loss, most = task.strongest(), worst.strongest()
     if task.items >= most_items:
         return "most_items"
-    if task.items < _EVERYWHERE:
+    if task.is_new:
         return None
-    if loss.high < least:
+    if loss.high < most.low or (worst.ended_by and loss.value < most.value):
         return "not_worst"
     return "precision" if loss.high - loss.value < precision * loss.value else None
 

@@ -83,7 +83,8 @@ class Told(AskedTask):
 
     def __init__(self, lost, won):
         self.answers = self.to_the_end = [Answers(Asking({"rule": "margin", "tau": 0.1}, 8))]
-        self.items, self.ended_by, self.lost, self.won = 0, None, lost, won
+        self.items = self.texts = 0
+        self.ended_by, self.lost, self.won = None, lost, won
 
     def ask(self):
         exact, rule = (np.ones(400, dtype=bool) for _ in range(2))
@@ -92,6 +93,7 @@ class Told(AskedTask):
         exact[-self.won :] = False
         self.answers[0].parts.append(Paired(exact, rule, np.arange(400)))
         self.items += 400
+        self.texts += 400
 
 
 def test_tasks_are_asked_until_the_worst_is_known():

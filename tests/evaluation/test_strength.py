@@ -144,7 +144,7 @@ def test_the_artifact_says_what_a_loss_is(artifact, tmp_path):
     for batch in (4, 8):
         kl = [row["kl"] for row in rows if row["batch"] == batch]
         assert len(kl) > 3
-        assert kl == sorted(kl), "a stronger tau, later in the list, changes more"
+        assert kl[-1] > 3 * kl[len(kl) // 2] > 9 * kl[0], "a stronger tau changes more"
 
     evaluator = Evaluator(plan_of(artifact))
     bound = evaluator.bind({"rule": "margin", "loss": loss})

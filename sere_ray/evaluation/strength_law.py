@@ -1,8 +1,8 @@
 """What a task loses as a power of how far its own answers are from the exact model's.
 
-A small loss drowns in noise: a thousand items may win as many as they lose. KL of the very rows
-that give the answers is known to a tenth there. So the strong settings of a task say what KL costs,
-and KL of the light ones what they lose.
+A small loss drowns in noise: hundreds of items may win as many as they lose. KL of the very rows
+that give the answers is much better known there. So the strong settings of a task say what KL
+costs, and KL of the light ones what they lose.
 """
 
 from typing import NamedTuple

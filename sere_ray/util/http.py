@@ -4,7 +4,7 @@ import os
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, Request, build_opener, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from sere_ray.util.errors import SereError
 
@@ -59,7 +59,7 @@ def open_url(request: Request | str, timeout: float) -> Any:
         request = Request(request)
     if is_direct(request.full_url, has_secret=request.has_header("Authorization")):
         return build_opener(ProxyHandler({})).open(request, timeout=timeout)
-    return urlopen(request, timeout=timeout)
+    return build_opener().open(request, timeout=timeout)  # `urlopen` keeps the first call's proxies
 
 
 def environment_for(url: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ def test_install_steps_are_those_of_the_script():
 def test_no_caches_stay():
     script = (DEPLOY / "install.sh").read_text()
     installs = re.findall(r"(pip\"? install .*)", script)
-    assert len(installs) == 6
+    assert len(installs) == 7
     assert all("--no-cache-dir" in line for line in installs)
     assert "--no-install-recommends" in script
     assert "rm -rf /var/lib/apt/lists/*" in script

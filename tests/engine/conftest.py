@@ -2,6 +2,7 @@ import gc
 import os
 import random
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -62,6 +63,15 @@ def random_artifact(folder, **changes):
     return SimilarityArtifact(matrices, ArtifactMetadata(**{**metadata, **changes}))
 
 
+def attention_for(folder):
+    """vLLM's latent attention for AMX wants bfloat16, and these checkpoints are float32."""
+    config = Path(folder) / "config.json"
+    is_latent = config.is_file() and "kv_lora_rank" in config.read_text()
+    if is_latent and not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported():
+        return {"attention_config": {"backend": "CPU_MLA"}}
+    return {}
+
+
 @contextmanager
 def running_engine(folder, sere=None, **options):
     """A real vLLM engine on CPU; ``sere`` is the value of the key, None leaves it out."""
@@ -80,6 +90,7 @@ def running_engine(folder, sere=None, **options):
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 26,
         "gpu_memory_utilization": 0.05,
+        **attention_for(folder),
     }
     with _frozen_heap(), fork_workers():
         engine = None

@@ -20,6 +20,7 @@ from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.statistics import draws, mean
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE, RULES
+from sere_ray.rules.gate import PLAIN, scores_of
 from sere_ray.util.errors import PolicyError, UnsupportedError
 from tests.artifact.strengths import make_strength
 from tests.engine import forced
@@ -107,7 +108,7 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         if REROUTABLE not in kinds:
             assert torch.equal(new_ids, ids)
             continue
-        scores = logits.float().softmax(-1)
+        scores = scores_of(logits, PLAIN)
         rows = int((kinds == REROUTABLE).sum())
         sizes.add(rows)
         knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None, None, statistics[layer])

@@ -77,7 +77,8 @@ def test_the_last_picture_stays_when_the_server_is_gone(page, site):
 def test_strings_of_users_are_text(page, site):
     page.expected_errors.append(REFUSED)
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-    change = f"fetch('policy', {{method: 'PUT', headers: {{authorization: 'Bearer {ADMIN}'}}, "
+    change = f"fetch('policy', {{method: 'PUT', headers: {{authorization: 'Bearer {ADMIN}', "
+    change += "'content-type': 'application/json'}, "
     page.evaluate(change + f"body: JSON.stringify({{[{evil!r}]: 1}})}})")
     page.clock.fast_forward(15_000)
     page.locator("#audit li.refused").wait_for()

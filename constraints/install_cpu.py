@@ -71,7 +71,7 @@ def install(torch_index: str, run: Pip = pip) -> None:
     """
     pins = [line for line in PINS.read_text().splitlines() if line and not line.startswith("#")]
     pip_pin, torch_pin = (next(p for p in pins if p.startswith(f"{n}==")) for n in ("pip", "torch"))
-    own = os.environ.get("PIP_INDEX_URL", "pip's index (https://pypi.org/simple)")
+    own = os.environ.get("PIP_INDEX_URL", "pip's index")
     found, words = has(pip_pin, [], run)
     if not found:
         refuse(own, "PIP_INDEX_URL", pip_pin, words)

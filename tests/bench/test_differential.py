@@ -60,7 +60,7 @@ def test_differences(ours, vllm, is_same):
     [
         'File "/opt/a.py", line 3, in f',
         "Traceback (most recent call last):",
-        "/work/.venv/lib/python3.11/site-packages/ray/serve/api.py",
+        "/srv/.venv/lib/python3.11/site-packages/ray/serve/api.py",
         "ray::ServeReplica:app (pid=12, ip=192.0.2.2)",
         "actor_id=1", "on 0123456789abcdef0123456789abcdef0123456789abcdef01234567",
     ],

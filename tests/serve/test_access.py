@@ -375,7 +375,7 @@ def test_concurrency_is_bounded_per_key_and_over_all():
 def test_a_failing_application_gives_its_place_back_and_tells_nothing():
     async def scenario():
         async def broken(scope, receive, send):
-            raise RuntimeError("broken at /root/secret.py")
+            raise RuntimeError("broken at /srv/secret.py")
 
         app = layer(broken, max_concurrent_per_key=1)
         for _ in range(3):

@@ -80,7 +80,7 @@ def test_what_nobody_has_foreseen_tells_nothing_of_the_server(lost, status, code
     sent = []
 
     async def server(scope, receive, send):
-        raise RuntimeError("at /root/secret.py")
+        raise RuntimeError("at /srv/secret.py")
 
     async def send(message):
         sent.append(message)

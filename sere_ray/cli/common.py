@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from sere_ray.util.errors import SereError
-from sere_ray.util.http import root
 
 console = Console(stderr=True)
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -18,6 +17,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def as_root(url: str) -> str:
     """An option's address, with or without ``/v1``."""
+    from sere_ray.util.http import root
+
     try:
         return root(url)
     except SereError as error:

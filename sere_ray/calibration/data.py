@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sere_ray.calibration.text_files import ALLOWED, as_text, check_column, file_texts
+from sere_ray.calibration.text_files import ALLOWED, file_texts, row_text
 from sere_ray.util.errors import DataError
 from sere_ray.util.files import file_sha256
 
@@ -179,8 +179,7 @@ def _row_texts(rows: Iterable[dict[str, Any]], name: str, column: str) -> Iterat
             return
         except Exception as error:
             raise _hub_error(name, error) from None
-        check_column(column, list(row), name)
-        yield as_text(row[column], column, name)
+        yield row_text(row, column, name)
 
 
 def _hub_error(name: str, error: Exception) -> DataError:

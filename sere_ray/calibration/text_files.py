@@ -44,10 +44,10 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
         file = pq.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from them
         raise DataError(f"data = {str(path)!r}: not a readable parquet file ({error})") from None
-    check_column(column, file.schema_arrow.names, str(path))
+    _check_column(column, file.schema_arrow.names, str(path))
     for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
         for text in batch.column(0).to_pylist():
-            yield as_text(text, column, str(path))
+            yield _as_text(text, column, str(path))
 
 
 def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
@@ -59,10 +59,7 @@ def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"data = {where!r}: not a line of JSON ({error}); mend it") from None
-        if not isinstance(row, dict):
-            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
-        check_column(column, list(row), where)
-        yield as_text(row[column], column, where)
+        yield row_text(row, column, where)
 
 
 def _json_texts(path: Path, column: str) -> Iterator[str]:
@@ -77,11 +74,7 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
     if not isinstance(rows, list):
         raise DataError(f"data = {str(path)!r}: must be a list of objects with {column!r}")
     for number, row in enumerate(rows):
-        where = f"{path}, entry {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
-        check_column(column, list(row), where)
-        yield as_text(row[column], column, where)
+        yield row_text(row, column, f"{path}, entry {number}")
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
@@ -96,7 +89,19 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"data = {str(path)!r}: not a text file ({error}); {ALLOWED}") from None
 
 
-def check_column(column: str, columns: Sequence[str], where: str) -> None:
+def row_text(row: object, column: str, where: str) -> str:
+    """The text of a row of JSON or of a hub data set.
+
+    Raises:
+        DataError: it is no object, has no such column, or the column holds no text.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"data = {where!r}: must be an object with {column!r}, is {row!r:.60}")
+    _check_column(column, list(row), where)
+    return _as_text(row[column], column, where)
+
+
+def _check_column(column: str, columns: Sequence[str], where: str) -> None:
     """Refuse a column that is not there.
 
     Raises:
@@ -109,7 +114,7 @@ def check_column(column: str, columns: Sequence[str], where: str) -> None:
         )
 
 
-def as_text(value: object, column: str, where: str) -> str:
+def _as_text(value: object, column: str, where: str) -> str:
     """What a row holds; nothing is empty text.
 
     Raises:

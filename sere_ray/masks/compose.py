@@ -97,18 +97,17 @@ class MaskedRows:
             row_kind=row_kind.expand(kept.shape[:-1]),
         )
 
-    def ask(self, rule: DemandRule, layer: Layer, row_weight: Tensor | None = None) -> Tensor:
+    def ask(self, rule: DemandRule, layer: Layer) -> Tensor:
         """``[..., E]`` int64: what the rows want of each expert; sums add up over ranks.
 
         Args:
             rule: what asks.
             layer: settled by the rule.
-            row_weight: ``[..., T]`` int64, how far drafts count; None = all are whole.
         """
         asked = torch.zeros_like(self.scores[..., 0, :], dtype=torch.int64)
         for size in self._sizes():
             ids, weights, kinds = self._of_size(size)
-            asked = asked + rule.ask(ids, weights, self.scores, kinds, layer, row_weight)
+            asked = asked + rule.ask(ids, weights, self.scores, kinds, layer)
         return asked
 
     def take(self, rule: DemandRule, kept: Tensor, layer: Layer) -> Choice:

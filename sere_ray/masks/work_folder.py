@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,9 +76,8 @@ class WorkFolder:
             "step": state.step,
             "history": state.history,
         }
-        tensors = state.tensors or {"none": torch.zeros(1)}
         with atomic_path(self.path / _STATE) as temporary:
-            save_file(tensors, temporary, {_KEY: json.dumps(about)})
+            save_file(state.tensors, temporary, {_KEY: json.dumps(about)})
 
     def remove(self) -> None:
         """Delete the folder: its training has ended."""

@@ -3,10 +3,13 @@ answer for calibration and for engines."""
 
 import base64
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from sere_ray.util.errors import ArtifactError
 
 _NAMES = ("gate", "router")
 """Of the gate beside a block's experts, in transformers and in vLLM."""
@@ -62,6 +65,29 @@ def same_gate(first: str, second: str) -> bool:
     if any(len(sketch) != _SKETCH for sketch in sketches):
         return False
     return bool(np.abs(sketches[0] - sketches[1]).max() <= _TOLERANCE)
+
+
+def check_gate(
+    layer: int, weight: Tensor, expected: Mapping[int, str], *, path: str, other: str
+) -> None:
+    """Refuse a gate that is not the one which a file was made for.
+
+    Args:
+        layer: decoder layer index.
+        weight: ``[E, H]`` of the loaded model.
+        expected: fingerprint of each layer, of the file's metadata.
+        path: of the file, for the message.
+        other: what a difference means and what to do, for the message.
+
+    Raises:
+        ArtifactError: the fingerprint differs, or the file has none of this layer.
+    """
+    of_file, found = expected.get(layer, ""), router_fingerprint(weight)
+    if not same_gate(of_file, found):
+        raise ArtifactError(
+            f"{path}: router fingerprint of layer {layer} is {of_file[:HASH_LENGTH] or 'missing'}, "
+            f"but the loaded model has {found[:HASH_LENGTH]}; {other}"
+        )
 
 
 def _sketch_of(fingerprint: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

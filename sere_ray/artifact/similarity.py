@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
+from sere_ray.artifact.gates import HASH_LENGTH, check_gate, same_gate
 from sere_ray.artifact.statistics import GROUPS
 from sere_ray.artifact.strength import Strength, check_layers_of
 from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
@@ -204,15 +204,12 @@ class SimilarityArtifact:
         Raises:
             ArtifactError: the fingerprint differs or the artifact has none.
         """
-        expected = self.metadata.router_fingerprint.get(layer, "")
-        found = router_fingerprint(gate_weight)
-        if not same_gate(expected, found):
-            raise ArtifactError(
-                f"{path}: router fingerprint of layer {layer} is "
-                f"{expected[:HASH_LENGTH] or 'missing'}, but the loaded model has "
-                f"{found[:HASH_LENGTH]}; the artifact was calibrated on other weights "
-                f"({self.metadata.model_id!r}): run `sere-ray calibrate` on the model you serve"
-            )
+        other = (
+            f"the artifact was calibrated on other weights ({self.metadata.model_id!r}): run "
+            "`sere-ray calibrate` on the model you serve"
+        )
+        expected = self.metadata.router_fingerprint
+        check_gate(layer, gate_weight, expected, path=path, other=other)
 
     def check_has(self, names: tuple[str, ...], *, path: str, rule: str) -> None:
         """Refuse a rule that reads statistics which this artifact has not.

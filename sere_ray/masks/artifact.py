@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere_ray.artifact.gates import HASH_LENGTH, router_fingerprint, same_gate
+from sere_ray.artifact.gates import check_gate
 from sere_ray.masks.slots import LayerMask
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
@@ -156,15 +156,9 @@ class MasksArtifact:
                     f"{path}: {what} = {of_masks[what]}, but the model has {found}; these masks "
                     f"belong to {metadata.model_id!r}: {_AGAIN}"
                 )
+        other = f"the masks were trained on other weights ({metadata.model_id!r}): {_AGAIN}"
         for layer, gate in gates.items():
-            trained, found = metadata.router_fingerprint.get(layer, ""), router_fingerprint(gate)
-            if not same_gate(trained, found):
-                raise ArtifactError(
-                    f"{path}: router fingerprint of layer {layer} is "
-                    f"{trained[:HASH_LENGTH] or 'missing'}, but the loaded model has "
-                    f"{found[:HASH_LENGTH]}; the masks were trained on other weights "
-                    f"({metadata.model_id!r}): {_AGAIN}"
-                )
+            check_gate(layer, gate, metadata.router_fingerprint, path=path, other=other)
 
     def _check(self, path: Path) -> None:
         """Refuse levels that do not fit each other, and numbers that are none.

@@ -109,7 +109,7 @@ class FrozenModel:
                 return ids, weights * straight_through(soft).to(weights.dtype)
 
             with changed_choices(self.model, change):
-                logits = self.model(input_ids=windows.to(self.model.device), use_cache=False).logits
+                logits = self._logits(windows)
             kl = distance(exact, logits)
             torch.autograd.backward(kl + torch.stack(penalties).mean())
         return float(kl.detach())
@@ -135,7 +135,7 @@ class FrozenModel:
             batch = windows[start : start + size]
             exact = self._exact(batch)
             with changed_choices(self.model, change):
-                logits = self.model(input_ids=batch.to(self.model.device), use_cache=False).logits
+                logits = self._logits(batch)
             distances.append(float(distance(exact, logits)))
 
         def means(of_batches: dict[int, list[float]]) -> dict[int, float]:
@@ -146,8 +146,12 @@ class FrozenModel:
     @torch.no_grad()
     def _exact(self, windows: Tensor) -> Tensor:
         """``[B, L, V]`` float32 log-probabilities of the model as it is."""
+        return self._logits(windows).float().log_softmax(dim=-1)
+
+    def _logits(self, windows: Tensor) -> Tensor:
+        """``[B, L, V]`` of the model, with whatever choices stand in it now."""
         logits: Tensor = self.model(input_ids=windows.to(self.model.device), use_cache=False).logits
-        return logits.float().log_softmax(dim=-1)
+        return logits
 
     def _soft(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return soft_masks(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from sere_ray.calibration.checkpoint import Checkpoint
 from sere_ray.calibration.collect import MoEShape
@@ -104,6 +105,7 @@ class TrainPlan:
     """Settings that have been checked, and all that training needs besides the weights."""
 
     settings: TrainSettings
+    config: PretrainedConfig
     revision: str | None
     """Commit of a hub model."""
     shape: MoEShape
@@ -180,6 +182,7 @@ def prepare_training(settings: TrainSettings, out: Path) -> TrainPlan:
     held_out[(~held_out).nonzero()[:missing, 0]] = True
     return TrainPlan(
         settings=settings,
+        config=of_model.config,
         revision=of_model.revision,
         shape=of_model.shape,
         source=of_model.source,

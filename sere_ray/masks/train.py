@@ -12,13 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sere_ray.artifact.gates import router_fingerprint
-from sere_ray.calibration.loading import (
-    load_config,
-    load_model,
-    model_name,
-    pick_device,
-    pick_dtype,
-)
+from sere_ray.calibration.loading import load_model, model_name, pick_device, pick_dtype
 from sere_ray.calibration.plan import only_writer
 from sere_ray.masks.artifact import Level, MasksArtifact, MasksMetadata
 from sere_ray.masks.frozen_model import FrozenModel, Validation
@@ -84,8 +78,7 @@ class _Training:
         self.plan, self.state, self.work, self.console = plan, state, work, console
         settings = plan.settings
         device = pick_device(settings.device)
-        config = load_config(settings.model, plan.revision)
-        dtype = pick_dtype(settings.dtype, device, config)
+        dtype = pick_dtype(settings.dtype, device, plan.config)
         loaded = load_model(settings.model, revision=plan.revision, device=device, dtype=dtype)
         self.model = FrozenModel(loaded, settings)
         self.saved = time.monotonic()

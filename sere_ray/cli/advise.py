@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import Device, TextColumn, console, names, share, user_errors
-from sere_ray.cli.quality import Model
+from sere_ray.cli.common import Device, Model, TextColumn, console, names, share, user_errors
 
 _RULES = "sere,margin"
 

@@ -6,12 +6,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sere_ray.cli.common import Device, Dtype, Out, TextColumn, console, names, saver, user_errors
+from sere_ray.cli.common import (
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Revision,
+    TextColumn,
+    console,
+    names,
+    saver,
+    user_errors,
+)
 from sere_ray.util.errors import SereError
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
+    model: Model,
     data: Annotated[
         str, typer.Option(help="parquet, jsonl or text file, or a data set of the hub.")
     ],
@@ -22,7 +33,7 @@ def calibrate(
     ] = "frobenius",
     sequences: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 400,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
-    revision: Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")] = None,
+    revision: Revision = None,
     text_column: TextColumn = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass.")] = 16,
     device: Device = "auto",

@@ -25,6 +25,8 @@ def as_root(url: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
+Revision = Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")]
 Out = Annotated[Path, typer.Option(help="File to write; replaced in one step.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]

@@ -6,12 +6,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from sere_ray.cli.common import Device, Dtype, Out, TextColumn, console, user_errors
+from sere_ray.cli.common import (
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Revision,
+    TextColumn,
+    console,
+    user_errors,
+)
 from sere_ray.util.errors import SereError
 
 
 def train_masks(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
+    model: Model,
     data: Annotated[
         str, typer.Option(help="Plain text: parquet, jsonl or text file, or a data set of the hub.")
     ],
@@ -42,7 +51,7 @@ def train_masks(
     validation: Annotated[int, typer.Option(min=1, help="Of these, not trained on.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of windows.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch or commit of a hub model.")] = None,
+    revision: Revision = None,
     text_column: TextColumn = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",

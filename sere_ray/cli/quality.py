@@ -9,6 +9,7 @@ import typer
 from sere_ray.cli.common import (
     Device,
     Dtype,
+    Model,
     TextColumn,
     console,
     names,
@@ -20,7 +21,6 @@ from sere_ray.cli.common import (
 if TYPE_CHECKING:
     from sere_ray.evaluation.evaluator import EvaluationPlan
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")]
 Similarity = Annotated[Path, typer.Option(help="Artifact of this model.")]
 Sequences = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
 Length = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]

@@ -6,11 +6,20 @@ from typing import Annotated
 
 import typer
 
-from sere_ray.cli.common import Device, Dtype, TextColumn, console, names, numbers, user_errors
+from sere_ray.cli.common import (
+    Device,
+    Dtype,
+    Model,
+    TextColumn,
+    console,
+    names,
+    numbers,
+    user_errors,
+)
 
 
 def strength(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.")],
+    model: Model,
     similarity: Annotated[Path, typer.Option(help="Its artifact, to which the answer is added.")],
     data: Annotated[str, typer.Option(help="Text like yours: parquet, jsonl or text file.")],
     rules: Annotated[str, typer.Option(help="Which rules, comma-separated.")] = "margin",

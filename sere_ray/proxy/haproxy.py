@@ -12,15 +12,8 @@ import resource
 import sys
 from pathlib import Path
 
-from sere_ray.proxy.limits import (
-    LOOPBACK_HEADER,
-    ONE_ADDRESS,
-    RAY_SWITCHES,
-    SECRET,
-    TOO_SLOW,
-    Limits,
-    refusal,
-)
+from sere_ray.proxy.limits import LOOPBACK_HEADER, ONE_ADDRESS, RAY_SWITCHES, SECRET, Limits
+from sere_ray.proxy.refusals import TOO_SLOW, whole_answer
 from sere_ray.util.errors import SereError
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -30,21 +23,15 @@ FILES_BESIDE = 512
 """Open files of HAProxy that belong to no connection: at most."""
 _BAD = "The request is not HTTP as this server reads it."
 _NOBODY = "No engine is running now, or it was lost; try again shortly."
-_NOT_FOUND = "No such path; see /v1/models."
-ERRORS: dict[int, tuple[str, str, bytes]] = {
-    400: ("Bad Request", "", refusal("bad_request", _BAD)),
-    408: ("Request Timeout", "", refusal("request_timeout", TOO_SLOW)),
-    **{
-        status: (
-            "Service Unavailable",
-            "retry-after: 5\r\n",
-            refusal("no_engine", _NOBODY, "server_error"),
-        )
-        for status in (500, 502, 503, 504)
-    },
+ERRORS = {
+    400: whole_answer(400, "bad_request", _BAD),
+    408: whole_answer(408, "request_timeout", TOO_SLOW),
+    **dict.fromkeys(
+        (500, 502, 503, 504), whole_answer(503, "no_engine", _NOBODY, "retry-after: 5\r\n")
+    ),
 }
-"""HAProxy's own answers: reason, further headers, body. Without a replica clients try again, so it
-is 503 whatever the cause; HAProxy sends the file as it is, status line included."""
+"""HAProxy's own answers, by the status they replace. Without a replica clients try again, so it is
+503 whatever the cause; HAProxy sends the file as it is, status line included."""
 
 
 def main() -> None:
@@ -99,14 +86,9 @@ def most_connections() -> int:
 def write_errors(folder: Path) -> dict[int, Path]:
     """Write HAProxy's answers to errors into files; returns them by the status they replace."""
     files = {}
-    for status, (reason, headers, body) in ERRORS.items():
-        sent = 503 if status >= 500 else status
-        head = (
-            f"HTTP/1.1 {sent} {reason}\r\ncontent-type: application/json\r\n{headers}"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
+    for status, answer in ERRORS.items():
         files[status] = folder / f"sere-{status}.http"
-        files[status].write_bytes(head.encode() + body)
+        files[status].write_bytes(answer)
     return files
 
 

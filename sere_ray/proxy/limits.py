@@ -74,13 +74,3 @@ class Limits(BaseModel):
                 f"{VARIABLE} = {text[:200]!r}: must be JSON with keys of `limits` of a deployment "
                 f'file, such as {{"header_s": 10}}: {reason}'
             ) from None
-
-
-def refusal(code: str, message: str, kind: str = "invalid_request_error") -> bytes:
-    """The body of a proxy's own error, in OpenAI's form."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return json.dumps({"error": error}).encode()
-
-
-TOO_SLOW = "The request did not arrive in time; send all of it within the limits of this server."
-"""What a client is told whose headers or body took too long, on every path."""

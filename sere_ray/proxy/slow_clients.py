@@ -14,10 +14,9 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from sere_ray.proxy.limits import RAY_SWITCHES, TOO_SLOW, Limits, refusal
+from sere_ray.proxy.limits import RAY_SWITCHES, Limits
+from sere_ray.proxy.refusals import TOO_SLOW, whole_answer
 
-CALLBACK = "sere_ray.proxy.slow_clients.middleware"
-"""Import path of :func:`middleware`."""
 PROTOCOL = "sere_ray.proxy.slow_clients:TimedProtocol"
 _DROPPED = frozenset(name.encode() for name in RAY_SWITCHES)
 
@@ -116,11 +115,6 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         has_answer = self._waits_for == "body" and self.cycle.response_started
         self._wait_for("nothing")
         if not has_answer:
-            body = refusal("request_timeout", TOO_SLOW)
-            head = (
-                "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
             with suppress(RuntimeError):  # the client is gone
-                self.transport.write(head.encode() + body)
+                self.transport.write(whole_answer(408, "request_timeout", TOO_SLOW))
         self.transport.close()

@@ -3,10 +3,11 @@
 Where vLLM's own server would refuse as well, ``type`` and ``code`` are vLLM's (:func:`as_vllm`).
 """
 
-import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+
+from sere_ray.proxy.refusals import error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -47,14 +48,7 @@ class Refusal(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
-            "message": str(self),
-            "type": self.kind or kind,
-            "param": self.param,
-            "code": self.code,
-        }
-        return json.dumps({"error": error}).encode()
+        return error_body(self.status, self.code, str(self), kind=self.kind, param=self.param)
 
     async def answer(self, send: Send) -> None:
         """Send it with ASGI as the whole answer to a request."""

@@ -5,7 +5,8 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 
-from sere_ray.proxy.limits import TOO_SLOW, Limits
+from sere_ray.proxy.limits import Limits
+from sere_ray.proxy.refusals import TOO_SLOW
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
 

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 
 from sere_ray.serve.gateway import forward
 from sere_ray.serve.gateway.forward import Forwarder, answers, first_response, has_no_replica
-from sere_ray.serve.gateway.losses import loss_event
+from sere_ray.serve.gateway.losses import lost
 from sere_ray.serve.gateway.refusals import Refusal
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/a", "headers": [(b"a", b"b")], "state": {}}
@@ -161,7 +161,7 @@ def test_a_request_without_a_body_waits_for_none():
 
 def test_a_stream_whose_replica_dies_ends_with_an_event():
     sent, _, _ = forwarded([[start(STREAM), part(b"data: a\n\n")]], RayActorError())
-    assert sent[-1] == {"type": "http.response.body", "body": loss_event().encode()}
+    assert sent[-1] == {"type": "http.response.body", "body": lost().event()}
 
 
 def test_an_answer_whose_replica_dies_is_refused_or_cut():

@@ -19,7 +19,7 @@ from sere_ray.policy.tiers import HEADER
 from sere_ray.proxy.limits import LOOPBACK_HEADER
 from sere_ray.serve.gateway.bodies import answers_asked, for_engine, is_json, json_object
 from sere_ray.serve.gateway.keys import Key, KeyFile, KeyRing, digest
-from sere_ray.serve.gateway.messages import read_body, replayed, with_body
+from sere_ray.serve.gateway.messages import METHODS_WITH_BODY, read_body, replayed, with_body
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, as_vllm, failed
 from sere_ray.serve.gateway.routes import HEALTH, WITH_BODY
 
@@ -138,7 +138,7 @@ class AccessLayer:
         self._enter(key, places)
         try:
             scope = {**scope, PRINCIPAL: key.name}
-            if scope["method"] in ("POST", "PUT", "PATCH"):
+            if scope["method"] in METHODS_WITH_BODY:
                 content, answers = await self._checked(scope, receive, key)
                 self._enter(key, answers - places)
                 places = answers

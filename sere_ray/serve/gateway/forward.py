@@ -6,22 +6,20 @@ So every path has vLLM's routes, checks and errors. The ingress sends the reques
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Mapping, MutableMapping
-from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-from sere_ray.serve.gateway.losses import EngineLostError, loss_event, lost, nobody
+from sere_ray.serve.gateway.hang_ups import DISCONNECT, end_task
+from sere_ray.serve.gateway.losses import EngineLostError, lost, nobody
+from sere_ray.serve.gateway.messages import METHODS_WITH_BODY, begins_stream, replayed
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Send
 
-logger = logging.getLogger("ray.serve")
 PASSED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
           "root_path", "headers", "client", "server")  # fmt: skip
 """What a replica is told of a request: fields of the ASGI scope that are data."""
-WITH_BODY = ("POST", "PUT", "PATCH")
 QUEUE_CHECK_SECONDS = 1.0
 """How often a request that waits for a replica asks whether one is left."""
 
@@ -46,7 +44,7 @@ class Forwarder:
         Raises:
             Refusal: no engine runs, or it was lost before it answered.
         """
-        body = await _whole_body(receive) if scope["method"] in WITH_BODY else b""
+        body = await _whole_body(receive) if scope["method"] in METHODS_WITH_BODY else b""
         if has_no_replica(self._handle):
             raise nobody()
         request = {name: scope[name] for name in PASSED if name in scope}
@@ -59,7 +57,7 @@ class Forwarder:
                 for message in messages:
                     if message["type"] == "http.response.start":
                         # Held until there is more: a replica that dies now leaves a refusal.
-                        head, is_stream = message, _begins_stream(message)
+                        head, is_stream = message, begins_stream(message)
                         continue
                     if not has_begun and head is not None:
                         has_begun = True
@@ -74,7 +72,7 @@ class Forwarder:
                 raise
             if not has_begun:
                 raise lost() from None
-            await send({"type": "http.response.body", "body": loss_event().encode()})
+            await send({"type": "http.response.body", "body": lost().event()})
         finally:
             if not is_whole:
                 call.cancel()
@@ -91,19 +89,15 @@ async def answers(app: App, scope: Mapping[str, Any], body: bytes) -> AsyncItera
         body: the whole of it.
     """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    is_gone, has_body = asyncio.Event(), False
+    is_gone = asyncio.Event()
 
-    async def receive() -> Message:
-        nonlocal has_body
-        if not has_body:
-            has_body = True
-            return {"type": "http.request", "body": body, "more_body": False}
+    async def until_gone() -> Message:
         await is_gone.wait()
-        return {"type": "http.disconnect"}
+        return DISCONNECT
 
     async def run() -> None:
         try:
-            await app(dict(scope), receive, messages.put)
+            await app(dict(scope), replayed(body, until_gone), messages.put)
         finally:
             messages.put_nowait(None)
 
@@ -119,9 +113,7 @@ async def answers(app: App, scope: Mapping[str, Any], body: bytes) -> AsyncItera
         await serving
     finally:
         is_gone.set()
-        serving.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await serving
+        await end_task(serving)
 
 
 async def _whole_body(receive: Receive) -> bytes:
@@ -131,11 +123,6 @@ async def _whole_body(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(parts)
-
-
-def _begins_stream(message: Message) -> bool:
-    headers = dict(message.get("headers") or ())
-    return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
 
 
 def is_loss(error: Exception) -> bool:

@@ -43,10 +43,15 @@ class HangUpLayer:
         except asyncio.CancelledError:
             cancelled.set()
             await asyncio.wait((serving,), timeout=GRACE_SECONDS)
-            serving.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await serving  # nobody is left to tell
+            await end_task(serving)
             raise
+
+
+async def end_task(task: asyncio.Future[None]) -> None:
+    """Cancel a task and wait for its end; of its errors nobody is left to tell."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 async def first_of(receive: Receive, ended: asyncio.Event) -> Message:

@@ -12,7 +12,7 @@ from typing import Any
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send, failed
 
 logger = logging.getLogger("ray.serve")
-_ERROR_EVENT = 'data: {"error"'
+_ERROR_EVENT = b'data: {"error"'
 
 
 class EngineLostError(RuntimeError):
@@ -35,11 +35,6 @@ def nobody() -> Refusal:
     """The refusal of a request that finds no running engine; a new one each time."""
     message = "No engine is running now; try again shortly."
     return Refusal(503, "no_engine", message, {"retry-after": "5"})
-
-
-def loss_event() -> str:
-    """The last event of a stream whose engine was lost."""
-    return f"data: {lost().body().decode()}\n\n"
 
 
 class LossLayer:
@@ -83,10 +78,10 @@ def _tells_of_failure(message: Message) -> bool:
     """Whether a server error begins here, or the error event of a stream."""
     if message["type"] == "http.response.start":
         return bool(message["status"] >= 500)
-    return bool(message.get("body", b"").startswith(_ERROR_EVENT.encode()))
+    return bool(message.get("body", b"").startswith(_ERROR_EVENT))
 
 
 async def _tell_of_loss(message: Message, send: Send) -> None:
     if message["type"] == "http.response.start":
         return await lost().answer(send)
-    await send({"type": "http.response.body", "body": loss_event().encode()})
+    await send({"type": "http.response.body", "body": lost().event()})

@@ -1,10 +1,12 @@
-"""The body of a request, as ASGI's messages have it: read whole, and handed on changed."""
+"""ASGI's messages: a request's body, read whole and handed on changed; what kind an answer is."""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from sere_ray.serve.gateway.refusals import Message, Receive, Refusal
 
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
+"""Methods of requests whose body is read."""
 MOST_DIGITS = 18
 """Of a length that is read as a number: Python refuses to read very long ones."""
 
@@ -51,3 +53,9 @@ def with_body(scope: MutableMapping[str, Any], content: bytes) -> MutableMapping
     replaced = (b"content-length", b"transfer-encoding")
     headers = [(k, v) for k, v in scope["headers"] if k.lower() not in replaced]
     return {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
+
+
+def begins_stream(message: Message) -> bool:
+    """Whether the first message of an answer says that events follow."""
+    headers = dict(message.get("headers") or ())
+    return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))

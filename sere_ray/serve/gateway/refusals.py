@@ -50,6 +50,10 @@ class Refusal(Exception):
         """The JSON document."""
         return error_body(self.status, self.code, str(self), kind=self.kind, param=self.param)
 
+    def event(self) -> bytes:
+        """The JSON document as an event of a stream that has begun."""
+        return b"data: " + self.body() + b"\n\n"
+
     async def answer(self, send: Send) -> None:
         """Send it with ASGI as the whole answer to a request."""
         content = self.body()

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import MutableMapping
-from contextlib import suppress
 from typing import Any
 
 from sere_ray.proxy.limits import Limits
 from sere_ray.proxy.refusals import TOO_SLOW
+from sere_ray.serve.gateway.hang_ups import end_task
+from sere_ray.serve.gateway.messages import begins_stream
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Refusal, Send
 
 
@@ -47,20 +48,14 @@ class TimeLimitLayer:
         try:
             done, _ = await asyncio.wait((task,), timeout=seconds)
         except asyncio.CancelledError:
-            await _end(task)
+            await end_task(task)
             raise
         if done:
             return task.result()
         answer.is_over = True
-        ending = asyncio.ensure_future(_end(task))
+        ending = asyncio.ensure_future(end_task(task))
         await answer.tell(out_of_time(seconds))
         await ending
-
-
-async def _end(task: asyncio.Future[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError, Exception):
-        await task
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
@@ -96,8 +91,7 @@ class _Answer:
             return
         if message["type"] == "http.response.start":
             self._has_begun = True
-            kinds = dict(message.get("headers") or ()).get(b"content-type", b"")
-            self._is_stream = kinds.startswith(b"text/event-stream")
+            self._is_stream = begins_stream(message)
         elif message["type"] == "http.response.body":
             self._has_ended = not message.get("more_body", False)
         await self._send(message)
@@ -108,5 +102,5 @@ class _Answer:
             return
         if not self._has_begun:
             return await refusal.answer(self._send)
-        event = b"data: " + refusal.body() + b"\n\n" if self._is_stream else b""
+        event = refusal.event() if self._is_stream else b""
         await self._send({"type": "http.response.body", "body": event, "more_body": False})

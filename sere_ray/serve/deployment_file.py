@@ -70,24 +70,24 @@ def configs(document: Mapping[str, Any]) -> list[ServeConfig]:
     return [ServeConfig.parse(application["args"]) for application in document["applications"]]
 
 
-def check_artifacts(document: Mapping[str, Any]) -> None:
+def check_artifacts(served: Sequence[ServeConfig]) -> None:
     """Read the artifacts, since the policy actors of this instance of Ray will run here.
 
     Raises:
         SereError: one is missing, unreadable or too large.
     """
-    for config in configs(document):
+    for config in served:
         if config.sere is not None:
             read_artifact(config.sere.similarity_path, config.max_artifact_bytes)
 
 
-def limits_of_proxies(path: Path, document: Mapping[str, Any]) -> Limits:
+def limits_of_proxies(path: Path, served: Sequence[ServeConfig]) -> Limits:
     """The limits that the one proxy of a machine enforces, for all applications of a file.
 
     Raises:
         SereError: two applications ask for different ones.
     """
-    limits = [config.limits for config in configs(document)] or [Limits.model_validate({})]
+    limits = [config.limits for config in served] or [Limits.model_validate({})]
     for other in limits[1:]:
         if other.of_proxies != limits[0].of_proxies:
             raise SereError(

@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sere_ray.serve import way
 from sere_ray.serve.app import check_vllm_of_ray
+from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.deployment_file import check_artifacts, configs, limits_of_proxies, load_file
 from sere_ray.serve.engine_check import check_engine, check_model
 from sere_ray.serve.failed_start import failure, reason
@@ -48,10 +49,11 @@ def run_file(
         with ExitStack() as stack:
             stack.enter_context(way.switched(chosen))
             document = load_file(path)
-            http = check(path, document, metrics_port)
+            served = configs(document)
+            http = check(path, document, served, metrics_port)
             if chosen != way.DIRECT and proxy is None:
                 console.print("HAProxy is not installed: Ray's proxy serves, which is slower")
-            stack.enter_context(way.prepared(chosen, limits_of_proxies(path, document)))
+            stack.enter_context(way.prepared(chosen, limits_of_proxies(path, served)))
             stack.enter_context(nothing_left())
             start_ray(metrics_port=metrics_port)
             end_at_signals()  # Ray has set handlers of its own
@@ -71,8 +73,19 @@ def run_file(
         _set_handlers(before)
 
 
-def check(path: Path, document: Mapping[str, Any], metrics_port: int | None) -> dict[str, Any]:
+def check(
+    path: Path,
+    document: Mapping[str, Any],
+    served: Sequence[ServeConfig],
+    metrics_port: int | None,
+) -> dict[str, Any]:
     """All that can be known before a process starts; the quick things first.
+
+    Args:
+        path: of the deployment file.
+        document: what it says.
+        served: what its applications serve.
+        metrics_port: where Prometheus finds the metrics; None = a port that Ray chooses.
 
     Returns:
         Ray's ``http_options``.
@@ -81,10 +94,10 @@ def check(path: Path, document: Mapping[str, Any], metrics_port: int | None) -> 
         SereError: something cannot work.
     """
     check_vllm_of_ray()
-    for config in configs(document):
+    for config in served:
         check_model(config)
-    check_artifacts(document)
-    limits = limits_of_proxies(path, document)
+    check_artifacts(served)
+    limits = limits_of_proxies(path, served)
     http = {
         "host": "127.0.0.1",
         "port": 8000,
@@ -96,7 +109,7 @@ def check(path: Path, document: Mapping[str, Any], metrics_port: int | None) -> 
     if metrics_port is not None:
         check_free(metrics_port, "--metrics-port", host="")
     logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
-    for config in configs(document):
+    for config in served:
         check_engine(config)
     return http
 

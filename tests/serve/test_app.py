@@ -294,15 +294,14 @@ def test_a_file_without_policy_has_no_router_actor():
 
 
 def test_applications_behind_one_proxy_agree_on_its_limits(tmp_path):
-    def document(*limits):
-        arguments = [{**VALID, "limits": each} for each in limits]
-        return {"applications": [{"args": each} for each in arguments]}
+    def served(*limits):
+        return [ServeConfig.parse({**VALID, "limits": each}) for each in limits]
 
     path = tmp_path / "file.yaml"
-    assert limits_of_proxies(path, document({"answer_s": 3}, {})).header_s == 10
-    assert limits_of_proxies(path, {"applications": []}).answer_s is None
+    assert limits_of_proxies(path, served({"answer_s": 3}, {})).header_s == 10
+    assert limits_of_proxies(path, []).answer_s is None
     with pytest.raises(SereError, match="the same, but for answer_s"):
-        limits_of_proxies(path, document({"header_s": 3}, {}))
+        limits_of_proxies(path, served({"header_s": 3}, {}))
 
 
 def test_behind_haproxy_nobody_is_served_without_keys(monkeypatch, has_words):

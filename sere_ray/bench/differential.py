@@ -16,8 +16,6 @@ from sere_ray.bench.differential_examples import CHAT, MODEL, MODELS, Case
 
 CLIENTS = 4
 SECONDS = 60.0
-GENERATED = 80
-"""Requests of each generated kind."""
 LEAK = re.compile(
     r"Traceback|File \\?\"|site-packages|/root/|/tmp/|/home/|\bpid=|actor_id|node_id|ray::"
     r"|\b[0-9a-f]{32,}\b"

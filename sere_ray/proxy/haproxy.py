@@ -110,8 +110,7 @@ def with_limits(
     if "# sere-ray" in content:
         return content
     if limits.connections > most:
-        share = limits.unfinished_share
-        limits = limits.model_copy(update={"connections": most, "unfinished_share": share})
+        limits = limits.model_copy(update={"connections": most})
     content = re.sub(r"\n\s*errorfile \d+ \S+", "", content)
     content = re.sub(r"\n\s*timeout (http-keep-alive|client) \S+", "", content)
     content = _replaced(content, r"(\n\s*maxconn) \d+", rf"\g<1> {limits.connections}")
@@ -181,9 +180,7 @@ def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
         lines.append(
             f"http-request set-header {LOOPBACK_HEADER} {secret} if {{ src 127.0.0.0/8 ::1 }}"
         )
-    lines += [
-        f"http-request wait-for-body time {_ms(limits.body_s)}",
-    ]
+    lines.append(f"http-request wait-for-body time {_ms(limits.body_s)}")
     return "".join(f"    {line}\n" for line in lines)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sere_ray.util.errors import SereError
 
@@ -68,7 +68,7 @@ class Limits(BaseModel):
         text = os.environ.get(VARIABLE, "{}")
         try:
             return cls.model_validate(json.loads(text))
-        except (ValueError, ValidationError) as error:
+        except ValueError as error:  # pydantic's is one
             reason = " ".join(str(error).split())
             raise SereError(
                 f"{VARIABLE} = {text[:200]!r}: must be JSON with keys of `limits` of a deployment "

@@ -37,7 +37,7 @@ def reason(message: str, logs: Path) -> str:
         logs: folder of a session of Ray's.
     """
     found = list(_reasons(message.splitlines()))
-    if not found or any(text in found[-1] for text in _POINTS_ELSEWHERE):
+    if not found or _points_elsewhere(found[-1]):
         of_engines = [line for line in _engine_lines(logs) if not _points_elsewhere(line)]
         found = of_engines or found
     return (found[-1] if found else " ".join(message.split()))[:_MOST]

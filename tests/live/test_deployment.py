@@ -10,12 +10,10 @@ from tests.live.traffic import at_once, counted
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID
 from tests.serve.every_path import (
     BAD_REQUESTS,
-    check_answer_limit,
-    check_half_sent,
+    LIMITS,
     check_hang_up,
     check_keys_do_not_share_a_cache,
     check_refused,
-    check_switches_of_rays,
     check_too_many_at_once,
 )
 
@@ -200,13 +198,6 @@ def test_a_client_that_hangs_up_frees_its_slot(served, stream):
 # --- limits --------------------------------------------------------------------------------------
 
 
-def test_half_sent_requests_end_and_lock_nobody_out(served):
-    check_half_sent(served)
-
-
-def test_an_answer_beyond_the_limit_ends_in_the_engine(served):
-    check_answer_limit(served)
-
-
-def test_switches_of_rays_are_not_a_clients(served):
-    check_switches_of_rays(served)
+@pytest.mark.parametrize("check", LIMITS, ids=lambda check: check.__name__)
+def test_limits(served, check):
+    check(served)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from urllib.parse import urlsplit
 
 from sere_ray.bench.differential import ask_all, compare, unintended
+from sere_ray.bench.differential_examples import CHAT, QUESTION, TEXT
 from tests.live.traffic import counted
 from tests.serve.deployment import (
     ADMIN,
@@ -22,8 +23,6 @@ from tests.serve.deployment import (
 )
 
 EXACT = {"vllm_xargs": {"sere_tier": "exact"}}
-TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "1 + 1"}]}
 BAD_REQUESTS = [
     # who may ask what
     ("GET", "/v1/models", None, None, 401, "Authorization: Bearer"),
@@ -276,3 +275,7 @@ def check_switches_of_rays(served):
     counts, _ = counted(served, lambda: (hang_up(), time.sleep(2)))
     assert counts["decode_rows"] < 0.9 * 16 * 240
     assert counted(served, lambda: time.sleep(1))[0]["decode_rows"] == 0
+
+
+LIMITS = (check_half_sent, check_answer_limit, check_switches_of_rays)
+"""Each takes a deployment, whatever the path."""

@@ -32,12 +32,13 @@ from sere_ray.bench.servers import served, server
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.serve.app import ENGINE_DEFAULTS, share_cores
 from sere_ray.serve.gateway.keys import API_KEY
+from sere_ray.serve.way import DEFAULT, DIRECT
 from sere_ray.util.http import open_url
 from sere_ray.util.ports import free_port
 from sere_ray.util.progress import progress
 
 BARE = "bare"
-PROXIES = ("default", "direct")
+PROXIES = (DEFAULT, DIRECT)
 """Ways through Ray Serve: its proxy and ingress; HAProxy to the engine's own server."""
 MODEL_ID = "bench"
 MODEL_LENGTH = 1024

@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
 
 
+def pytest_make_parametrize_id(val):
+    """Bytes by their number: workers must collect equal names, and packed bytes hold the time."""
+    return f"{len(val)}bytes" if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()

@@ -112,7 +112,7 @@ LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
         ("a.ndjson", LINES),
         ("a.json", LINES),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.Json.BZ2", bz2.compress(json.dumps(ROWS).encode())),
         ("a.v1.ndjson.xz", lzma.compress(LINES)),
     ],
@@ -181,7 +181,7 @@ def test_no_text(tmp_path: Path, name: str) -> None:
         ("a.json", b'{"text": "x", ', "not a line of JSON"),
         ("a.json", b'{"body": "x"}', "no column 'text'"),
         ("a.jsonl.gz", LINES, "not a text file"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "not a text file"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "not a text file"),
         ("a.jsonl.xz", b"no", "not a text file"),
     ],
 )

@@ -13,6 +13,7 @@ from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
 from sere_ray.serve.policy_actor.auto_config import level_policies
+from sere_ray.serve.replica import FORK_SERVER
 from sere_ray.util.errors import UnsupportedError
 
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def build_app(args: dict[str, Any]) -> Any:
     if config.sere is not None:
         check_will_load()
     check_artifact(config)
-    from sere_ray.serve.gateway.ingress import ingress_app  # pulls vLLM in: only when needed
+    from sere_ray.serve.gateway.application import ingress_app  # pulls vLLM in: only when needed
 
     return ingress_app(config, llm_config(config))
 
@@ -97,7 +98,9 @@ def llm_config(config: ServeConfig) -> Any:
     gangs = config.data_parallel_size > 1
     # Two gangs of two ranks and the ingress fit into the two cores that Ray counts on a laptop.
     bundle = {"CPU": 0.25 if config.device == "cpu" else 1}
-    environment = share_cores(config.data_parallel_size) if config.device == "cpu" else {}
+    environment = {}
+    if config.device == "cpu":
+        environment = {**share_cores(config.data_parallel_size), FORK_SERVER: "1"}
     options: dict[str, Any] = {
         # Ray's default holds tokens back for 50 ms to send them together.
         "stream_batching_interval_ms": 0,

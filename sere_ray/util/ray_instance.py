@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from sere_ray.util.errors import SereError
+from sere_ray.util.processes import family
 from sere_ray.util.temporary import leave_room_for_sockets
 
 _NOT_STARTED = "timed out during startup"
@@ -63,7 +64,7 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """End Ray with the block, and every process below this one that outlives it.
+    """End Ray with the block, and every process of this one's family that outlives it.
 
     An engine's process outlives its replica for a while, or for good where it hangs.
     """
@@ -72,7 +73,7 @@ def nothing_left() -> Iterator[None]:
     try:
         yield
     finally:
-        below = psutil.Process().children(recursive=True)
+        below = family(psutil.Process())[1:]
         ray.shutdown()
         _, left = psutil.wait_procs(below, timeout=_END_SECONDS)
         for process in left:

@@ -83,6 +83,17 @@ def test_recorded_ids_are_what_a_router_returns_as_narrow_numbers():
     assert "np.dtype(self._capturer.output_dtype_name)" in connector
 
 
+def test_processes_of_an_engine_come_from_one_context():
+    """Those that the fork server forks: ``sere_ray/engine/forked.py``."""
+    from vllm.v1.engine import coordinator, utils
+
+    starters = ((utils, utils.CoreEngineProcManager), (coordinator, coordinator.DPCoordinator))
+    for place, made in starters:
+        assert "context = get_mp_context()" in source(made.__init__)
+        assert "context.Process(" in source(made.__init__)
+        assert "get_mp_context" in vars(place)
+
+
 def test_row_kinds_are_known_around_a_forward_pass():
     runner = gpu_model_runner.GPUModelRunner
     assert "self._model_forward(" in source(runner.execute_model)

@@ -5,6 +5,7 @@ from typing import Any
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
+from sere_ray.engine.forked import forked_engines
 from sere_ray.engine.vllm_internals import compute_in_engine_process
 
 __all__ = ["LLMEngine", "SereEngine"]
@@ -29,4 +30,5 @@ class SereEngine(VLLMEngine):  # type: ignore[misc]
         self, engine_args: Any, engine_config: Any, placement_group: Any
     ) -> Any:
         compute_in_engine_process(engine_config)
-        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+        with forked_engines():
+            return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

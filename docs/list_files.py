@@ -27,12 +27,13 @@ LONGEST = 110
 
 
 def about(path: Path) -> str:
-    """The first sentence of a Python, CUDA or JavaScript file; empty if it has none."""
+    """The first sentence of a Python, CUDA, JavaScript or Lua file; empty if it has none."""
+    mark = "--" if path.suffix == ".lua" else "//"
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     else:
-        text = "\n".join(re.findall(r"\A(?:// ?.*\n)+", text)).replace("//", "")
+        text = "\n".join(re.findall(rf"\A(?:{mark} ?.*\n)+", text)).replace(mark, "")
     first = " ".join(text.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[\w`)])\.(?: |$)", first)[0]
     if len(sentence) > LONGEST:

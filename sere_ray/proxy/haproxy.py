@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from sere_ray.proxy.limits import LOOPBACK_HEADER, ONE_ADDRESS, RAY_SWITCHES, SECRET, Limits
@@ -50,7 +51,7 @@ def main() -> None:
         content = with_limits(
             file.read_text(encoding="utf-8"),
             limits,
-            write_errors(file.parent),
+            write_files(file.parent, limits),
             os.environ.get(SECRET),
             most_connections(),
         )
@@ -83,24 +84,45 @@ def most_connections() -> int:
     return max(16, int((hard - FILES_BESIDE) / FILES_OF_A_CONNECTION))
 
 
-def write_errors(folder: Path) -> dict[int, Path]:
-    """Write HAProxy's answers to errors into files; returns them by the status they replace."""
-    files = {}
+@dataclass(frozen=True)
+class Files:
+    """What HAProxy reads beside its configuration."""
+
+    errors: dict[int, Path]
+    """Its own answers, by the status they replace."""
+    waiting_room: Path
+    """Program by which a request waits for an engine."""
+
+
+def write_files(folder: Path, limits: Limits) -> Files:
+    """Write the files that HAProxy reads beside its configuration.
+
+    Args:
+        folder: to write to.
+        limits: how many requests may wait for an engine, and how long.
+    """
+    files = Files(
+        {status: folder / f"sere-{status}.http" for status in ERRORS}, folder / "sere.lua"
+    )
     for status, answer in ERRORS.items():
-        files[status] = folder / f"sere-{status}.http"
-        files[status].write_bytes(answer)
+        files.errors[status].write_bytes(answer)
+    program = Path(__file__).with_name("waiting_room.lua").read_text(encoding="utf-8")
+    for name, value in (
+        ("SECONDS", limits.queue_while_restarting_s),
+        ("PLACES", limits.max_queued),
+    ):
+        program = program.replace(f"${{{name}}}", str(value))
+    files.waiting_room.write_text(program, encoding="utf-8")
     return files
 
 
-def with_limits(
-    content: str, limits: Limits, errors: dict[int, Path], secret: str | None, most: int
-) -> str:
+def with_limits(content: str, limits: Limits, files: Files, secret: str | None, most: int) -> str:
     """HAProxy's configuration as Ray writes it, with the limits; as it is if they are in it.
 
     Args:
         content: the configuration.
         limits: of the deployment file.
-        errors: files of HAProxy's own answers, by status.
+        files: that it names.
         secret: by which requests of this machine are told from others; None = none are.
         most: connections that the limit of open files allows.
 
@@ -114,7 +136,8 @@ def with_limits(
     content = re.sub(r"\n\s*errorfile \d+ \S+", "", content)
     content = re.sub(r"\n\s*timeout (http-keep-alive|client) \S+", "", content)
     content = _replaced(content, r"(\n\s*maxconn) \d+", rf"\g<1> {limits.connections}")
-    content = _replaced(content, r"\ndefaults\n", "\ndefaults\n" + _defaults(limits, errors))
+    content = _replaced(content, r"\ndefaults\n", "\ndefaults\n" + _defaults(limits, files.errors))
+    content = _replaced(content, r"^global\n", f"global\n    lua-load {files.waiting_room}\n")
     bind = r"(\nfrontend http_frontend\n\s*bind [^\n]+\n)"
     backends = re.findall(r"\nbackend (\S+)", content)
     content = _replaced(content, bind, r"\g<1>" + _frontend(limits, secret, backends))
@@ -129,7 +152,7 @@ def with_limits(
         r"http-request return status 503 content-type text/plain "
         r'lf-string "Ingress request router failed[^"]*" hdr X-Serve-Reason \S+'
     )
-    return re.sub(router, f"http-request return status 503 errorfile {errors[503]}", content)
+    return re.sub(router, f"http-request return status 503 errorfile {files.errors[503]}", content)
 
 
 def _replaced(content: str, pattern: str, by: str) -> str:
@@ -181,6 +204,12 @@ def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
             f"http-request set-header {LOOPBACK_HEADER} {secret} if {{ src 127.0.0.0/8 ::1 }}"
         )
     lines.append(f"http-request wait-for-body time {_ms(limits.body_s)}")
+    applications = [name for name in backends if name != "default_backend"]
+    if applications:
+        lines += [
+            f"http-request lua.sere_wait {','.join(applications)} if METH_POST",
+            "http-request redirect location %[pathq] code 307 if { var(txn.sere_again) -m found }",
+        ]
     return "".join(f"    {line}\n" for line in lines)
 
 

@@ -48,6 +48,11 @@ class Limits(BaseModel):
         0.75, gt=0, le=1, description="of these, the most that wait for (the rest of) a request"
     )
 
+    queue_while_restarting_s: float = Field(
+        30.0, ge=0, le=3600, description="seconds that a request waits for an engine to restart"
+    )
+    max_queued: int = Field(256, ge=0, le=1 << 16, description="requests that may wait so")
+
     @property
     def max_unfinished(self) -> int:
         """The most connections that may wait for a request, or for the rest of one."""

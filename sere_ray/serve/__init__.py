@@ -32,7 +32,7 @@ Text of ``serve.status()``             "failed to start": a start ends at the fi
 handle._router                         Whether a replica is left, and who waits for one. Remove: a
 ``gateway/forward.py``                 handle tells how many replicas it has.
 RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is
-``gateway/ingress.py``, ``way.py``     imported; ports that are free. Remove: options of Serve.
+``application.py``, ``way.py``         imported; ports that are free. Remove: options of Serve.
 internal_kv                            The actor's name and what it stores outlive it. Remove: Ray
 ``policy_actor/``                      Serve has a store for applications.
 Metric._record                         A counter that starts at 0. Remove: ``Counter.inc`` takes 0.

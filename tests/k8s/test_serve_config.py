@@ -99,9 +99,9 @@ def test_the_application_is_built(config, service, tmp_path, ray_instance, monke
     from ray.llm._internal.serve.core.ingress import builder
     from ray.serve._private import build_app as of_serve
 
-    from sere_ray.serve.gateway import ingress
+    from sere_ray.serve.gateway import application as of_gateway
 
-    for module in (builder, ingress):  # read from the environment at import
+    for module in (builder, of_gateway):  # read from the environment at import
         monkeypatch.setattr(module, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
     monkeypatch.setattr(of_serve, "RAY_SERVE_ENABLE_HA_PROXY", True)
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")

@@ -1,20 +1,22 @@
 """HAProxy with our limits, as Ray writes its configuration: HAProxy itself, a stand-in replica."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
 from sere_ray.proxy import haproxy
-from sere_ray.proxy.haproxy import main, most_connections, real_binary, with_limits, write_errors
+from sere_ray.proxy.haproxy import main, most_connections, real_binary, with_limits, write_files
 from sere_ray.proxy.limits import LOOPBACK_HEADER, Limits
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import free_ports
@@ -87,7 +89,7 @@ def running(folder, limits=LIMITS, *, replica=None):
     content = with_limits(
         path.read_text().replace("check observe", "observe"),  # up at once
         limits,
-        write_errors(folder),
+        write_files(folder, limits),
         SECRET,
         most_connections(),
     )
@@ -212,28 +214,97 @@ def test_nobody_there_is_503_in_openais_form(tmp_path):
     assert json.loads(body)["error"]["type"] == "server_error"
 
 
+def administer(folder, command):
+    with closing(socket.socket(socket.AF_UNIX)) as admin:
+        admin.connect(str(folder / "admin.sock"))
+        admin.sendall(command.encode() + b"\n")
+        return admin.recv(65536)
+
+
+POST = (
+    b"POST /v1/completions?a=b HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+    b"content-length: 0\r\n\r\n"
+)
+WAITS = LIMITS.model_copy(update={"queue_while_restarting_s": 2.0, "max_queued": 2})
+
+
+@pytest.fixture(scope="module")
+def restarting(tmp_path_factory):
+    """``(port, folder)`` of HAProxy whose only replica is out of service as a test begins."""
+    folder = tmp_path_factory.mktemp("waits")
+    with running(folder, WAITS) as port:
+        yield port, folder
+
+
+def test_a_request_waits_for_an_engine_that_restarts(restarting):
+    port, folder = restarting
+    administer(folder, "disable server http-app/replica")
+    status, _, _, seconds = sent(port, POST)
+    assert status == 503
+    assert 1 < seconds < 4
+    status, _, _, seconds = sent(port, GET + b"\r\n")
+    assert status == 503
+    assert seconds < 0.9, "a question of how things are does not wait"
+    Timer(0.5, administer, (folder, "enable server http-app/replica")).start()
+    status, _, _, seconds = sent(port, POST)
+    assert status == 401, "the replica's answer"
+    assert 0.4 < seconds < 1.9
+
+
+def test_no_more_requests_wait_than_may(restarting):
+    port, folder = restarting
+    administer(folder, "disable server http-app/replica")
+    with ThreadPoolExecutor(5) as threads:
+        answers = list(threads.map(lambda _: sent(port, POST), range(5)))
+    assert sorted(seconds < 0.9 for *_, seconds in answers) == [False] * 2 + [True] * 3
+
+
+def test_a_request_that_waits_asks_again_where_a_new_haproxy_took_over(restarting):
+    """As after a restart of a gang: the new one knows the new replicas."""
+    port, folder = restarting
+    administer(folder, "disable server http-app/replica")
+    pid = re.search(rb"Pid: (\d+)", administer(folder, "show info"))[1]
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(sent, port, POST)
+        time.sleep(0.4)
+        command = [real_binary(), "-db", "-f", folder / "haproxy.cfg", "-sf", pid]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            status, head, _, seconds = waiting.result()
+            assert (status, seconds < 1.9) == (307, True)
+            assert b"location: /v1/completions?a=b\r" in head + b"\r"
+            assert sent(port, POST)[0] == 401
+        finally:
+            process.kill()
+            process.wait()
+
+
 def test_the_form_of_rays_configuration(tmp_path):
     """All that is replaced is there; ports of state and metrics are of this machine alone."""
     path = configuration(tmp_path, *free_ports(3))
     before = path.read_text()
     assert "Ingress request router failed" in before
     assert " backup" in before
-    after = with_limits(before, LIMITS, write_errors(tmp_path), None, 1000)
+    after = with_limits(before, LIMITS, write_files(tmp_path, LIMITS), None, 1000)
     assert "Ingress request router failed" not in after
     assert " backup" not in after
     assert "bind :" not in after
     assert "bind *:" not in after
     assert LOOPBACK_HEADER + " the" not in after
-    assert with_limits(after, LIMITS, {}, None, 1000) == after, "a second time changes nothing"
+    assert with_limits(after, LIMITS, write_files(tmp_path, LIMITS), None, 1000) == after, (
+        "a second time changes nothing"
+    )
     path.write_text(after)
     subprocess.run([real_binary(), "-c", "-f", path], check=True, capture_output=True)
     with pytest.raises(SereError, match="is it another Ray"):
-        with_limits("global\n", LIMITS, {}, None, 1000)
+        with_limits("global\n", LIMITS, write_files(tmp_path, LIMITS), None, 1000)
 
 
 def test_connections_are_as_many_as_open_files_allow(tmp_path, monkeypatch):
     content = configuration(tmp_path, *free_ports(2)).read_text()
-    assert "maxconn 100\n" in with_limits(content, Limits(), write_errors(tmp_path), None, 100)
+    assert "maxconn 100\n" in with_limits(
+        content, Limits(), write_files(tmp_path, LIMITS), None, 100
+    )
     monkeypatch.setattr(haproxy.resource, "getrlimit", lambda _: (1024, 1012))
     assert most_connections() == 200
 

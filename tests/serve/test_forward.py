@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 
+from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway import forward
-from sere_ray.serve.gateway.forward import Forwarder, answers, first_response, has_no_replica
+from sere_ray.serve.gateway.forward import Forwarder, answers, has_no_replica
 from sere_ray.serve.gateway.losses import lost
 from sere_ray.serve.gateway.refusals import Refusal
 
@@ -58,12 +59,16 @@ def _check_often(monkeypatch):
     monkeypatch.setattr(forward, "QUEUE_CHECK_SECONDS", 0.02)
 
 
+def forwarder(replicas, wait=0.0, places=9):
+    return Forwarder(replicas, Limits(queue_while_restarting_s=wait, max_queued=places))
+
+
 def ask(handle, seconds=0.2):
     closed = []
 
     async def run():
         responses = answer_after(seconds, closed)
-        first = await first_response(responses, handle)
+        first = await forwarder(handle)._first_response(responses, 0.0)
         return [first, *[response async for response in responses]]
 
     try:
@@ -79,7 +84,7 @@ def test_a_request_that_somebody_has_or_can_take_goes_on(replicas, pending):
     assert closed
 
 
-def test_a_request_that_nobody_can_take_is_refused_at_once():
+def test_a_request_that_nobody_can_take_is_refused():
     refusal, closed = ask(handle([], ["request"]), seconds=60)
     assert (refusal.status, refusal.code) == (503, "no_engine")
     assert refusal.headers["retry-after"]
@@ -139,7 +144,7 @@ def forwarded(batches, error=None, scope=SCOPE):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Forwarder(handle(["a"], serve_http=remote))(scope, receive, send))
+    asyncio.run(forwarder(handle(["a"], serve_http=remote))(scope, receive, send))
     return sent, got[0], calls[0].is_cancelled
 
 
@@ -190,7 +195,7 @@ def test_a_client_that_is_gone_ends_the_call():
         async def send(message):
             client.cancel()
 
-        client = asyncio.ensure_future(Forwarder(replicas)({**SCOPE, "method": "GET"}, None, send))
+        client = asyncio.ensure_future(forwarder(replicas)({**SCOPE, "method": "GET"}, None, send))
         with pytest.raises(asyncio.CancelledError):
             await client
         return call.is_cancelled
@@ -201,6 +206,62 @@ def test_a_client_that_is_gone_ends_the_call():
 def test_another_error_is_none_of_a_loss():
     with pytest.raises(ValueError, match="a mistake"):
         forwarded([], ValueError("a mistake"))
+
+
+def sent_while_restarting(requests, *, back_after=None, method="POST", **limits):
+    """Statuses of requests that find no replica, and the seconds until all had an answer."""
+    replicas = handle([])
+
+    async def replica():
+        yield [start(), part(b"a", more=False)]
+
+    replicas.serve_http.remote = lambda request, body: Call(replica())
+
+    async def run():
+        room, loop = forwarder(replicas, **limits), asyncio.get_running_loop()
+        if back_after is not None:
+            router = replicas._router.request_router
+            loop.call_later(back_after, lambda: router.curr_replicas.update(a=None))
+        began = loop.time()
+        statuses = await asyncio.gather(*(one(room) for _ in range(requests)))
+        return sorted(statuses), loop.time() - began
+
+    async def one(room):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        try:
+            await room({**SCOPE, "method": method}, receive, send)
+        except Refusal as refusal:
+            return refusal.status
+        return sent[0]["status"]
+
+    return asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_requests_wait_for_an_engine_that_restarts():
+    statuses, seconds = sent_while_restarting(3, back_after=0.3, wait=5.0)
+    assert statuses == [200, 200, 200]
+    assert 0.3 <= seconds < 2
+
+
+def test_they_wait_so_long_and_so_many_and_no_longer_and_no_more():
+    statuses, seconds = sent_while_restarting(3, wait=0.3)
+    assert statuses == [503] * 3
+    assert 0.3 <= seconds < 2
+    statuses, _ = sent_while_restarting(5, back_after=0.3, wait=5.0, places=2)
+    assert statuses == [200, 200, 503, 503, 503]
+
+
+def test_a_question_of_how_things_are_does_not_wait():
+    statuses, seconds = sent_while_restarting(1, wait=5.0, method="GET")
+    assert statuses == [503]
+    assert seconds < 1
 
 
 # --- the replica ---------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
+from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway.hang_ups import DISCONNECT, end_task
 from sere_ray.serve.gateway.losses import EngineLostError, lost, nobody
 from sere_ray.serve.gateway.messages import METHODS_WITH_BODY, begins_stream, replayed
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Send
+from sere_ray.serve.gateway.waiting_room import WaitingRoom
 
 PASSED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
           "root_path", "headers", "client", "server")  # fmt: skip
@@ -28,15 +30,18 @@ class Forwarder:
     """ASGI application of the ingress: the answers of a replica.
 
     Ray lets requests wait without limit while no replica runs, and cuts a stream off whose replica
-    died. Here a request gets 503 at once, and a stream ends with an error event. Where the client
-    or a limit gives up, the replica's call is cancelled.
+    died. Here a request with a body waits for a while, then it gets 503, others at once; and a
+    stream ends with an error event. Where the client or a limit gives up, the replica's call is
+    cancelled.
 
     Args:
         handle: of the engines' deployment.
+        limits: how many requests may wait for a replica, and how long.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, limits: Limits) -> None:
         self._handle = handle.options(stream=True)
+        self._room = WaitingRoom(limits)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request.
@@ -44,15 +49,17 @@ class Forwarder:
         Raises:
             Refusal: no engine runs, or it was lost before it answered.
         """
-        body = await _whole_body(receive) if scope["method"] in METHODS_WITH_BODY else b""
+        body, deadline = b"", 0.0  # a question of how things are does not wait
+        if scope["method"] in METHODS_WITH_BODY:
+            body, deadline = await _whole_body(receive), self._room.deadline()
         if has_no_replica(self._handle):
-            raise nobody()
+            await self._wait_for_replica(deadline)
         request = {name: scope[name] for name in PASSED if name in scope}
         call = self._handle.serve_http.remote(request, body)
         has_begun = is_whole = is_stream = False
         head: Message | None = None
         try:
-            messages = await first_response(call, self._handle)
+            messages = await self._first_response(call, deadline)
             while messages is not None:
                 for message in messages:
                     if message["type"] == "http.response.start":
@@ -76,6 +83,34 @@ class Forwarder:
         finally:
             if not is_whole:
                 call.cancel()
+
+    async def _wait_for_replica(self, deadline: float) -> None:
+        """Wait until a replica runs.
+
+        Raises:
+            Refusal: none did in time, or too many wait.
+        """
+        if not await self._room.hold(deadline, lambda: not has_no_replica(self._handle)):
+            raise nobody()
+
+    async def _first_response(self, responses: AsyncIterator[Any], deadline: float) -> Any:
+        """Wait for the first response to a call, but not for long for a gang that has yet to start.
+
+        Ray drops a dead replica when it does not take a call. That call waits in its queue then,
+        until the next gang is up.
+
+        Raises:
+            Refusal: no replica came in time, or too many wait, and the call is still in the queue.
+        """
+        first = asyncio.ensure_future(anext(responses))
+        try:
+            while not first.done():
+                await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
+                if not first.done() and has_no_replica(self._handle) and has_queue(self._handle):
+                    await self._wait_for_replica(deadline)
+            return first.result()
+        finally:
+            first.cancel()
 
 
 async def answers(app: App, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
@@ -129,26 +164,6 @@ def is_loss(error: Exception) -> bool:
     """Whether an error means that the engine is gone, not that the request is bad."""
     kinds = (EngineLostError, RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
     return isinstance(error, kinds)
-
-
-async def first_response(responses: AsyncIterator[Any], handle: Any) -> Any:
-    """Wait for the first response to a request, but not for a gang that has yet to start.
-
-    Ray drops a dead replica when it does not take a call. The request of that call would then wait
-    until the next gang is up.
-
-    Raises:
-        Refusal: no replica is left, and the request is still in Ray's queue.
-    """
-    first = asyncio.ensure_future(anext(responses))
-    try:
-        while not first.done():
-            await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
-            if not first.done() and has_no_replica(handle) and has_queue(handle):
-                raise nobody()
-        return first.result()
-    finally:
-        first.cancel()
 
 
 def has_no_replica(handle: Any) -> bool:

@@ -6,15 +6,12 @@ Ray streams directly, the replica's own server answers. :func:`protect` puts the
 either.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from ray import serve
-from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
-from ray.serve.llm import build_llm_deployment, build_openai_app
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
@@ -22,64 +19,20 @@ from starlette.routing import Mount
 
 from sere_ray.observe.export import RaySink
 from sere_ray.observe.metrics import REFUSED
-from sere_ray.proxy.limits import SECRET, Limits
-from sere_ray.serve.config import ServeConfig
+from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.control_api import REPORTED, control_app
 from sere_ray.serve.gateway.forward import Forwarder
 from sere_ray.serve.gateway.hang_ups import HangUpLayer
-from sere_ray.serve.gateway.keys import KeyFile, KeyRing, digest, from_environment
+from sere_ray.serve.gateway.keys import KeyFile
 from sere_ray.serve.gateway.losses import LossLayer
 from sere_ray.serve.gateway.refusals import http_error
 from sere_ray.serve.gateway.routes import MODELS, SERVED
 from sere_ray.serve.gateway.time_limits import TimeLimitLayer
 from sere_ray.serve.gateway.ui import PATHS
-from sere_ray.util.errors import SereError
 
 ACCESS = "sere_access"
 """Key of ``LLMConfig.experimental_configs`` that holds the arguments of :func:`protect`."""
-NO_LIMIT = 1_000_000
-"""Requests that Serve lets into one process: the access layer has limits of its own, and says so to
-a client, where Serve would let it wait."""
-
-
-def ingress_app(config: ServeConfig, llm: Any) -> Any:
-    """The Serve application of a deployment: its ingress, bound to the engines.
-
-    Where Ray streams directly, there is no ingress of ours: the engine's own server answers, and
-    the replica protects it.
-
-    Args:
-        config: of the deployment.
-        llm: Ray's ``LLMConfig`` of the engines.
-
-    Raises:
-        SereError: the key file is not valid, or a proxy would hide who asks while nobody has a key.
-    """
-    keys = from_environment()
-    ring = KeyRing(config.access.keys_file, keys)
-    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    loopback = os.environ.get(SECRET) if behind_haproxy else None
-    if ring.is_open and behind_haproxy and loopback is None:
-        raise SereError(
-            "access.keys_file is missing: behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1) every "
-            "client looks local; give keys (`sere-ray key NAME`), or let `sere-ray serve` start it"
-        )
-    protection: dict[str, Any] = {
-        "access": config.access,
-        "keys": keys,
-        "limits": config.limits,
-        "control": config.sere is not None,
-        "loopback": None if loopback is None else digest(loopback),
-    }
-    if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
-        llm.experimental_configs[ACCESS] = protection
-        return build_openai_app({"llm_configs": [llm]})
-    options: dict[str, Any] = {"name": SereIngress.__name__, "max_ongoing_requests": NO_LIMIT}
-    if config.device == "cpu":  # of a laptop's two cores, too, something is left for the ranks
-        options["ray_actor_options"] = {"num_cpus": 0.5}
-    ingress = serve.deployment(serve.ingress()(SereIngress), **options)
-    return ingress.bind(build_llm_deployment(llm), protection)
 
 
 class RefusalCounter:
@@ -114,7 +67,8 @@ class SereIngress:
         self._engines, self._protection = engines, protection
 
     async def __serve_build_asgi_app__(self) -> Starlette:
-        app = Starlette(routes=[Mount("/", Forwarder(self._engines))])
+        forwarder = Forwarder(self._engines, self._protection["limits"])
+        app = Starlette(routes=[Mount("/", forwarder)])
         protect(app, **self._protection)
         return app
 

@@ -140,7 +140,9 @@ def with_limits(content: str, limits: Limits, files: Files, secret: str | None, 
     content = _replaced(content, r"^global\n", f"global\n    lua-load {files.waiting_room}\n")
     bind = r"(\nfrontend http_frontend\n\s*bind [^\n]+\n)"
     backends = re.findall(r"\nbackend (\S+)", content)
-    content = _replaced(content, bind, r"\g<1>" + _frontend(limits, secret, backends))
+    content = _replaced(
+        content, bind, r"\g<1>" + _frontend(limits, secret, backends, files.errors[503])
+    )
     # Ray's proxy of the head, where HAProxy would send what no replica takes: there it would wait.
     content = re.sub(r"\n\s*server \S+ \S+ (check|track \S+) backup(?=\n)", "", content)
     content = re.sub(r"\n\s*use-server \S+ if \{[^}\n]*unknown_replica_id[^\n]*", "", content)
@@ -175,7 +177,7 @@ def _defaults(limits: Limits, errors: dict[int, Path]) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
+def _frontend(limits: Limits, secret: str | None, backends: list[str], nobody: Path) -> str:
     """Rules of connections, then of requests.
 
     A connection that no backend has is one that waits for a request, or for the rest of one.
@@ -209,6 +211,9 @@ def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
         lines += [
             f"http-request lua.sere_wait {','.join(applications)} if METH_POST",
             "http-request redirect location %[pathq] code 307 if { var(txn.sere_again) -m found }",
+            # Ray's router would let it wait on.
+            f"http-request return status 503 errorfile {nobody} "
+            "if { var(txn.sere_nobody) -m found }",
         ]
     return "".join(f"    {line}\n" for line in lines)
 

@@ -1,8 +1,8 @@
 -- A request that finds no engine waits for one that restarts: `limits.queue_while_restarting_s`.
 --
 -- Ray tells HAProxy of a replica by a new configuration, for which a new HAProxy takes over. So a
--- request that waits in the old one asks again there: var(txn.sere_again) is set.
--- sere_ray/proxy/haproxy.py fills in the numbers.
+-- request that waits in the old one asks again there: var(txn.sere_again) is set. In vain was the
+-- wait of one that has var(txn.sere_nobody). sere_ray/proxy/haproxy.py fills in the numbers.
 
 local waiting = 0
 
@@ -18,17 +18,22 @@ local function is_any_up(backends)
 end
 
 core.register_action("sere_wait", { "http-req" }, function(txn, backends)
-    if is_any_up(backends) or waiting >= ${PLACES} then
+    if is_any_up(backends) then
         return
     end
-    waiting = waiting + 1
-    local deadline = core.now().sec + ${SECONDS}
-    while core.now().sec < deadline and not is_any_up(backends) do
-        if tonumber(core.get_info().Stopping) == 1 then
-            txn:set_var("txn.sere_again", 1)
-            break
+    if waiting < ${PLACES} then
+        waiting = waiting + 1
+        local deadline = core.now().sec + ${SECONDS}
+        while core.now().sec < deadline and not is_any_up(backends) do
+            if tonumber(core.get_info().Stopping) == 1 then
+                txn:set_var("txn.sere_again", 1)
+                break
+            end
+            core.msleep(100)
         end
-        core.msleep(100)
+        waiting = waiting - 1
     end
-    waiting = waiting - 1
+    if not is_any_up(backends) then
+        txn:set_var("txn.sere_nobody", 1)
+    end
 end, 1)

@@ -1,12 +1,13 @@
 """What hurts the deployment that this folder shares: by its name this file is the last one."""
 
-import time
-
 import pytest
 
-from tests.serve.deployment import wait_for
 from tests.serve.every_path import check_drains
-from tests.serve.faults import check_killed_engine, check_killed_router
+from tests.serve.faults import (
+    check_killed_engine,
+    check_killed_router,
+    check_requests_wait_for_the_gang,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -21,22 +22,13 @@ def test_a_killed_router(live):
     check_killed_router(live)
 
 
-def test_a_killed_engine_ends_the_requests_of_its_gang(live, engines):
-    """Later requests, too."""
+def test_a_killed_engine_ends_the_requests_of_its_gang_and_later_ones_wait(live, engines):
     assert len(engines) == 2
     check_killed_engine(live)
-    for _ in range(10):  # the gang needs longer to come back
-        start = time.monotonic()
-        status, answer, headers = live.complete(max_tokens=4)
-        assert time.monotonic() - start < 5
-        assert status == 503
-        assert "again" in answer["error"]["message"]
-        assert "retry-after" in {name.lower() for name in headers}
-        time.sleep(0.3)
+    check_requests_wait_for_the_gang(live)
 
 
-def test_the_gang_comes_back_and_drains_at_sigterm(live, engines):
-    wait_for(lambda: live.complete(max_tokens=4)[0] == 200, 180, "the gang comes back")
+def test_the_gang_is_whole_and_drains_at_sigterm(live, engines):
     now = live.processes("VLLM::EngineCore")
     assert len(now) == 2
     orphans = [engine for engine in engines if engine.is_running() and engine not in now]

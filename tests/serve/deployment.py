@@ -26,6 +26,7 @@ from tests.engine.conftest import random_artifact
 API_KEY, NO_TIER_KEY, EXACT_KEY, ADMIN = "sk-all", "sk-default-only", "sk-exact", "token-admin"
 UNSCORED_KEY = "sk-unscored"
 
+RESTART_SECONDS = 150
 HALF_SENT_SECONDS, ANSWER_SECONDS = 4, 25
 """Limits: the first for headers, and for bodies."""
 KEY_LIMIT = 32
@@ -74,6 +75,8 @@ class Served:
             ) as response:
                 return response.status, _parsed(response.read()), dict(response.headers)
         except HTTPError as error:
+            if error.code == 307:  # as most clients do: HAProxy was replaced while this waited
+                return self.request(method, path, body, key, headers, timeout)
             return error.code, _parsed(error.read()), dict(error.headers)
 
     def complete(
@@ -139,6 +142,7 @@ def deployed(folder, *, keys=True, environment=None, proxy="default", **argument
             "header_s": HALF_SENT_SECONDS,
             "body_s": HALF_SENT_SECONDS,
             "answer_s": ANSWER_SECONDS,
+            "queue_while_restarting_s": RESTART_SECONDS,
         },
         "model": str(assets.MODEL),
         "model_id": MODEL_ID,

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.live.traffic import at_once, counted
-from tests.serve.deployment import ADMIN, wait_for
+from tests.serve.deployment import ADMIN, RESTART_SECONDS, wait_for
 
+SEEN_SECONDS = 30
+"""Ray sees a replica's end within some seconds; a busy machine needs more."""
 CHANGES_NOTHING = {"mode": "on", "select_top_k": 4, "threshold": 0.25, "min_primary_experts": 0}
 """S = K: no slot is re-routed. Under the policy of the deployment file, and the next, some are."""
 CHANGES_MUCH = {"mode": "on", "select_top_k": 1, "threshold": None, "min_primary_experts": 0}
@@ -123,3 +125,28 @@ def check_killed_engine(served):
         assert end.error["code"] == "engine_lost"
         assert "again" in end.error["message"]
     assert max(end.ended for end in ends) - killed < 10
+
+
+def check_requests_wait_for_the_gang(served):
+    """After :func:`check_killed_engine`: requests are held until the gang answers again, once the
+    proxy has seen that no replica is left. Before, each is told at once to come again."""
+    start = time.monotonic()
+
+    def answer(_):
+        refused = []
+        while True:
+            asked = time.monotonic()
+            status, said, headers = served.complete(max_tokens=4, timeout=RESTART_SECONDS + 30)
+            if status == 200:
+                return refused, time.monotonic() - asked
+            refused.append(asked - start)
+            assert status == 503
+            assert "again" in said["error"]["message"]
+            assert "retry-after" in {name.lower() for name in headers}
+            time.sleep(1)
+
+    with ThreadPoolExecutor(6) as pool:
+        ends = list(pool.map(answer, range(6)))
+    print("refused after s, then held for s:", *ends, sep="\n")
+    assert max((after for refused, _ in ends for after in refused), default=0) < SEEN_SECONDS
+    assert max(held for _, held in ends) > 1, "the gang was back before anybody waited"

@@ -1,13 +1,10 @@
 """A gang of two whose engines' own HTTP servers answer, behind HAProxy: the same access layer, the
 same answers, the same errors when an engine is lost."""
 
-import time
-from http.client import HTTPException
-
 import pytest
 
 from tests.live.traffic import counted
-from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed, wait_for
+from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID, deployed
 from tests.serve.every_path import (
     BAD_REQUESTS,
     LIMITS,
@@ -18,7 +15,11 @@ from tests.serve.every_path import (
     check_refused,
     check_too_many_at_once,
 )
-from tests.serve.faults import check_killed_engine, check_killed_router
+from tests.serve.faults import (
+    check_killed_engine,
+    check_killed_router,
+    check_requests_wait_for_the_gang,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -96,28 +97,9 @@ def test_a_killed_router(served):
     check_killed_router(served)
 
 
-def test_a_killed_engine_ends_the_requests_of_its_gang_which_comes_back(served):
+def test_a_killed_engine_ends_the_requests_of_its_gang_and_later_ones_wait(served):
     check_killed_engine(served)
-    meanwhile = []
-
-    def is_back():
-        start = time.monotonic()
-        try:
-            status, answer, _ = served.complete(max_tokens=4, timeout=120)
-        except (HTTPException, OSError) as error:  # HAProxy has closed the connection
-            status, answer = None, error
-        meanwhile.append((status, time.monotonic() - start, answer))
-        return status == 200
-
-    wait_for(is_back, 120, "the gang comes back")
-    print(*(each[:2] for each in meanwhile), sep="\n")
-    refused = [(status, answer) for status, _, answer in meanwhile if status not in (None, 200)]
-    for status, answer in refused:
-        assert (status, answer["error"]["type"]) == (503, "server_error")
-    # The last one may have waited for the gang, which takes as long as a start does here, or
-    # longer on a busy machine: not an error of HAProxy's.
-    errors = [seconds for status, seconds, _ in meanwhile if status != 200]
-    assert max(errors, default=0) < 30, "HAProxy, without a gang"
+    check_requests_wait_for_the_gang(served)
 
 
 def test_sigterm_drains(served):

@@ -1,7 +1,6 @@
 """The similarity artifact: one safetensors file with a matrix per MoE layer and its origin."""
 
 import json
-import tempfile
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from sere_ray.artifact.statistics import GROUPS
 from sere_ray.artifact.strength import Strength, check_layers_of
 from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
 from sere_ray.util.errors import ArtifactError
-from sere_ray.util.files import atomic_path
+from sere_ray.util.files import atomic_path, read_content
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "sere_ray"
@@ -116,13 +115,7 @@ class SimilarityArtifact:
         Raises:
             ArtifactError: as :meth:`load`.
         """
-        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-            file.write(content)
-            file.flush()
-            try:
-                return cls.load(file.name)
-            except ArtifactError as error:
-                raise ArtifactError(str(error).replace(file.name, name)) from None
+        return read_content(content, name, cls.load)
 
     def check_replaces(self, running: "SimilarityArtifact", *, path: str) -> None:
         """Refuse an artifact that was not calibrated on the weights which ``running`` fits.

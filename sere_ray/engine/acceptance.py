@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sere_ray.engine.checks import sere_config
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.rules.margin import WEIGHT_UNIT
 
 _WINDOW = 4096

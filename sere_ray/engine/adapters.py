@@ -8,7 +8,7 @@ an adapter holds without a word; so adapters are looked at as they are loaded.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.util.errors import UnsupportedError
 
 

@@ -6,9 +6,13 @@ checksum of all of them. From the first pass on before which every rank was told
 """
 
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch import Tensor
+
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.util.errors import PolicyError
 
@@ -17,7 +21,8 @@ class Told(NamedTuple):
     """What an engine is told to run."""
 
     bound: BoundPolicy
-    artifact: SimilarityArtifact
+    artifact: SimilarityArtifact | None
+    masks: MasksArtifact | None = None
 
 
 class Versions:
@@ -28,18 +33,16 @@ class Versions:
     Attributes:
         newest: number of the last one; the first is 0.
         told: by number; earlier ones than all ranks know are gone.
-        checksum: 32 bits, of the first artifact and of all that was told.
+        checksum: 32 bits, of the first files and of all that was told.
     """
 
     def __init__(self, first: Told) -> None:
         self.newest = 0
         self.told = {0: first}
         self.checksum = zlib.crc32(first.bound.model_dump_json().encode())
-        for layer, matrix in sorted(first.artifact.layers.items()):
-            of_layer = sorted(first.artifact.statistics.get(layer, {}).items())
-            for tensor in (matrix, *(tensor for _, tensor in of_layer)):
-                content = tensor.contiguous().cpu().numpy().tobytes()
-                self.checksum = zlib.crc32(content, self.checksum)
+        for tensor in _tensors(first):
+            content = tensor.contiguous().cpu().numpy().tobytes()
+            self.checksum = zlib.crc32(content, self.checksum)
 
     def add(self, told: Told, artifact: bytes | None) -> None:
         """Number what this rank is told.
@@ -68,8 +71,21 @@ class Versions:
         if lowest == highest and not same_checksum:
             raise PolicyError(
                 f"sere: data-parallel ranks differ in their policies (number {lowest}) or "
-                "in their similarity artifact; start all ranks with the same 'sere' key and set "
-                "the same policies on all of them, in the same order"
+                "in their similarity artifact or masks; start all ranks with the same 'sere' key "
+                "and set the same policies on all of them, in the same order"
             )
         self.told = {number: told for number, told in self.told.items() if number >= lowest}
         return self.told[lowest]
+
+
+def _tensors(told: Told) -> Iterator[Tensor]:
+    """All that the files hold, in one order."""
+    if told.artifact is not None:
+        for layer, matrix in sorted(told.artifact.layers.items()):
+            yield matrix
+            for _, tensor in sorted(told.artifact.statistics.get(layer, {}).items()):
+                yield tensor
+    if told.masks is not None:
+        for _, of_level in sorted(told.masks.weights.items()):
+            for _, weight in sorted(of_level.items()):
+                yield weight

@@ -5,9 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.engine.checks import Checked
 from sere_ray.engine.state import EngineState
-from sere_ray.policy.policy import Policy, Startup
 
 Routing = tuple[Tensor, Tensor]
 """``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""
@@ -18,16 +17,12 @@ Wrap = Callable[[Any, str, Callable[..., Any]], None]
 class BackEnd(Protocol):
     """Re-routing on one platform, for engines of one rank and of several."""
 
-    def make_state(
-        self, vllm_config: Any, policy: Policy, startup: Startup, artifact: SimilarityArtifact
-    ) -> EngineState:
+    def make_state(self, vllm_config: Any, checked: Checked) -> EngineState:
         """The state of an engine in this process.
 
         Args:
             vllm_config: vLLM's complete configuration.
-            policy: of the ``sere`` key, valid for the model.
-            startup: what else the key holds.
-            artifact: of the model.
+            checked: what its ``sere`` key holds and names.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Refusals: what this version cannot re-route, said before the model loads wherever possible."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.option_checks import check_all_to_all, check_options
@@ -9,8 +9,12 @@ from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
 from sere_ray.kernel.limits import check_shape
+from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.masks.served import check_beside, layers_of, load_masks
 from sere_ray.policy.capabilities import check_artifact, check_policy
-from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.policy.key import parse_key
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.util.errors import ArtifactError, UnsupportedError
 
 KEY = "sere"
@@ -23,19 +27,25 @@ def sere_config(vllm_config: Any) -> object | None:
     return additional.get(KEY) if isinstance(additional, dict) else None
 
 
-def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]:
+class Checked(NamedTuple):
+    """What the key of an engine holds and names, valid for the configured model."""
+
+    policy: Policy
+    startup: Startup
+    artifact: SimilarityArtifact | None
+    masks: MasksArtifact | None
+
+
+def check_config(vllm_config: Any) -> Checked:
     """Everything that can be known before the model loads.
 
     Args:
         vllm_config: vLLM's complete configuration, with the ``sere`` key.
 
-    Returns:
-        The policy, what else the key holds, and the artifact; valid for the configured model.
-
     Raises:
         PolicyError: a key is unknown, misspelt or out of range.
-        ArtifactError: the artifact is missing, damaged, of another model, or says less of its
-            layers than the rule reads.
+        ArtifactError: a file is missing, damaged, of another model, or has less than the policy
+            asks for.
         UnsupportedError: the vLLM version, platform, model or another option cannot work.
     """
     policy, startup = parse_key(sere_config(vllm_config))
@@ -60,11 +70,27 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
         )
     if on_gpu:
         check_shape(model.get_num_experts(), model.get_num_experts_per_tok())
-    if policy.similarity_path.resolve().parent == Path(model.model).resolve():
-        raise ArtifactError(
-            f"{policy.similarity}: lies in the checkpoint's folder, where vLLM would load it as "
-            "weights; move it elsewhere"
-        )
+    for key, path in policy.files.items():
+        if path.resolve().parent == Path(model.model).resolve():
+            raise ArtifactError(
+                f"{getattr(policy, key)}: lies in the checkpoint's folder, where vLLM would load "
+                "it as weights; move it elsewhere"
+            )
+    artifact, masks = _load_artifact(policy, vllm_config), load_masks(policy)
+    if masks is not None:
+        # Layers and gates are compared as the model loads.
+        experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok()
+        masks.check_same(str(policy.masks), "num_experts", masks.metadata.num_experts, experts)
+        masks.check_same(str(policy.masks), "top_k", masks.metadata.top_k, top_k)
+    check_beside(masks, artifact, path=policy.masks)
+    policy.check_layers(len(layers_of(artifact, masks)))
+    return Checked(policy, startup, artifact, masks)
+
+
+def _load_artifact(policy: Policy, vllm_config: Any) -> SimilarityArtifact | None:
+    if policy.similarity is None or policy.similarity_path is None:
+        return None
+    model = vllm_config.model_config
     artifact = SimilarityArtifact.load(policy.similarity_path)
     artifact.check_model(
         architecture=model.hf_config.architectures[0],
@@ -78,8 +104,7 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     )
     check_artifact(policy, artifact)
     check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
-    policy.check_layers(len(artifact.layers))
-    return policy, startup, artifact
+    return artifact
 
 
 def check_synthetic(policy: Policy, artifact: SimilarityArtifact, *, load_format: str) -> None:

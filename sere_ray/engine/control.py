@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
-from sere_ray.engine.state import KIND_NAMES
+from sere_ray.engine.counters import KIND_NAMES
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.policy.policy import Policy
 

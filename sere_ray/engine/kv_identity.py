@@ -1,9 +1,9 @@
 """What KV blocks are of, as a word that engines of the same model and policy agree on.
 
 Two engines may hand each other blocks, through a cache beside the GPU, only if both compute the
-same. What counts: every number of the policy, the matrices (not the file's path), the weights, and
-in which type they are served. Under the modes ``off`` and ``observe`` an engine computes what stock
-does, so there is no word: blocks are those of stock.
+same. What counts: every number of the policy, the matrices and masks (not the files' paths), the
+weights, and in which type they are served. Under the modes ``off`` and ``observe`` an engine
+computes what stock does, so there is no word: blocks are those of stock.
 """
 
 import hashlib
@@ -12,31 +12,47 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.policy.bound import BoundPolicy
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def kv_word(policy: BoundPolicy, matrices: str, weights: str) -> str | None:
+def kv_word(policy: BoundPolicy, matrices: str, weights: str, masks: str = "") -> str | None:
     """The word of what re-routed rows leave in the KV cache.
 
     Args:
         policy: the numbers that run.
         matrices: of :func:`matrices_digest`.
         weights: of :func:`weights_digest`.
+        masks: of :func:`masks_digest`; counts where a level of theirs runs.
 
     Returns:
         32 hexadecimal digits; None = the policy changes nothing.
     """
-    if policy.mode != "on":
+    if policy.mode != "on" or (policy.rule == "none" and not policy.level):
         return None
-    numbers = policy.model_dump_json()
-    return hashlib.sha256("\n".join(("1", numbers, matrices, weights)).encode()).hexdigest()[:32]
+    parts = ("2", policy.model_dump_json(), matrices, weights, masks if policy.level else "")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def matrices_digest(artifact: SimilarityArtifact) -> str:
+def masks_digest(masks: MasksArtifact | None) -> str:
+    """A hash of all levels and of what else decides which slots are masked."""
+    if masks is None:
+        return ""
+    digest = hashlib.sha256(f"keep_first {masks.metadata.keep_first}".encode())
+    for level, of_level in sorted(masks.weights.items()):
+        for layer, weight in sorted(of_level.items()):
+            digest.update(f"{level} {layer} {tuple(weight.shape)}".encode())
+            digest.update(weight.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def matrices_digest(artifact: SimilarityArtifact | None) -> str:
     """A hash of all matrices and statistics, with their layers."""
+    if artifact is None:
+        return ""
     digest = hashlib.sha256()
     for layer, matrix in sorted(artifact.layers.items()):
         digest.update(f"{layer} {tuple(matrix.shape)}".encode())

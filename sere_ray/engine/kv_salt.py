@@ -20,9 +20,11 @@ from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.checks import sere_config
-from sere_ray.engine.kv_identity import kv_word, matrices_digest, weights_digest
+from sere_ray.engine.kv_identity import kv_word, masks_digest, matrices_digest, weights_digest
 from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
-from sere_ray.policy.policy import Policy, parse_key
+from sere_ray.masks.served import load_masks
+from sere_ray.policy.key import parse_key
+from sere_ray.policy.policy import Policy
 from sere_ray.policy.tiers import asks_exact
 
 _MARK = "|sere-"
@@ -82,7 +84,9 @@ class KvSalts:
         self._top_k = model.get_num_experts_per_tok()
         self._several_ranks = vllm_config.parallel_config.data_parallel_size > 1
         policy, _ = parse_key(sere_config(vllm_config))
-        self._take(SimilarityArtifact.load(policy.similarity_path))
+        path = policy.similarity_path
+        self._take(None if path is None else SimilarityArtifact.load(path))
+        self._masks = masks_digest(load_masks(policy))
         digest = weights_digest(model, str(vllm_config.load_config.load_format))
         # Without one no other engine has the same.
         self._weights = digest if digest and shares else secrets.token_hex(16)
@@ -94,18 +98,19 @@ class KvSalts:
         """Take over the policy that this rank was told, as :meth:`EngineState.set_policy`."""
         told, _ = parse_key(policy)
         if artifact is not None:
-            self._take(SimilarityArtifact.from_bytes(artifact, name=told.similarity))
+            self._take(SimilarityArtifact.from_bytes(artifact, name=str(told.similarity)))
         if not self._shares:
             self._weights = secrets.token_hex(16)
         self.word = self._word_of(told)
         self.settled = not self._several_ranks
 
-    def _take(self, artifact: SimilarityArtifact) -> None:
-        self._matrices, self._strengths = matrices_digest(artifact), artifact.metadata.strengths
+    def _take(self, artifact: SimilarityArtifact | None) -> None:
+        self._matrices = matrices_digest(artifact)
+        self._strengths = None if artifact is None else artifact.metadata.strengths
 
     def _word_of(self, policy: Policy) -> str | None:
         bound = policy.for_model(top_k=self._top_k, strengths=self._strengths)
-        return kv_word(bound, self._matrices, self._weights)
+        return kv_word(bound, self._matrices, self._weights, self._masks)
 
     def word_for(self, sampling_params: Any) -> str | None:
         """Of a request that comes now; None = its blocks are those of stock."""

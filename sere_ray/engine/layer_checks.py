@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sere_ray.artifact.gates import find_gate, gate_weight
 from sere_ray.engine.back_end import expert_kernel
+from sere_ray.engine.state import EngineState
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -79,6 +80,41 @@ def check_layer(runner: Any, attached: Iterable[int], top_k: int, num_experts: i
                 f"sere: layer {runner.layer_name!r} {what}; this model cannot be re-routed: remove "
                 "the 'sere' key"
             )
+
+
+def check_has_layer(state: EngineState, layer: int) -> None:
+    """Refuse files that say nothing of a layer with experts.
+
+    Args:
+        state: of the engine.
+        layer: decoder layer index.
+
+    Raises:
+        ArtifactError: names the file and the layer.
+    """
+    policy, artifact, masks = state.policy, state.artifact, state.masks
+    if artifact is not None:
+        artifact.matrix(layer, path=str(policy.similarity))
+    if masks is not None and layer not in masks.layers:
+        masks.check_same(str(policy.masks), f"mask of layer {layer}", "none", "experts there")
+
+
+def check_input(runner: Any, mask: Tensor) -> None:
+    """Refuse masks where what goes to the experts is not what they were trained on.
+
+    Args:
+        runner: vLLM's ``MoERunner``.
+        mask: ``[E, H]``.
+
+    Raises:
+        UnsupportedError: names the layer.
+    """
+    width = runner.moe_config.hidden_dim
+    if runner.routed_input_transform is not None or width != mask.shape[1]:
+        raise UnsupportedError(
+            f"sere.masks: layer {runner.layer_name!r} gives its experts transformed or padded "
+            f"rows of {width} numbers, the masks take {mask.shape[1]}; leave masks out"
+        )
 
 
 def check_routes_outside_kernel(runner: Any) -> None:

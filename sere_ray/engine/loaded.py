@@ -1,11 +1,12 @@
 """Checks of a model whose weights are there: its layers, its gates, its expert kernels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from sere_ray.engine.back_ends import BACK_ENDS
 from sere_ray.engine.layer_checks import check_gate
-from sere_ray.engine.state import EngineState, find_state, states_of_layers
+from sere_ray.engine.state import EngineState
+from sere_ray.engine.states import find_state, states_of_layers
 from sere_ray.util.errors import UnsupportedError
 
 
@@ -20,12 +21,8 @@ def check_loaded(
     """
     states = states_of_layers(model.modules())
     for state in states:
-        # That every layer has its matrix is checked as it is built.
-        state.artifact.check_layers(
-            [*state.attached, *_elsewhere(model_config, state.layers)],
-            path=state.policy.similarity,
-            but="those of the model have no experts",
-        )
+        # That files have every layer is checked as it is built.
+        _check_layers(state, [*state.attached, *_elsewhere(model_config, state.layers)])
         _check_router_weights(state, model)
     original(model, model_config, *args, **kwargs)
     for state in states:
@@ -51,12 +48,33 @@ def _elsewhere(model_config: Any, layers: Iterable[int]) -> list[int]:
     return [layer for layer in layers if not first <= layer < end]
 
 
+def _check_layers(state: EngineState, having: Collection[int]) -> None:
+    """Refuse files that say something of layers without experts."""
+    if state.artifact is not None:
+        state.artifact.check_layers(
+            having,
+            path=str(state.policy.similarity),
+            but="those of the model have no experts",
+        )
+    if state.masks is not None:
+        surplus = [layer for layer in state.masks.layers if layer not in having]
+        if surplus:
+            state.masks.check_same(str(state.policy.masks), "layers", surplus, "no experts there")
+
+
 def _check_router_weights(state: EngineState, model: Any) -> None:
-    """Compare each gate with the one that was calibrated."""
-    if not state.artifact.metadata.synthetic:
-        for layer, runner in state.attached.items():
-            weight = check_gate(runner, model)
-            state.artifact.check_router(layer, weight, path=state.policy.similarity)
+    """Compare each gate with the one that was calibrated, or that masks were trained beside."""
+    policy, artifact, masks = state.policy, state.artifact, state.masks
+    if artifact is not None and artifact.metadata.synthetic:
+        artifact = None
+    if artifact is None and masks is None:
+        return
+    for layer, runner in state.attached.items():
+        weight = check_gate(runner, model)
+        if artifact is not None:
+            artifact.check_router(layer, weight, path=str(policy.similarity))
+        if masks is not None:
+            masks.check_layer(layer, weight, path=str(policy.masks))
 
 
 def refuse_other_weights(original: Callable[..., Any], worker: Any, *args: Any, **kw: Any) -> Any:

@@ -70,12 +70,14 @@ from sere_ray.engine.back_end import BackEnd, Routing
 from sere_ray.engine.back_ends import BACK_ENDS
 from sere_ray.engine.checks import KEY, check_config, sere_config
 from sere_ray.engine.layer_checks import (
+    check_has_layer,
     check_layer,
     check_routes_outside_kernel,
     check_something_attached,
 )
 from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
-from sere_ray.engine.state import EngineState, add_state, find_state
+from sere_ray.engine.state import EngineState
+from sere_ray.engine.states import add_state, find_state
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.util.errors import UnsupportedError
 
@@ -159,7 +161,7 @@ def _get_state(vllm_config: Any) -> EngineState:
     """The state of the engine with this configuration, made when its first layer is built."""
     state = find_state(vllm_config)
     if state is None:
-        state = _back_end_of(vllm_config).make_state(vllm_config, *check_config(vllm_config))
+        state = _back_end_of(vllm_config).make_state(vllm_config, check_config(vllm_config))
         add_state(vllm_config, state)
     return state
 
@@ -175,7 +177,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     back_end, state = _back_end_of(vllm_config), _get_state(vllm_config)
     _install_patches(back_end, vllm_config)
     layer, router = runner.layer_id, runner.router
-    state.artifact.matrix(layer, path=state.policy.similarity)
+    check_has_layer(state, layer)
     check_routes_outside_kernel(runner)
     back_end.check_experts(state, runner)
     check_layer(runner, state.attached, state.top_k, vllm_config.model_config.get_num_experts())

@@ -1,7 +1,6 @@
 """The worker's side of re-routing: one object per engine and process, created once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +9,18 @@ from numpy.typing import NDArray
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.agreement import Told, Versions
+from sere_ray.engine.counters import (
+    BYTES,
+    COUNTERS,
+    DECODE_ONLY,
+    KIND_NAMES,
+    MIXED,
+    SLOTS_MASKED,
+)
 from sere_ray.engine.gate import Gates
 from sere_ray.engine.step_totals import StepTotals
+from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.masks.served import check_level, layers_of
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import (
     EngineKind,
@@ -20,27 +29,14 @@ from sere_ray.policy.capabilities import (
     check_swap,
     check_tables,
 )
-from sere_ray.policy.policy import Policy, Startup, parse_key
-from sere_ray.rules import REROUTABLE, RuleCounts
+from sere_ray.policy.key import parse_key
+from sere_ray.policy.named_files import FILE_KEYS
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
+from sere_ray.rules import REROUTABLE
 from sere_ray.util.errors import PolicyError
 
-DECODE_ONLY = 0
-"""Counter row of steps in which every row decodes."""
-MIXED = 1
-"""Counter row of steps that also compute prompt rows."""
-COUNTERS = (
-    *RuleCounts._fields,
-    "slots_merged",
-    "beyond_range",
-    "experts_max_rank_before",
-    "experts_max_rank_after",
-)
-"""Per layer: those of the rule, slots that others of their row took over, steps that gave up more
-demand than calibration saw, then experts of the rank that reads most of them."""
-KIND_NAMES = ("decode_only", "mixed")
-"""Of the two kinds of step in reports, in the order of the counter rows."""
-BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")
-"""Per layer: what dispatch sends to other ranks, with the gate's ids and with the rule's."""
+RESTART = "restart it to change it"
 
 
 @dataclass
@@ -49,9 +45,10 @@ class EngineState(ABC):
 
     Attributes:
         policy: what the user wrote, the last that was told and is valid.
-        artifact: the similarity artifact that goes with it.
+        artifact: the similarity artifact that goes with it; None = the policy names masks alone.
         top_k: K of the model.
         startup: what the engine was started with and keeps.
+        masks: the learned masks that it was started with and keeps; None = there are none.
         layers: decoder layer indices, in the order of the counters.
         position: of a layer among them.
         attached: decoder layer index -> vLLM's runner of that layer.
@@ -63,16 +60,17 @@ class EngineState(ABC):
     """
 
     policy: Policy
-    artifact: SimilarityArtifact
+    artifact: SimilarityArtifact | None
     top_k: int
     startup: Startup = field(default_factory=Startup, kw_only=True)
+    masks: MasksArtifact | None = field(default=None, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
     gates: Gates = field(default_factory=Gates, init=False)
     draft_weights: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
-        self.layers = sorted(self.artifact.layers)
+        self.layers = layers_of(self.artifact, self.masks)
         self.position = {layer: i for i, layer in enumerate(self.layers)}
         self.totals = (StepTotals(), StepTotals())
         self.running = self._told(self.policy, self.artifact)
@@ -112,9 +110,10 @@ class EngineState(ABC):
                 reads. After any of these all stays as it was.
         """
         policy, new = self.check_policy(value, artifact), self.artifact
-        if artifact is not None:
-            new = SimilarityArtifact.from_bytes(artifact, name=policy.similarity)
-            new.check_replaces(self.artifact, path=policy.similarity)
+        if artifact is not None and self.artifact is not None:
+            name = str(policy.similarity)
+            new = SimilarityArtifact.from_bytes(artifact, name=name)
+            new.check_replaces(self.artifact, path=name)
             check_tables(new, self.artifact, on_gpu=self.kind["on_gpu"])
         check_artifact(policy, new)
         self.policy, self.artifact = policy, new
@@ -150,23 +149,26 @@ class EngineState(ABC):
             if new != running:
                 raise PolicyError(
                     f"sere.{key} = {new!r}: a running engine keeps what it was started with "
-                    f"({running!r}); restart it to change it"
+                    f"({running!r}); {RESTART}"
                 )
-        if artifact is None and policy.similarity != self.policy.similarity:
-            raise PolicyError(
-                f"sere.similarity = {policy.similarity!r}: a running engine keeps its artifact "
-                f"({self.policy.similarity!r}); send it the new one, or restart it"
-            )
+        for key in FILE_KEYS:
+            new, running = getattr(policy, key), getattr(self.policy, key)
+            if new != running and (artifact is None or key == "masks"):
+                remedy = "send it the new one, or restart it" if key == "similarity" else RESTART
+                raise PolicyError(
+                    f"sere.{key} = {new!r}: a running engine keeps its file ({running!r}); {remedy}"
+                )
         if artifact is not None:
-            check_swap(policy.similarity, self.policy.similarity, **self.kind)
+            check_swap(str(policy.similarity), self.policy.similarity, **self.kind)
         check_change(policy, self.policy, **self.kind)
+        check_level(policy.level, self.masks, path=policy.masks)
         self.gates.check(policy)
         policy.check_layers(len(self.layers))
         return policy
 
-    def _told(self, policy: Policy, artifact: SimilarityArtifact) -> Told:
-        bound = policy.for_model(top_k=self.top_k, strengths=artifact.metadata.strengths)
-        return Told(bound, artifact)
+    def _told(self, policy: Policy, artifact: SimilarityArtifact | None) -> Told:
+        strengths = None if artifact is None else artifact.metadata.strengths
+        return Told(policy.for_model(top_k=self.top_k, strengths=strengths), artifact, self.masks)
 
     # --- layers -----------------------------------------------------------------------------------
 
@@ -235,6 +237,10 @@ class EngineState(ABC):
         nothing = [0] * len(self.layers)
         return [dict.fromkeys(BYTES, nothing) for _ in range(2)]
 
+    def read_masked(self) -> list[list[int]]:
+        """``SLOTS_MASKED`` of each step kind; an engine that takes no masks masks nothing."""
+        return [[0] * len(self.layers)] * 2
+
     def add_to_report(self, report: dict[str, Any]) -> None:  # noqa: B027  (one rank has no more)
         """Add what only engines of this kind count to what :meth:`read_counters` returns."""
 
@@ -248,10 +254,11 @@ class EngineState(ABC):
         Returns:
             ``layers``, ``top_k``, ``policy``, and for the two kinds of step ``decode_only`` and
             ``mixed``: the fields of :class:`StepTotals` and, as lists by layer (sums over steps),
-            those of ``COUNTERS`` and ``BYTES``; None where this engine cannot count. Then what
-            :meth:`add_to_report` adds.
+            those of ``COUNTERS``, ``SLOTS_MASKED`` and ``BYTES``; None where this engine cannot
+            count. Then what :meth:`add_to_report` adds.
         """
         counters, sent = self.read_layer_counters(), self.read_bytes()
+        masked = self.read_masked()
         report: dict[str, Any] = {
             "layers": self.layers,
             "top_k": self.top_k,
@@ -262,36 +269,10 @@ class EngineState(ABC):
                 **vars(self.totals[kind]),
                 **dict.fromkeys(COUNTERS),
                 **dict(zip(COUNTERS, counters[kind].T.tolist(), strict=False)),
+                SLOTS_MASKED: masked[kind],
                 **sent[kind],
             }
         self.add_to_report(report)
         if reset:
             self.reset_counters()
         return report
-
-
-_states: dict[int, tuple[Any, EngineState]] = {}
-"""By id() of an engine's ParallelConfig, which is kept too: an id is free again once its object is.
-Of all parts of a configuration it is the one that vLLM also hands to the agreement of ranks."""
-
-
-def add_state(vllm_config: Any, state: EngineState) -> None:
-    """Keep the state of the engine with this configuration."""
-    parallel = vllm_config.parallel_config
-    _states[id(parallel)] = parallel, state
-
-
-def find_state(vllm_config: Any) -> EngineState | None:
-    """The state of the engine with this configuration; None without the ``sere`` key."""
-    return state_of_ranks(vllm_config.parallel_config)
-
-
-def state_of_ranks(parallel_config: Any) -> EngineState | None:
-    """The state of the engine whose configuration has this part; None without the key."""
-    return _states.get(id(parallel_config), (None, None))[1]
-
-
-def states_of_layers(modules: Iterable[Any]) -> list[EngineState]:
-    """The engines that have attached one of these modules, one engine for a whole model."""
-    found = set(modules)
-    return [state for _, state in _states.values() if found.intersection(state.attached.values())]

@@ -204,8 +204,8 @@ class DecodeBatches:
         """By layer, those that come before the policy's rule."""
         if not isinstance(policy, BoundSetting) or policy.masks is None:
             return {}
-        path, level = policy.masks
-        return self.masks[path].level(level, path=path, device=self.model.device)
+        path, device = policy.masks, self.model.device
+        return self.masks[path].level(policy.level, path=path, device=device)
 
     def fit(self, policy: BoundPolicy, batch: int) -> dict[int, Moments]:
         """What LDA's repair of a policy needs, by layer; earlier layers stay exact."""

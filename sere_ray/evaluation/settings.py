@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from sere_ray.artifact.strength import Strength
-from sere_ray.masks.compose import RULES_AFTER_MASKS
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
@@ -55,8 +54,8 @@ AnyRule = Literal[
 class BoundSetting(BoundPolicy):
     """A setting with the numbers that it has for one model."""
 
-    masks: tuple[str, int] | None = None
-    """File of learned masks, and their level."""
+    masks: str | None = None
+    """File of learned masks."""
 
 
 class Setting(Policy):
@@ -84,29 +83,6 @@ class Setting(Policy):
         None, description="repair the outputs of the layers with LDA, fitted on --tune-data"
     )
 
-    masks: str | None = Field(
-        None, min_length=1, description="path of learned masks that come before the rule"
-    )
-    level: int | None = Field(None, ge=1, description="of the masks; 1 is the lightest")
-
-    @model_validator(mode="after")
-    def _check_masks(self) -> Self:
-        text = None
-        if self.masks is not None and self.level is None:
-            text = f"level is missing: masks = {self.masks!r} has several; give one, 1 or above"
-        elif self.masks is None and self.level is not None:
-            text = f"level = {self.level}: is one of masks; give masks, too, or leave it out"
-        elif self.masks is not None and self.rule not in RULES_AFTER_MASKS:
-            text = (
-                f"masks = {self.masks!r}: go with the rules {', '.join(RULES_AFTER_MASKS)}, not "
-                f"with {self.rule!r}; leave it out"
-            )
-        elif self.masks is not None and self.loss is not None:
-            text = f"loss = {self.loss}: was measured without masks; give tau, or leave masks out"
-        if text:
-            raise PydanticCustomError("rule_key", "{text}", {"text": text})
-        return self
-
     def for_model(
         self,
         *,
@@ -116,8 +92,7 @@ class Setting(Policy):
     ) -> BoundSetting:
         """As of a policy, and which masks come first."""
         bound = super().for_model(top_k=top_k, strengths=strengths, where=where)
-        masks = None if self.masks is None or self.level is None else (self.masks, self.level)
-        return BoundSetting(**dict(bound), masks=masks)
+        return BoundSetting(**dict(bound), masks=self.masks)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
         """Refuse a list of another length than the model has MoE layers.

@@ -19,7 +19,7 @@ from sere_ray.rules.sere import UNNAMED, check_slots
 
 
 class StepCounts(NamedTuple):
-    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and three more."""
+    """Fields of :class:`sere_ray.rules.RuleCounts` as plain numbers, and more."""
 
     experts_before: int
     experts_after: int
@@ -33,6 +33,8 @@ class StepCounts(NamedTuple):
     """Experts before the rule of the rank that holds most of them."""
     experts_max_rank_after: int
     """The same after it."""
+    slots_masked: int = 0
+    """Slots that learned masks left out before the rule."""
 
 
 def reroute_and_count(

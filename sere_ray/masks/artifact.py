@@ -15,7 +15,7 @@ from torch import Tensor
 from sere_ray.artifact.gates import check_gate
 from sere_ray.masks.slots import LayerMask
 from sere_ray.util.errors import ArtifactError
-from sere_ray.util.files import atomic_path
+from sere_ray.util.files import atomic_path, read_content
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "sere_ray_masks"
@@ -107,19 +107,34 @@ class MasksArtifact:
         found._check(path)
         return found
 
+    @classmethod
+    def from_bytes(cls, content: bytes, *, name: str) -> "MasksArtifact":
+        """Read and check the content of a file that came over the network.
+
+        Args:
+            content: of the file.
+            name: of the file, for messages.
+
+        Raises:
+            ArtifactError: as :meth:`load`.
+        """
+        return read_content(content, name, cls.load)
+
     def level(
         self, level: int, *, path: str, device: torch.device | str = "cpu"
     ) -> dict[int, LayerMask]:
         """The masks of a level by decoder layer index.
 
         Args:
-            level: 1 is the lightest.
+            level: 1 is the lightest; 0 masks nothing.
             path: of the file, for the message.
             device: where the weights go.
 
         Raises:
             ArtifactError: there is no such level; names those there are.
         """
+        if level == 0:
+            return {}
         if level not in self.weights:
             known = " ".join(
                 f"{number}: {of.slots_kept:.0%} of the slots."
@@ -127,11 +142,16 @@ class MasksArtifact:
             )
             raise ArtifactError(
                 f"level = {level}: {path} has levels 1..{len(self.weights)} ({known}); give one "
-                "of these"
+                "of these, or 0 to mask nothing"
             )
         keep_first = self.metadata.keep_first
         of_level = self.weights[level].items()
         return {layer: LayerMask(weight.to(device), keep_first) for layer, weight in of_level}
+
+    @property
+    def layers(self) -> list[int]:
+        """Decoder layer indices, in order."""
+        return sorted(self.weights[1])
 
     def check_model(self, gates: Mapping[int, Tensor], top_k: int, *, path: str) -> None:
         """Refuse masks of another model.
@@ -144,21 +164,34 @@ class MasksArtifact:
         Raises:
             ArtifactError: names the property, both values and what to do.
         """
-        metadata, some = self.metadata, next(iter(self.weights.values()))
-        of_masks = {"layers": sorted(some), "top_k": metadata.top_k}
-        of_model: dict[str, object] = {"layers": sorted(gates), "top_k": top_k}
-        for layer in sorted(set(some) & set(gates)):
-            name = f"shape of layer {layer}"
-            of_masks[name], of_model[name] = tuple(some[layer].shape), tuple(gates[layer].shape)
-        for what, found in of_model.items():
-            if of_masks[what] != found:
-                raise ArtifactError(
-                    f"{path}: {what} = {of_masks[what]}, but the model has {found}; these masks "
-                    f"belong to {metadata.model_id!r}: {_AGAIN}"
-                )
-        other = f"the masks were trained on other weights ({metadata.model_id!r}): {_AGAIN}"
+        self.check_same(path, "layers", self.layers, sorted(gates))
+        self.check_same(path, "top_k", self.metadata.top_k, top_k)
         for layer, gate in gates.items():
-            check_gate(layer, gate, metadata.router_fingerprint, path=path, other=other)
+            self.check_layer(layer, gate, path=path)
+
+    def check_layer(self, layer: int, gate: Tensor, *, path: str) -> None:
+        """Refuse the mask of a layer whose gate, ``[E, H]``, is another one.
+
+        Raises:
+            ArtifactError: as :meth:`check_model`.
+        """
+        mask = self.weights[1].get(layer)
+        shape = None if mask is None else tuple(mask.shape)
+        self.check_same(path, f"shape of layer {layer}", shape, tuple(gate.shape))
+        other = f"the masks were trained on other weights ({self.metadata.model_id!r}): {_AGAIN}"
+        check_gate(layer, gate, self.metadata.router_fingerprint, path=path, other=other)
+
+    def check_same(self, path: str, what: str, of_masks: object, of_model: object) -> None:
+        """Refuse a property that differs from the model's.
+
+        Raises:
+            ArtifactError: names it, both values and what to do.
+        """
+        if of_masks != of_model:
+            raise ArtifactError(
+                f"{path}: {what} = {of_masks}, but the model has {of_model}; these masks belong to "
+                f"{self.metadata.model_id!r}: {_AGAIN}"
+            )
 
     def _check(self, path: Path) -> None:
         """Refuse levels that do not fit each other, and numbers that are none.

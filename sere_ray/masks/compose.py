@@ -14,10 +14,8 @@ from torch import Tensor
 from sere_ray.masks.slots import drop
 from sere_ray.rules import PADDING, RULES, Choice, Layer
 from sere_ray.rules.demand import DEMAND_RULES, DemandRule
+from sere_ray.rules.registry import RULES_AFTER_MASKS
 from sere_ray.util.errors import UnsupportedError
-
-RULES_AFTER_MASKS = ("none", "sere", *DEMAND_RULES)
-"""Rules that masks go with."""
 
 
 def after_masks(
@@ -32,7 +30,7 @@ def after_masks(
     """What a rule makes of the slots that are left.
 
     Args:
-        rule: one of :data:`RULES_AFTER_MASKS`.
+        rule: one of :data:`~sere_ray.rules.registry.RULES_AFTER_MASKS`.
         kept: ``[..., T, K]`` bool, of :func:`~sere_ray.masks.slots.kept_slots`.
         topk_ids: ``[..., T, K]``, the gate's.
         topk_weights: ``[..., T, K]``.
@@ -97,17 +95,18 @@ class MaskedRows:
             row_kind=row_kind.expand(kept.shape[:-1]),
         )
 
-    def ask(self, rule: DemandRule, layer: Layer) -> Tensor:
+    def ask(self, rule: DemandRule, layer: Layer, row_weight: Tensor | None = None) -> Tensor:
         """``[..., E]`` int64: what the rows want of each expert; sums add up over ranks.
 
         Args:
             rule: what asks.
             layer: settled by the rule.
+            row_weight: ``[..., T]`` int64, how far drafts count; None = all are whole.
         """
         asked = torch.zeros_like(self.scores[..., 0, :], dtype=torch.int64)
         for size in self._sizes():
             ids, weights, kinds = self._of_size(size)
-            asked = asked + rule.ask(ids, weights, self.scores, kinds, layer)
+            asked = asked + rule.ask(ids, weights, self.scores, kinds, layer, row_weight)
         return asked
 
     def take(self, rule: DemandRule, kept: Tensor, layer: Layer) -> Choice:
@@ -135,12 +134,20 @@ class MaskedRows:
         return self.ids[..., :size], self.weights[..., :size], kinds
 
 
-def _sere(kept: Tensor, ids: Tensor, weights: Tensor, row_kind: Tensor, layer: Layer) -> Choice:
-    """A masked slot names the row's best expert once more, with weight 0, so it asks for nothing
-    new: slot orders are of an expert's best slot. A row with nothing left is padding."""
-    left = torch.where(kept, weights, 0.0)
+def rows_for_sere(
+    kept: Tensor, ids: Tensor, weights: Tensor, row_kind: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, weights and kinds with which the rule ``sere`` sees only what is left.
+
+    A masked slot names the row's best expert once more, with weight 0, so it asks for nothing new:
+    slot orders are of an expert's best slot. A row with nothing left is padding.
+    """
     best = weights.masked_fill(~kept, -1.0).argmax(dim=-1, keepdim=True)
     named = torch.where(kept, ids, ids.gather(-1, best))
     kinds = torch.where(kept.any(dim=-1), row_kind, PADDING).to(torch.int8)
-    new_ids, new_weights = RULES["sere"].apply(named, left, None, kinds, layer)
-    return drop(kept, new_ids, new_weights)
+    return named, torch.where(kept, weights, 0.0), kinds
+
+
+def _sere(kept: Tensor, ids: Tensor, weights: Tensor, row_kind: Tensor, layer: Layer) -> Choice:
+    named, left, kinds = rows_for_sere(kept, ids, weights, row_kind)
+    return drop(kept, *RULES["sere"].apply(named, left, None, kinds, layer))

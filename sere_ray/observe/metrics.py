@@ -12,7 +12,7 @@ from sere_ray.observe.metric import RANK_LABELS, Metric
 
 LAYER_BUCKETS = 4
 EXPERT_BOUNDARIES = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
-MAX_SERIES_PER_RANK = 256
+MAX_SERIES_PER_RANK = 264
 """Most time series that one rank exports of the metrics below."""
 
 _RANK = RANK_LABELS
@@ -104,6 +104,13 @@ SLOTS_MERGED = Metric(
     "slots",
     _LAYERS,
     "of these, slots that another one of their row took over, as it names the same expert",
+)
+SLOTS_MASKED = Metric(
+    "sere_slots_masked_total",
+    "counter",
+    "slots",
+    _LAYERS,
+    "slots of this rank's rows that learned masks left out, before the rule",
 )
 CRITICAL_KEPT = Metric(
     "sere_critical_kept_total",
@@ -235,6 +242,7 @@ PER_LAYER = {
     "experts_max_rank_after": MAX_RANK_AFTER,
     "slots_rerouted": SLOTS_REROUTED,
     "slots_merged": SLOTS_MERGED,
+    "slots_masked": SLOTS_MASKED,
     "critical_kept": CRITICAL_KEPT,
     "beyond_range": BEYOND_RANGE,
 }

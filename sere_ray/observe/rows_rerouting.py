@@ -61,12 +61,14 @@ QUALITY = Row(
     (
         Panel(
             "Saved, re-routed, critical",
-            "Saved: of experts. Re-routed: of slots. Critical: kept experts that have no stand-in. "
-            "Decode: rows that may be re-routed; the others are prompts and the exact tier.",
+            "Saved: of experts. Re-routed: of slots; masked: of slots, by learned masks. Critical: "
+            "kept experts that have no stand-in. Decode: rows that may be re-routed; the others "
+            "are prompts and the exact tier.",
             "percentunit",
             (
                 Query(f"sere:experts_saved:share{APP}", "{{app}} saved"),
                 Query(f"sere:slots_rerouted:share{APP}", "{{app}} re-routed"),
+                Query(f"sere:slots_masked:share{APP}", "{{app}} masked"),
                 Query(f"sere:critical_kept:share{APP}", "{{app}} critical"),
                 Query(f"sere:decode_rows:share{APP}", "{{app}} decode"),
             ),

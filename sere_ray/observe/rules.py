@@ -46,6 +46,7 @@ SERE_RECORDINGS = (
     Recording("sere:experts_saved:share", "1 - sere:experts_after:mean / sere:experts_before:mean"),
     Recording("sere:slots_rerouted:share", _ratio("slots_rerouted", "slots", "app", where="")),
     Recording("sere:slots_merged:share", _ratio("slots_merged", "slots", "app", where="")),
+    Recording("sere:slots_masked:share", _ratio("slots_masked", "slots", "app", where="")),
     Recording("sere:decode_rows:share", _ratio("decode_rows", "rows", "app", where="")),
     Recording("sere:critical_kept:share", _ratio("critical_kept", "experts_after", "app")),
     Recording("sere:beyond_range:share", _ratio("beyond_range", "layer_steps", "app")),

@@ -21,6 +21,7 @@ _OF_GANG = (
 _OF_RANK = (
     "slots_rerouted",
     "slots_merged",
+    "slots_masked",
     "bytes_dispatched_before",
     "bytes_dispatched_after",
 )
@@ -65,6 +66,10 @@ class StepSums(BaseModel):
     slots_merged: ByLayer = Field(
         description="of these, choices that another one of their row took over, as it names the "
         "same expert: computed and sent once"
+    )
+    slots_masked: ByLayer = Field(
+        description="expert choices that learned masks left out, before the rule; they are not "
+        "among slots_rerouted"
     )
     bytes_dispatched_before: ByLayer | None = Field(
         description="rows sent to experts of other ranks, without the way back, had the rule "

@@ -34,6 +34,8 @@ class BoundPolicy(BaseModel):
     threshold: float | None
     min_primary_experts: int
     union: Union = "global"
+    level: int = 0
+    """Of the masks that come before the rule; 0 = nothing is masked."""
     knobs: tuple[tuple[str, Any], ...] = ()
     """Further knobs of the rule that were given; of ``tau`` and ``most`` one for each layer, if
     there are several."""
@@ -86,7 +88,9 @@ class BoundPolicy(BaseModel):
             top_k: K.
         """
         exact = {"rule": "sere", "select_top_k": top_k, "threshold": None, "knobs": ()}
-        return self.model_copy(update={**exact, "min_primary_experts": 0, "by_rows": ()})
+        return self.model_copy(
+            update={**exact, "min_primary_experts": 0, "level": 0, "by_rows": ()}
+        )
 
     def of_layer(
         self,

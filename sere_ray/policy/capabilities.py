@@ -30,6 +30,11 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     Raises:
         UnsupportedError: names the key.
     """
+    if on_gpu and policy.masks is not None:
+        raise UnsupportedError(
+            f"{where}.masks = {policy.masks!r}: a CPU engine follows masks, the CUDA kernel cannot "
+            "yet; leave masks and level out on a GPU"
+        )
     entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
     for place, keys in [("", policy.model_dump()), *entries]:
         if on_gpu and keys.get("balance_ranks"):
@@ -39,16 +44,21 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
             )
 
 
-def check_artifact(policy: Policy, artifact: SimilarityArtifact, *, where: str = "sere") -> None:
-    """Refuse a policy that reads more than the artifact says.
+def check_artifact(
+    policy: Policy, artifact: SimilarityArtifact | None, *, where: str = "sere"
+) -> None:
+    """Refuse a policy that reads more than the artifact says; without one it reads nothing of it.
 
     Raises:
         ArtifactError: names what it reads, and the command that adds it.
         PolicyError: a key does not fit the artifact's model.
     """
+    if artifact is None:
+        return
     strengths = artifact.metadata.strengths
     policy.for_model(top_k=artifact.metadata.top_k, strengths=strengths, where=where)
-    artifact.check_has(RULES[policy.rule].statistics, path=policy.similarity, rule=policy.rule)
+    names = RULES[policy.rule].statistics
+    artifact.check_has(names, path=str(policy.similarity), rule=policy.rule)
 
 
 def check_change(
@@ -99,12 +109,17 @@ def check_tables(new: SimilarityArtifact, running: SimilarityArtifact, *, on_gpu
         )
 
 
-def check_swap(name: str, running: str, *, on_gpu: bool, several_ranks: bool) -> None:
-    """Refuse another artifact where running engines keep theirs.
+def check_swap(name: str, running: str | None, *, on_gpu: bool, several_ranks: bool) -> None:
+    """Refuse another artifact where running engines keep theirs, or have none.
 
     Raises:
         PolicyError: names both files.
     """
+    if running is None:
+        raise PolicyError(
+            f"sere.similarity = {name!r}: these engines were started without an artifact; restart "
+            "them with it"
+        )
     if on_gpu and several_ranks:
         raise PolicyError(
             f"sere.similarity = {name!r}: data-parallel engines on GPUs keep the artifact they "

@@ -3,7 +3,7 @@
 It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
 a result file; instead of it there may be the path of a YAML file of these keys, such as
 `sere-ray tune` writes. Key names and defaults are those of docs/quality.md. Beside the policy,
-vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
+vLLM's key may hold what an engine takes at its start and keeps (``key.py``).
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -23,13 +25,14 @@ from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.explain import explain
 from sere_ray.policy.loss import stages_of, without_the_other, wrong_with_loss
+from sere_ray.policy.named_files import FILE_KEYS, does_without_similarity, wrong_with_masks
 from sere_ray.policy.row_ranges import MOST, RowRange, RowRanges, refuse
+from sere_ray.policy.startup import Startup
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
 
-Dispatch = Literal["allgather", "all_to_all"]
-RuleName = Literal["sere", "margin", "spare"]
+RuleName = Literal["none", "sere", "margin", "spare"]
 """What engines compute."""
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 RULE_KEYS = frozenset(key for rule in RULES.values() for key in rule.keys)
@@ -46,7 +49,12 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    similarity: str = Field(min_length=1, description="path of the similarity artifact")
+    masks: str | None = Field(
+        None, min_length=1, description="path of learned masks that come before the rule"
+    )
+    level: int | None = Field(
+        None, ge=0, le=MOST, description="of the masks; 1 is the lightest, 0 masks nothing"
+    )
     rule: RuleName = Field(
         "sere",
         description="which rule re-routes; others are compared by `sere-ray evaluate` only",
@@ -109,6 +117,24 @@ class Policy(BaseModel):
         description="other values of the rule's keys for steps of few re-routable rows: a list "
         "such as [{up_to: 8, tau: 0.01}]",
     )
+    # The last field: whether it may be left out depends on others.
+    similarity: str | None = Field(
+        None,
+        min_length=1,
+        validate_default=True,
+        description="path of the similarity artifact",
+    )
+
+    @field_validator("similarity")
+    @classmethod
+    def _check_similarity(cls, value: str | None, others: ValidationInfo) -> str | None:
+        if value is None and not does_without_similarity(
+            others.data.get("rule", "sere"), others.data
+        ):
+            about = cls.model_fields["similarity"].description
+            text = f"similarity is missing: give it ({about})"
+            raise PydanticCustomError("rule_key", "{text}", {"text": text})
+        return value
 
     @model_validator(mode="after")
     def _check_rule_keys(self) -> Self:
@@ -127,7 +153,8 @@ class Policy(BaseModel):
                 )
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
-        if text := wrong_with_loss(self.rule, dict(self)):
+        wrong = wrong_with_loss(self.rule, dict(self)) or wrong_with_masks(self.rule, dict(self))
+        if text := wrong:
             raise PydanticCustomError("rule_key", "{text}", {"text": text})
         for number, entry in enumerate(self.by_rows or ()):
             self._check_range(number, entry)
@@ -226,6 +253,7 @@ class Policy(BaseModel):
             threshold=self.threshold,
             min_primary_experts=floor,
             union=self.union,
+            level=self.level or 0,
             knobs=tuple((key, value) for key, value in others if value is not None),
         )
         places = ((f"{where}.by_rows.{i}", entry) for i, entry in enumerate(self.by_rows or ()))
@@ -233,7 +261,7 @@ class Policy(BaseModel):
             (e.up_to, self._of_range(e).for_model(top_k=top_k, strengths=strengths, where=place))
             for place, e in places
         ]
-        stages = stages_of(self.rule, self.loss, strengths or {}, self.similarity, where)
+        stages = stages_of(self.rule, self.loss, strengths or {}, str(self.similarity), where)
         return bound.in_stages(stages).in_ranges(ranges)
 
     def check_layers(self, count: int, where: str = "sere") -> None:
@@ -251,49 +279,15 @@ class Policy(BaseModel):
             self._of_range(entry).check_layers(count, f"{where}.by_rows.{number}")
 
     @property
-    def similarity_path(self) -> Path:
-        """The artifact's path with ``~`` expanded."""
-        return Path(self.similarity).expanduser()
+    def similarity_path(self) -> Path | None:
+        """The artifact's path with ``~`` expanded; None = there is none."""
+        return self.files.get("similarity")
 
-
-class Startup(BaseModel):
-    """What the ``sere`` key of an engine may hold beside the policy; no policy can change it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    dispatch: Dispatch = Field(
-        default="allgather",
-        description="how rows reach other ranks under data and expert parallelism: every row to "
-        "all of them, or each only to those that hold its experts",
-    )
-    check_ranks: bool = Field(
-        default=False,
-        description="for debugging, slow: in every layer the ranks compare where each expert's "
-        "slots go, and all raise if two of them differ",
-    )
-
-
-def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:
-    """Validate the value of vLLM's ``sere`` key: a policy, and what an engine takes at its start.
-
-    Args:
-        value: a mapping of keys.
-        where: name of the key in error messages.
-
-    Raises:
-        PolicyError: as for :meth:`Policy.parse`.
-    """
-    if not isinstance(value, Mapping):
-        return Policy.parse(value, where=where), Startup()
-    given = {key: value[key] for key in Startup.model_fields if key in value}
-    policy = {key: value[key] for key in value if key not in given}
-    try:
-        startup = Startup.model_validate(given)
-    except ValidationError as error:
-        raise PolicyError(
-            "; ".join(explain(e, where, Startup, _AT_START) for e in error.errors())
-        ) from None
-    return Policy.parse(policy, where=where), startup
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files it names by their key, with ``~`` expanded."""
+        named = ((key, getattr(self, key)) for key in FILE_KEYS)
+        return {key: Path(path).expanduser() for key, path in named if path is not None}
 
 
 _AT_START = tuple(Startup.model_fields)

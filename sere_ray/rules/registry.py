@@ -27,15 +27,21 @@ class RuleInfo(NamedTuple):
     output: Output | None = None
     any_gate: bool = False
     """Whether it reads scores of other gates than a softmax, too: :attr:`Layer.gate`."""
+    needs_similarity: bool = False
+    """Whether it reads :attr:`Layer.similarity`."""
+    after_masks: bool = False
+    """Whether learned masks may come before it: :mod:`sere_ray.masks.compose`."""
 
 
 RULES: dict[str, RuleInfo] = {
-    "none": RuleInfo(none, (), (), False),
+    "none": RuleInfo(none, (), (), False, after_masks=True),
     "sere": RuleInfo(
         sere,
         ("select_top_k", "threshold", "min_primary_experts"),
         ("select_top_k",),
         False,
+        needs_similarity=True,
+        after_masks=True,
     ),
     "topk": RuleInfo(topk, ("select_top_k",), ("select_top_k",), False),
     "oea": RuleInfo(oea, ("select_top_k",), ("select_top_k",), True),
@@ -70,6 +76,7 @@ RULES: dict[str, RuleInfo] = {
         ("tau",),
         True,
         any_gate=True,
+        after_masks=True,
     ),
     "spare": RuleInfo(
         spare,
@@ -78,5 +85,9 @@ RULES: dict[str, RuleInfo] = {
         True,
         ("directed_scale", "directed_loss"),
         any_gate=True,
+        after_masks=True,
     ),
 }
+
+RULES_AFTER_MASKS = tuple(name for name, rule in RULES.items() if rule.after_masks)
+"""Rules that learned masks go with."""

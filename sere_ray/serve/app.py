@@ -9,6 +9,7 @@ from packaging.version import Version
 
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.engine.vllm_version import installed_vllm
+from sere_ray.masks.served import check_beside, check_level
 from sere_ray.policy.capabilities import EngineKind, check_policy
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.policy_actor.artifacts import read_artifact
@@ -69,22 +70,32 @@ def check_vllm_of_ray() -> None:
 
 
 def check_artifact(config: ServeConfig) -> None:
-    """Check the policy against the engines, and, where its file is here, the artifact's model.
+    """Check the policy against the engines, and, where its files are here, against their model.
 
     The policy actor checks again: it may run on another node.
 
     Raises:
-        SereError: these engines cannot run the policy, the artifact is damaged, or a key does not
-            fit its model.
+        SereError: these engines cannot run the policy, a file is damaged, or a key does not fit
+            its model.
     """
     if config.sere is None:
         return
     check_policy(config.sere, on_gpu=config.device == "gpu")
-    if not config.sere.similarity_path.is_file():
+    files = {
+        key: read_artifact(path, config.max_artifact_bytes)
+        for key, path in config.sere.files.items()
+        if path.is_file()
+    }
+    masks = files["masks"].parse_masks() if "masks" in files else None
+    artifact = files["similarity"].parse() if "similarity" in files else None
+    check_level(config.sere.level, masks, path=config.sere.masks)
+    check_beside(masks, artifact, path=config.sere.masks)
+    known = masks if artifact is None else artifact
+    if known is None or (artifact is None and config.sere.similarity is not None):
         return
-    artifact = read_artifact(config.sere.similarity_path, config.max_artifact_bytes).parse()
-    top_k = artifact.metadata.top_k
-    config.sere.for_model(top_k=top_k, strengths=artifact.metadata.strengths)
+    top_k = known.metadata.top_k
+    strengths = None if artifact is None else artifact.metadata.strengths
+    config.sere.for_model(top_k=top_k, strengths=strengths)
     if config.auto is not None:
         level_policies(config.sere, config.auto, top_k)
 
@@ -109,7 +120,8 @@ def llm_config(config: ServeConfig) -> Any:
     }
     if config.sere is not None:
         options[server.OPTIONS] = {
-            "policy": {**config.sere.model_dump(), "similarity": local(config.sere.similarity)},
+            "policy": config.sere.model_dump()
+            | {key: local(str(path)) for key, path in config.sere.files.items()},
             "folder": None if config.artifacts is None else local(config.artifacts),
             "max_artifact_bytes": config.max_artifact_bytes,
             "gangs": config.num_replicas,

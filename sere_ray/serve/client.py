@@ -13,6 +13,7 @@ from urllib.request import Request
 import yaml
 
 from sere_ray.observe.stats import STEP_KINDS, between, means
+from sere_ray.policy.named_files import FILE_KEYS
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.gateway.keys import ADMIN_TOKEN
 from sere_ray.util.errors import SereError
@@ -56,8 +57,8 @@ def request(url: str, what: str, change: dict[str, Any] | None = None) -> dict[s
 
 
 def settable(policy: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that ``PUT /sere/policy`` takes: all but the artifact's."""
-    return {key: value for key, value in policy.items() if key != "similarity"}
+    """The keys that ``PUT /sere/policy`` takes: all but those of files."""
+    return {key: value for key, value in policy.items() if key not in FILE_KEYS}
 
 
 def is_followed(status: Mapping[str, Any]) -> bool:
@@ -100,7 +101,7 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def read_policy(file: Path) -> dict[str, Any]:
-    """Every key of a policy file but the artifact: what it does not name is at its default.
+    """Every key of a policy file but those of files: what it does not name is at its default.
 
     Raises:
         SereError: not readable, or no policy.
@@ -109,7 +110,7 @@ def read_policy(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SereError(f"{file}: not a readable YAML file ({type(error).__name__})") from None
-    return Policy.parse(content, where=str(file)).model_dump(exclude={"similarity"})
+    return Policy.parse(content, where=str(file)).model_dump(exclude=set(FILE_KEYS))
 
 
 class Deployment:

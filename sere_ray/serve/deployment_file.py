@@ -71,14 +71,15 @@ def configs(document: Mapping[str, Any]) -> list[ServeConfig]:
 
 
 def check_artifacts(served: Sequence[ServeConfig]) -> None:
-    """Read the artifacts, since the policy actors of this instance of Ray will run here.
+    """Read artifacts and masks, since the policy actors of this instance of Ray will run here.
 
     Raises:
         SereError: one is missing, unreadable or too large.
     """
     for config in served:
         if config.sere is not None:
-            read_artifact(config.sere.similarity_path, config.max_artifact_bytes)
+            for path in config.sere.files.values():
+                read_artifact(path, config.max_artifact_bytes)
 
 
 def limits_of_proxies(path: Path, served: Sequence[ServeConfig]) -> Limits:

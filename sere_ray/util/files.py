@@ -3,11 +3,14 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from sere_ray.util.errors import ArtifactError
+
+Content = TypeVar("Content")
 
 
 def file_sha256(path: Path | str) -> str:
@@ -37,3 +40,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_content(content: bytes, name: str, read: Callable[[Path], Content]) -> Content:
+    """What a reader of artifact files makes of content that came over the network.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+        read: takes the path of a file.
+
+    Raises:
+        ArtifactError: that of the reader, with the name in it.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(content)
+        file.flush()
+        try:
+            return read(Path(file.name))
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(file.name, name)) from None

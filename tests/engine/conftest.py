@@ -131,7 +131,7 @@ def _frozen_heap():
 
 def state_of(engine):
     """The state of an engine in this process, of its first worker."""
-    from sere_ray.engine.state import find_state
+    from sere_ray.engine.states import find_state
 
     return engine.collective_rpc(lambda worker: find_state(worker.vllm_config))[0]
 

@@ -211,8 +211,8 @@ def _record():
     calls = []
     choose = CpuState.choose
 
-    def record(self, layer, topk_ids, topk_weights, router_logits):
-        new_ids, new_weights = choose(self, layer, topk_ids, topk_weights, router_logits)
+    def record(self, layer, topk_ids, topk_weights, router_logits, hidden):
+        new_ids, new_weights = choose(self, layer, topk_ids, topk_weights, router_logits, hidden)
         kinds = self.row_kind[: topk_ids.shape[0]].tolist()
         calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
         return new_ids, new_weights

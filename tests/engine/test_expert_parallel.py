@@ -11,7 +11,7 @@ from itertools import chain
 import pytest
 
 from sere_ray.engine.control import calls_of, set_policy
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from sere_ray.util.ports import free_port

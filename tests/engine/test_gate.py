@@ -141,8 +141,8 @@ def test_margin_behind_groups_and_a_bias(architecture, checkpoint, monkeypatch):
     """On the very logits ``==`` the torch rule; and vLLM does rank as the gate that was read."""
     calls, original = [], CpuState.choose
 
-    def record(self, layer, ids, weights, logits):
-        new = original(self, layer, ids, weights, logits)
+    def record(self, layer, ids, weights, logits, hidden):
+        new = original(self, layer, ids, weights, logits, hidden)
         kinds = self.row_kind[: len(ids)]
         calls.append([layer, self.gates.known[layer]])
         calls[-1] += [part.clone() for part in (ids, weights, logits, kinds, *new)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sere_ray.engine.control import calls_of, read_counters, set_policy
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import UnsupportedError
 from tests.engine.conftest import generate, prompts, random_artifact, running_engine, sere_key

@@ -26,7 +26,7 @@ assert before == (GPUModelRunner._model_forward, base_loader.process_weights_aft
 assert not hasattr(WorkerBase, "sere_counters")
 assert not hasattr(CPUUnquantizedExperts.apply, "_sere_ray_original")
 assert "all_gatherv" not in vars(CpuCommunicator)
-from sere_ray.engine.state import _states
+from sere_ray.engine.states import _states
 assert not _states
 print("untouched")
 """

@@ -11,7 +11,7 @@ import torch
 
 from sere_ray import reroute
 from sere_ray.engine.control import calls_of, read_counters, set_policy
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE
 from tests.engine.conftest import generate, prompts, random_artifact, running_engine, sere_key
@@ -28,8 +28,8 @@ def watch(worker):
     state, choose = find_state(worker.vllm_config), type(find_state(worker.vllm_config)).choose
     worker.sere_seen = []
 
-    def record(layer, ids, weights, logits):
-        new_ids, new_weights = choose(state, layer, ids, weights, logits)
+    def record(layer, ids, weights, logits, hidden):
+        new_ids, new_weights = choose(state, layer, ids, weights, logits, hidden)
         kinds, bound = state.row_kind[: len(ids)].clone(), state.bound
         wanted = ids
         if REROUTABLE in kinds:

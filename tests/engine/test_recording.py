@@ -103,8 +103,8 @@ class Recorded:
         self.capturer = engine.collective_rpc(bind_capturer)[0]
         choose = CpuState.choose
 
-        def record(state, layer, ids, weights, logits):
-            new = choose(state, layer, ids, weights, logits)
+        def record(state, layer, ids, weights, logits, hidden):
+            new = choose(state, layer, ids, weights, logits, hidden)
             kinds = state.row_kind[: len(ids)].clone()
             self.calls.append((layer, ids.clone(), weights.clone(), logits.clone(), kinds, *new))
             return new

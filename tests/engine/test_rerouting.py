@@ -78,8 +78,8 @@ def recorded(monkeypatch):
     calls = []
     original = CpuState.choose
 
-    def record(self, layer, topk_ids, topk_weights, router_logits):
-        new_ids, new_weights = original(self, layer, topk_ids, topk_weights, router_logits)
+    def record(self, layer, topk_ids, topk_weights, router_logits, hidden):
+        new_ids, new_weights = original(self, layer, topk_ids, topk_weights, router_logits, hidden)
         kinds = self.row_kind[: topk_ids.shape[0]].tolist()
         calls.append((layer, topk_ids.tolist(), topk_weights.tolist(), kinds, new_ids.tolist()))
         return new_ids, new_weights
@@ -133,7 +133,7 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
 
 
 def _similarity(worker, layer):
-    from sere_ray.engine.state import find_state
+    from sere_ray.engine.states import find_state
 
     return find_state(worker.vllm_config).similarity[layer].tolist()
 

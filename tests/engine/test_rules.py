@@ -1,4 +1,4 @@
-"""The rules ``margin`` and ``spare`` in a real vLLM engine on a CPU."""
+"""The rules ``margin`` and ``spare``, and learned masks, in a real vLLM engine on a CPU."""
 
 from dataclasses import replace
 
@@ -17,14 +17,21 @@ from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.engine.control import read_counters, set_policy
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.evaluation.decode_batches import DecodeBatches
+from sere_ray.evaluation.settings import Setting
 from sere_ray.evaluation.statistics import draws, mean
+from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.masks.compose import after_masks
+from sere_ray.masks.plan import TrainSettings
+from sere_ray.masks.slots import kept_slots
+from sere_ray.masks.train import train_masks
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import EXACT, REROUTABLE, RULES
+from sere_ray.rules import EXACT, REROUTABLE
 from sere_ray.rules.gate import PLAIN, scores_of
-from sere_ray.util.errors import PolicyError, UnsupportedError
+from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.artifact.strengths import make_strength
 from tests.engine import forced
 from tests.engine.conftest import generate, prompts, running_engine
+from tests.masks.conftest import SMALL
 
 pytestmark = pytest.mark.engine
 TOP_K, EXPERTS, BATCH = 4, 48, 16
@@ -41,6 +48,10 @@ SETTINGS = (
     {**SPARE, "tau": [0.002, 0.004, 0.006, 0.01]},
     {**SPARE, "protect": False, "min_primary_experts": 0},
     {**SPARE, "by_rows": [{"up_to": 3, "tau": 0.05}, {"up_to": 5, "tau": 0.0, "limit": 0.0}]},
+    {"rule": "none", "level": 1},
+    {"select_top_k": 2, "level": 1},
+    {**MARGIN, "level": 2},
+    {**SPARE, "level": 1},
 )
 
 
@@ -62,6 +73,14 @@ def similarity(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    """Path of masks of two levels, which may leave a row without experts."""
+    path = tmp_path_factory.mktemp("rules") / "demo.masks.safetensors"
+    train_masks(TrainSettings(**SMALL), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def ids_and_windows():
     windows = heldout_windows()[:BATCH]
     requests = [{"prompt_token_ids": row[:PROMPT_TOKENS].tolist()} for row in windows]
@@ -70,31 +89,36 @@ def ids_and_windows():
 
 
 @pytest.fixture(scope="module")
-def engine(similarity):
-    key = {"similarity": similarity, **MARGIN}
+def engine(similarity, masks):
+    """Its masks mask nothing at the start."""
+    key = {"similarity": similarity, "masks": masks, "level": 0, **MARGIN}
     with running_engine(assets.MODEL, key, dtype="float32", **forced.OPTIONS) as running:
         yield running
 
 
-def with_similarity(similarity, keys):
-    return Policy.parse({"similarity": similarity, **keys})
+@pytest.fixture(scope="module")
+def with_files(similarity, masks):
+    """A policy of these keys for that engine."""
+    return lambda keys: Policy.parse({"similarity": similarity, "masks": masks, "level": 0, **keys})
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=lambda keys: ",".join(map(str, keys)))
-def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch, keys):
-    """On the very logits, every row of mixed and decode-only steps, ``==``."""
+def test_engine_gives_what_the_torch_rule_gives(
+    engine, similarity, masks, with_files, monkeypatch, keys
+):
+    """On the very logits and hidden states, every row of mixed and decode-only steps, ``==``."""
     calls = []
     original = CpuState.choose
 
-    def record(self, layer, topk_ids, topk_weights, router_logits):
-        new = original(self, layer, topk_ids, topk_weights, router_logits)
+    def record(self, layer, topk_ids, topk_weights, router_logits, hidden):
+        new = original(self, layer, topk_ids, topk_weights, router_logits, hidden)
         kinds = self.row_kind[: len(topk_ids)].clone()
-        given = (topk_ids.clone(), topk_weights.clone(), router_logits.clone())
+        given = [t.clone() for t in (topk_ids, topk_weights, router_logits, hidden)]
         calls.append((layer, *given, kinds, *(part.clone() for part in new)))
         return new
 
     monkeypatch.setattr(CpuState, "choose", record)
-    policy = with_similarity(similarity, keys)
+    policy = with_files(keys)
     set_policy(engine, policy)
     read_counters(engine)
     batches = (2, 4, 8) if policy.by_rows else (8,)
@@ -103,17 +127,25 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
     artifact = SimilarityArtifact.load(similarity)
     statistics = artifact.statistics
     bound = policy.for_model(top_k=TOP_K, strengths=artifact.metadata.strengths)
-    changed, sizes = 0, set()
-    for layer, ids, weights, logits, kinds, new_ids, new_weights in calls:
+    of_level = MasksArtifact.load(masks).level(bound.level, path=masks)
+    changed, sizes, masked = 0, set(), 0
+    for layer, ids, weights, logits, hidden, kinds, new_ids, new_weights in calls:
         if REROUTABLE not in kinds:
             assert torch.equal(new_ids, ids)
             continue
         scores = scores_of(logits, PLAIN)
         rows = int((kinds == REROUTABLE).sum())
         sizes.add(rows)
-        knobs = bound.for_rows(rows).of_layer(layer, EXPERTS, None, None, statistics[layer])
-        apply = RULES[bound.rule].apply
-        expected_ids, expected_weights = apply(ids, weights, scores, kinds, knobs)
+        knobs = bound.for_rows(rows).of_layer(
+            layer, EXPERTS, artifact.layers[layer], None, statistics[layer]
+        )
+        rows_left = torch.ones_like(ids, dtype=torch.bool)
+        if of_level:
+            rows_left = kept_slots(hidden, ids, weights, kinds, of_level[layer])
+        masked += int((~rows_left).sum())
+        expected_ids, expected_weights = after_masks(
+            bound.rule, rows_left, ids, weights, scores, kinds, knobs
+        )
         kept = expected_ids >= 0
         assert torch.equal(new_ids[kept], expected_ids[kept])
         assert (new_weights[~kept] == 0).all(), "a dropped slot weighs nothing"
@@ -122,11 +154,15 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         changed += int((new_ids != ids).any())
     assert changed > 4
     assert sizes.issuperset(batches)
-    decode = read_counters(engine)["decode_only"]
+    counters = read_counters(engine)
+    decode = counters["decode_only"]
     pairs = zip(decode["experts_after"], decode["experts_before"], strict=True)
     least = 0 if policy.guard else 1  # a guarded layer may have been exact in every step
     assert all(before - after >= least for after, before in pairs)
-    assert sum(decode["slots_rerouted"]) > 0
+    assert (sum(decode["slots_rerouted"]) > 0) == (bound.rule != "none")
+    counted = sum(sum(counters[kind]["slots_masked"]) for kind in ("decode_only", "mixed"))
+    assert counted == masked
+    assert (masked > 0) == (bound.level > 0)
     beyond = np.array(decode["beyond_range"])
     if policy.loss is None:
         assert not beyond.any(), "nobody knows a range"
@@ -134,13 +170,15 @@ def test_engine_gives_what_the_torch_rule_gives(engine, similarity, monkeypatch,
         assert 0 < beyond.sum() < decode["steps"] * len(beyond)
 
 
-@pytest.mark.parametrize("keys", [MARGIN, SPARE], ids=lambda keys: keys["rule"])
+@pytest.mark.parametrize(
+    "keys", [MARGIN, SPARE, {"rule": "none", "level": 1}], ids=lambda keys: keys["rule"]
+)
 def test_kl_of_forced_tokens_is_within_the_evaluators_interval(
-    engine, similarity, ids_and_windows, keys
+    engine, similarity, masks, with_files, ids_and_windows, keys
 ):
     """What a server would have thought, against what ``sere-ray evaluate`` says it does."""
     windows, requests, answers = ids_and_windows
-    policy = with_similarity(similarity, keys)
+    policy = with_files(keys)
     found = []
     for mode in ("off", "on"):
         set_policy(engine, policy.model_copy(update={"mode": mode}))
@@ -153,8 +191,10 @@ def test_kl_of_forced_tokens_is_within_the_evaluators_interval(
     )
     artifact = SimilarityArtifact.load(similarity)
     given = windows[:, : LENGTH - 1], PROMPT_TOKENS, artifact.layers
-    batches = DecodeBatches(model, *given, statistics=artifact.statistics)
-    measured = batches.measure(policy.for_model(top_k=TOP_K), BATCH)
+    of_masks = {masks: MasksArtifact.load(masks)}
+    batches = DecodeBatches(model, *given, statistics=artifact.statistics, masks=of_masks)
+    setting = Setting.parse(policy.model_dump(exclude_none=True))
+    measured = batches.measure(setting.for_model(top_k=TOP_K), BATCH)
     estimate = mean(measured.kl, draws(BATCH))
     print(f"server {of_server:.5f}, evaluator {estimate}")
     assert estimate.low <= of_server <= estimate.high
@@ -163,11 +203,14 @@ def test_kl_of_forced_tokens_is_within_the_evaluators_interval(
     assert of_server > 1e-4
 
 
-def test_a_policy_of_another_rule_is_checked_by_the_engine(engine, similarity, has_words):
+def test_a_policy_of_another_rule_is_checked_by_the_engine(engine, with_files, has_words):
     with pytest.raises(PolicyError) as caught:
-        set_policy(engine, with_similarity(similarity, {"rule": "margin", "tau": [0.1, 0.2]}))
+        set_policy(engine, with_files({"rule": "margin", "tau": [0.1, 0.2]}))
     has_words(str(caught.value), "2 numbers", "4 MoE layers")
-    set_policy(engine, with_similarity(similarity, {"rule": "sere", "select_top_k": 2}))
+    with pytest.raises(ArtifactError) as caught:
+        set_policy(engine, with_files({"rule": "none", "level": 3}))
+    has_words(str(caught.value), "level = 3", "demo.masks.safetensors has levels 1..2")
+    set_policy(engine, with_files({"rule": "sere", "select_top_k": 2}))
 
 
 def test_gates_in_a_models_own_code_are_refused(tmp_path, has_words):

@@ -93,7 +93,7 @@ def test_tasks(similarity, masks, tmp_path):
     [
         ({"rule": "none", "masks": "MASKS"}, "level is missing"),
         ({"rule": "none", "level": 1}, "level = 1: is one of masks"),
-        ({"rule": "none", "masks": "MASKS", "level": 0}, "greater than or equal to 1"),
+        ({"rule": "none", "masks": "MASKS", "level": -1}, "greater than or equal to 0"),
         ({"rule": "none", "masks": "MASKS", "level": 4}, "level = 4"),
         ({"rule": "lynx", "experts": 9, "masks": "MASKS", "level": 1}, "not with 'lynx'"),
         ({"rule": "none", "masks": "gone", "level": 1}, "masks = 'gone': no such file"),

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_ray.masks.compose import RULES_AFTER_MASKS, after_masks
+from sere_ray.masks.compose import after_masks
 from sere_ray.masks.slots import LayerMask, kept_slots
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer
+from sere_ray.rules.registry import RULES_AFTER_MASKS
 from sere_ray.util.errors import UnsupportedError
 from tests.rules import rules_oracle
 from tests.rules.test_rules import FULL, E, K, draw, kinds_of, layer, read, statistics

@@ -26,6 +26,7 @@ def counters(steps, scale=1, **changes):
         "experts_after": [steps * scale * (5 + i) for i in range(5)],
         "slots_rerouted": [steps * i for i in range(5)],
         "slots_merged": [steps] * 5,
+        "slots_masked": [2 * steps] * 5,
         "critical_kept": [steps] * 5,
         "beyond_range": [steps] * 5,
         "experts_max_rank_before": [steps * 8] * 5,

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 
 from sere_ray.policy import policy as config
 from sere_ray.policy.bound import BoundPolicy, Mode, Union
+from sere_ray.policy.key import parse_key
 from sere_ray.policy.key_file import read_key_file
-from sere_ray.policy.policy import Dispatch, Policy, Startup, parse_key
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Dispatch, Startup
 from sere_ray.util.errors import ArtifactError, PolicyError, SereError
 from tests.artifact.strengths import make_strength
 
@@ -38,6 +40,8 @@ KEYS = [
     "limit",
     "protect",
     "by_rows",
+    "masks",
+    "level",
 ]
 NAN, INF = float("nan"), float("inf")
 
@@ -60,6 +64,55 @@ def refusal_of(key: str, value: object) -> str:
 
 
 # --- accepted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rule": "none", "level": 2},
+        {"rule": "none", "level": 0},
+        {"rule": "margin", "tau": 0.1, "level": 1},
+        {"similarity": "f", "select_top_k": 2, "level": 1},
+        {"similarity": "f", "rule": "spare", "tau": 0.1, "level": 1},
+        {"similarity": "f", "rule": "margin", "loss": 0.1, "level": 0},
+    ],
+)
+def test_masks_go_with_every_rule_that_engines_have(keys) -> None:
+    policy = Policy.parse({"masks": "m", **keys})
+    assert policy.for_model(top_k=4, strengths={"margin": make_strength()}).level == keys["level"]
+    assert Policy.parse(policy.model_dump()) == policy
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"rule": "none", "similarity": "f"}, "sere.rule = 'none': leaves all to masks"),
+        ({"rule": "none"}, "sere.similarity is missing"),
+        ({"rule": "none", "masks": "m"}, "sere.level is missing: masks = 'm'"),
+        ({**SMALLEST, "level": 1}, "sere.level = 1: is one of masks; give masks, too"),
+        ({"select_top_k": 2, "masks": "m", "level": 1}, "sere.similarity is missing"),
+        ({"rule": "spare", "tau": 0.1, "masks": "m", "level": 1}, "sere.similarity is missing"),
+        ({"rule": "margin", "loss": 0.1, "masks": "m", "level": 0}, "sere.similarity is missing"),
+        (
+            {"similarity": "f", "rule": "margin", "loss": 0.1, "masks": "m", "level": 1},
+            "sere.loss = 0.1: was measured without masks; give tau, level = 0, or no masks",
+        ),
+        ({**SMALLEST, "masks": "m", "level": -1}, "sere.level = -1: "),
+        ({**SMALLEST, "masks": "", "level": 1}, "sere.masks = '': "),
+    ],
+)
+def test_what_masks_do_not_go_with(keys, words) -> None:
+    assert words in refusal(keys)
+
+
+def test_a_level_moves_and_a_rule_keeps_its_masks() -> None:
+    alone = Policy.parse({"masks": "m", "level": 1, "rule": "none"})
+    assert alone.changed({"level": 3}).level == 3
+    margin = alone.changed({"rule": "margin", "tau": 0.1})
+    assert (margin.masks, margin.level) == ("m", 1)
+    assert margin.changed({"rule": "none"}) == alone
+    with pytest.raises(PolicyError, match=r"similarity is missing"):
+        alone.changed({"rule": "sere", "select_top_k": 2})
 
 
 def test_a_change_of_rule_leaves_out_what_the_other_rule_has():
@@ -174,7 +227,6 @@ def test_round_trip_through_json(value: dict[str, Any]) -> None:
     ("key", "value", "allowed", "about"),
     [
         ("similarity", "", "at least 1 character", "path of the similarity artifact"),
-        ("similarity", None, "string", "path of the similarity artifact"),
         ("similarity", 3, "string", "path of the similarity artifact"),
         ("similarity", b"x", "string", "path of the similarity artifact"),
         ("similarity", Path("x"), "string", "path of the similarity artifact"),
@@ -307,7 +359,7 @@ def test_any_mapping_is_a_mapping() -> None:
     assert Policy.parse(types.MappingProxyType(SMALLEST)) == Policy.parse(SMALLEST)
 
 
-@pytest.mark.parametrize("wrong", [{"select_top_k": 0}, {"k": 1}, {"similarity": None}])
+@pytest.mark.parametrize("wrong", [{"select_top_k": 0}, {"k": 1}, {"similarity": 3}])
 def test_where_names_the_mapping(wrong: dict[str, Any]) -> None:
     key = next(iter(wrong))
     assert refusal({**SMALLEST, **wrong}, where="model.sere").startswith(f"model.sere.{key} = ")

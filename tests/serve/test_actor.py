@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
-from sere_ray.engine.state import BYTES, COUNTERS
+from sere_ray.engine.counters import BYTES, COUNTERS, SLOTS_MASKED
 from sere_ray.engine.step_totals import StepTotals
 from sere_ray.serve.gateway.control_api import Stats
 from sere_ray.serve.policy_actor import actor as actor_module
@@ -90,7 +90,7 @@ def test_it_is_the_applications_router_once_an_engine_follows_it(make_router):
 
 def counted(**numbers):
     """Counters of one rank and kind of step, of two layers."""
-    lists = {name: [4, 5] for name in (*COUNTERS, *BYTES)}
+    lists = {name: [4, 5] for name in (*COUNTERS, SLOTS_MASKED, *BYTES)}
     return {**vars(StepTotals()), **lists, "rows": 7, "steps_counted": 2, **numbers}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sere_ray.engine.state import BYTES
+from sere_ray.engine.counters import BYTES
 from sere_ray.observe.stats import (
     STEP_KINDS,
     StepMeans,
@@ -34,6 +34,7 @@ def rank(gang="g", union="global", **changes):
         "beyond_range": [1, 0],
         "slots_rerouted": [5, 7],
         "slots_merged": [2, 3],
+        "slots_masked": [6, 1],
         "bytes_dispatched_before": [100, 300],
         "bytes_dispatched_after": [60, 140],
         **changes,
@@ -53,6 +54,7 @@ def test_ranks_of_a_gang_share_what_they_agree_on_and_add_what_is_their_own():
     assert decode["experts_max_rank_before"] == [12, 16]
     assert decode["slots_rerouted"] == [10, 14]
     assert decode["slots_merged"] == [4, 6]
+    assert decode["slots_masked"] == [12, 2]
     assert decode["bytes_dispatched_after"] == [120, 280]
     assert decode["forward_seconds"] == pytest.approx(0.03)
     assert found["token_times"][:3] == [0, 6, 0]

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.dispatch import Greeting
 from sere_ray.engine.back_end import Routing, Wrap, expert_kernel
+from sere_ray.engine.checks import Checked
 from sere_ray.engine.cpu import expert_parallel, patches
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.cpu.union import UnionOfRanks
-from sere_ray.engine.layer_checks import check_expert_kernel
+from sere_ray.engine.layer_checks import check_expert_kernel, check_input
 from sere_ray.engine.placement import expert_owner
 from sere_ray.engine.state import EngineState
 from sere_ray.engine.timeout import group_timeout
-from sere_ray.policy.policy import Policy, Startup
 
 logger = logging.getLogger("vllm.sere_ray")
 
@@ -36,10 +35,9 @@ def ask_for_tiles() -> None:
 class CpuBackEnd:
     """Re-routing by compiled loops, with vLLM's model runner V1."""
 
-    def make_state(
-        self, vllm_config: Any, policy: Policy, startup: Startup, artifact: SimilarityArtifact
-    ) -> CpuState:
+    def make_state(self, vllm_config: Any, checked: Checked) -> CpuState:
         """With tensor parallelism alone every rank sees every row, so no union is needed."""
+        policy, startup, artifact, masks = checked
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())
         ask_for_tiles()
         top_k = vllm_config.model_config.get_num_experts_per_tok()
@@ -51,7 +49,9 @@ class CpuBackEnd:
             ranks = get_ep_group()
             greeting = Greeting(ranks.cpu_group, group_timeout(vllm_config))
             union = UnionOfRanks(ranks.device_group, greeting, startup.check_ranks)
-        return CpuState(policy, artifact, top_k, max_rows, startup=startup, union=union)
+        return CpuState(
+            policy, artifact, top_k, max_rows, startup=startup, masks=masks, union=union
+        )
 
     def install(self, wrap: Wrap, vllm_config: Any) -> None:
         """Those of ``patches.py``, and the op that layers call."""
@@ -69,6 +69,8 @@ class CpuBackEnd:
             expert_parallel.prepare_layer(runner, expert_kernel(runner))
             state.owner[runner.layer_id] = expert_owner(runner)
         state.note_gate(runner.layer_id, runner.router)
+        if state.masks is not None:
+            check_input(runner, state.masks.weights[1][runner.layer_id])
 
     @staticmethod
     def route(
@@ -82,6 +84,6 @@ class CpuBackEnd:
         """The gate's choice, re-routed by the op ``sere_ray::choose``."""
         topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
         new_ids, new_weights = torch.ops.sere_ray.choose(
-            topk_ids, topk_weights, router_logits, router.sere_layer
+            topk_ids, topk_weights, router_logits, hidden_states, router.sere_layer
         )
         return new_weights, new_ids

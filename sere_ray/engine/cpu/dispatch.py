@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sere_ray.dispatch import DISPATCH_COUNTS, AllToAll, Greeting
+from sere_ray.engine.counters import KIND_NAMES
 from sere_ray.engine.cpu.sent import Counter
-from sere_ray.engine.state import KIND_NAMES
 from sere_ray.rules import PADDING
 from sere_ray.util.errors import UnsupportedError
 

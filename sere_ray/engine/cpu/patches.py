@@ -36,7 +36,7 @@ from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.cpu import expert_parallel
 from sere_ray.engine.cpu.state import CpuState, active_state
 from sere_ray.engine.row_kinds import draft_positions, request_kinds, row_kinds
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT, Choice
 
@@ -62,21 +62,23 @@ def install(wrap: Wrap, *, across_ranks: bool) -> None:
 def define_op() -> None:
     """One opaque op, so that Dynamo does not trace the rule; the state is looked up at run time."""
 
-    def choose(topk_ids: Tensor, topk_weights: Tensor, logits: Tensor, layer: int) -> Choice:
+    def choose(
+        topk_ids: Tensor, topk_weights: Tensor, logits: Tensor, hidden: Tensor, layer: int
+    ) -> Choice:
         state = active_state()
         if state is None:
             return topk_ids.clone(), topk_weights.clone()
-        return state.choose(layer, topk_ids, topk_weights, logits)
+        return state.choose(layer, topk_ids, topk_weights, logits, hidden)
 
     op = torch.library.custom_op(
         "sere_ray::choose",
         choose,
         mutates_args=(),
-        schema="(Tensor topk_ids, Tensor topk_weights, Tensor logits, int layer) "
+        schema="(Tensor topk_ids, Tensor topk_weights, Tensor logits, Tensor hidden, int layer) "
         "-> (Tensor, Tensor)",
     )
     op.register_fake(
-        lambda topk_ids, topk_weights, logits, layer: (
+        lambda topk_ids, topk_weights, logits, hidden, layer: (
             torch.empty_like(topk_ids),
             torch.empty_like(topk_weights),
         )

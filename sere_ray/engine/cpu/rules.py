@@ -41,8 +41,8 @@ class LayerOfStep(NamedTuple):
     """What makes scores of them, and ranks by."""
     row_kind: Tensor
     """``[T]`` int8."""
-    similarity: Tensor
-    """``[E, E]`` float32."""
+    similarity: Tensor | None
+    """``[E, E]`` float32; None where the policy names no artifact."""
     statistics: Mapping[str, Tensor]
     """Further tensors of the layer by name."""
     owner: Tensor | None
@@ -52,8 +52,44 @@ class LayerOfStep(NamedTuple):
     row_weight: Tensor | None = None
     """``[rows]`` int64 of the step, without padding: how far drafts count; None = all are whole."""
 
+    @property
+    def padded_row_weight(self) -> Tensor | None:
+        """``[T]``, 0 for padding."""
+        if self.row_weight is None:
+            return None
+        return F.pad(self.row_weight, (0, len(self.topk_ids) - len(self.row_weight)))
 
-_DEMAND_RULES = {
+    def scores(self) -> Tensor:
+        """``[T, E]`` float32: what the gate makes of the logits."""
+        return scores_of(self.router_logits, self.gate)
+
+    def knobs(self, rule: DemandRule, bound: BoundPolicy) -> Layer:
+        """What a rule of demand is called with in this layer."""
+        layer = bound.of_layer(
+            self.position,
+            self.router_logits.shape[1],
+            self.similarity,
+            self.owner,
+            self.statistics,
+        )
+        return rule.settle(replace(layer, gate=self.gate))
+
+    def numbers(self, bound: BoundPolicy) -> dict[str, Any]:
+        """What the loops of ``sere`` are called with."""
+        return {
+            "select_top_k": bound.select_top_k,
+            "threshold": bound.threshold,
+            "min_primary_experts": bound.min_primary_experts,
+            "owner": self.owner,
+        }
+
+    def matrix(self) -> Tensor:
+        """The similarity, for a rule that reads it: then a policy names an artifact."""
+        assert self.similarity is not None
+        return self.similarity
+
+
+COMPILED = {
     **DEMAND_RULES,
     "margin": DEMAND_RULES["margin"]._replace(
         ask=cpu_margin.ask,
@@ -62,7 +98,7 @@ _DEMAND_RULES = {
         given_up=cpu_margin.demand_given_up,
     ),
 }
-"""``margin`` as compiled loops."""
+"""The rules of demand, ``margin`` as compiled loops."""
 
 
 def apply_rule(
@@ -81,27 +117,21 @@ def apply_rule(
     """
     if bound.rule == "sere":
         return _apply_sere(bound, of_step, union)
-    return _apply_by_demand(_DEMAND_RULES[bound.rule], bound, of_step, union)
+    return _apply_by_demand(COMPILED[bound.rule], bound, of_step, union)
 
 
 def _apply_sere(
     bound: BoundPolicy, of_step: LayerOfStep, union: UnionOfRanks | None
 ) -> tuple[Choice, StepCounts]:
     ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
-    similarity = of_step.similarity
-    numbers: dict[str, Any] = {
-        "select_top_k": bound.select_top_k,
-        "threshold": bound.threshold,
-        "min_primary_experts": bound.min_primary_experts,
-        "owner": of_step.owner,
-    }
+    similarity, numbers = of_step.matrix(), of_step.numbers(bound)
     if union is None:
         new_ids, counts = reroute_and_count(ids, weights, similarity, kinds, **numbers)
     else:
         orders = lowest_slot_orders(ids, weights, kinds, len(similarity))
         union.take_minimum(orders)
         if union.compares:
-            union.compare(of_step.layer, _targets(orders, similarity, ids.shape[1], numbers))
+            union.compare(of_step.layer, targets(orders, similarity, ids.shape[1], numbers))
         new_ids, counts = reroute_by_slot_orders(ids, orders, similarity, kinds, **numbers)
     if not (of_step.skips_dropped and 0 < bound.select_top_k < ids.shape[1]):
         return (new_ids, weights.clone()), counts
@@ -109,7 +139,7 @@ def _apply_sere(
     return (new_ids, new_weights), counts._replace(slots_merged=merged)
 
 
-def _targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
+def targets(orders: Tensor, similarity: Tensor, top_k: int, numbers: dict[str, Any]) -> Tensor:
     """Where slots of each expert go: new ids of rows that name every expert once.
 
     Args:
@@ -138,14 +168,8 @@ def _apply_by_demand(
     weight 0.
     """
     ids, weights, kinds = of_step.topk_ids, of_step.topk_weights, of_step.row_kind
-    scores = scores_of(of_step.router_logits, of_step.gate)
-    num_experts, owner = scores.shape[1], of_step.owner
-    layer = of_step.position, num_experts, of_step.similarity, owner, of_step.statistics
-    knobs = rule.settle(replace(bound.of_layer(*layer), gate=of_step.gate))
-    row_weight = of_step.row_weight
-    if row_weight is not None:
-        row_weight = F.pad(row_weight, (0, len(ids) - len(row_weight)))
-    asked = rule.ask(ids, weights, scores, kinds, knobs, row_weight)
+    scores, knobs, owner = of_step.scores(), of_step.knobs(rule, bound), of_step.owner
+    asked = rule.ask(ids, weights, scores, kinds, knobs, of_step.padded_row_weight)
     if union is not None:
         union.add_up(asked)
     kept = rule.keep(asked, knobs)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from sere_ray.engine.state import BYTES
+from sere_ray.engine.counters import BYTES
 
 Counter = tuple[int, int]
 """Step kind and layer position that something is counted under."""

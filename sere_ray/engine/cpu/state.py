@@ -1,7 +1,7 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sere_ray.engine.agreement import Told
+from sere_ray.engine.counters import DECODE_ONLY, MIXED
 from sere_ray.engine.cpu.dispatch import DispatchMeter, replace_dispatch
+from sere_ray.engine.cpu.masked import apply_after_masks
 from sere_ray.engine.cpu.rules import LayerOfStep, apply_rule
 from sere_ray.engine.cpu.sent import GatheredBytes, Sent
 from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.layer_checks import check_rows
-from sere_ray.engine.state import DECODE_ONLY, MIXED, EngineState
+from sere_ray.engine.state import EngineState
 from sere_ray.kernel.cpu_sere import StepCounts
-from sere_ray.kernel.memory import OWN_COUNTERS
+from sere_ray.kernel.memory import NUM_COUNTERS, OWN_COUNTERS
+from sere_ray.masks.slots import LayerMask
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.rules import EXACT, REROUTABLE, Choice
@@ -36,12 +39,14 @@ class CpuState(EngineState):
         union: the other data-parallel ranks; None = there are none.
         owner: decoder layer index -> ``[E]`` int64, the rank that holds each expert; no entry
             where one rank holds them all.
-        similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact.
+        similarity: decoder layer index -> ``[E, E]`` float32, of the running artifact; None where
+            there is no artifact.
         statistics: decoder layer index -> its further tensors by name.
+        of_level: decoder layer index -> its mask of the running level; empty = nothing is masked.
         sent: counts what goes to other ranks; None = nothing does.
         row_kind: ``[max_rows]`` int8 of the running step.
         row_weight: ``[rows]`` int64 of it, of demand under ``margin``; None = all are whole.
-        counters: ``[2, layers, 8]`` by step kind, fields of ``StepCounts``.
+        counters: ``[2, layers, 9]`` by step kind, fields of ``StepCounts``.
         rows: of this rank in the running step, without padding.
         decode_rows: of these, re-routable ones.
         union_rows: re-routable rows that experts are chosen over.
@@ -67,7 +72,7 @@ class CpuState(EngineState):
             self.sent = DispatchMeter(len(self.layers))
         elif self.union is not None:
             self.sent = GatheredBytes(len(self.layers))
-        _compile_rules(self.top_k)
+        _compile_rules(self.top_k, masked=self.masks is not None)
 
     @property
     def kind(self) -> EngineKind:
@@ -76,15 +81,18 @@ class CpuState(EngineState):
 
     def run(self, told: Told) -> None:
         """Read policy and matrices from now on; nothing that runs points to the former ones."""
-        is_new = told.artifact is not self.running.artifact
         self.running = told
-        if is_new:
-            self._take_matrices()
+        self._take_matrices()
 
     def _take_matrices(self) -> None:
-        artifact = self.running.artifact
-        self.similarity = {layer: artifact.layers[layer].cpu() for layer in self.layers}
-        self.statistics = {layer: artifact.statistics.get(layer, {}) for layer in self.layers}
+        artifact, masks = self.running.artifact, self.running.masks
+        self.similarity: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+        self.statistics: dict[int, Mapping[str, Tensor]] = {layer: {} for layer in self.layers}
+        if artifact is not None:
+            self.similarity |= {layer: artifact.layers[layer].cpu() for layer in self.layers}
+            self.statistics |= artifact.statistics
+        level, path = self.bound.level, str(self.policy.masks)
+        self.of_level = {} if masks is None else masks.level(level, path=path)
 
     def loaded(self) -> None:
         """Also put the all-to-all in, where it was asked for."""
@@ -151,7 +159,12 @@ class CpuState(EngineState):
     # --- a layer ----------------------------------------------------------------------------------
 
     def choose(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
+        self,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor,
+        hidden_states: Tensor | None = None,
     ) -> Choice:
         """Apply the policy to one layer of the running step and count.
 
@@ -162,6 +175,7 @@ class CpuState(EngineState):
             topk_ids: ``[T, K]``.
             topk_weights: ``[T, K]``.
             router_logits: ``[T, E]``.
+            hidden_states: ``[T, H]``, what goes to the experts; None where nothing is masked.
 
         Returns:
             New ids and weights, ``[T, K]`` each; never the given tensors.
@@ -176,24 +190,28 @@ class CpuState(EngineState):
         if self.bound.mode == "off" or not self.decodes:
             return topk_ids.clone(), topk_weights.clone()
         bound = self.bound.for_rows(self.union_rows)
-        new, counts = apply_rule(
-            bound.identity(self.top_k) if layer in self.gates.exact else bound,
-            LayerOfStep(
-                layer,
-                position,
-                topk_ids,
-                topk_weights,
-                router_logits,
-                self.gates.known.get(layer, PLAIN),
-                kinds,
-                self.similarity[layer],
-                self.statistics[layer],
-                self.owner.get(layer),
-                skips_dropped=layer in self.owner,  # see expert_parallel.py
-                row_weight=self.row_weight,
-            ),
-            self.union if self.bound.union == "global" else None,
+        of_step = LayerOfStep(
+            layer,
+            position,
+            topk_ids,
+            topk_weights,
+            router_logits,
+            self.gates.known.get(layer, PLAIN),
+            kinds,
+            self.similarity[layer],
+            self.statistics[layer],
+            self.owner.get(layer),
+            skips_dropped=layer in self.owner,  # see expert_parallel.py
+            row_weight=self.row_weight,
         )
+        union = self.union if self.bound.union == "global" else None
+        if layer in self.gates.exact:
+            bound = bound.identity(self.top_k)
+        if layer in self.of_level or bound.rule == "none":
+            mask = self.of_level.get(layer)
+            new, counts = apply_after_masks(bound, of_step, hidden_states, mask, union)
+        else:
+            new, counts = apply_rule(bound, of_step, union)
         if self.bound.mode == "observe":
             new, counts = (topk_ids.clone(), topk_weights.clone()), counts._replace(slots_merged=0)
         self.counters[self.current_kind, position] += counts
@@ -203,9 +221,13 @@ class CpuState(EngineState):
 
     def read_layer_counters(self) -> NDArray[np.int64]:
         """Under ``union: local`` no rank knows what others read."""
-        if self.union is not None and self.bound.union == "local":
-            return self.counters[:, :, :OWN_COUNTERS]
-        return self.counters
+        is_local = self.union is not None and self.bound.union == "local"
+        return self.counters[:, :, : OWN_COUNTERS if is_local else NUM_COUNTERS]
+
+    def read_masked(self) -> list[list[int]]:
+        """The last of ``StepCounts``."""
+        masked: list[list[int]] = self.counters[:, :, -1].tolist()
+        return masked
 
     def read_bytes(self) -> list[dict[str, list[int] | None]]:
         """What goes to other ranks, with the gate's ids and with the rule's."""
@@ -232,7 +254,7 @@ def active_state() -> CpuState | None:
     return _active.get()
 
 
-def _compile_rules(top_k: int) -> None:
+def _compile_rules(top_k: int, *, masked: bool) -> None:
     """Compile for the dtypes of vLLM's CPU router, so that no step waits for it."""
     experts = top_k + 1
     floats = torch.zeros((1, experts), dtype=torch.float32)  # vLLM sets another default at loading
@@ -252,3 +274,6 @@ def _compile_rules(top_k: int) -> None:
             knobs=knobs,
         )
         apply_rule(bound, layer, None)
+        if masked:
+            mask = LayerMask(torch.zeros_like(similarity), keep_first=True)
+            apply_after_masks(bound, layer, floats, mask, None)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.back_end import Routing, Wrap
+from sere_ray.engine.checks import Checked
 from sere_ray.engine.gpu import patches, routing, union_patches
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.layer_checks import check_expert_kernel
 from sere_ray.engine.state import EngineState
-from sere_ray.policy.policy import Policy, Startup
 
 logger = logging.getLogger("vllm.sere_ray")
 
@@ -23,10 +22,9 @@ logger = logging.getLogger("vllm.sere_ray")
 class GpuBackEnd:
     """Re-routing by one launch a layer, with vLLM's model runner V2."""
 
-    def make_state(
-        self, vllm_config: Any, policy: Policy, startup: Startup, artifact: SimilarityArtifact
-    ) -> CudaState:
+    def make_state(self, vllm_config: Any, checked: Checked) -> CudaState:
         """On the current device; with data parallelism it meets the other ranks later."""
+        policy, startup, artifact, _ = checked  # masks are refused on a GPU
         device = torch.device("cuda", torch.cuda.current_device())
         logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
         model, num_experts = vllm_config.model_config, vllm_config.model_config.get_num_experts()

@@ -40,7 +40,7 @@ from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.gpu.fused_experts import apply_experts
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.row_kinds import draft_positions, row_kinds, scheduled_kinds
-from sere_ray.engine.state import find_state
+from sere_ray.engine.states import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT
 from sere_ray.util.errors import UnsupportedError

@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.agreement import Told
 from sere_ray.engine.back_end import Routing
+from sere_ray.engine.counters import BYTES
 from sere_ray.engine.gpu.among_ranks import AmongRanks
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.engine.gpu.own_rows import Deferred, OwnRows
 from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
-from sere_ray.engine.state import BYTES
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import reads_logits, unreadable
 from sere_ray.policy.capabilities import EngineKind
@@ -47,8 +48,9 @@ class CudaState(AmongRanks):
     def __post_init__(self) -> None:
         """Allocate everything graphs will point to."""
         super().__post_init__()
-        matrices = {layer: self.artifact.layers[layer] for layer in self.layers}
-        shape, statistics = (self.top_k, self.num_experts), self.artifact.statistics
+        artifact = _needed(self.artifact)
+        matrices = {layer: artifact.layers[layer] for layer in self.layers}
+        shape, statistics = (self.top_k, self.num_experts), artifact.statistics
         self.rule = DeviceRule(matrices, *shape, self.device, self.bound, statistics)
         self.own = OwnRows(self.rule, self.max_rows)
         self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows) if self.ranks else None
@@ -71,13 +73,14 @@ class CudaState(AmongRanks):
     def run(self, told: Told) -> None:
         """Copy what changes to where captured graphs read it, behind every step launched so far."""
         if told.artifact is not self.running.artifact:
-            self.rule.write_matrices(told.artifact.layers, told.artifact.statistics)
+            artifact = _needed(told.artifact)
+            self.rule.write_matrices(artifact.layers, artifact.statistics)
         self.running = told
         self.rule.write(told.bound)
 
     def write_again(self) -> None:
         """Write whatever steps read, behind memory that was away."""
-        artifact = self.running.artifact
+        artifact = _needed(self.running.artifact)
         self.rule.write_matrices(artifact.layers, artifact.statistics)
         self.rule.write_biases(self.gates.known)
         self.rule.write(self.bound)
@@ -231,3 +234,9 @@ class CudaState(AmongRanks):
         self.own.counters.zero_()
         if self.union is not None:
             self.union.reset_counters()
+
+
+def _needed(artifact: SimilarityArtifact | None) -> SimilarityArtifact:
+    """Only policies with masks do without one, and they are refused on a GPU."""
+    assert artifact is not None
+    return artifact

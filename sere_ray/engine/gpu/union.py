@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sere_ray.engine.counters import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.engine.gpu.device_rule import DeviceRule
-from sere_ray.engine.state import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned

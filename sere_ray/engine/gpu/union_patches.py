@@ -32,7 +32,7 @@ from sere_ray.engine.gpu.patches import request_kinds, state_of_runner
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.gpu.union import NO_ROWS
 from sere_ray.engine.row_kinds import row_kinds
-from sere_ray.engine.state import state_of_ranks
+from sere_ray.engine.states import state_of_ranks
 from sere_ray.util.errors import UnsupportedError
 
 

@@ -15,6 +15,7 @@ from starlette.routing import Match
 from sere_ray import __version__
 from sere_ray.observe.score import Score
 from sere_ray.observe.stats import StepMeans, Totals
+from sere_ray.policy.named_files import FILE_KEYS
 from sere_ray.policy.policy import RULE_NAMES, Policy
 from sere_ray.rules import RULES
 from sere_ray.serve.gateway.access import PRINCIPAL
@@ -31,8 +32,8 @@ ARTIFACT_NAME = r"^[^./\x00][^/\x00]*\.safetensors$"
 
 def _change_schema() -> dict[str, Any]:
     schema = Policy.model_json_schema()
-    schema.pop("required")
-    schema["properties"].pop("similarity")
+    for key in FILE_KEYS:
+        schema["properties"].pop(key)
     for key, about in schema["properties"].items():
         rules = [name for name in RULE_NAMES if key in RULES[name].keys]
         if rules:
@@ -101,17 +102,27 @@ class Stats(Status):
     per_replica: list[Replica]
 
 
-class ArtifactInfo(BaseModel):
-    """The running artifact."""
+class MasksInfo(BaseModel):
+    """The learned masks that engines were started with."""
 
     name: str
     sha256: str
+    bytes: int
+    levels: list[dict[str, Any]] = Field(description="what each gave on validation windows")
+
+
+class ArtifactInfo(BaseModel):
+    """The running artifact, and the masks beside it."""
+
+    name: str | None = Field(description="null: the policy names masks alone")
+    sha256: str = Field(description="empty: the policy names masks alone")
     bytes: int
     layers: list[int]
     metadata: dict[str, Any]
     losses: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
         description="by rule: the least and the largest `loss` that the artifact can translate"
     )
+    masks: MasksInfo | None = Field(description="null: the policy names none")
 
 
 class ArtifactChoice(BaseModel):

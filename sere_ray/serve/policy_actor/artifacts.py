@@ -4,18 +4,20 @@ import hashlib
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path
 
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """The content of an artifact's file."""
+    """The content of an artifact's file, or of one of masks."""
 
     name: str
-    """Path of the file, as the policy's key ``similarity`` gives it."""
+    """Path of the file, as the policy's key ``similarity`` or ``masks`` gives it."""
     sha256: str
     content: bytes
 
@@ -26,6 +28,24 @@ class ArtifactFile:
             ArtifactError: the content is damaged or no artifact.
         """
         return SimilarityArtifact.from_bytes(self.content, name=self.name)
+
+    def parse_masks(self) -> MasksArtifact:
+        """The levels of masks in the file.
+
+        Raises:
+            ArtifactError: the content is damaged or holds no masks.
+        """
+        return MasksArtifact.from_bytes(self.content, name=self.name)
+
+    def describe(self, masks: MasksArtifact | None) -> dict[str, Any]:
+        """Fields of ``MasksInfo`` in the control API."""
+        levels = [] if masks is None else masks.metadata.levels
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "bytes": len(self.content),
+            "levels": [level.model_dump() for level in levels],
+        }
 
 
 def path_in(folder: Path | None, name: str) -> Path:
@@ -63,7 +83,7 @@ def read_artifact(path: Path, max_bytes: int) -> ArtifactFile:
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}, on the node of the policy actor; `sere-ray calibrate` "
-            "makes an artifact"
+            "makes an artifact, `sere-ray train-masks` masks"
         ) from None
     if len(content) > max_bytes:
         raise ArtifactError(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata
+from sere_ray.masks.artifact import MasksMetadata
+from sere_ray.masks.served import check_beside, check_level, layers_of
 from sere_ray.policy.capabilities import (
     EngineKind,
     check_artifact,
@@ -28,7 +30,7 @@ class Holdings:
     """Loaded from the store, or begun with a deployment file. Every change is saved at once.
 
     Args:
-        policy: keys of the deployment file's policy; ``similarity`` is a path on this node.
+        policy: keys of the deployment file's policy; files are named by paths on this node.
         folder: holds the artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
         engines: kind of the engines that run the policy.
@@ -38,7 +40,7 @@ class Holdings:
         put: makes an object reference of bytes, as ``ray.put`` does.
 
     Raises:
-        SereError: the artifact cannot be read, or the policy does not fit its model.
+        SereError: a file cannot be read, or the policy does not fit its model.
     """
 
     def __init__(
@@ -59,25 +61,31 @@ class Holdings:
         self.pilot: AutoPilot | None = None  # there is one in mode auto
         state = store.load()
         if state is None:
-            self._file = read_artifact(Path(policy["similarity"]).expanduser(), max_artifact_bytes)
-            kept = [first_version(Policy.parse(dict(policy)), self._file.sha256)]
+            self._file = _read(policy, "similarity", max_artifact_bytes)
+            self._masks_file = _read(policy, "masks", max_artifact_bytes)
+            sha256 = "" if self._file is None else self._file.sha256
+            kept = [first_version(Policy.parse(dict(policy)), sha256)]
         else:
             kept = state["versions"]
-            sha256 = kept[-1]["sha256"]
-            self._file = ArtifactFile(state["name"], sha256, store.load_blob(sha256))
+            self._file = _kept(store, state["name"], kept[-1]["sha256"])
+            self._masks_file = _kept(store, *(state.get("masks") or (None, "")))
         self.audit = AuditLog([] if state is None else state["audit"])
-        self.versions = Versions(kept, load=self._content, put=put)
+        of_masks = "" if self._masks_file is None else self._masks_file.sha256
+        self.versions = Versions(kept, load=self._content, put=put, masks=of_masks)
         who, what = ("deployment file", "start") if state is None else ("router", "restart")
         self.audit.record(what, who, self.newest)
-        self._artifact: SimilarityArtifact = self._file.parse()
+        self._artifact = None if self._file is None else self._file.parse()
+        self._masks = None if self._masks_file is None else self._masks_file.parse_masks()
         base = Policy.parse(self.newest["policy"])
         check_artifact(base, self._artifact)
+        check_level(base.level, self._masks, path=base.masks)
+        check_beside(self._masks, self._artifact, path=base.masks)
         if state is None:
             pilot = None if auto is None else self._new_pilot(base)  # checks the levels, too
             self.pilot = pilot if starts_auto else None
-            self._save(self._file)
+            self._save(self._file, self._masks_file)
         elif state.get("auto") is not None:
-            self._resume(Policy.parse({**state["auto"], "similarity": self._file.name}))
+            self._resume(Policy.parse({**state["auto"], "similarity": self._name}))
 
     @property
     def newest(self) -> dict[str, Any]:
@@ -90,14 +98,18 @@ class Holdings:
         return AUTO if self.pilot is not None else str(self.newest["policy"]["mode"])
 
     def artifact(self) -> dict[str, Any]:
-        """Name, hash and origin of the running artifact."""
+        """Name, hash and origin of the running artifact, and of the masks beside it."""
+        file, artifact, masks = self._file, self._artifact, self._masks_file
+        strengths = {} if artifact is None else artifact.metadata.strengths
+        origin = self._origin.model_dump(exclude={"strengths", "levels"})
         return {
-            "name": self._file.name,
-            "sha256": self._file.sha256,
-            "bytes": len(self._file.content),
-            "layers": sorted(self._artifact.layers),
-            "metadata": self._artifact.metadata.model_dump(exclude={"strengths"}),
-            "losses": {rule: of.range for rule, of in self._artifact.metadata.strengths.items()},
+            "name": self._name,
+            "sha256": self.newest["sha256"],
+            "bytes": 0 if file is None else len(file.content),
+            "layers": layers_of(artifact, self._masks),
+            "metadata": origin,
+            "losses": {rule: of.range for rule, of in strengths.items()},
+            "masks": None if masks is None else masks.describe(self._masks),
         }
 
     def change_policy(self, changes: Mapping[str, Any], who: str) -> dict[str, Any]:
@@ -127,11 +139,12 @@ class Holdings:
         newest = self.newest
         try:
             new = read_artifact(path_in(self._folder, name), self._max_bytes)
+            check_swap(name, self._name, **self._engines)
             artifact = new.parse()
-            artifact.check_replaces(self._artifact, path=name)
-            check_tables(artifact, self._artifact, on_gpu=self._engines["on_gpu"])
+            if self._artifact is not None:
+                artifact.check_replaces(self._artifact, path=name)
+                check_tables(artifact, self._artifact, on_gpu=self._engines["on_gpu"])
             check_artifact(Policy.parse({**newest["policy"], "similarity": name}), artifact)
-            check_swap(name, self._file.name, **self._engines)
         except SereError as error:
             self.audit.refuse("artifact", who, str(error))
             raise
@@ -170,21 +183,20 @@ class Holdings:
         Raises:
             SereError: it is not valid; nothing has changed.
         """
-        if "similarity" in changes and changes["similarity"] != self._file.name:
-            raise SereError(
-                f"policy.similarity = {changes['similarity']!r}: the artifact is changed "
-                "with PUT /sere/artifact; leave the key out"
-            )
-        mode = changes.get("mode", self.mode)
         newest, pilot = self.newest["policy"], self.pilot
+        for key, how in _FILES.items():
+            if changes.get(key, newest.get(key)) != newest.get(key):
+                raise SereError(f"policy.{key} = {changes[key]!r}: {how}; leave the key out")
+        mode = changes.get("mode", self.mode)
         base = Policy.parse(newest) if pilot is None else pilot.base
-        written = {**changes, "similarity": self._file.name}
+        written = {**changes, **{key: newest.get(key) for key in _FILES}}
         if mode == AUTO:
             written["mode"] = "off"
         policy = base.changed(written, where="policy")
-        policy.check_layers(len(self._artifact.layers), where="policy")
+        policy.check_layers(len(layers_of(self._artifact, self._masks)), where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
         check_artifact(policy, self._artifact, where="policy")
+        check_level(policy.level, self._masks, path=policy.masks)
         if mode != AUTO:
             self.pilot = None
             return policy
@@ -208,22 +220,55 @@ class Holdings:
 
     @property
     def _top_k(self) -> int:
-        return self._artifact.metadata.top_k
+        return self._origin.top_k
+
+    @property
+    def _origin(self) -> ArtifactMetadata | MasksMetadata:
+        """Of the artifact; where a policy names none, of its masks."""
+        known = self._masks if self._artifact is None else self._artifact
+        assert known is not None, "a policy names one of them"
+        return known.metadata
+
+    @property
+    def _name(self) -> str | None:
+        """Of the running artifact's file."""
+        return None if self._file is None else self._file.name
 
     def _content(self, sha256: str) -> bytes:
-        same = sha256 == self._file.sha256
-        return self._file.content if same else self._store.load_blob(sha256)
+        for file in (self._file, self._masks_file):
+            if file is not None and file.sha256 == sha256:
+                return file.content
+        return self._store.load_blob(sha256)
 
-    def _save(self, new: ArtifactFile | None = None) -> None:
-        if new is not None:
-            self._store.save_blob(new.sha256, new.content)
-        self._saved = True
+    def _save(self, *new: ArtifactFile | None) -> None:
+        for file in filter(None, new):
+            self._store.save_blob(file.sha256, file.content)
+        self._saved, masks = True, self._masks_file
         self._store.save(
             {
                 "versions": self.versions.kept,
                 "audit": self.audit.entries(),
-                "name": self._file.name,
+                "name": self._name,
+                "masks": masks and (masks.name, masks.sha256),
                 "auto": None if self.pilot is None else self.pilot.base.model_dump(),
             },
             blobs=self.versions.hashes,
         )
+
+
+_FILES = {
+    "similarity": "the artifact is changed with PUT /sere/artifact",
+    "masks": "engines keep the masks they were started with, only `level` moves",
+}
+"""Keys of files, and why a change of the policy cannot have them."""
+
+
+def _read(policy: Mapping[str, Any], key: str, max_bytes: int) -> ArtifactFile | None:
+    """The file under a key of a policy; None = it names none."""
+    path = policy.get(key)
+    return None if path is None else read_artifact(Path(path).expanduser(), max_bytes)
+
+
+def _kept(store: Store, name: str | None, sha256: str) -> ArtifactFile | None:
+    """A file that an earlier actor has read."""
+    return ArtifactFile(name, sha256, store.load_blob(sha256)) if name and sha256 else None

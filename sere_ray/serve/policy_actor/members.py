@@ -16,6 +16,10 @@ class Update:
     """Hash of the artifact's file."""
     content: Any = None
     """Object reference of the file's bytes; None in a version that keeps the artifact."""
+    masks_sha256: str = ""
+    """Hash of the file of masks; empty = there is none, or the replica has it."""
+    masks: Any = None
+    """Object reference of that file's bytes, for a replica that starts."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sere_ray.policy.policy import Policy
@@ -30,6 +31,7 @@ class Versions:
         kept: at least one version, oldest first.
         load: returns the content of the artifact with a hash.
         put: makes an object reference of a content.
+        masks: hash of the masks that all versions run beside; empty = there are none.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class Versions:
         *,
         load: Callable[[str], bytes],
         put: Callable[[bytes], Any],
+        masks: str = "",
     ) -> None:
         self.kept = kept
-        self._load, self._put = load, put
+        self._load, self._put, self._masks = load, put, masks
         self._refs: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -53,8 +56,8 @@ class Versions:
 
     @property
     def hashes(self) -> set[str]:
-        """Hashes of the artifacts that kept versions name."""
-        return {version["sha256"] for version in self.kept}
+        """Hashes of the files that kept versions name."""
+        return {self._masks, *(version["sha256"] for version in self.kept)} - {""}
 
     def add(self, policy: Policy, sha256: str) -> dict[str, Any]:
         """A new version; the oldest is dropped where there are too many."""
@@ -79,15 +82,20 @@ class Versions:
         return updates
 
     def whole(self) -> Update:
-        """The newest version with its artifact, for a replica that starts."""
-        return self._update(self.newest, with_content=True)
+        """The newest version with its files, for a replica that starts."""
+        update = self._update(self.newest, with_content=True)
+        return replace(update, masks_sha256=self._masks, masks=self._reference(self._masks))
 
     def _update(self, version: Mapping[str, Any], *, with_content: bool) -> Update:
         sha256 = version["sha256"]
-        if with_content and sha256 not in self._refs:
-            self._refs[sha256] = self._put(self._load(sha256))
-        content = self._refs[sha256] if with_content else None
+        content = self._reference(sha256) if with_content else None
         return Update(version["version"], version["policy"], sha256, content)
+
+    def _reference(self, sha256: str) -> Any:
+        """Of the content with a hash, made once; None = there is none."""
+        if sha256 and sha256 not in self._refs:
+            self._refs[sha256] = self._put(self._load(sha256))
+        return self._refs.get(sha256)
 
 
 class AuditLog:

@@ -41,21 +41,26 @@ class Follower:
         self._folder = tempfile.TemporaryDirectory(prefix="sere-")
         self._staged = self._settled = -1
         self._newest: Update | None = None  # what the engine was told last
-        self._similarity = ""
+        self._files: dict[str, str] = {}  # by the policy's key, as the engine knows them
         self._counters: dict[str, Any] | None = None
         self._token_times: Any = None
         self._scorer: Scorer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self) -> dict[str, Any]:
-        """The policy to start the engine with; its artifact lies on this node."""
+        """The policy to start the engine with; its files lie on this node."""
         update: Update = await _policy_actor().join.remote(self.gang)
         self._staged = self._settled = update.version
         self._newest = update
-        content = await update.content
-        path = keep_artifact(Path(self._folder.name), update.sha256, content)
-        self._similarity = str(path)
-        return {**update.policy, "similarity": self._similarity}
+        contents = {
+            "similarity": (update.sha256, update.content),
+            "masks": (update.masks_sha256, update.masks),
+        }
+        for key, (sha256, content) in contents.items():
+            if content is not None:
+                path = keep_artifact(Path(self._folder.name), sha256, await content)
+                self._files[key] = str(path)
+        return {**update.policy, **self._files}
 
     async def catch_up(
         self, engine: Any, metrics_interval_s: float | None, score: ScoreConfig | None = None
@@ -192,8 +197,8 @@ class Follower:
     async def _stage(self, engine: Any, update: Update) -> None:
         content = None if update.content is None else await update.content
         if content is not None:
-            self._similarity = f"{update.sha256}.safetensors"
-        policy = {**update.policy, "similarity": self._similarity}
+            self._files["similarity"] = f"{update.sha256}.safetensors"
+        policy = {**update.policy, **self._files}
         await _calls(engine).set_policy(policy, content)
         self._staged = update.version
         self._newest = update

@@ -60,6 +60,7 @@ class Engine(Replica):
             "experts_max_rank_after": AFTER,
             "slots_rerouted": REROUTED,
             "slots_merged": REROUTED,
+            "slots_masked": (0, 0),
             "bytes_dispatched_before": BYTES,
             "bytes_dispatched_after": BYTES,
             "critical_kept": (0, 0),

@@ -77,9 +77,15 @@ async function readArtifact() {
   const artifact = await api.get("artifact");
   model = artifact.metadata;
   say(byId("model"), lastPart(model.model_id));
-  say(byId("artifact"), `Artifact ${lastPart(artifact.name)}, sha256 ${artifact.sha256.slice(0, 12)}…, ` +
-    `metric ${model.metric}, ${model.date}; ${model.num_experts} experts, top ${model.top_k}.`);
+  const files = [
+    artifact.name && `Artifact ${named(artifact)}, metric ${model.metric}, ${model.date}`,
+    artifact.masks && `Masks ${named(artifact.masks)}, ${artifact.masks.levels.length} levels`,
+    `${model.num_experts} experts, top ${model.top_k}.`,
+  ];
+  say(byId("artifact"), files.filter(Boolean).join("; "));
 }
+
+const named = ({ name, sha256 }) => `${lastPart(name)}, sha256 ${sha256.slice(0, 12)}…`;
 
 /** A name without the folders of the server. */
 const lastPart = (path) => path.split("/").at(-1);

@@ -40,6 +40,6 @@ function changed({ refused, before, after, what, mode, reason }) {
     const asked = mode === "auto" && !reason ? ["mode auto"] : [];
     return [...asked, ...changes(before, after.policy)].join(", ") || "nothing differs";
   }
-  return Object.entries(after?.policy ?? {}).filter(([name, value]) => name !== "similarity" && value !== null)
+  return Object.entries(after?.policy ?? {}).filter(([name, value]) => !["similarity", "masks"].includes(name) && value !== null)
     .map(([name, value]) => `${name} ${plain(value)}`).join(", ");
 }

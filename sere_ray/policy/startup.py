@@ -1,0 +1,24 @@
+"""What the ``sere`` key of an engine may hold beside the policy: taken when it starts, and kept."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dispatch = Literal["allgather", "all_to_all"]
+
+
+class Startup(BaseModel):
+    """What the ``sere`` key of an engine may hold beside the policy; no policy can change it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dispatch: Dispatch = Field(
+        default="allgather",
+        description="how rows reach other ranks under data and expert parallelism: every row to "
+        "all of them, or each only to those that hold its experts",
+    )
+    check_ranks: bool = Field(
+        default=False,
+        description="for debugging, slow: in every layer the ranks compare where each expert's "
+        "slots go, and all raise if two of them differ",
+    )

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.state import EngineState
-from sere_ray.policy.policy import Policy, Startup
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 
 Routing = tuple[Tensor, Tensor]
 """``topk_weights`` and ``topk_ids``, ``[T, K]`` each, as vLLM orders them."""

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.engine.option_checks import check_all_to_all, check_options
+from sere_ray.engine.option_checks import check_all_to_all, check_options, check_replicas
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
 from sere_ray.kernel.limits import check_shape
 from sere_ray.policy.capabilities import check_artifact, check_policy
-from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.policy.policy import Policy, parse_key
+from sere_ray.policy.startup import Startup
 from sere_ray.util.errors import ArtifactError, UnsupportedError
 
 KEY = "sere"
@@ -46,6 +47,8 @@ def check_config(vllm_config: Any) -> tuple[Policy, Startup, SimilarityArtifact]
     check_policy(policy, on_gpu=on_gpu)
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
+    if startup.replicas == "by_experts":
+        check_replicas(vllm_config)
     if on_gpu:
         if startup.check_ranks:
             raise UnsupportedError(

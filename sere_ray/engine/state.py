@@ -20,7 +20,8 @@ from sere_ray.policy.capabilities import (
     check_swap,
     check_tables,
 )
-from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.policy.policy import Policy, parse_key
+from sere_ray.policy.startup import Startup
 from sere_ray.rules import REROUTABLE, RuleCounts
 from sere_ray.util.errors import PolicyError
 

@@ -3,7 +3,7 @@
 It is the value of ``--additional-config '{"sere": {...}}'`` of vLLM, of a deployment file and of
 a result file; instead of it there may be the path of a YAML file of these keys, such as
 `sere-ray tune` writes. Key names and defaults are those of docs/quality.md. Beside the policy,
-vLLM's key may hold what an engine takes at its start and keeps: :class:`Startup`.
+vLLM's key may hold what an engine takes at its start and keeps (``startup.py``).
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ from sere_ray.policy.bound import OWN_FIELDS, BoundPolicy, Mode, Union
 from sere_ray.policy.explain import explain
 from sere_ray.policy.loss import stages_of, without_the_other, wrong_with_loss
 from sere_ray.policy.row_ranges import MOST, RowRange, RowRanges, refuse
+from sere_ray.policy.startup import Startup
 from sere_ray.policy.tau import Tau
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError
 
-Dispatch = Literal["allgather", "all_to_all"]
 RuleName = Literal["sere", "margin", "spare"]
 """What engines compute."""
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
@@ -254,23 +254,6 @@ class Policy(BaseModel):
     def similarity_path(self) -> Path:
         """The artifact's path with ``~`` expanded."""
         return Path(self.similarity).expanduser()
-
-
-class Startup(BaseModel):
-    """What the ``sere`` key of an engine may hold beside the policy; no policy can change it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    dispatch: Dispatch = Field(
-        default="allgather",
-        description="how rows reach other ranks under data and expert parallelism: every row to "
-        "all of them, or each only to those that hold its experts",
-    )
-    check_ranks: bool = Field(
-        default=False,
-        description="for debugging, slow: in every layer the ranks compare where each expert's "
-        "slots go, and all raise if two of them differ",
-    )
 
 
 def parse_key(value: object, *, where: str = "sere") -> tuple[Policy, Startup]:

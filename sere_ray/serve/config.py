@@ -14,7 +14,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from sere_ray.policy.key_file import read_key_file
-from sere_ray.policy.policy import Policy, Startup, parse_key
+from sere_ray.policy.policy import Policy, parse_key
+from sere_ray.policy.startup import Startup
 from sere_ray.proxy.limits import Limits
 from sere_ray.serve.gateway.access import AccessConfig
 from sere_ray.serve.policy_actor.auto_config import AUTO, AutoConfig

@@ -18,7 +18,8 @@ from sere_ray.engine.cpu.expert_parallel import (
 from sere_ray.engine.cpu.state import CpuState
 from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.placement import expert_owner
-from sere_ray.policy.policy import Policy, Startup
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, RULES, Layer, name_dropped, reroute
 from sere_ray.rules.gate import PLAIN, scores_of
 from sere_ray.util.errors import ArtifactError, PolicyError, SereError

@@ -43,9 +43,10 @@ SIGNATURES = {
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_slot_orders": RULE + "P",
-    "reroute_by_slot_orders": RULE + "P",
+    "reroute_by_slot_orders": RULE + "PP",
     "ask_of_ranks": RULE + LOGITS + "P",
-    "reroute_by_asked": RULE + LOGITS + "P",
+    "reroute_by_asked": RULE + LOGITS + "PPP",
+    "map_to_copies": "PPqPPqPqqPPP",
 }
 
 

@@ -17,7 +17,8 @@ from sere_ray.engine.layer_checks import check_expert_kernel
 from sere_ray.engine.placement import expert_owner
 from sere_ray.engine.state import EngineState
 from sere_ray.engine.timeout import group_timeout
-from sere_ray.policy.policy import Policy, Startup
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 
 logger = logging.getLogger("vllm.sere_ray")
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.back_end import Routing, Wrap
 from sere_ray.engine.gpu import patches, routing, union_patches
+from sere_ray.engine.gpu.copies import choose_copies
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.layer_checks import check_expert_kernel
 from sere_ray.engine.state import EngineState
-from sere_ray.policy.policy import Policy, Startup
+from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 
 logger = logging.getLogger("vllm.sere_ray")
 
@@ -63,6 +65,8 @@ class GpuBackEnd:
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)
+        if state.startup.replicas == "by_experts":
+            choose_copies(router, state)
 
     @staticmethod
     def route(

@@ -17,7 +17,7 @@ from ray.serve.config import DeploymentActorConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
 from sere_ray.engine.plugin import check_will_load
-from sere_ray.policy.policy import Startup
+from sere_ray.policy.startup import Startup
 from sere_ray.proxy.slow_clients import limit_requests
 from sere_ray.serve.gateway.forward import answers
 from sere_ray.serve.gateway.losses import EngineLostError

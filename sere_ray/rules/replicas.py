@@ -15,7 +15,7 @@ from torch import Tensor
 
 PASSES = 2
 """How often the experts with several copies are gone through: the first time they are placed, then
-they may move. See docs/benchmarks.md for what more passes would gain."""
+they may move. A third time changed nothing on average in any random map that was tried."""
 MOST_COPIES = 8
 """Copies of an expert that are looked at; a kernel has room for so many."""
 UNREAD = -1

@@ -13,8 +13,8 @@ def test_reads_of_the_busiest_rank_by_hand():
         [[[[0, 1], [0, 2]], [[0, 3], [0, 1]]], [[[0, 3], [4, 0]], [[3, 4], [4, 3]]]]
     )
     found = busiest_of(steps, placed, 5, ranks=2)
-    # Step 0 names 0, 1, 2, 3: 1 and 2 lie on rank 0, so 0 is read from rank 1. By rows, the two rows
-    # of a rank get other copies. Step 1 names 0, 3, 4.
+    # Step 0 names 0, 1, 2, 3: 1 and 2 lie on rank 0, so 0 is read from rank 1. By rows, two rows of
+    # a rank get other copies. Step 1 names 0, 3, 4.
     assert found["by_experts"].tolist() == [2, 2]
     assert found["by_tokens"].tolist() == [3, 3]
 

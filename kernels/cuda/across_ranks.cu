@@ -78,6 +78,36 @@ __device__ __forceinline__ void name_experts(Shared& shared, const Arguments& a,
   __syncthreads();
 }
 
+// Tells which experts the rows of all ranks read, a byte each, where a load balancer chooses copies by it (replicas.cu);
+// all 0 in a step that the rule leaves alone. Null: nobody asks.
+template <class IsRead>
+__device__ __forceinline__ void tell_read(unsigned char* read, IsRead is_read) {
+#pragma unroll 1
+  for (int v = threadIdx.x; read && v < E; v += THREADS) read[v] = is_read(v);
+}
+
+// The same behind apply_rule().
+__device__ __forceinline__ void tell_read(unsigned char* read, const Shared& shared, const Start& start) {
+  __syncthreads();
+  const bool observes = start.settings.mode == OBSERVE;
+  tell_read(read, [&](int v) {
+    return start.has_work && (observes ? shared.lowest_order[v] < K : shared.is_read[v] != 0);
+  });
+}
+
+// The same under a rule of demand, by one warp, before refill_all().
+__device__ __forceinline__ void tell_kept(unsigned char* read, const Shared& shared, const Start& start,
+                                          bool by_levels) {
+  if (!read || threadIdx.x >= 32) return;
+  const unsigned kept = kept_experts(shared, start.settings, by_levels).experts;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    const int v = threadIdx.x * PER_LANE + j;
+    const bool named = shared.wanted[v] >= 0;
+    if (v < E) read[v] = start.settings.mode == OBSERVE ? named : kept >> j & 1;
+  }
+}
+
 }  // namespace
 
 #define PLACEMENT_PARAMETERS const int *local_ids, const unsigned char *owner, int num_ranks
@@ -130,23 +160,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowest_slot_orders(RULE
   }
 }
 
-// Re-routes this rank's rows by the minimum over ranks of what lowest_slot_orders wrote.
+// Re-routes this rank's rows by the minimum over ranks of what lowest_slot_orders wrote. read, [E]: see tell_read().
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-reroute_by_slot_orders(RULE_PARAMETERS, const unsigned char* orders) {
+reroute_by_slot_orders(RULE_PARAMETERS, const unsigned char* orders, unsigned char* read) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
   begin(start, shared, a);
-  if (!start.has_work && a.new_ids == a.ids) return;
+  if (!start.has_work && a.new_ids == a.ids) return tell_read(read, shared, start);
 #pragma unroll 1
   for (int v = threadIdx.x; v < E; v += THREADS) shared.lowest_order[v] = min((int)orders[v], K);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   apply_rule(shared, a, start, load, [](int, Id) {});
+  tell_read(read, shared, start);
 }
 
 // The same in one launch. Every rank of the group has to launch it as often, whether it has rows or not.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-reroute_with_peers(RULE_PARAMETERS, EXCHANGE_PARAMETERS) {
+reroute_with_peers(RULE_PARAMETERS, EXCHANGE_PARAMETERS, unsigned char* read) {
   const Arguments a = RULE_ARGUMENTS;
   const Exchange exchange = EXCHANGE_ARGUMENTS;
   __shared__ Shared shared;
@@ -154,9 +185,10 @@ reroute_with_peers(RULE_PARAMETERS, EXCHANGE_PARAMETERS) {
   begin(start, shared, a);
   name_experts(shared, a, start.step, start.has_work);
   lowest_of_all_ranks(shared, exchange);
-  if (!start.has_work && a.new_ids == a.ids) return;
+  if (!start.has_work && a.new_ids == a.ids) return tell_read(read, shared, start);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
   apply_rule(shared, a, start, load, [](int, Id) {});
+  tell_read(read, shared, start);
 }
 
 // Writes asked, [E]: what this rank's rows want of each expert, as ask() of the rule gives it; all 0 in
@@ -176,20 +208,27 @@ ask_of_ranks(RULE_PARAMETERS, LOGITS_PARAMETERS, long long* asked) {
   }
 }
 
-// Re-routes this rank's rows by the sum over ranks of what ask_of_ranks wrote.
+// Re-routes this rank's rows by the sum over ranks of what ask_of_ranks wrote. owner, [E]: the rank that has each
+// expert, looked at under `balance_ranks` alone. read, [E]: see tell_read().
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked) {
+reroute_by_asked(RULE_PARAMETERS, LOGITS_PARAMETERS, const long long* asked, const unsigned char* owner,
+                 unsigned char* read) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
+  __shared__ unsigned char owners[STRIDE];
   Start start;
   begin(start, shared, a, false);
-  if (!start.has_work) return;
+  if (!start.has_work) return tell_read(read, [](int) { return false; });
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
     shared.wanted[v] = wanted_of_ranks(v < E ? asked[v] : 0, start.settings);
+    owners[v] = v < E && start.settings.balances ? owner[v] : 0;
   }
   __syncthreads();
   if (start.settings.rule == SPARE) spare_experts(shared, a, start.settings);
+  const bool by_levels = start.settings.rule == MARGIN && start.settings.balances;
+  if (by_levels) add_up_levels(shared, owners);
+  tell_kept(read, shared, start, by_levels);
   const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
-  refill_all<false>(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {});
+  refill_all<false>(shared, a, start, LOGITS_ARGUMENTS, nullptr, load, [](int, Id) {}, by_levels);
 }

@@ -22,6 +22,11 @@ struct Logits {
   int group_size;                                  // experts of a group, 0 = all; at most 32 groups
 };
 
+// A softmax alone: then a row may go to any expert.
+__device__ __forceinline__ bool is_plain(const Logits& logits) {
+  return !ANY_GATE || (logits.scoring == SOFTMAX && !logits.bias && !logits.group_size);
+}
+
 struct Row {                                       // as a warp holds it
   Slot slot;                                       // of a lane below K; of the others none
   bool changeable;                                 // re-routable, and each slot names an expert; if not, no scores:

@@ -9,6 +9,31 @@ __device__ __forceinline__ bool is_kept(unsigned kept, int expert) {
   return __shfl_sync(ALL_LANES, kept, expert / PER_LANE) >> expert % PER_LANE & 1;
 }
 
+// Under `balance_ranks`: fills shared.demand with the demand of each expert's level, all experts that have its place in
+// the order of their rank. By all threads of the block; they meet before and after.
+__device__ __forceinline__ void add_up_levels(Shared& shared, const unsigned char* owner) {
+  int* const of_level = shared.fate;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < STRIDE; v += THREADS) of_level[v] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) {
+    const int wanted = max(shared.wanted[v], 0);
+    int place = 0;
+#pragma unroll 8
+    for (int u = 0; u < E; ++u) {
+      const int other = max(shared.wanted[u], 0);
+      place += owner[u] == owner[v] && (other > wanted || (other == wanted && u < v));
+    }
+    shared.demand[v] = place;
+    atomicAdd(&of_level[place], wanted);           // at most 255 ranks: fits
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int v = threadIdx.x; v < E; v += THREADS) shared.demand[v] = of_level[shared.demand[v]];
+  __syncthreads();
+}
+
 // The floor: named experts join by demand, of equal ones the first, until so many are kept, or all that are named.
 __device__ __forceinline__ unsigned fill_up(const Shared& shared, unsigned kept, int least) {
   int wanted[PER_LANE], num_named = 0;

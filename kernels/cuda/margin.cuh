@@ -11,20 +11,24 @@ struct Rows {                                      // of a warp, or of a block
 };
 
 // What rows ask of an expert, in shared.demand: two facts as bits above the sum of their demand. Kept anyway are a
-// row's first choice, if protected, and all that a row names which is not changed.
-constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1;
+// row's first choice, if protected, and all that a row names which is not changed. Under `balance_ranks`, behind a plain
+// gate, demand for the first choice counts FIRST times instead.
+constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1, FIRST = 8;
 
 // One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
-__device__ __forceinline__ void ask(Shared& shared, const Row& r, const Settings& settings) {
+__device__ __forceinline__ void ask(Shared& shared, const Row& r, const Settings& settings, const Logits& logits) {
   const Slot& s = r.slot;
   const int lane = threadIdx.x % 32;
   const int worth = s.valid ? in_order(__float_as_int(s.weight)) : 0x80000000;
   const int most = __reduce_max_sync(ALL_LANES, worth);
-  const int first = settings.protect ? __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1 : -1;
+  const bool is_first = lane == __ffs(__ballot_sync(ALL_LANES, s.valid && worth == most)) - 1;
+  const bool drops_first = settings.balances && is_plain(logits);
+  const bool anyway = !r.changeable || (settings.protect && !drops_first && is_first);
   int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
-  if (s.valid && s.kind != PADDING) atomicOr(of_expert, r.changeable && lane != first ? NAMED : NAMED | KEPT_ANYWAY);
+  if (s.valid && s.kind != PADDING) atomicOr(of_expert, anyway ? NAMED | KEPT_ANYWAY : NAMED);
   if (!r.changeable) return;
-  const int demand = min(demand_of(r, settings) * (WEIGHT_UNIT - s.discount) / WEIGHT_UNIT, UNIT + 1);
+  const int counts = (drops_first && is_first ? FIRST : 1) * (WEIGHT_UNIT - s.discount);
+  const int demand = min(demand_of(r, settings) * counts / WEIGHT_UNIT, UNIT + 1);
   if (lane >= K || demand == 0) return;
   if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
 }
@@ -73,15 +77,16 @@ struct Kept {
   bool is_beyond;                                  // of guard()
 };
 
-// Under margin every warp finds out for itself.
-__device__ __forceinline__ Kept kept_experts(const Shared& shared, const Settings& settings) {
+// Under margin every warp finds out for itself. by_levels: shared.demand is that of levels.
+__device__ __forceinline__ Kept kept_experts(const Shared& shared, const Settings& settings, bool by_levels) {
   if (settings.rule == SPARE) return {kept_of_fates(shared), shared.is_beyond != 0};
   unsigned kept = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    kept |= unsigned(shared.wanted[threadIdx.x % 32 * PER_LANE + j] > settings.tau) << j;
+    const int v = threadIdx.x % 32 * PER_LANE + j, wanted = shared.wanted[v];
+    kept |= unsigned(wanted >= 0 && (by_levels ? shared.demand[v] : wanted) > settings.tau) << j;
   }
-  kept = fill_up(shared, kept, settings.min_primary_experts);
+  kept = fill_up(shared, kept, max(settings.min_primary_experts, 1));
   const bool is_beyond = guard(shared, kept, settings);
   return {kept, is_beyond};
 }
@@ -134,22 +139,23 @@ __device__ __forceinline__ Row ask_for_all(Shared& shared, const Arguments& a, c
       __syncthreads();                             // begin() has cleared shared memory
     }
     if (!exists) return first;
-    ask(shared, r, settings);
+    ask(shared, r, settings, logits);
   }
 }
 
 // The second half, from shared.wanted: then(slot index, final id) is told of every slot of this block's rows, after
 // which each thread announces. Writes ids and weights; where ids are in place, those of changed rows only. Counts.
-// first: the warp's first row, or null.
+// first: the warp's first row, or null. by_levels: as for kept_experts().
 template <bool SHOWS, class Load, class Then>
 __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments& a, const Start& start,
-                                           const Logits& logits, const Row* first, Load load, Then then) {
+                                           const Logits& logits, const Row* first, Load load, Then then,
+                                           bool by_levels = false) {
   const int lane = threadIdx.x % 32;
   const bool counts = own_block() == 0 && threadIdx.x >= THREADS - 32, observes = start.settings.mode == OBSERVE;
   const Rows rows = rows_of_warp();
   if (rows.first >= a.num_rows) announce<SHOWS>();
   if (rows.first >= a.num_rows && !counts) return;
-  const Kept found = kept_experts(shared, start.settings);
+  const Kept found = kept_experts(shared, start.settings, by_levels);
   const unsigned kept = found.experts;
   const bool spares = start.settings.rule == SPARE;
   int changed = 0, merged = 0;

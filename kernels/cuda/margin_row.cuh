@@ -207,13 +207,19 @@ __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigne
   const bool is_staying = stays >> lane & 1;
   const StandIn found = stand_in(r, kept, num_staying);
   const unsigned best_staying = __ballot_sync(ALL_LANES, is_staying && order == 0);
-  const int first = __shfl_sync(ALL_LANES, int(r.slot.id), __ffs(best_staying) - 1);
+  const int own_first = __shfl_sync(ALL_LANES, int(r.slot.id), max(__ffs(best_staying) - 1, 0));
+  const int new_first = __shfl_sync(ALL_LANES, found.expert, 0), first = num_staying ? own_first : new_first;
 
-  const float share = is_staying ? r.own : 0, new_share = settings.fill * found.score;
+  float share = is_staying ? r.own : 0, new_share = settings.fill * found.score;
   const float taken = sum_of_slots(share + new_share), before = sum_of_slots(r.own);
   const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
-  const float scale = sum_of_slots(r.slot.weight) * exp2f(-exponent);
   const int filled = lane >= num_staying && lane < K ? lane : -1;
+  const bool is_filled = filled >= 0 && found.expert >= 0;
+  const int num_taken = num_staying + __popc(__ballot_sync(ALL_LANES, is_filled));
+  const float weight = sum_of_slots(r.slot.weight);
+  const bool shares_out = taken == 0;              // nothing of what the row takes has a score
+  if (shares_out) share = is_staying, new_share = is_filled;
+  const float scale = shares_out ? weight / num_taken : weight * exp2f(-exponent);
   return {{{is_staying ? order : -1, int(r.slot.id), share * scale},
            {filled, found.expert >= 0 ? found.expert : settings.merges ? -1 : first, new_share * scale}}};
 }

@@ -57,8 +57,10 @@ struct __align__(16) Settings {                    // of one layer, written by t
   int runners_up;
   float beta, fill;                                // of margin alone
   int merges;                                      // step 7: slots that repeat an expert of their row become -1
-  short protect;                                   // whether every row keeps its first choice
-  short guard;                                     // whether a step that gives up more than `most` stays exact
+  signed char protect;                             // whether every row keeps its first choice
+  signed char guard;                               // whether a step that gives up more than `most` stays exact
+  signed char balances;                            // of margin: tau is of the busiest rank, see kept.cuh
+  signed char unused;
   float lead, share;                               // what demand is made of; they add up to 1
   float limit;                                     // of spare: most that a stand-in may leave over
   int most;                                        // of margin and spare: the most demand that calibration gave up

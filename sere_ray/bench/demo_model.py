@@ -15,11 +15,13 @@ LENGTH = 128
 PROMPT_TOKENS = 64
 
 
-def heldout_windows() -> Tensor:
-    """``[SEQUENCES, LENGTH]`` token ids, one window from the start of each held-out text."""
+def heldout_windows(count: int = SEQUENCES) -> Tensor:
+    """``[count, LENGTH]`` token ids: the starts of held-out texts, then what follows in them."""
     tokenizer = load_tokenizer(str(assets.MODEL))
-    windows = [tokenizer(text)["input_ids"][:LENGTH] for text in assets.heldout_texts()]
-    return torch.tensor([window for window in windows if len(window) == LENGTH][:SEQUENCES])
+    texts = [tokenizer(text)["input_ids"] for text in assets.heldout_texts()]
+    starts = range(0, max(map(len, texts)), LENGTH)
+    windows = [text[start : start + LENGTH] for start in starts for text in texts]
+    return torch.tensor([window for window in windows if len(window) == LENGTH][:count])
 
 
 def bound(policy: Policy) -> BoundPolicy:

@@ -245,6 +245,37 @@ def scale(out: Out) -> None:
     print(out)
 
 
+@app.command("busiest-rank")
+def busiest_rank(
+    out: Out,
+    top_k: Annotated[
+        str, typer.Option(help="Experts a row, comma-separated; trained with 4.")
+    ] = "4,8",
+) -> None:
+    """Experts of the busiest of 4 and 8 ranks at equal KL, with `balance_ranks` and without.
+
+    Example: sere-ray bench busiest-rank --out busiest-rank.json
+    """
+    with user_errors():
+        from sere_ray.bench.busiest_rank import run_busiest_rank
+
+        run_busiest_rank(saver(out), numbers("--top-k", top_k, range(1, 48)), console=console)
+    print(out)
+
+
+@app.command("replicas")
+def replica_reads(out: Out) -> None:
+    """Simulate copies of experts chosen by experts read, against vLLM's choice. Nothing is timed.
+
+    Example: sere-ray bench replicas --out replicas-by-experts.json
+    """
+    with user_errors():
+        from sere_ray.bench.replica_reads import run_replica_reads
+
+        run_replica_reads(saver(out), console=console)
+    print(out)
+
+
 @app.command()
 def plot(
     result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],

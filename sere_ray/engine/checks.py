@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.engine.option_checks import check_all_to_all, check_options
+from sere_ray.engine.option_checks import check_all_to_all, check_options, check_replicas
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
@@ -56,6 +56,8 @@ def check_config(vllm_config: Any) -> Checked:
     check_policy(policy, on_gpu=on_gpu)
     if startup.dispatch == "all_to_all":
         check_all_to_all(vllm_config)
+    if startup.replicas == "by_experts":
+        check_replicas(vllm_config)
     if on_gpu:
         if startup.check_ranks:
             raise UnsupportedError(

@@ -141,9 +141,7 @@ def check_options(vllm_config: Any) -> None:
             "serve another model",
         ),
     ]
-    for is_refused, what, remedy in refused:
-        if is_refused:
-            raise UnsupportedError(f"sere: {what}; {remedy}")
+    _refuse("sere", refused)
 
 
 def _unsalted_connectors(config: Any) -> list[str]:
@@ -184,6 +182,43 @@ def check_all_to_all(vllm_config: Any) -> None:
             "leave it out: on GPUs vLLM's all-gather is re-routed by one launch",
         ),
     ]
+    _refuse("sere.dispatch = 'all_to_all'", refused)
+
+
+SHOWN_ON_GPUS = False
+"""Whether an engine with ``replicas: by_experts`` ran on GPUs and its tests passed there
+(`tests/engine/test_gpu_load_balancer.py`)."""
+
+
+def check_replicas(vllm_config: Any) -> None:
+    """Refuse ``replicas: by_experts`` where there are no copies to choose among, or not by us.
+
+    Raises:
+        UnsupportedError: names the option, its value and what to do.
+    """
+    parallel = vllm_config.parallel_config
+    refused = [
+        (
+            vllm_config.device_config.device_type == "cpu",
+            "vLLM has no load balancer (EPLB) on a CPU, so an expert has one copy",
+            "leave it out",
+        ),
+        (
+            not parallel.enable_eplb or parallel.data_parallel_size == 1,
+            f"data_parallel_size = {parallel.data_parallel_size} with enable_eplb = "
+            f"{parallel.enable_eplb}: no rank chooses among copies",
+            "use it with data_parallel_size > 1 and enable_eplb, or leave it out",
+        ),
+        (
+            not SHOWN_ON_GPUS,
+            "it has run in the emulator alone, on no GPU yet",
+            "leave it out: then vLLM spreads rows over copies",
+        ),
+    ]
+    _refuse("sere.replicas = 'by_experts'", refused)
+
+
+def _refuse(key: str, refused: list[tuple[bool, str, str]]) -> None:
     for is_refused, what, remedy in refused:
         if is_refused:
-            raise UnsupportedError(f"sere.dispatch = 'all_to_all': {what}; {remedy}")
+            raise UnsupportedError(f"{key}: {what}; {remedy}")

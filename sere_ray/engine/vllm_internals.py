@@ -17,6 +17,8 @@ expert_kernel               A result says which kernel vLLM chose for a model's 
                             vLLM says so.
 fill_dummy_weights          Random weights of a quantised model are drawn before vLLM packs them for
                             its kernels. Remove: its dummy weights keep rows apart.
+balanced_placement          Where vLLM's load balancer puts copies of experts is simulated.
+                            Remove: its policy is a public name.
 forget_environment          vLLM keeps what it read of the environment, and each engine of one
                             process needs a port of its own. Remove: the port is an argument.
 ==========================  =====================================================================
@@ -26,7 +28,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def server_arguments() -> list[str]:
@@ -98,3 +100,23 @@ def forget_environment() -> None:
     from vllm import envs
 
     envs.disable_envs_cache()
+
+
+def balanced_placement(loads: "Tensor", num_physical: int, num_ranks: int) -> "Tensor":
+    """Where vLLM's load balancer (EPLB) puts experts and their copies.
+
+    Args:
+        loads: ``[layers, E]``, the rows that each expert got.
+        num_physical: experts with copies, a multiple of the ranks.
+        num_ranks: each holds as many.
+
+    Returns:
+        ``[layers, num_physical]`` int64: whose copy each physical expert is; those of a rank follow
+        each other.
+    """
+    from vllm.distributed.eplb.policy import DefaultEplbPolicy
+
+    placed: Tensor = DefaultEplbPolicy.rebalance_experts(
+        loads.float(), num_physical, 1, 1, num_ranks
+    )
+    return placed

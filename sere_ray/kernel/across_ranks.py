@@ -101,7 +101,12 @@ def lowest_slot_orders(
 
 
 def reroute_by_slot_orders(
-    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, orders: Tensor
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    orders: Tensor,
+    read: Tensor | None = None,
 ) -> None:
     """Steps 3 to 5 for the rows of this rank, in place.
 
@@ -111,14 +116,21 @@ def reroute_by_slot_orders(
         topk_weights: ``float32 [T, K]`` contiguous.
         layer: this layer's; experts are counted over all ranks, slots over these rows.
         orders: ``[E]`` uint8: the minimum over ranks of what :func:`lowest_slot_orders` wrote.
+        read: ``[E]`` uint8, written: the experts that the rows of all ranks name afterwards; all 0
+            in a step that the rule leaves alone. None = nobody asks.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
-    arguments = (*arguments, orders.data_ptr())
+    arguments = (*arguments, orders.data_ptr(), _address(read))
     kernel.launch("reroute_by_slot_orders", topk_ids, arguments, early=False)
 
 
 def reroute_with_peers(
-    kernel: RuleKernel, topk_ids: Tensor, topk_weights: Tensor, layer: DeviceLayer, peers: Peers
+    kernel: RuleKernel,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: DeviceLayer,
+    peers: Peers,
+    read: Tensor | None = None,
 ) -> None:
     """:func:`lowest_slot_orders`, their exchange and :func:`reroute_by_slot_orders` in one launch.
 
@@ -130,6 +142,7 @@ def reroute_with_peers(
         topk_weights: ``float32 [T, K]`` contiguous.
         layer: this layer's; experts are counted over all ranks, slots over these rows.
         peers: whose inboxes this rank reaches.
+        read: as for :func:`reroute_by_slot_orders`.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments += (
@@ -138,6 +151,7 @@ def reroute_with_peers(
         np.int32(peers.rank),
         np.int32(len(peers.inboxes)),
         np.int64(peers.patience_ns),
+        _address(read),
     )
     kernel.launch("reroute_with_peers", topk_ids, arguments)
 
@@ -172,6 +186,8 @@ def reroute_by_asked(
     layer: DeviceLayer,
     logits: Tensor,
     asked: Tensor,
+    owner: Tensor | None = None,
+    read: Tensor | None = None,
 ) -> None:
     """The second half for the rows of this rank, in place; arguments as :func:`ask_of_ranks`.
 
@@ -182,10 +198,18 @@ def reroute_by_asked(
         layer: experts are counted over all ranks, slots over these rows.
         logits: see there.
         asked: ``[E]`` int64: the sum over ranks of what :func:`ask_of_ranks` wrote.
+        owner: ``[E]`` uint8, the rank that holds each expert, on the device. Without it
+            ``balance_ranks`` must not be set.
+        read: as for :func:`reroute_by_slot_orders`.
     """
     arguments = kernel.arguments(topk_ids, topk_ids, topk_weights, layer)
     arguments += kernel.logit_arguments(logits, layer.gate)
-    kernel.launch("reroute_by_asked", topk_ids, (*arguments, asked.data_ptr()), early=False)
+    arguments += (asked.data_ptr(), _address(owner), _address(read))
+    kernel.launch("reroute_by_asked", topk_ids, arguments, early=False)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _place(placement: Placement) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sere_ray.kernel.cpu_sere import as_numpy, owners
 from sere_ray.rules import Choice, Layer
 from sere_ray.rules.gate import Gate
-from sere_ray.rules.margin import DEMAND, UNIT, demand_units
+from sere_ray.rules.margin import DEMAND, UNIT, demand_units, drops_first
 
 _NOBODY = np.zeros(0, np.int64)
 _NO_LIMIT = 2**62
@@ -51,6 +51,7 @@ def ask(
         _NOBODY if row_weight is None else row_weight.contiguous().numpy(),
         *_of_gate(layer.gate),
         layer.runners_up,
+        drops_first(layer),
         demand,
         anyway,
         named,
@@ -76,7 +77,7 @@ def _keep(asked: Tensor, layer: Layer, most: int | None) -> Any:
         numbers // DEMAND,
         numbers % DEMAND > 0,
         demand_units(layer.tau),
-        layer.min_primary_experts,
+        max(layer.min_primary_experts, 1),
         layer.balance_ranks,
         owners(layer.owner, layer.num_experts),
         most,

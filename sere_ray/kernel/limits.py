@@ -27,6 +27,7 @@ FILES = {
     "reroute_with_peers": "across_ranks.cu",
     "ask_of_ranks": "across_ranks.cu",
     "reroute_by_asked": "across_ranks.cu",
+    "map_to_copies": "replicas.cu",
 }
 """Which file of ``kernels/cuda/`` holds a kernel."""
 LOGIT_DTYPES = (torch.bfloat16, torch.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from sere_ray.kernel.gate_loops import compile_loop, rank_row
 from sere_ray.rules import PADDING, REROUTABLE
 from sere_ray.rules.gate import NEVER
-from sere_ray.rules.margin import UNIT, WEIGHT_UNIT
+from sere_ray.rules.margin import FIRST, UNIT, WEIGHT_UNIT
 
 _UNIT = np.float32(UNIT)
 _OWN = 2**31
@@ -64,6 +64,7 @@ def _ask(
     sums: bool,
     group: int,
     runners_up: int,
+    drops_first: bool,
     demand: Any,
     anyway: Any,
     named: Any,
@@ -88,15 +89,19 @@ def _ask(
             total += units[expert]
             if weights[row, slot] > weights[row, first]:
                 first = slot
-        anyway[ids[row, first]] = True
+        if not drops_first:
+            anyway[ids[row, first]] = True
         found, others = best_others(ranks, is_chosen, best)
         count = max(found, 1)
         divisor = np.float32(max(total, 1)) * np.float32(count)
-        for expert in ids[row]:
+        for slot in range(num_slots):
+            expert = ids[row, slot]
             is_chosen[expert] = False
             ahead = np.float32(max(count * ranks[expert] - others, 0))
             lead = min(ahead / divisor, np.float32(2))
             wanted = np.int64(np.rint(lead * lead * _UNIT))
+            if drops_first and slot == first:
+                wanted *= FIRST
             if len(row_weight):
                 wanted = wanted * row_weight[row] // WEIGHT_UNIT
             demand[expert] += wanted
@@ -130,7 +135,7 @@ def _keep(
     """
     num_experts = len(asked)
     wanted = np.minimum(asked, UNIT + 1)
-    decisive = of_level(asked, owner) if balances else wanted
+    decisive = of_level(wanted, owner) if balances else wanted
     kept = named & (decisive > tau)
     missing = min(floor, named.sum()) - kept.sum()
     for _ in range(missing):
@@ -231,6 +236,8 @@ def _refill(
             after += p[place]
         own[:] = False
         scale = power(after, beta) * power(before, 1 - beta)
+        if after == 0:  # it shares out its weight
+            p[:found], scale = 1, np.float32(found)
         for slot in range(num_slots):
             ids[row, slot] = taken[slot] if slot < found else -1
             weights[row, slot] = p[slot] * mass / scale if slot < found else 0

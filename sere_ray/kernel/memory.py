@@ -16,7 +16,7 @@ from sere_ray.rules.spare import Modes, modes_of
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _RULES = {"sere": 0, "margin": 1, "spare": 2}
-_SETTINGS = struct.Struct("iiiiifiiffihhfffi")
+_SETTINGS = struct.Struct("iiiiifiiffibbbxfffi")
 _ANY_DEMAND = 2**31 - 1
 """More than can be given up: nobody knows what is too much."""
 OWN_COUNTERS = 6
@@ -152,6 +152,7 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
     identity = not 0 < layer.select_top_k < top_k
     # torch rounds to float32 as the reference does, beyond its range to infinity
     rho = float(torch.tensor(layer.threshold or 0.0, dtype=torch.float32))
+    balances = policy.rule == "margin" and layer.balance_ranks
     modes = modes_of(layer) if policy.rule == "spare" else Modes(1.0, 0.0, True)
     return _SETTINGS.pack(
         _MODES[policy.mode],
@@ -167,6 +168,7 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
         merges,
         modes.protect,
         layer.guard,
+        balances,
         modes.lead,
         1 - modes.lead,
         modes.limit,

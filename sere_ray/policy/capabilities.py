@@ -39,8 +39,8 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     for place, keys in [("", policy.model_dump()), *entries]:
         if on_gpu and keys.get("balance_ranks"):
             raise UnsupportedError(
-                f"{where}.{place}balance_ranks = True: a CPU engine follows it, the CUDA kernel "
-                "cannot yet; leave it out on a GPU"
+                f"{where}.{place}balance_ranks = True: a CPU engine follows it; the CUDA kernel "
+                "of it has run in the emulator alone, on no GPU yet: leave it out on a GPU"
             )
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Dispatch = Literal["allgather", "all_to_all"]
+Replicas = Literal["by_tokens", "by_experts"]
 
 
 class Startup(BaseModel):
@@ -16,6 +17,11 @@ class Startup(BaseModel):
         default="allgather",
         description="how rows reach other ranks under data and expert parallelism: every row to "
         "all of them, or each only to those that hold its experts",
+    )
+    replicas: Replicas = Field(
+        default="by_tokens",
+        description="which copy of an expert a row gets where vLLM's load balancer keeps several: "
+        "any, as vLLM spreads rows, or the same for all rows, of the rank that reads the fewest",
     )
     check_ranks: bool = Field(
         default=False,

@@ -121,7 +121,7 @@ def refill(
     The weight of expert v is ``W p_v / (Z^beta Z_K^(1 - beta))``: p the score, times ``fill`` for a
     stand-in; Z the sum of p over what the row takes, Z_K over what it had; W the sum of its former
     weights. So beta = 1 renormalises, and a factor common to a row's scores changes nothing. A row
-    that finds fewer than K drops slots.
+    that finds fewer than K drops slots. Where all scores of what it takes are 0, it shares W out.
 
     Args:
         kept: ``[..., E]`` bool.
@@ -151,7 +151,11 @@ def refill(
     new_ids = worth.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
     taken = worth.gather(1, new_ids) > NEVER
     p = torch.where(taken, p.gather(1, new_ids), 0.0)
-    scale = power(sum_of_slots(p), beta) * power(before, 1 - beta)
+    total = sum_of_slots(p)
+    is_lost = total == 0
+    p = torch.where(is_lost & taken, 1.0, p)
+    scale = power(total, beta) * power(before, 1 - beta)
+    scale = torch.where(is_lost, taken.sum(dim=1, keepdim=True).float(), scale)
     new_weights = torch.where(taken, p * sum_of_slots(weights) / scale, 0.0)
 
     all_ids, all_weights = topk_ids.clone(), topk_weights.clone()

@@ -49,7 +49,8 @@ class Layer:
         beta: of ``margin``, 1 = weights renormalised, 0 = the gate's scale.
         fill: of ``margin``, factor of the weight of a stand-in.
         runners_up: of ``margin``, how many unchosen experts a chosen one is compared with.
-        balance_ranks: of ``margin``, whether tau counts what the busiest rank reads.
+        balance_ranks: of ``margin``, whether tau counts what the busiest rank reads; then a first
+            choice counts eight times its demand and may go.
         gate: of ``margin``, what the layer ranks experts by.
         lead: of ``spare``, what demand is made of: 1 = the lead over the runners-up, 0 = the share
             of the row's weight; None, as for the next two: what the layer's statistics suggest.

@@ -9,7 +9,10 @@ own best-scored kept expert, with less weight than its score says: the gate did 
 
 Under expert parallelism a step waits for the rank that reads the most. There an expert saves
 nothing unless the busiest ranks all lose one: ``balance_ranks`` decides by levels, see
-:func:`of_level`.
+:func:`of_level`. Of all ways to read at most n experts of a rank that gives up the least demand; so
+the busiest ranks lose their least demanded experts until a level more would cost above tau. Rows'
+first choices would end that early, as one rank often has most of them. So behind a plain gate they
+are not kept at any price there: a row's demand for its first choice counts ``FIRST`` times.
 
 Demand is a sum of integers, so that it is the same in whatever order rows and ranks are added up.
 """
@@ -35,6 +38,9 @@ from sere_ray.rules.interface import Choice, Layer
 
 UNIT = 2**20
 """Demand of a lead of 1: integers are in units of 2^-20."""
+FIRST = 8
+"""What a row's demand for its first choice counts under ``balance_ranks``. With 4 KL rose where
+first choices began to go, on the demo model; 8 and 16 gave the same there, and 8 goes further."""
 WEIGHT_UNIT = 32
 """Weight of a row that is certain to count; a draft has less: see :func:`demand`."""
 NAMED, DEMAND = 1, 2**16
@@ -69,11 +75,12 @@ def ask(
     """What some rows want of each expert, ``[..., E]`` int64: numbers to add up over ranks.
 
     Of a rank at most ``UNIT + 1`` is told, which is more than any tau: so much is asked for what
-    is kept anyway, first choices and experts of exact rows.
+    is kept anyway, experts of exact rows and, but for :func:`drops_first`, first choices.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
-    anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 1)
-    wanted = demand(topk_ids, scores, row_kind, layer, row_weight).clamp(max=UNIT + 1)
+    anyway = top_of_rows(topk_ids, topk_weights, row_kind, layer, 0 if drops_first(layer) else 1)
+    first = topk_weights.argmax(dim=-1, keepdim=True) if drops_first(layer) else None
+    wanted = demand(topk_ids, scores, row_kind, layer, row_weight, first).clamp(max=UNIT + 1)
     wanted = wanted.masked_fill(anyway, UNIT + 1)
     named = anyway | named_by(topk_ids, rows, layer.num_experts)
     return wanted * DEMAND + named.long() * NAMED
@@ -89,11 +96,20 @@ def keep(asked: Tensor, layer: Layer) -> Tensor:
         layer: as there.
     """
     named, wanted = is_named(asked), wanted_of(asked)
-    decisive = of_level(asked // DEMAND, layer.owner) if layer.balance_ranks else wanted
+    decisive = of_level(wanted, layer.owner) if layer.balance_ranks else wanted
     kept = named & (decisive > demand_units(layer.tau))
     # The floor is filled by demand with experts that somebody named.
-    kept = named & best_experts(kept, wanted.masked_fill(~named, -1), layer.min_primary_experts)
+    floor = max(layer.min_primary_experts, 1)
+    kept = named & best_experts(kept, wanted.masked_fill(~named, -1), floor)
     return held(kept, named, wanted, layer)
+
+
+def drops_first(layer: Layer) -> bool:
+    """Whether a row may lose its first choice.
+
+    Behind other gates than a plain one a row may go to some experts only: it could find none.
+    """
+    return layer.balance_ranks and layer.gate.is_plain
 
 
 def demand_given_up(asked: Tensor, layer: Layer) -> Tensor:
@@ -117,8 +133,12 @@ def of_level(wanted: Tensor, owner: Tensor | None) -> Tensor:
     """``[..., E]`` int64: what is wanted of the level of each expert.
 
     Experts of equal place in the orders of their ranks are a level; the n-th one is what the
-    busiest rank would read as its n-th expert. Sums fall from level to level, and one with a first
-    choice is above every tau. On one rank a level is one expert.
+    busiest rank would read as its n-th expert. Sums fall from level to level. On one rank a level
+    is one expert.
+
+    Args:
+        wanted: ``[..., E]`` int64, :func:`wanted_of`.
+        owner: ``[E]`` int64, the rank that holds each expert; None = one rank holds all.
     """
     level = place_in_rank(wanted.argsort(dim=-1, descending=True, stable=True), owner)
     return torch.zeros_like(wanted).scatter_add_(-1, level, wanted).gather(-1, level)
@@ -165,6 +185,7 @@ def demand(
     row_kind: Tensor,
     layer: Layer,
     row_weight: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """``[..., E]`` int64: sum over re-routable rows of lead squared, in units of 2^-20.
 
@@ -179,7 +200,8 @@ def demand(
 
     A row that verifies a draft counts as far as it is likely to be accepted: times
     ``row_weight [..., T]``, an integer of 0 to ``WEIGHT_UNIT``, over that unit, rounded down. None
-    is ``WEIGHT_UNIT`` for all rows.
+    is ``WEIGHT_UNIT`` for all rows. Before that its demand for the slot ``first [..., T, 1]`` is
+    multiplied by ``FIRST``; None = for none.
     """
     rows = changeable_rows(topk_ids, row_kind, layer.num_experts)
     chosen = _chosen(topk_ids, rows)
@@ -197,6 +219,8 @@ def demand(
         share = units.gather(-1, chosen).float() / total.float()
         lead = layer.lead * lead + (1 - layer.lead) * share
     wanted = torch.where(rows[..., None], (lead.square() * UNIT).round(), 0.0).long()
+    if first is not None:
+        wanted = wanted.scatter(-1, first, FIRST * wanted.gather(-1, first))
     if row_weight is not None:
         wanted = wanted * row_weight[..., None] // WEIGHT_UNIT
     asked = wanted.new_zeros((*wanted.shape[:-2], layer.num_experts))

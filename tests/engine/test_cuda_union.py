@@ -43,9 +43,10 @@ SIGNATURES = {
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_slot_orders": RULE + "P",
-    "reroute_by_slot_orders": RULE + "P",
+    "reroute_by_slot_orders": RULE + "PP",
     "ask_of_ranks": RULE + LOGITS + "P",
-    "reroute_by_asked": RULE + LOGITS + "P",
+    "reroute_by_asked": RULE + LOGITS + "PPP",
+    "map_to_copies": "PPqPPqPqqPPP",
 }
 
 
@@ -192,6 +193,7 @@ class Group:
             mine = owner == rank
             local_ids = torch.where(mine, mine.cumsum(0) - 1, -1).int()
             self.placements.append(Placement(local_ids, owner, RANKS))
+            self.states[rank].union.owners.update(dict.fromkeys(LAYERS, owner))
 
     def exchange(self, rank, combine, numbers):
         self.vectors[rank] = numbers.clone()
@@ -384,10 +386,19 @@ MARGIN = {"rule": "margin", "select_top_k": None, "tau": 0.05, "min_primary_expe
 SPARE = {**MARGIN, "rule": "spare", "tau": 0.2, "limit": 0.1, "lead": 0.5, "protect": False}
 
 
+BALANCED = {**MARGIN, "balance_ranks": True}
+
+
 @needs_compiler
-@pytest.mark.parametrize("keys", [MARGIN, SPARE], ids=lambda keys: keys["rule"])
-@pytest.mark.parametrize("union", ["global", "local"])
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(
+    ("keys", "union", "gathers"),
+    [
+        (keys, union, gathers)
+        for keys in (MARGIN, SPARE, BALANCED)
+        for union in (("global",) if keys is BALANCED else ("global", "local"))
+        for gathers in (True, False)
+    ],
+)
 def test_ids_and_weights_change_before_they_are_sent(emulated, union, gathers, keys):
     group, slots = Group(union=union, **keys), 0
     bound = group.states[0].bound
@@ -401,7 +412,8 @@ def test_ids_and_weights_change_before_they_are_sent(emulated, union, gathers, k
         for rows in ranks if union == "local" else [slice(None)]:
             arguments = (before[rows], given[rows], group.logits[rows], row_kind[rows])
             last = len(LAYERS) - 1
-            knobs = bound.of_layer(last, E, None, None, group.statistics[LAYERS[last]])
+            owner = group.placements[0].owner.long()
+            knobs = bound.of_layer(last, E, None, owner, group.statistics[LAYERS[last]])
             ids, new_weights, counts = by_reference(*arguments, knobs, EMULATED, rule=keys["rule"])
             wanted.append(ids)
             of_ranks.append(counts)

@@ -65,6 +65,20 @@ def test_runner_holds_a_router_whose_routing_is_a_template_method():
     assert [template.index(step) for step in steps] == sorted(template.index(s) for s in steps)
 
 
+def test_copies_are_mapped_by_one_method_from_tables_of_the_layer():
+    """For ``engine/gpu/copies.py`` and the hash of ``kernels/cuda/replicas.cu``."""
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
+
+    assert parameters(base_router.BaseRouter._apply_eplb_mapping) == ["self", "topk_ids"]
+    fields = ("expert_load_view", "logical_to_physical_map", "logical_replica_count")
+    fields += ("should_record_tensor", "num_unpadded_tokens_tensors")
+    assert set(fields) <= set(EplbLayerState.__dataclass_fields__)
+    kernel = inspect.getsource(base_router)
+    assert "token_idx * KNUTH_MULTIPLIER) & 0xFFFFFFFF" in kernel
+    assert "KNUTH_MULTIPLIER = 2654435769" in kernel
+    assert "replica_idx = hashed % replica_count" in kernel
+
+
 def test_recorded_ids_are_what_a_router_returns_as_narrow_numbers():
     from vllm.distributed.aux_output_connector import worker
     from vllm.model_executor.layers.fused_moe import routed_experts_capturer

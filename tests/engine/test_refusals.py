@@ -333,6 +333,25 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     has_words(str(error.value), *words)
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "words"),
+    [
+        ("cpu", {}, ["on a CPU", "leave it out"]),
+        ("cuda", {"data_parallel_size": 2}, ["enable_eplb = False", "= 2"]),
+        ("cuda", {"enable_eplb": True}, ["data_parallel_size = 1", "enable_eplb = True"]),
+        ("cuda", {"data_parallel_size": 2, "enable_eplb": True}, ["on no GPU yet", "leave it"]),
+    ],
+)
+def test_copies_by_experts_where_nothing_chooses(device, options, words, has_words):
+    parallel = SimpleNamespace(**{"data_parallel_size": 1, "enable_eplb": False, **options})
+    config = SimpleNamespace(
+        parallel_config=parallel, device_config=SimpleNamespace(device_type=device)
+    )
+    with pytest.raises(UnsupportedError) as error:
+        option_checks.check_replicas(config)
+    has_words(str(error.value), "sere.replicas = 'by_experts'", *words)
+
+
 @pytest.mark.parametrize(("found", "is_refused"), [("0.32.0", False), ("0.33.0", True)])
 def test_tensor_parallel_on_a_gpu(moe, monkeypatch, has_words, found, is_refused):
     import vllm.platforms

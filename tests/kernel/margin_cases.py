@@ -73,6 +73,7 @@ class MarginCase(NamedTuple):
     row_weight: Tensor | None = None
     rule: str = "margin"
     statistics: Mapping[str, Tensor] = {}
+    owner: Tensor | None = None
 
     def policy(self, mode: str = "on") -> BoundPolicy:
         return BoundPolicy(
@@ -87,6 +88,7 @@ class MarginCase(NamedTuple):
     @property
     def layer(self) -> Layer:
         knobs = {**self.knobs, "gate": self.gate, "statistics": self.statistics}
+        knobs["owner"] = self.owner
         return Layer(self.logits.shape[1], min_primary_experts=self.floor, **knobs)
 
     def expected(self, math: Math) -> Found:
@@ -101,6 +103,11 @@ class MarginCase(NamedTuple):
             return spare.ask(*rows, spare.with_modes(self.layer), self.row_weight)
         return margin.ask(*rows, self.layer, self.row_weight)
 
+    def read(self, new_ids: Tensor, *, active: bool) -> Tensor:
+        """``[E]`` bool: what rows name in the end; nothing where no row is re-routable."""
+        rows = (self.kinds != PADDING) & active
+        return named_by(new_ids, rows, self.logits.shape[1])
+
     def split(self, share: float, device: torch.device | None = None) -> "list[Rank]":
         """Its rows as those of two ranks."""
         first = round(share * len(self.ids))
@@ -113,6 +120,14 @@ class MarginCase(NamedTuple):
             )
             for rows in (slice(first), slice(first, None))
         ]
+
+
+def balanced(case: MarginCase, ranks: int) -> MarginCase:
+    """The same under ``balance_ranks``, its experts on so many ranks, in no order."""
+    experts = case.logits.shape[1]
+    order = torch.randperm(experts, generator=torch.Generator().manual_seed(ranks))
+    owner = (order * ranks // experts).to(torch.int64)
+    return case._replace(knobs={**case.knobs, "balance_ranks": True}, owner=owner)
 
 
 class Rank(NamedTuple):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_ray.kernel.memory import NUM_COUNTERS
-from sere_ray.rules import REROUTABLE, sere
+from sere_ray.rules import PADDING, REROUTABLE, sere
+from sere_ray.rules.common import named_by
 from tests.rules.test_sere import RULES, Case, assert_same_ids, cases, make_case
 
 from .emulator import COMPILER, KernelError, launch
@@ -155,9 +156,20 @@ def check_exchange(case: Case, split: float, **options):
         assert torch.equal(orders, reference if reroutable else torch.full_like(orders, 255))
         vectors.append(orders)
     lowest = torch.minimum(*vectors)
+    told = []
     for part, layer, of_rank in zip(parts, layers, ids, strict=True):
-        run("reroute_by_slot_orders", part, of_rank, layer, lowest, **options)
+        told.append(torch.full((case.experts,), 7, dtype=torch.uint8))
+        run("reroute_by_slot_orders", part, of_rank, layer, lowest, told[-1], **options)
     check_split(case, owned, ids, layers)
+    check_told(case, ids, told)
+
+
+def check_told(case: Case, ids, told):
+    """Every rank knows what all of them read; nothing in a step without a row to re-route."""
+    kinds, after = case.kinds != PADDING, torch.cat(ids)
+    read = named_by(after, kinds & (REROUTABLE in case.kinds), case.experts)
+    for of_rank in told:
+        assert torch.equal(of_rank.bool(), read)
 
 
 def library_of(peers, part: Case, cache, threads=64):
@@ -166,7 +178,7 @@ def library_of(peers, part: Case, cache, threads=64):
     return library(kernel, "reroute_with_peers", threads, cache, peers.rank)
 
 
-def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64):
+def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64, told=None):
     """A rank's launch of `reroute_with_peers`; returns when the others have launched theirs."""
     launch(
         library_of(peers, part, cache, threads),
@@ -177,6 +189,7 @@ def with_peers(peers, part: Case, layer, ids, *, cache, seed, threads=64):
         peers.rank,
         len(peers.inboxes),
         peers.patience_ns,
+        None if told is None else told[peers.rank],
         threads=threads,
         seed=seed,
     )
@@ -214,14 +227,16 @@ def check_peers(ranks, case: Case, owned: list[range], **options):
     parts, layers, ids, _ = split_up(case, owned, CPU)
     for peers in ranks:
         library_of(peers, case, options["cache"])
+    told = [torch.full((case.experts,), 7, dtype=torch.uint8) for _ in ranks]
     with ThreadPoolExecutor(len(ranks)) as pool:
         launches = [
-            pool.submit(with_peers, *of_rank, **options)
+            pool.submit(with_peers, *of_rank, **options, told=told)
             for of_rank in zip(ranks, parts, layers, ids, strict=True)
         ]
         for one in launches:
             one.result()
     check_split(case, owned, ids, layers)
+    check_told(case, ids, told)
 
 
 def test_a_rank_that_never_comes_is_given_up(cache):

@@ -24,6 +24,7 @@ from .margin_cases import (
     Found,
     MarginCase,
     Rank,
+    balanced,
     check_margin,
     check_ranks,
     device_layer,
@@ -194,13 +195,13 @@ def halves_of_ranks(case: MarginCase, split: float, seed: int, cache: Path) -> N
     ranks, wanted = case.split(split), case.expected(EMULATED)
     active = REROUTABLE in case.kinds
 
-    def half(name: str, of_rank: Rank, asked: Tensor) -> None:
+    def half(name: str, of_rank: Rank, *numbers: Tensor | None) -> None:
         launch(
             library(kernel, name, 64, cache),
             name,
             *rule_arguments(of_rank.ids, of_rank.ids, of_rank.weights, of_rank.layer),
             *logit_arguments(of_rank.case.logits, of_rank.layer.gate),
-            asked,
+            *numbers,
             threads=64,
             seed=seed,
         )
@@ -210,8 +211,11 @@ def halves_of_ranks(case: MarginCase, split: float, seed: int, cache: Path) -> N
         half("ask_of_ranks", of_rank, own)
         if active:
             assert torch.equal(own, of_rank.case.asked(EMULATED))
+    owner = None if case.owner is None else case.owner.to(torch.uint8)
     for of_rank in ranks:
-        half("reroute_by_asked", of_rank, asked.sum(dim=0))
+        read = torch.full((case.logits.shape[1],), 7, dtype=torch.uint8)
+        half("reroute_by_asked", of_rank, asked.sum(dim=0), owner, read)
+        assert torch.equal(read.bool(), case.read(wanted[0], active=active))
     check_ranks(ranks, wanted, case)
 
 
@@ -234,6 +238,20 @@ def test_two_ranks_keep_one_set(experts: int, slots: int, groups: int | None, ca
     gated = {} if groups is None else {"groups": groups}
     cases = margin_cases(experts=experts, slots=slots, id_dtype=torch.int32, **gated)
     ranks_keep_one_set(cases, cache)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(128, 8), (60, 4), (300, 5), (4, 1)])
+def test_the_busiest_of_ranks_decides(experts: int, slots: int, cache: Path) -> None:
+    cases = margin_cases(experts=experts, slots=slots, id_dtype=torch.int32)
+    on_ranks = st.integers(1, min(experts, 16))
+    ranks_keep_one_set(st.builds(balanced, cases, on_ranks), cache)
+
+
+def test_ranks_in_balance_keep_other_experts(cache: Path) -> None:
+    case = make_margin_case(seed=5, rows=24, experts=60, slots=4, kinds="decode", tau=0.02)
+    in_balance = balanced(case, 4)
+    assert not torch.equal(case.expected(EMULATED)[0], in_balance.expected(EMULATED)[0])
+    halves_of_ranks(in_balance, 0.4, 1, cache)
 
 
 # --- with the gate's top-k in the launch ----------------------------------------------------------

@@ -22,6 +22,7 @@ from .margin_cases import (
     SHAPES,
     Found,
     MarginCase,
+    balanced,
     check_margin,
     check_ranks,
     device_layer,
@@ -174,8 +175,9 @@ def check_two_ranks(kernel: RuleKernel, case: MarginCase, split: float) -> None:
     asked = torch.full((2, kernel.num_experts), -7, device=GPU)
     for (_, ids, weights, layer), of_rank, own in zip(ranks, logits, asked, strict=True):
         ask_of_ranks(kernel, ids, weights, layer, of_rank, own)
+    owner = None if case.owner is None else case.owner.to(GPU, torch.uint8)
     for (_, ids, weights, layer), of_rank in zip(ranks, logits, strict=True):
-        reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0))
+        reroute_by_asked(kernel, ids, weights, layer, of_rank, asked.sum(dim=0), owner)
     check_ranks(ranks, case.expected(GPU_MATH), case)
 
 
@@ -187,6 +189,7 @@ def test_two_ranks_keep_one_set() -> None:
             seed=seed, rows=(1, 5, 64, 200)[seed % 4], experts=128, slots=8, floor=8, **knobs
         )
         check_two_ranks(kernel, case, seed % 5 / 4)
+        check_two_ranks(kernel, balanced(case, 1 + seed % 16), seed % 5 / 4)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -16,7 +16,7 @@ from sere_ray.policy.bound import BoundPolicy, Mode, Union
 from sere_ray.policy.key import parse_key
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.policy.policy import Policy
-from sere_ray.policy.startup import Dispatch, Startup
+from sere_ray.policy.startup import Dispatch, Replicas, Startup
 from sere_ray.util.errors import ArtifactError, PolicyError, SereError
 from tests.artifact.strengths import make_strength
 
@@ -576,6 +576,14 @@ def test_the_key_of_an_engine_holds_a_policy_and_more(dispatch: Dispatch) -> Non
     policy, startup = parse_key({**SMALLEST, "dispatch": dispatch})
     assert policy == Policy.parse(SMALLEST)
     assert startup == Startup(dispatch=dispatch)
+
+
+@pytest.mark.parametrize("replicas", get_args(Replicas))
+def test_copies_are_chosen_when_an_engine_starts(replicas: Replicas) -> None:
+    assert parse_key({**SMALLEST, "replicas": replicas})[1] == Startup(replicas=replicas)
+    assert parse_key(SMALLEST)[1].replicas == "by_tokens"
+    with pytest.raises(PolicyError, match="'by_tokens' or 'by_experts'"):
+        parse_key({**SMALLEST, "replicas": "by_load"})
 
 
 def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:

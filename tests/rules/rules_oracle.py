@@ -129,7 +129,8 @@ def _ranks(ids, p, gate):
 
 def _demand(rows, layer):
     worth = [0] * layer.num_experts
-    for ids, _, p in rows:
+    for ids, weights, p in rows:
+        first = ids[weights.index(max(weights))]
         units, ranks = _ranks(ids, p, layer.gate)
         others = sorted((ranks[e] for e in _allowed(ids, layer) if e not in ids), reverse=True)
         others = others[: layer.runners_up]
@@ -141,8 +142,13 @@ def _demand(rows, layer):
             if layer.lead is not None and layer.lead < 1:
                 share = np.float32(units[e]) / np.float32(max(sum(units[e] for e in ids), 1))
                 lead = np.float32(layer.lead) * lead + np.float32(1 - layer.lead) * share
-            worth[e] += round(float(lead * lead * np.float32(2**20)))
+            counts = 8 if _drops_first(layer) and e == first else 1
+            worth[e] += counts * round(float(lead * lead * np.float32(2**20)))
     return worth
+
+
+def _drops_first(layer):
+    return layer.balance_ranks and layer.gate.is_plain
 
 
 def _margin(rows, anyway, layer):
@@ -151,8 +157,10 @@ def _margin(rows, anyway, layer):
     first, least = anyway | _first(rows, 1), round(layer.tau * 2**20)
     kept = first | {e for e in named if worth[e] > least}
     if layer.balance_ranks:
+        first = anyway if _drops_first(layer) else first
+        worth = [min(w, 2**20 + 1) for w in worth]
         kept = first | (_levels(first, worth, least, layer) & named)
-    kept = _fill_up(kept, named, worth, layer.min_primary_experts)
+    kept = _fill_up(kept, named, worth, max(layer.min_primary_experts, 1))
     return _guarded(kept, named, worth, layer)
 
 
@@ -183,7 +191,7 @@ def _spare(rows, anyway, layer):
     if not stands_in:
         usual = {"lead": 1.0, "limit": 0.0, "protect": True}
     left_out = {k: v for k, v in usual.items() if getattr(layer, k) is None}
-    layer = dataclasses.replace(layer, **left_out)
+    layer = dataclasses.replace(layer, **left_out, balance_ranks=False)
     named = {e for ids, _, _ in rows for e in ids} | anyway
     must = anyway | (_first(rows, 1) if layer.protect else set())
     worth = [min(w, 2**20) for w in _demand(rows, layer)]
@@ -225,6 +233,8 @@ def _refill(ids, weights, p, kept, layer):
     taken = (own + sorted(others, key=lambda e: (-ranks[e], e)))[: len(ids)]
     shares = [p[e] if e in ids else layer.fill * p[e] for e in taken]
     scale = sum(shares) ** layer.beta * sum(p[e] for e in ids) ** (1 - layer.beta)
+    if sum(shares) == 0:
+        shares, scale = [1.0] * len(taken), len(taken)
     dropped = len(ids) - len(taken)
     return (
         taken + [-1] * dropped,

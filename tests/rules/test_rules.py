@@ -18,7 +18,16 @@ from sere_ray.rules import (
     reroute,
     spare,
 )
-from sere_ray.rules.margin import UNIT, keep, of_level
+from sere_ray.rules.margin import (
+    UNIT,
+    ask,
+    demand,
+    demand_units,
+    is_named,
+    keep,
+    of_level,
+    wanted_of,
+)
 from tests.rules import rules_oracle
 
 E, K = 12, 3
@@ -261,17 +270,33 @@ def test_margin_by_levels_by_hand():
     assert keep(asked, of_layer).tolist() == [True, True, False, True, False, False]
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.002, 0.02, 0.2])
-def test_levels_of_one_rank_are_experts(tau):
+def test_first_choices_count_eight_times_where_ranks_are_in_balance():
+    """Two rows; of their demand only that of the largest weight is multiplied."""
+    scores = torch.tensor([[0.35, 0.15, 0.10, 0.40], [0.36, 0.30, 0.24, 0.10]])
+    ids, weights = torch.tensor([[3, 0], [0, 1]]), torch.tensor([[0.53, 0.47], [0.55, 0.45]])
+    kinds, owner = kinds_of(REROUTABLE, REROUTABLE), torch.tensor([0, 0, 1, 1])
+    knobs = {"runners_up": 1, "balance_ranks": True, "owner": owner}
+    alone = demand(ids, scores, kinds, Layer(4, **knobs))
+    both = demand(ids, scores, kinds, Layer(4, **knobs), None, torch.tensor([[0], [0]]))
+    row = [round((0.25 / 0.75) ** 2 * UNIT), round((0.12 / 0.66) ** 2 * UNIT)]
+    assert both[3] == 8 * alone[3] == pytest.approx(8 * row[0], rel=1e-4)
+    assert both[0] - alone[0] == pytest.approx(7 * row[1], rel=1e-4)
+    assert both[1] == alone[1]
+    asked = ask(ids, weights, scores, kinds, Layer(4, **knobs))
+    assert wanted_of(asked).tolist() == both.tolist()
+    protected = ask(ids, weights, scores, kinds, Layer(4, runners_up=1))
+    assert wanted_of(protected).tolist() == [UNIT + 1, alone[1], 0, UNIT + 1]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.002, 0.02, 0.2, 1.0])
+def test_on_one_rank_a_level_is_an_expert(tau):
     ids, weights, scores = draw(9, 11)
     kinds = torch.full((9,), REROUTABLE, dtype=torch.int8)
-    plain = layer("margin", tau=tau)
-    straight = RULES["margin"].apply(ids, weights, scores, kinds, plain)
-    by_levels = dataclasses.replace(plain, balance_ranks=True)
-    for one, other in zip(
-        straight, RULES["margin"].apply(ids, weights, scores, kinds, by_levels), strict=True
-    ):
-        assert torch.equal(one, other)
+    of_layer = layer("margin", tau=tau, balance_ranks=True)
+    asked = ask(ids, weights, scores, kinds, of_layer)
+    kept = is_named(asked) & (wanted_of(asked) > demand_units(tau))
+    kept = kept | keep(asked, dataclasses.replace(of_layer, tau=1.0))  # the floor
+    assert torch.equal(keep(asked, of_layer), kept)
 
 
 def test_margin_does_not_depend_on_the_order_of_rows():

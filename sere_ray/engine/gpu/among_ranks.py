@@ -93,8 +93,9 @@ class AmongRanks(EngineState):
         assert self.union is not None
         way = self.union.choose_way(layer, self.bound, gathers=placement is not None)
         if way == "before":
-            own = self.own.layer(layer)
-            self.union.reroute_before_dispatch(self.bound, own, topk_ids, topk_weights, logits)
+            own, owner = self.own.layer(layer), self.union.owners.get(layer)
+            rows = topk_ids, topk_weights, logits
+            self.union.reroute_before_dispatch(self.bound, own, *rows, owner)
         elif way == "local":
             self.own.reroute(layer, topk_ids, topk_weights, logits)
         if placement is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sere_ray.engine.back_end import Routing, Wrap
 from sere_ray.engine.checks import Checked
 from sere_ray.engine.gpu import patches, routing, union_patches
+from sere_ray.engine.gpu.copies import choose_copies
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.layer_checks import check_expert_kernel
@@ -61,6 +62,8 @@ class GpuBackEnd:
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)
+        if state.startup.replicas == "by_experts":
+            choose_copies(router, state)
 
     @staticmethod
     def route(

@@ -79,6 +79,7 @@ def route_among_ranks(
     state.check_nothing_deferred()
     topk_weights, topk_ids = original(hidden_states, router_logits, *args, **kwargs)
     layer, runner = router.sere_layer, router.sere_runner()
+    _note_owner(state, runner)
     gathers, sorts = _what_follows(runner)
     kernel, placement = runner.routed_experts.quant_method.moe_kernel, None
     if gathers:
@@ -149,6 +150,17 @@ def _what_follows(runner: Any) -> tuple[bool, bool]:
     gathers = type(kernel.prepare_finalize) is MoEPrepareAndFinalizeNaiveDPEPModular
     sorts = type(kernel.fused_experts) is TritonExperts and not experts.apply_router_weight_on_input
     return gathers, gathers and sorts
+
+
+def _note_owner(state: CudaState, runner: Any) -> None:
+    """Where experts are, for rules that look at ranks; in the first pass, which no graph captures.
+
+    Where a load balancer keeps copies, an expert is on several ranks: nothing is noted.
+    """
+    assert state.union is not None
+    owners, layer = state.union.owners, runner.layer_id
+    if layer not in owners and runner.router.eplb_state is None:
+        owners[layer] = expert_owner(runner).to(state.device, torch.uint8)
 
 
 def _placement_of(state: CudaState, runner: Any) -> Placement:

@@ -44,8 +44,7 @@ from sere_ray.util.errors import UnsupportedError
 
 Way = Literal["gathered", "before", "local"]
 logger = logging.getLogger("vllm.sere_ray")
-NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
-"""Row kinds of a dummy pass."""
+NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)  # row kinds of a dummy pass
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class RankGroup:
         num_ranks: how many there are.
         exchange: the minimum over ranks of a uint8 tensor, in place, on the current stream.
         add_up: the sum over ranks of an int64 tensor, in place, on the current stream.
-        connect: gives what a kernel needs to exchange by itself, None where it cannot; a collective
-            call, made in the first layer that needs it.
+        connect: what a kernel needs to exchange by itself, None where it cannot; a collective call.
         before_dispatch: take the way ``before`` also where vLLM gathers.
     """
 
@@ -75,9 +73,8 @@ class Gathered(NamedTuple):
 
     layer: int
     topk_ids: Tensor
-    """``[T, K]``, in rank order."""
     topk_weights: Tensor
-    """``[T, K]``."""
+    """``[T, K]`` each, in rank order."""
     sorts: bool
     """Whether the experts may be given them sorted."""
 
@@ -99,15 +96,17 @@ class UnionOfRanks:
         self.slot_orders = torch.zeros(rule.num_experts, dtype=torch.uint8, device=device)
         self.asked = torch.zeros(rule.num_experts, dtype=torch.int64, device=device)
         self.way: Way | None = None
-        self.next_kinds = NO_ROWS
-        """Row kinds of the pass that ranks are about to agree on, of this rank."""
+        self.next_kinds = NO_ROWS  # of this rank, in the pass that ranks are about to agree on
         self.placements: dict[int, Placement] = {}
+        self.owners: dict[int, Tensor] = {}  # of a layer [E] uint8: rank of every expert
+        self.read: Tensor | None = None  # [E] uint8, what all ranks read: see copies.py
         self.steps = [0, 0]
         self._expected: tuple[int, bool] | None = None  # layer, and whether its experts sort
 
     def load(self) -> None:
         """Compile and load the kernels, before a graph is captured that launches them."""
-        self.rule.kernel(torch.int32).load(self.rule.device, across_ranks.KERNELS)
+        copies = () if self.read is None else ("map_to_copies",)
+        self.rule.kernel(torch.int32).load(self.rule.device, (*across_ranks.KERNELS, *copies))
 
     # --- a pass -----------------------------------------------------------------------------------
 
@@ -166,6 +165,7 @@ class UnionOfRanks:
         topk_ids: Tensor,
         topk_weights: Tensor,
         logits: Tensor | None,
+        owner: Tensor | None,
     ) -> None:
         """Re-route this rank's rows by what all ranks name; a collective call.
 
@@ -175,19 +175,19 @@ class UnionOfRanks:
             topk_ids: ``[T, K]``, changed in place.
             topk_weights: ``[T, K]``, changed in place but under ``sere``.
             logits: ``[T, E]``; None under ``sere``, and in layers that stay exact.
+            owner: of ``owners``; None under a load balancer.
         """
         of_layer = self.rule.kernel(topk_ids.dtype), topk_ids, topk_weights, own
         if bound.rule != "sere" and logits is not None:
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
             self.group.add_up(self.asked)
-            across_ranks.reroute_by_asked(*of_layer, logits, self.asked)
-            return
-        if self.peers:
-            across_ranks.reroute_with_peers(*of_layer, self.peers)
+            across_ranks.reroute_by_asked(*of_layer, logits, self.asked, owner, self.read)
+        elif self.peers:
+            across_ranks.reroute_with_peers(*of_layer, self.peers, self.read)
         else:
             across_ranks.lowest_slot_orders(*of_layer, self.slot_orders)
             self.group.exchange(self.slot_orders)
-            across_ranks.reroute_by_slot_orders(*of_layer, self.slot_orders)
+            across_ranks.reroute_by_slot_orders(*of_layer, self.slot_orders, self.read)
 
     @cached_property
     def peers(self) -> Peers | None:

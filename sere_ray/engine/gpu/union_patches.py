@@ -12,6 +12,9 @@ dp_utils.sync_cudagraph_and_dp_        Its all-reduce carries our rows, too, and
 padding                                when it returns. Why: kinds of all ranks are needed, and
                                        full graphs leave no later place for an exchange. Remove:
                                        vLLM's DP sync takes extra values.
+BaseRouter._apply_eplb_mapping         Copies of experts chosen by reads (``copies.py``), under
+                                       ``replicas: by_experts`` alone, on each router. Why: vLLM
+                                       spreads rows over all copies. Remove: vLLM can choose so.
 MoEPrepareAndFinalizeNaiveDPEPModular  Re-route what was gathered. Remove: a hook between dispatch
 .prepare                               and experts.
 =====================================  ==========================================================

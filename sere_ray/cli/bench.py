@@ -246,6 +246,31 @@ def scale(out: Out) -> None:
 
 
 @app.command()
+def locality(
+    out: Out,
+    conversations: Annotated[
+        int, typer.Option(min=8, max=120, help="Of each kind of text, of up to 4 turns.")
+    ] = 75,
+    traffic: Annotated[
+        str, typer.Option(help="mixed, bursts (one kind prevails), or kinds; comma-separated.")
+    ] = "mixed,bursts,code",
+) -> None:
+    """Requests placed by their experts, simulated on the demo model's routing. Nothing is timed.
+
+    The file is written after every point.
+
+    Example: sere-ray bench locality --out locality.json
+    """
+    with user_errors():
+        from sere_ray.bench.locality.run import run_locality
+
+        run_locality(
+            saver(out), conversations=conversations, traffic=names(traffic), console=console
+        )
+    print(out)
+
+
+@app.command()
 def plot(
     result: Annotated[Path, typer.Argument(help="A result file of another `bench` command.")],
     picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],

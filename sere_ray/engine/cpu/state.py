@@ -1,5 +1,6 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sere_ray.engine.cpu.rules import LayerOfStep, apply_rule
 from sere_ray.engine.cpu.sent import GatheredBytes, Sent
 from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.layer_checks import check_rows
+from sere_ray.engine.signatures import CountsPrompts, PromptSignatures
 from sere_ray.engine.state import DECODE_ONLY, MIXED, EngineState
 from sere_ray.kernel.cpu_sere import StepCounts
 from sere_ray.kernel.memory import OWN_COUNTERS
@@ -28,7 +30,7 @@ from sere_ray.rules.gate import PLAIN
 
 
 @dataclass
-class CpuState(EngineState):
+class CpuState(EngineState, CountsPrompts):
     """Row kinds and counters in host memory.
 
     Attributes:
@@ -170,6 +172,8 @@ class CpuState(EngineState):
             self._agree(self.union)
         check_rows(layer, topk_ids.shape[0], self.rows)
         position, kinds = self.position[layer], self.row_kind[: topk_ids.shape[0]]
+        if self.signatures is not None:
+            self.signatures.add(position, topk_ids.numpy())
         if self.sent is not None:
             counter = (self.current_kind, position) if self.decodes else None
             self.sent.begin_layer(topk_ids, kinds, counter)
@@ -200,6 +204,15 @@ class CpuState(EngineState):
         return new
 
     # --- counters ---------------------------------------------------------------------------------
+
+    def make_signatures(self) -> PromptSignatures:
+        """Of all layers with experts."""
+        return PromptSignatures(len(self.layers), len(next(iter(self.artifact.layers.values()))))
+
+    def gates_of_model(self) -> str:
+        """Of the fingerprints that the gates were checked against."""
+        prints = sorted(self.artifact.metadata.router_fingerprint.items())
+        return hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
 
     def read_layer_counters(self) -> NDArray[np.int64]:
         """Under ``union: local`` no rank knows what others read."""

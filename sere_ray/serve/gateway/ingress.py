@@ -23,6 +23,7 @@ from starlette.routing import Mount
 from sere_ray.observe.export import RaySink
 from sere_ray.observe.metrics import REFUSED
 from sere_ray.proxy.limits import SECRET, Limits
+from sere_ray.serve.by_experts.router import ray_options
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.gateway.access import AccessConfig, AccessLayer
 from sere_ray.serve.gateway.control_api import REPORTED, control_app
@@ -54,7 +55,8 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
         llm: Ray's ``LLMConfig`` of the engines.
 
     Raises:
-        SereError: the key file is not valid, or a proxy would hide who asks while nobody has a key.
+        SereError: the key file is not valid, a proxy would hide who asks while nobody has a key, or
+            a request router would see nothing of what is asked.
     """
     keys = from_environment()
     ring = KeyRing(config.access.keys_file, keys)
@@ -72,6 +74,8 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
         "control": config.sere is not None,
         "loopback": None if loopback is None else digest(loopback),
     }
+    if config.request_router == "experts":
+        llm.deployment_config |= ray_options(is_direct=RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING)
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
         llm.experimental_configs[ACCESS] = protection
         return build_openai_app({"llm_configs": [llm]})

@@ -16,11 +16,12 @@ from sere_ray.bench.locality.knowledge import Knowledge, TextAlone, signature_of
 from sere_ray.bench.locality.recorded import Request
 from sere_ray.bench.locality.rules import Rule
 from sere_ray.engine.signatures import Floats
-from sere_ray.serve.by_experts.placement import Gang
+from sere_ray.serve.by_experts.placement import Gang, Likes
 
 KEYS_OF_KIND = 3
 KEY_IS_TRUE = 0.8
 """How likely a key asks for its own kind of text."""
+NOTHING = np.zeros(1, dtype=np.float32)
 WARM_UP = 0.15
 """Share of the steps at the start that are not counted, and as much at the end."""
 
@@ -30,7 +31,6 @@ class Running:
     """A request in a gang."""
 
     request: Request
-    signature: Floats
     age: int = -1  # -1 is the prompt's step
 
     @property
@@ -131,6 +131,7 @@ def simulate(
         knowledge: what is known of a request.
     """
     running: list[list[Running]] = [[] for _ in range(gangs)]
+    likes: list[Likes] = []
     steps, usual = Steps(), _Mean()
     first, last = int(len(coming) * WARM_UP), int(len(coming) * (1 - WARM_UP))
     for step, now in enumerate(coming):
@@ -139,14 +140,16 @@ def simulate(
             steps.placed += 1
             steps.told += wanted is not None
             seen = [
-                Gang(str(number), float(len(mine)), _likes(mine))
+                Gang(str(number), float(len(mine)), likes[number].mean if likes else NOTHING)
                 for number, mine in enumerate(running)
             ]
             place = int(rule(seen, wanted, usual.of(wanted)).name)
             is_text = isinstance(knowledge, TextAlone)
             own = wanted if is_text and wanted is not None else signature_of(request, num_experts)
             usual.add(own)
-            running[place].append(Running(request, own))
+            likes = likes or [Likes(len(own)) for _ in running]
+            likes[place].add(own)
+            running[place].append(Running(request))
             knowledge.learn(request, key, own)
         if first <= step < last:
             _count(steps, running, num_experts)
@@ -155,13 +158,6 @@ def simulate(
                 one.age += 1
             mine[:] = [one for one in mine if one.age < one.request.steps]
     return steps.figures()
-
-
-def _likes(mine: Sequence[Running]) -> Floats:
-    if not mine:
-        return np.zeros(1, dtype=np.float32)
-    found: Floats = np.mean([one.signature for one in mine], axis=0, dtype=np.float32)
-    return found
 
 
 class _Mean:

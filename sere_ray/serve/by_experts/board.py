@@ -5,7 +5,7 @@ placements.
 """
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,6 @@ LAG_SECONDS = 0.3
 """A report is so old when it arrives: what was placed since may not be in it."""
 MOST_PLACED = 512
 """Placements remembered of a rank between two reports."""
-MOST_EXPECTED = 4096
-"""Requests whose signature is remembered until Ray says where they went."""
 
 
 class NotKnown(Exception):
@@ -36,14 +34,14 @@ class _Rank:
     report: Report
     content: Mapping[str, Any]
     arrived: float
-    placed: deque[tuple[float, Floats | None]] = field(
-        default_factory=lambda: deque(maxlen=MOST_PLACED)
-    )
+    placed: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_PLACED))
 
-    def since(self, moment: float) -> list[Floats | None]:
-        while self.placed and self.placed[0][0] < moment:
+    @property
+    def load(self) -> int:
+        """Requests that it had when it reported, and those that it may not have counted then."""
+        while self.placed and self.placed[0] < self.arrived - LAG_SECONDS:
             self.placed.popleft()
-        return [signature for _, signature in self.placed]
+        return self.report.load + len(self.placed)
 
 
 class Board:
@@ -58,7 +56,6 @@ class Board:
         self._ranks: dict[str, _Rank] = {}
         self._kinds: Kinds | None = None
         self._usual = np.zeros(DIMENSIONS, dtype=np.float32)
-        self._expected: OrderedDict[str, Floats] = OrderedDict()
 
     def see(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
         """Take what Ray carries of the ranks there are now, by their names.
@@ -78,10 +75,11 @@ class Board:
             if report is None:
                 self._ranks.pop(name, None)
                 continue
-            if known is None or known.report.number != report.number:
-                placed = known.placed if known is not None else deque(maxlen=MOST_PLACED)
-                self._ranks[name] = _Rank(report, content or {}, now, placed)
-                self._kinds = None
+            if known is None:
+                self._ranks[name] = _Rank(report, content or {}, now)
+            elif known.report.number != report.number:
+                self._ranks[name] = _Rank(report, content or {}, now, known.placed)
+            self._kinds = None
         if missing := set(stats) - set(self._ranks):
             raise NotKnown(f"{len(missing)} of {len(stats)} replicas have not reported yet")
         if len({rank.report.model for rank in self._ranks.values()}) > 1:
@@ -115,14 +113,10 @@ class Board:
         loaded: dict[str, list[tuple[float, str]]] = {}
         liked: dict[str, Floats] = {}
         for name, rank in self._ranks.items():
-            report, since = rank.report, rank.since(rank.arrived - LAG_SECONDS)
-            counted = loads.get(name)
-            load = report.load + len(since) if counted is None else counted
+            report, counted = rank.report, loads.get(name)
+            load = rank.load if counted is None else counted
             loaded.setdefault(report.gang, []).append((load, name))
-            likes = report.likes * np.float32(report.load)
-            for signature in since:
-                likes = likes if signature is None else likes + signature
-            liked[report.gang] = liked.get(report.gang, np.zeros_like(likes)) + likes
+            liked[report.gang] = liked.get(report.gang, np.zeros_like(wanted)) + report.likes
         gangs = [
             Gang(gang, sum(load for load, _ in ranks) / len(ranks), liked[gang])
             for gang, ranks in loaded.items()
@@ -130,14 +124,8 @@ class Board:
         order = ranked(gangs, wanted, self._usual)
         return [name for gang in order for _, name in sorted(loaded[gang.name])]
 
-    def expect(self, request: str, signature: Floats) -> None:
-        """Remember a request's signature until :meth:`placed` is told of it."""
-        self._expected[request] = signature
-        if len(self._expected) > MOST_EXPECTED:
-            self._expected.popitem(last=False)
-
-    def placed(self, request: str, name: str) -> None:
+    def placed(self, name: str) -> None:
         """A request has gone to this rank."""
-        signature, rank = self._expected.pop(request, None), self._ranks.get(name)
+        rank = self._ranks.get(name)
         if rank is not None:
-            rank.placed.append((self._clock(), signature))
+            rank.placed.append(self._clock())

@@ -1,7 +1,7 @@
 """Which gang a request goes to: the rule of the request router, the same in the simulation.
 
 Balance comes first. Of the gangs that have little more to do than the least loaded one, the one is
-taken whose running requests are most like the request (compare ELDR, arXiv 2607.00466).
+taken whose last requests are most like the request (compare ELDR, arXiv 2607.00466).
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,14 @@ import numpy as np
 
 from sere_ray.engine.signatures import Floats, unit
 
-SLACK = 0.125
+SLACK = 0.25
 """So much more than the least loaded gang may one have, as a share of the mean load of all."""
-LEAST_SLACK = 1.0
-"""And at least so many requests."""
+LEAST_SLACK = 2.0
+"""And at least so many requests. Of what was tried (docs/benchmarks.md), this keeps the spread of
+loads near that of Ray's routers."""
+MEMORY = 50.0
+"""What a gang likes is a mean that follows its last so many requests. The mean of those that run
+now finds less: a gang would forget what it has come to serve."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,29 @@ class Gang:
     Attributes:
         name: of the gang.
         load: requests that it has, running and waiting, divided by its ranks.
-        likes: ``[D]``, mean signature of its requests; zeros = nothing is known.
+        likes: ``[D]``, mean signature of its last requests; zeros = nothing is known.
     """
 
     name: str
     load: float
     likes: Floats
+
+
+class Likes:
+    """Mean signature of the last requests of a gang, or of one of its ranks.
+
+    Args:
+        size: of a signature.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.mean = np.zeros(size, dtype=np.float32)
+        self._seen = 0.0
+
+    def add(self, signature: Floats) -> None:
+        """One more request."""
+        self._seen = min(self._seen + 1, MEMORY)
+        self.mean = self.mean + (signature - self.mean) / np.float32(self._seen)
 
 
 def ranked(gangs: Sequence[Gang], wanted: Floats | None, usual: Floats) -> list[Gang]:

@@ -26,7 +26,7 @@ class Report:
         gang: id of its gang.
         number: of the report, counted up.
         load: requests that it has.
-        likes: ``[D]`` mean signature of these; zeros = none is known.
+        likes: ``[D]`` mean signature of its last ones; zeros = none is known.
         kinds: of requests that it has seen.
     """
 

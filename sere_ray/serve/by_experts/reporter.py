@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, MutableMapping
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from sere_ray.engine.signatures import DIMENSIONS, Floats, of_workers
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.serve.by_experts.kinds import Kinds
+from sere_ray.serve.by_experts.placement import Likes
 from sere_ray.serve.by_experts.report import KEY, Report
 from sere_ray.serve.by_experts.text import text_of_body, text_vector
 from sere_ray.serve.gateway.messages import replayed
@@ -31,6 +31,8 @@ LEAST_ROWS = 4
 """Computed rows of a prompt below which its counts say little: most of it was in the cache."""
 MOST_REQUESTS = 2048
 """Requests whose text is kept until the engine has counted their experts."""
+SCORING = "sere-score-"
+"""How the ids of the scorer's own passes begin: they are no client's."""
 _TEXT: ContextVar[Floats | None] = ContextVar("sere_ray_text", default=None)
 _ROUTES = ("/v1/completions", "/v1/chat/completions")
 _CHILD = re.compile(r"^\d+_")
@@ -75,14 +77,6 @@ def _after(first: Message, receive: Receive) -> Receive:
     return replay
 
 
-@dataclass
-class _Open:
-    """A request under way, or one whose experts are not yet known."""
-
-    text: Floats | None
-    signature: Floats | None
-
-
 class Reporter:
     """Follows the requests of one engine.
 
@@ -95,8 +89,9 @@ class Reporter:
     def __init__(self, client: Any, calls: WorkerCalls[Awaitable[list[Any]]], gang: str) -> None:
         self._calls, self._gang = calls, gang
         self._kinds = Kinds()
-        self._running: dict[str, _Open] = {}
-        self._uncounted: OrderedDict[str, _Open] = OrderedDict()
+        self._likes = Likes(DIMENSIONS)
+        self._running = 0
+        self._uncounted: OrderedDict[str, Floats] = OrderedDict()
         self._model: str | None = None
         self._number = 0
         self._client, self._generate = client, client.generate
@@ -113,32 +108,31 @@ class Reporter:
         if self._model is None:
             return {}
         self._number += 1
-        known = [one.signature for one in self._running.values() if one.signature is not None]
-        likes = np.mean(known, axis=0) if known else np.zeros(DIMENSIONS, dtype=np.float32)
         report = Report(
-            self._model, self._gang, self._number, len(self._running), likes, self._kinds
+            self._model, self._gang, self._number, self._running, self._likes.mean, self._kinds
         )
         return {KEY: report.write()}
 
     def _watch(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Any:
         """``AsyncLLM.generate``: an asynchronous generator of outputs."""
         outputs = self._generate(prompt, sampling_params, request_id, **options)
-        text = _TEXT.get()
-        expected = None if text is None else self._kinds.tell(text)
-        return self._watched(outputs, request_id, _Open(text, expected))
+        return self._watched(outputs, request_id, _TEXT.get())
 
-    async def _watched(self, outputs: Any, request_id: str, one: _Open) -> AsyncIterator[Any]:
-        self._running[request_id] = self._uncounted[request_id] = one
-        if len(self._uncounted) > MOST_REQUESTS:
-            self._uncounted.popitem(last=False)
+    async def _watched(
+        self, outputs: Any, request_id: str, text: Floats | None
+    ) -> AsyncIterator[Any]:
+        if text is not None:
+            self._uncounted[request_id] = text
+            if len(self._uncounted) > MOST_REQUESTS:
+                self._uncounted.popitem(last=False)
+        self._running += 1
         try:
             # Closed with this generator, so that a client that hangs up ends its request.
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
         finally:
-            if self._running.get(request_id) is one:
-                del self._running[request_id]
+            self._running -= 1
 
     async def _read_always(self) -> None:
         while True:
@@ -163,12 +157,13 @@ class Reporter:
             return
         self._model = taken.model
         for request, rows, content in taken.signatures:
-            one = self._uncounted.pop(_name(request), None)
-            if one is None or rows < LEAST_ROWS:
+            text = self._uncounted.pop(_name(request), None)
+            if rows < LEAST_ROWS or request.startswith(SCORING):
                 continue
-            one.signature = np.frombuffer(content, dtype=np.float32)
-            if one.text is not None:
-                self._kinds.add(one.text, one.signature)
+            signature = np.frombuffer(content, dtype=np.float32)
+            self._likes.add(signature)
+            if text is not None:
+                self._kinds.add(text, signature)
 
 
 def _name(engines: str) -> str:

@@ -92,17 +92,16 @@ class _ByExperts:
         wanted = self.board.tell(text_vector(text))
         loads = {name: self.load_of(replica) for name, replica in by_name.items()}
         names = self.board.order(wanted, loads)
-        self.board.expect(pending.metadata.internal_request_id, wanted)
         return [[by_name[name]] for name in names]
 
     def load_of(self, replica: RunningReplica) -> float | None:
         """Requests of a replica as Ray counts them; None = it does not."""
         return None
 
-    def note(self, pending: PendingRequest, replica_id: ReplicaID) -> None:
+    def note(self, replica_id: ReplicaID) -> None:
         """A request has gone to this replica."""
         try:
-            self.board.placed(pending.metadata.internal_request_id, replica_id.unique_id)
+            self.board.placed(replica_id.unique_id)
         except Exception as error:
             self._say(f"{type(error).__name__}: {error}")
 
@@ -144,7 +143,7 @@ class ExpertsRouter(_ByExperts, LocalityMixin, MultiplexMixin, RequestRouter):  
     ) -> None:
         """Ray has sent a request."""
         super().on_request_routed(pending_request, replica_id, result)
-        self.note(pending_request, replica_id)
+        self.note(replica_id)
 
 
 class DirectExpertsRouter(_ByExperts, RoundRobinRouter):  # type: ignore[misc]
@@ -165,5 +164,5 @@ class DirectExpertsRouter(_ByExperts, RoundRobinRouter):  # type: ignore[misc]
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
             for first in chosen[:1]:
-                self.note(pending_request, first[0].replica_id)
+                self.note(first[0].replica_id)
         return chosen

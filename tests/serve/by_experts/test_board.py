@@ -7,7 +7,7 @@ from sere_ray.engine.signatures import DIMENSIONS, unit
 from sere_ray.serve.by_experts import board as module
 from sere_ray.serve.by_experts.board import Board, NotKnown
 from sere_ray.serve.by_experts.kinds import Kind, Kinds
-from sere_ray.serve.by_experts.placement import Gang, likeness, ranked
+from sere_ray.serve.by_experts.placement import Gang, Likes, likeness, ranked
 from sere_ray.serve.by_experts.report import KEY, Report
 
 NOTHING = np.zeros(DIMENSIONS, dtype=np.float32)
@@ -79,21 +79,12 @@ def test_of_a_gang_the_least_loaded_rank(board):
 def test_what_was_placed_counts_until_it_is_reported(board, clock):
     reported = {"a": stats("g1", 2, SUMS), "b": stats("g2", 2, CODE)}
     board.see(reported)
-    for number in range(4):
-        board.expect(f"r{number}", SUMS)
-        board.placed(f"r{number}", "a")
-    assert place(board, axis(1)) == ["b", "a"], "a has four more now"
+    for _ in range(5):
+        board.placed("a")
+    assert place(board, axis(1)) == ["b", "a"], "a has five more now"
     clock.now += 1
     board.see({"a": stats("g1", 2, SUMS, number=2), "b": reported["b"]})
     assert place(board, axis(1)) == ["a", "b"], "they had ended by the next report"
-
-
-def test_an_empty_gang_is_like_what_was_just_placed(board):
-    board.see({"a": stats("g1", 0), "b": stats("g2", 0)})
-    first = place(board, axis(1))[0]
-    board.expect("r", SUMS)
-    board.placed("r", first)
-    assert place(board, axis(1))[0] == first
 
 
 @pytest.mark.parametrize(
@@ -129,20 +120,15 @@ def test_a_text_of_no_known_kind(board):
 
 def test_a_gang_that_vanishes_is_forgotten(board):
     board.see({"a": stats("g1", 4, SUMS), "b": stats("g2", 4, CODE)})
-    board.expect("r", SUMS)
     board.see({"b": stats("g2", 4, CODE)})
-    board.placed("r", "a")  # Ray had sent it before it noticed
+    board.placed("a")  # Ray had sent it before it noticed
     assert place(board, axis(1)) == ["b"]
 
 
-def test_memory_is_bounded(board, monkeypatch):
-    monkeypatch.setattr(module, "MOST_EXPECTED", 8)
+def test_memory_is_bounded(board):
     board.see({"a": stats("g1", 0), "b": stats("g2", 0)})
-    for number in range(3 * module.MOST_PLACED):
-        board.expect(f"{number}", SUMS)
-        board.placed(f"{number}", "a")
-        board.expect(f"lost {number}", SUMS)
-    assert len(board._expected) == 8
+    for _ in range(3 * module.MOST_PLACED):
+        board.placed("a")
     assert len(board._ranks["a"].placed) == module.MOST_PLACED
 
 
@@ -156,3 +142,13 @@ def test_what_all_have_in_common_tells_nothing():
 def test_without_a_signature_the_least_loaded_gang():
     gangs = [Gang("a", 4, SUMS), Gang("b", 3, CODE), Gang("c", 9, SUMS)]
     assert [gang.name for gang in ranked(gangs, None, NOTHING)] == ["b", "a", "c"]
+
+
+def test_what_a_gang_likes_follows_its_last_requests():
+    likes = Likes(DIMENSIONS)
+    for signature in [SUMS] * 3 + [CODE]:
+        likes.add(signature)
+    assert np.allclose(likes.mean, (3 * SUMS + CODE) / 4)
+    for _ in range(200):
+        likes.add(CODE)
+    assert np.dot(unit(likes.mean), CODE) > 0.99

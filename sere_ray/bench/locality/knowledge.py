@@ -1,6 +1,7 @@
 """Ways to know which experts a request will want before its prompt is computed."""
 
 from abc import ABC, abstractmethod
+from functools import cache
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from sere_ray.serve.by_experts.kinds import Kinds
 from sere_ray.serve.by_experts.text import text_vector
 
 
+@cache
 def signature_of(request: Request, num_experts: int) -> Floats:
     """What an engine counts of the request's prompt."""
     ids = request.topk_ids[: request.prompt_tokens]  # [P, layers, K]

@@ -22,7 +22,7 @@ ANSWER_TOKENS = (16, 48)
 _BATCH = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One turn of a conversation.
 

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from sere_ray import assets
+from sere_ray.bench.locality.ceiling import ceiling
 from sere_ray.bench.locality.knowledge import (
     FromItself,
     FromName,
@@ -28,7 +29,8 @@ from sere_ray.util.progress import progress
 GANGS = (2, 4)
 ROWS_OF_A_GANG = (8, 16)
 SEEDS = 3
-TRAFFIC = ("mixed", "bursts", *KINDS)
+ORDERS = ("mixed", "bursts")
+TRAFFIC = (*ORDERS, *KINDS)
 
 
 class Way(NamedTuple):
@@ -94,9 +96,18 @@ def run_locality(
     with progress(console, len(points), task="locality", unit="points") as advance:
         for order, gangs, rows in points:
             coming = [arrivals(requests, gangs * rows, order, seed) for seed in range(SEEDS)]
+            rows_found.append(_ceiling(requests, order, gangs, rows, num_experts))
             rows_found += _rows(coming, order, gangs, rows, num_experts)
             save({**about, "rows": rows_found})
             advance(1)
+
+
+def _ceiling(
+    requests: Sequence[Request], order: str, gangs: int, rows: int, num_experts: int
+) -> dict[str, Any]:
+    chosen = [r for r in requests if order in (*ORDERS, r.kind)]
+    about = {"router": "ceiling", "traffic": order, "gangs": gangs, "rows_of_a_gang": rows}
+    return {**about, **ceiling(chosen, gangs, rows, num_experts)}
 
 
 def _rows(

@@ -110,12 +110,5 @@ class Mixed(Knowledge):
             way.learn(request, key, signature)
 
 
-class TextAlone(Knowledge):
-    """The text's own vector in the place of a signature: nothing is counted in an engine."""
-
-    def tell(self, request: Request, key: str) -> Floats | None:
-        """The vector of its prompt."""
-        return text_vector(request.prompt)
-
-    def learn(self, request: Request, key: str, signature: Floats) -> None:
-        """Nothing."""
+class TextAlone(FromText):
+    """The same with the text's own vector in the place of a signature: no engine counts anything."""

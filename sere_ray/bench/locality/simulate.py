@@ -17,6 +17,7 @@ from sere_ray.bench.locality.recorded import Request
 from sere_ray.bench.locality.rules import Rule
 from sere_ray.engine.signatures import Floats
 from sere_ray.serve.by_experts.placement import Gang, Likes
+from sere_ray.serve.by_experts.text import text_vector
 
 KEYS_OF_KIND = 3
 KEY_IS_TRUE = 0.8
@@ -145,7 +146,7 @@ def simulate(
             ]
             place = int(rule(seen, wanted, usual.of(wanted)).name)
             is_text = isinstance(knowledge, TextAlone)
-            own = wanted if is_text and wanted is not None else signature_of(request, num_experts)
+            own = text_vector(request.prompt) if is_text else signature_of(request, num_experts)
             usual.add(own)
             likes = likes or [Likes(len(own)) for _ in running]
             likes[place].add(own)

@@ -31,6 +31,8 @@ LEAST_ROWS = 4
 """Computed rows of a prompt below which its counts say little: most of it was in the cache."""
 MOST_REQUESTS = 2048
 """Requests whose text is kept until the engine has counted their experts."""
+BY_TEXT = "text"
+"""The place of a model's word in reports whose signatures are texts' own vectors."""
 SCORING = "sere-score-"
 """How the ids of the scorer's own passes begin: they are no client's."""
 _TEXT: ContextVar[Floats | None] = ContextVar("sere_ray_text", default=None)
@@ -121,7 +123,9 @@ class Reporter:
     async def _watched(
         self, outputs: Any, request_id: str, text: Floats | None
     ) -> AsyncIterator[Any]:
-        if text is not None:
+        if text is not None and self._model == BY_TEXT:
+            self._learn(text, text)
+        elif text is not None:
             self._uncounted[request_id] = text
             if len(self._uncounted) > MOST_REQUESTS:
                 self._uncounted.popitem(last=False)
@@ -148,22 +152,28 @@ class Reporter:
         """Take what the engine has counted since the last time."""
         taken = of_workers(await self._calls.signatures())
         if taken is None:
-            if self._task is not None:
-                logger.warning(
-                    "sere-ray: request_router = 'experts': engines on this device do not count the "
-                    "experts of prompts; requests are placed by Ray's own router"
-                )
-                self._task.cancel()
+            self._go_by_text()
             return
         self._model = taken.model
         for request, rows, content in taken.signatures:
             text = self._uncounted.pop(_name(request), None)
             if rows < LEAST_ROWS or request.startswith(SCORING):
                 continue
-            signature = np.frombuffer(content, dtype=np.float32)
-            self._likes.add(signature)
-            if text is not None:
-                self._kinds.add(text, signature)
+            self._learn(text, np.frombuffer(content, dtype=np.float32))
+
+    def _go_by_text(self) -> None:
+        """Engines on this device count nothing: what texts are like stands for their experts."""
+        logger.info(
+            "sere-ray: request_router = 'experts': engines on this device do not count the experts "
+            "of prompts; requests are placed by what their texts are like"
+        )
+        self._model = BY_TEXT
+        self._task.cancel()
+
+    def _learn(self, text: Floats | None, signature: Floats) -> None:
+        self._likes.add(signature)
+        if text is not None:
+            self._kinds.add(text, signature)
 
 
 def _name(engines: str) -> str:

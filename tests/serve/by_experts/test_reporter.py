@@ -9,7 +9,7 @@ import pytest
 from sere_ray.engine.signatures import DIMENSIONS, Signature, unit
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.serve.by_experts.report import Report
-from sere_ray.serve.by_experts.reporter import LEAST_ROWS, Reporter, TextLayer
+from sere_ray.serve.by_experts.reporter import BY_TEXT, LEAST_ROWS, Reporter, TextLayer
 from sere_ray.serve.by_experts.text import text_vector
 
 SUM, CODE = "Work out 3 * 4 + 5.", "def area(self):\n    return self.width * self.height\n"
@@ -155,15 +155,22 @@ def test_other_requests_pass_as_they_are(path, method):
 
 
 def test_a_device_that_cannot_count():
-    """One line, no more calls, no report: Ray's own router decides."""
+    """One question; then texts stand for experts."""
 
     async def scene(engine, service, reporter):
         engine.can_count = False
-        await reporter.read()
         await asyncio.sleep(0.01)
-        return reporter.stats(), reporter._task.cancelled()
+        engine.go_on.set()
+        for i in range(3):
+            await service.ask(SUM.replace("3", str(i)))
+            await service.ask(CODE)
+        return engine.asked, reporter._task.cancelled(), Report.read(reporter.stats())
 
-    assert play(scene) == ({}, True)
+    asked, is_over, report = play(scene)
+    assert (asked, is_over, report.model, report.load) == (1, True, BY_TEXT, 0)
+    assert np.dot(report.kinds.tell(text_vector(SUM)), text_vector(SUM)) > 0.9
+    assert np.dot(report.kinds.tell(text_vector(CODE)), text_vector(CODE)) > 0.9
+    assert np.dot(report.likes, unit(text_vector(SUM) + text_vector(CODE))) > 0.9
 
 
 def test_an_engine_that_does_not_answer_harms_nothing():

@@ -264,9 +264,7 @@ def locality(
     with user_errors():
         from sere_ray.bench.locality.run import run_locality
 
-        run_locality(
-            saver(out), conversations=conversations, traffic=names(traffic), console=console
-        )
+        run_locality(out, conversations=conversations, traffic=names(traffic), console=console)
     print(out)
 
 

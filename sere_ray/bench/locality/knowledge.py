@@ -111,4 +111,4 @@ class Mixed(Knowledge):
 
 
 class TextAlone(FromText):
-    """The same with the text's own vector in the place of a signature: no engine counts anything."""
+    """The same with the text's own vector as the signature: no engine counts anything."""

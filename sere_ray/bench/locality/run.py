@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from sere_ray.bench.locality.texts import KINDS
 from sere_ray.engine.signatures import Floats
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
+from sere_ray.util.results import write_result
 
 GANGS = (2, 4)
 ROWS_OF_A_GANG = (8, 16)
@@ -64,16 +66,16 @@ KNOWS: dict[str, Callable[[int], Knowledge]] = {
 
 
 def run_locality(
-    save: Callable[[dict[str, Any]], None],
+    out: Path,
     *,
     conversations: int,
     traffic: Sequence[str],
     console: Console,
 ) -> None:
-    """Simulate every point; ``save`` gets the content after each.
+    """Simulate every point, and write the result after each.
 
     Args:
-        save: writes the result.
+        out: the result file; replaced, each time in one step.
         conversations: of each kind, at most.
         traffic: of :func:`~sere_ray.bench.locality.simulate.arrivals`.
         console: where progress goes.
@@ -98,7 +100,7 @@ def run_locality(
             coming = [arrivals(requests, gangs * rows, order, seed) for seed in range(SEEDS)]
             rows_found.append(_ceiling(requests, order, gangs, rows, num_experts))
             rows_found += _rows(coming, order, gangs, rows, num_experts)
-            save({**about, "rows": rows_found})
+            write_result(out, {**about, "rows": rows_found}, row_lines=True)
             advance(1)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sere_ray.bench.locality.recorded import Request
 
-_STARTS, _ROUNDS, _STEPS = 3, 20, 400
+_STARTS, _ROUNDS, _STEPS = 5, 15, 400
 
 
 def ceiling(
@@ -52,7 +52,7 @@ def _groups(
 ) -> list[NDArray[np.int64]]:
     """Numbers of the requests of each group."""
     apart = likes - likes.mean(axis=0)
-    centres = apart[rng.choice(len(apart), gangs, replace=False)]
+    centres = _first_centres(apart, gangs, rng)
     most = -(-len(apart) // gangs)
     for _ in range(_ROUNDS):
         group, size = np.full(len(apart), -1), np.zeros(gangs, dtype=np.int64)
@@ -62,6 +62,18 @@ def _groups(
                 group[one], size[centre] = centre, size[centre] + 1
         centres = np.stack([apart[group == i].mean(axis=0) for i in range(gangs)])
     return [np.flatnonzero(group == i) for i in range(gangs)]
+
+
+def _first_centres(
+    points: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Points far from each other: k-means++ (Arthur and Vassilvitskii, 2007)."""
+    chosen = [int(rng.integers(len(points)))]
+    while len(chosen) < count:
+        distances = [((points - points[i]) ** 2).sum(axis=1) for i in chosen]
+        nearest = np.min(distances, axis=0)
+        chosen.append(int(rng.choice(len(points), p=nearest / nearest.sum())))
+    return points[chosen]
 
 
 def _read(

@@ -85,7 +85,11 @@ class FromName(Knowledge):
         """One more of the name."""
         name = self._name(request, key)
         before = self._mean.get(name)
-        new = signature if before is None else unit(before * np.float32(0.75) + signature / 4)
+        new = (
+            signature
+            if before is None
+            else unit(before * np.float32(0.75) + signature * np.float32(0.25))
+        )
         self._mean[name] = new
 
     def _name(self, request: Request, key: str) -> str:

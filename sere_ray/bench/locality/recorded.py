@@ -99,7 +99,7 @@ def _choices(model: torch.nn.Module, input_ids: Tensor) -> NDArray[np.uint8]:
         by_layer[layer] = topk_ids
         return topk_ids, topk_weights
 
-    with torch.inference_mode(), changed_choices(model, keep):  # type: ignore[arg-type]
+    with torch.inference_mode(), changed_choices(model, keep):
         model(input_ids=input_ids, use_cache=False)
     layers = torch.stack([by_layer[layer] for layer in sorted(by_layer)], dim=1)
     shape = (*input_ids.shape, *layers.shape[1:])

@@ -14,7 +14,7 @@ from sere_ray.engine.signatures import Floats, unit
 SLACK = 0.25
 """So much more than the least loaded gang may one have, as a share of the mean load of all."""
 LEAST_SLACK = 2.0
-"""And at least so many requests. Less saves less, more spreads loads further (docs/benchmarks.md)."""
+"""And at least so many requests. With less, less is saved; with more, loads spread further."""
 MEMORY = 50.0
 """What a gang likes is a mean that follows its last so many requests. The mean of those that run
 now finds less: a gang would forget what it has come to serve."""

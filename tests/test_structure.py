@@ -36,6 +36,7 @@ MOST_LINES = 300
 PUBLIC_VLLM = {"LLM", "SamplingParams", "AsyncEngineArgs", "AsyncLLMEngine"}
 """Names of ``vllm`` itself that any room may import; so may it ``vllm.sampling_params``."""
 PRIVATE_RAY = {
+    "serve/by_experts/router.py",
     "serve/gateway/application.py",
     "serve/policy_actor/locate.py",
     "serve/policy_actor/store.py",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sere_ray.cli import bench_ranks
 from sere_ray.cli import calibrate as cli_calibrate
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import serve as cli_serve
@@ -20,6 +21,11 @@ app.command("calibration-robustness")(cli_calibrate.bench_robustness)
 app.command()(cli_serve.chaos)
 app.command("differential")(cli_serve.differential)
 app.command("serving-overhead")(cli_serve.serving_overhead)
+app.command("dispatch")(bench_ranks.dispatch_bytes)
+app.command()(bench_ranks.scale)
+app.command("busiest-rank")(bench_ranks.busiest_rank)
+app.command("replicas")(bench_ranks.replica_reads)
+app.command()(bench_ranks.locality)
 
 
 @app.command("step-time")
@@ -184,36 +190,6 @@ def speculation(
     print(out)
 
 
-@app.command("dispatch")
-def dispatch_bytes(
-    out: Out,
-    ranks: Annotated[
-        str, typer.Option(help="Sizes of the group, 2 to 8, comma-separated.")
-    ] = "2,4",
-    rows_per_rank: Annotated[
-        int, typer.Option(min=1, help="Decode rows of a rank; at most 32 over all ranks.")
-    ] = 8,
-    similarity: Annotated[
-        Path | None, typer.Option(help="Artifact of the demo model [calibrated first].")
-    ] = None,
-) -> None:
-    """Bytes between expert-parallel ranks: the demo model's routing through real gloo processes.
-
-    Example: sere-ray bench dispatch --ranks 2,4 --out dispatch-cpu.json
-    """
-    with user_errors():
-        from sere_ray.bench.commands import run_dispatch
-
-        run_dispatch(
-            out,
-            group_sizes=numbers("--ranks", ranks, range(2, 9)),
-            rows_per_rank=rows_per_rank,
-            similarity=similarity,
-            console=console,
-        )
-    print(out)
-
-
 @app.command()
 def families(
     out: Out,
@@ -229,50 +205,6 @@ def families(
         from sere_ray.bench.families import run_families
 
         run_families(names(only) if only else (), saver(out), console=console)
-    print(out)
-
-
-@app.command()
-def scale(out: Out) -> None:
-    """Simulate 8 to 256 ranks: experts read, destination ranks and bytes. Nothing is timed.
-
-    Example: sere-ray bench scale --out scale-simulated.json
-    """
-    with user_errors():
-        from sere_ray.bench.scale import run_scale
-
-        run_scale(saver(out), console=console)
-    print(out)
-
-
-@app.command("busiest-rank")
-def busiest_rank(
-    out: Out,
-    top_k: Annotated[
-        str, typer.Option(help="Experts a row, comma-separated; trained with 4.")
-    ] = "4,8",
-) -> None:
-    """Experts of the busiest of 4 and 8 ranks at equal KL, with `balance_ranks` and without.
-
-    Example: sere-ray bench busiest-rank --out busiest-rank.json
-    """
-    with user_errors():
-        from sere_ray.bench.busiest_rank import run_busiest_rank
-
-        run_busiest_rank(saver(out), numbers("--top-k", top_k, range(1, 48)), console=console)
-    print(out)
-
-
-@app.command("replicas")
-def replica_reads(out: Out) -> None:
-    """Simulate copies of experts chosen by experts read, against vLLM's choice. Nothing is timed.
-
-    Example: sere-ray bench replicas --out replicas-by-experts.json
-    """
-    with user_errors():
-        from sere_ray.bench.replica_reads import run_replica_reads
-
-        run_replica_reads(saver(out), console=console)
     print(out)
 
 

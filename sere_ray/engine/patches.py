@@ -75,6 +75,7 @@ from sere_ray.engine.layer_checks import (
     check_routes_outside_kernel,
     check_something_attached,
 )
+from sere_ray.engine.signatures import CountsPrompts
 from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
 from sere_ray.engine.state import EngineState
 from sere_ray.engine.states import add_state, find_state
@@ -245,9 +246,15 @@ def _settle(worker: Any) -> None:
     """Nothing here: the engine core notices that all ranks were told the last policy."""
 
 
+def _signatures(worker: Any) -> dict[str, Any] | None:
+    state = _get_state(worker.vllm_config)
+    return state.take_signatures() if isinstance(state, CountsPrompts) else None
+
+
 WORKER_METHODS: dict[str, Callable[..., Any]] = {
     worker_calls.COUNTERS: _counters,
     worker_calls.SET_POLICY: _set_policy,
     worker_calls.SETTLE: _settle,
+    worker_calls.SIGNATURES: _signatures,
 }
 """What each call of ``worker_calls.py`` does in a worker."""

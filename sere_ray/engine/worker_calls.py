@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 COUNTERS = "sere_counters"
 SET_POLICY = "sere_set_policy"
 SETTLE = "sere_settle"
+SIGNATURES = "sere_signatures"
 CHANGES = (SET_POLICY, SETTLE)
 """Calls after which KV blocks are of another policy: see ``kv_salt.py``."""
 
@@ -34,3 +35,7 @@ class WorkerCalls(Generic[Result]):
     def settle(self) -> Result:
         """Say that every rank was told the last policy."""
         return self._send(SETTLE, ())
+
+    def signatures(self) -> Result:
+        """Read signatures of prompts: :func:`sere_ray.engine.signatures.of_workers` joins them."""
+        return self._send(SIGNATURES, ())

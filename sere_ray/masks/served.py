@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sere_ray.artifact.gates import HASH_LENGTH, same_gate
-from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
+from sere_ray.masks.artifact import MasksArtifact, MasksMetadata
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import ArtifactError
 
@@ -28,6 +28,16 @@ def layers_of(artifact: SimilarityArtifact | None, masks: MasksArtifact | None) 
         return sorted(artifact.layers)
     assert masks is not None, "a policy without artifact names masks"
     return masks.layers
+
+
+def about_model(
+    artifact: SimilarityArtifact | None, masks: MasksArtifact | None
+) -> ArtifactMetadata | MasksMetadata:
+    """What a policy's files say of the model; it names at least one file."""
+    if artifact is not None:
+        return artifact.metadata
+    assert masks is not None, "a policy without artifact names masks"
+    return masks.metadata
 
 
 def check_level(level: int | None, masks: MasksArtifact | None, *, path: str | None) -> None:

@@ -19,6 +19,9 @@ LLMServer, DPServer                    A replica asks the policy actor before it
                                        ``__del__``. ``__serve_build_asgi_app__``: access layer in
                                        front of direct streaming, and the ingress of Ray's proxy
                                        (``gateway/ingress.py``). Remove: hooks for these four.
+RequestRouter, RoundRobinRouter,       Requests placed by their experts: ``choose_replicas``, and
+RequestRouterConfig                    ``routing_stats`` of replicas. Where something is missing,
+``by_experts/router.py``               Ray's own two decide. Remove: never; they are alpha.
 CallbackBase                           ``ctx.run_init_node = False`` where nothing is to be
 ``replica/server.py``                  downloaded. Remove: Ray sees that itself.
 DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:

@@ -117,6 +117,7 @@ def llm_config(config: ServeConfig) -> Any:
         "stream_batching_interval_ms": 0,
         server.METRICS: config.metrics_interval_s,
         server.SCORE: config.scoring,
+        server.BY_EXPERTS: config.request_router == "experts",
     }
     if config.sere is not None:
         options[server.OPTIONS] = {

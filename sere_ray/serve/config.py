@@ -44,6 +44,9 @@ class ServeConfig(BaseModel):
         1, ge=1, le=64, description="ranks of a gang; each holds its shard of the experts"
     )
     num_replicas: int = Field(1, ge=1, le=64, description="gangs; each holds the whole model")
+    request_router: Literal["default", "experts"] = Field(
+        "default", description="`experts`: to the gang whose requests want the same experts"
+    )
     sere: Policy | None = Field(
         None, description="re-routing policy, or the path of its YAML file; null = stock vLLM"
     )
@@ -139,6 +142,22 @@ class ServeConfig(BaseModel):
                 "engine.disable_log_stats: metrics need vLLM's statistics; leave it out, or set "
                 "metrics_interval_s: null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_experts_to_place_by(self) -> Self:
+        if self.request_router == "experts":
+            if self.num_replicas == 1:
+                raise ValueError(
+                    "request_router = 'experts': all ranks of a gang read the same experts, so "
+                    "one gang leaves nothing to choose; set num_replicas to 2 or more, or leave "
+                    "request_router out"
+                )
+            if self.sere is None:
+                raise ValueError(
+                    "request_router = 'experts': needs a policy under `sere`, by which engines "
+                    "count experts; `mode: off` keeps every answer exact"
+                )
         return self
 
     @model_validator(mode="after")

@@ -53,7 +53,9 @@ def run_file(
             http = check(path, document, served, metrics_port)
             if chosen != way.DIRECT and proxy is None:
                 console.print("HAProxy is not installed: Ray's proxy serves, which is slower")
-            stack.enter_context(way.prepared(chosen, limits_of_proxies(path, served)))
+            reads = any(config.request_router == "experts" for config in served)
+            limits = limits_of_proxies(path, served)
+            stack.enter_context(way.prepared(chosen, limits, shows_bodies=reads))
             stack.enter_context(nothing_left())
             start_ray(metrics_port=metrics_port)
             end_at_signals()  # Ray has set handlers of its own

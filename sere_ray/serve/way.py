@@ -28,6 +28,12 @@ FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "state",
 }
+BODIES = {
+    "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(64 << 10),
+}
+"""HAProxy shows a request's body to Ray's request router, up to so many bytes. It holds them
+twice for each connection. Of a longer body the router learns nothing, and Ray places it."""
 PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 _ROOM = len("/sere-12345678/") + 56 + len("/metrics.sock.4194304.tmp")
 """Ray puts a folder named after the node between; HAProxy binds under another name first."""
@@ -68,13 +74,18 @@ def switched(way: str) -> Iterator[None]:
 
 
 @contextmanager
-def prepared(way: str, limits: Limits) -> Iterator[None]:
+def prepared(way: str, limits: Limits, *, shows_bodies: bool = False) -> Iterator[None]:
     """Have Ray's processes, which inherit this environment, enforce the limits.
 
     HAProxy opens two more ports, for its state and its metrics. Ray's defaults are fixed numbers,
     and its files lie in a fixed folder, so a second instance on a machine would get in the way:
     here ports are free ones and files have a folder of their own. Ray also keeps a replica that
     has no request left for 30 s, for load balancers to notice. There is none here, so it is 1 s.
+
+    Args:
+        way: of :func:`choose`.
+        limits: of the deployment file.
+        shows_bodies: whether a request router reads what is asked (``request_router: experts``).
 
     Raises:
         SereError: no folder can hold HAProxy's sockets.
@@ -88,6 +99,8 @@ def prepared(way: str, limits: Limits) -> Iterator[None]:
     ) as name:
         folder = Path(name)
         os.environ |= {variable: str(folder / file) for variable, file in FILES.items()}
+        if shows_bodies:
+            os.environ |= BODIES
         os.environ |= {BINARY_VARIABLE: str(write_program(folder)), SECRET: secrets.token_hex(16)}
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
         for variable, port in zip(PORTS, free_ports(2), strict=True):

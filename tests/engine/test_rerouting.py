@@ -1,9 +1,11 @@
 """Real vLLM engines on CPU: what is re-routed, what stays exact, what is counted."""
 
+import numpy as np
 import pytest
 
-from sere_ray.engine.control import read_counters, set_policy
+from sere_ray.engine.control import calls_of, read_counters, set_policy
 from sere_ray.engine.cpu.state import CpuState
+from sere_ray.engine.signatures import of_workers, project
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, PADDING, REROUTABLE
 from tests.engine.conftest import generate, prompts, running_engine, sere_key
@@ -94,6 +96,7 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
     key = sere_key(folder, select_top_k=2, threshold=0.9, min_primary_experts=3)
     requests = prompts(12, seed=1, length=(3, 90))
     with running_engine(folder, key, max_num_batched_tokens=64, max_num_seqs=8) as engine:
+        check_signatures(engine, recorded)
         read_counters(engine, reset=True)
         recorded.clear()
         generate(engine, requests, tokens=9)
@@ -130,6 +133,30 @@ def test_counters_match_a_recount_of_mixed_batches(checkpoint, recorded):
         assert counters[kind]["decode_rows"] == recount[kind][0][4]
     rows = sum(counters[kind]["decode_rows"] for kind in ("decode_only", "mixed"))
     assert rows == 12 * (9 - 1)  # the first token of an answer comes from a prefill row
+
+
+def check_signatures(engine, recorded):
+    """Experts of prompts, in chunks beside other requests' answers, against a recount."""
+    calls = calls_of(engine)
+    assert of_workers(calls.signatures()).signatures == [], "the first call begins counting"
+    asked = prompts(3, seed=2, length=(70, 100))
+    lone = []
+    for one in asked:
+        recorded.clear()
+        generate(engine, [one], tokens=3)
+        rows = [(layer, before, kinds) for layer, before, _, kinds, _ in recorded]
+        lone.append(np.zeros((4, 16), dtype=np.int64))
+        for layer, before, kinds in rows:
+            for ids, kind in zip(before, kinds, strict=True):
+                lone[-1][layer, ids] += kind == EXACT
+    taken = of_workers(calls.signatures())
+    assert len(taken.model) == 16
+    lengths = [len(one["prompt_token_ids"]) for one in asked]
+    assert [one.rows for one in taken.signatures] == lengths
+    for counts, length, one in zip(lone, lengths, taken.signatures, strict=True):
+        assert counts.sum(axis=1).tolist() == [TOP_K * length] * 4
+        assert one.vector == project(counts, length).tobytes()
+    assert of_workers(calls.signatures()).signatures == []
 
 
 def _similarity(worker, layer):

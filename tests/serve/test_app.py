@@ -1,5 +1,6 @@
 """Deployment files are validated before Ray or vLLM is touched."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from sere_ray.engine import plugin
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.evaluation.tune import write_policy
 from sere_ray.policy.policy import Policy
-from sere_ray.serve import ServeConfig, app, build_app
+from sere_ray.serve import ServeConfig, app, build_app, way
 from sere_ray.serve.app import engine_arguments, llm_config
+from sere_ray.serve.by_experts.router import DirectExpertsRouter, ExpertsRouter, ray_options
 from sere_ray.serve.deployment_file import limits_of_proxies, load_file
 from sere_ray.serve.policy_actor.auto_config import level_policies
+from sere_ray.serve.replica import server
 from sere_ray.serve.run import run_file
 from sere_ray.util.errors import PolicyError, SereError, UnsupportedError
 
@@ -52,6 +55,34 @@ def test_the_policy_may_be_a_file_as_tune_writes_it(tmp_path, mode):
 
 
 POLICY = {"similarity": "a.safetensors", "select_top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sere": POLICY}, "one gang leaves nothing to choose; set num_replicas"),
+        ({"num_replicas": 2}, "needs a policy under `sere`.*`mode: off` keeps every answer exact"),
+        ({"num_replicas": 2, "sere": POLICY, "request_router": "best"}, "'default' or 'experts'"),
+    ],
+)
+def test_a_router_by_experts_that_could_not_work_is_refused(fields, words):
+    with pytest.raises(SereError, match=words):
+        ServeConfig.parse({**VALID, "request_router": "experts", **fields})
+
+
+def test_a_router_by_experts_is_told_to_ray(monkeypatch):
+    fields = {**VALID, "num_replicas": 2, "sere": POLICY, "request_router": "experts"}
+    options = llm_config(ServeConfig.parse(fields)).experimental_configs
+    assert options[server.BY_EXPERTS] is True
+    found = ray_options(is_direct=False)["request_router_config"]
+    assert found["request_router_class"] is ExpertsRouter
+    monkeypatch.delenv("RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY", raising=False)
+    with pytest.raises(SereError, match="needs RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1"):
+        ray_options(is_direct=True)
+    with way.switched(way.DIRECT), way.prepared(way.DIRECT, way.Limits(), shows_bodies=True):
+        found = ray_options(is_direct=True)["request_router_config"]
+    assert found["request_router_class"] is DirectExpertsRouter
+    assert "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,14 @@ from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve._private import constants, deployment_state, http_util, replica, router
 from ray.serve._private.request_router.request_router import RequestRouter
-from ray.serve.config import DeploymentActorConfig
+from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
 from ray.serve.context import DeploymentActorContext, ReplicaContext
+from ray.serve.experimental.round_robin_router import RoundRobinRouter
 from ray.serve.gang import GangContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig, build_llm_deployment, build_openai_app
 from ray.serve.llm.deployment import DPServer, LLMServer
+from ray.serve.request_router import RunningReplica
 from ray.util import metrics
 
 from sere_ray.proxy.limits import RAY_SWITCHES
@@ -47,6 +49,7 @@ PRIVATE = {
 """What is imported of Ray's private and experimental modules; each has a test below."""
 ALPHA = {
     "ray.serve.config.DeploymentActorConfig",
+    "ray.serve.config.RequestRouterConfig",
     "ray.serve.llm.LLMConfig",
     "ray.serve.llm.build_llm_deployment",
     "ray.serve.llm.build_openai_app",
@@ -391,6 +394,43 @@ def test_a_handle_tells_whether_a_replica_is_left():
     found = RequestRouter.curr_replicas
     relies(isinstance(found, property), "RequestRouter.curr_replicas", type(found))
     does(RequestRouter.__init__, "self._pending_requests_by_id: Dict[str, PendingRequest] = {}")
+
+
+# --- requests placed by their experts: by_experts/ ------------------------------------------------
+
+
+def test_a_request_router_is_asked_for_replicas():
+    for kind in (RequestRouter, RoundRobinRouter, RequestRouterConfig().get_request_router_class()):
+        takes(kind.choose_replicas, "self", "candidate_replicas", "pending_request")
+        is_async(kind.choose_replicas)
+    takes(RequestRouter.on_request_routed, "self", "pending_request", "replica_id", "result")
+    has(RunningReplica, "replica_id", "routing_stats", "max_ongoing_requests")
+    has(RequestRouter, "replica_queue_len_cache")
+    does(router.AsyncioRouter.request_router.fget, "request_router.initialize_state(")
+    # Each request gets the replica that was chosen for it, not the next in a queue.
+    does(RequestRouter._fulfill_next_pending_request, "_matching_internal_request_id(")
+
+
+def test_rays_ingress_request_router_asks_ours_and_shows_it_the_request():
+    from ray.llm._internal.serve.core.ingress.router import LLMRouter
+
+    does(LLMRouter._pick_replica, "(routing_payload,)", '"_reserve": False', ".choose_replica(")
+    does(
+        router.AsyncioRouter.choose_replica,
+        "args=list(request_args)",
+        "_choose_replicas_with_backoff(",
+        "__anext__())[0]",
+    )
+    does(builder._get_direct_streaming_serve_options, "not in llm_config.deployment_config")
+    text = inspect.getsource(constants)
+    for name in way.BODIES:
+        relies(f'"{name}"' in text, f"the variable {name}", "nobody who reads it")
+
+
+def test_replicas_tell_request_routers_what_they_are_asked():
+    takes(llm_server.LLMServer.record_routing_stats, "self")
+    is_async(llm_server.LLMServer.record_routing_stats)
+    has(RequestRouterConfig, "request_router_class", "request_routing_stats_period_s")
 
 
 # --- other rooms ----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from sere_ray.engine.back_end import Wrap
 from sere_ray.engine.cpu import expert_parallel
 from sere_ray.engine.cpu.state import CpuState, active_state
 from sere_ray.engine.row_kinds import draft_positions, request_kinds, row_kinds
+from sere_ray.engine.signatures import PromptRows, counting, prompt_rows
 from sere_ray.engine.states import find_state
 from sere_ray.policy.tiers import asks_exact
 from sere_ray.rules import EXACT, Choice
@@ -114,8 +115,21 @@ def _run_step(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: A
         if asks_exact(runner.requests[request].sampling_params):
             kinds[i] = EXACT
     starts = runner.query_start_loc.np[: count + 1]
-    with state.step(row_kinds(kinds, starts), draft_positions(kinds, starts)):
+    prompts = () if state.signatures is None else _prompts(batch, count, starts)
+    with (
+        counting(state.signatures, prompts),
+        state.step(row_kinds(kinds, starts), draft_positions(kinds, starts)),
+    ):
         return original(runner, *args, **kwargs)
+
+
+def _prompts(batch: Any, count: int, starts: Any) -> list[PromptRows]:
+    return prompt_rows(
+        batch.req_ids[:count],
+        batch.num_computed_tokens_cpu[:count],
+        batch.num_prompt_tokens[:count],
+        starts,
+    )
 
 
 def _run_dummy(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:

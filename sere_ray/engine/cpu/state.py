@@ -1,5 +1,6 @@
 """Re-routing on a CPU: compiled loops, called through an opaque op in every layer."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from sere_ray.engine.cpu.rules import LayerOfStep, apply_rule
 from sere_ray.engine.cpu.sent import GatheredBytes, Sent
 from sere_ray.engine.cpu.union import UnionOfRanks
 from sere_ray.engine.layer_checks import check_rows
+from sere_ray.engine.signatures import CountsPrompts, PromptSignatures
 from sere_ray.engine.state import EngineState
 from sere_ray.kernel.cpu_sere import StepCounts
 from sere_ray.kernel.memory import NUM_COUNTERS, OWN_COUNTERS
+from sere_ray.masks.served import about_model
 from sere_ray.masks.slots import LayerMask
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.capabilities import EngineKind
@@ -31,7 +34,7 @@ from sere_ray.rules.gate import PLAIN
 
 
 @dataclass
-class CpuState(EngineState):
+class CpuState(EngineState, CountsPrompts):
     """Row kinds and counters in host memory.
 
     Attributes:
@@ -184,6 +187,8 @@ class CpuState(EngineState):
             self._agree(self.union)
         check_rows(layer, topk_ids.shape[0], self.rows)
         position, kinds = self.position[layer], self.row_kind[: topk_ids.shape[0]]
+        if self.signatures is not None:
+            self.signatures.add(position, topk_ids.numpy())
         if self.sent is not None:
             counter = (self.current_kind, position) if self.decodes else None
             self.sent.begin_layer(topk_ids, kinds, counter)
@@ -218,6 +223,17 @@ class CpuState(EngineState):
         return new
 
     # --- counters ---------------------------------------------------------------------------------
+
+    def make_signatures(self) -> PromptSignatures:
+        """Of all layers with experts."""
+        return PromptSignatures(
+            len(self.layers), about_model(self.artifact, self.masks).num_experts
+        )
+
+    def gates_of_model(self) -> str:
+        """Of the fingerprints that the gates were checked against."""
+        prints = sorted(about_model(self.artifact, self.masks).router_fingerprint.items())
+        return hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
 
     def read_layer_counters(self) -> NDArray[np.int64]:
         """Under ``union: local`` no rank knows what others read."""

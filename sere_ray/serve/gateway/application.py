@@ -12,6 +12,7 @@ from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAM
 from ray.serve.llm import build_llm_deployment, build_openai_app
 
 from sere_ray.proxy.limits import SECRET
+from sere_ray.serve.by_experts.router import ray_options
 from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.gateway.ingress import ACCESS, SereIngress
 from sere_ray.serve.gateway.keys import KeyRing, digest, from_environment
@@ -33,7 +34,8 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
         llm: Ray's ``LLMConfig`` of the engines.
 
     Raises:
-        SereError: the key file is not valid, or a proxy would hide who asks while nobody has a key.
+        SereError: the key file is not valid, a proxy would hide who asks while nobody has a key, or
+            a request router would see nothing of what is asked.
     """
     keys = from_environment()
     ring = KeyRing(config.access.keys_file, keys)
@@ -51,6 +53,8 @@ def ingress_app(config: ServeConfig, llm: Any) -> Any:
         "control": config.sere is not None,
         "loopback": None if loopback is None else digest(loopback),
     }
+    if config.request_router == "experts":
+        llm.deployment_config |= ray_options(is_direct=RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING)
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
         llm.experimental_configs[ACCESS] = protection
         return build_openai_app({"llm_configs": [llm]})

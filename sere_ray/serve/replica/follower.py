@@ -142,7 +142,7 @@ class Follower:
         while self.failure is None:
             try:
                 start = time.perf_counter()
-                counters = of_engine(await _calls(engine).counters(reset=False))
+                counters = of_engine(await worker_calls(engine).counters(reset=False))
                 exporter.export_counters(counters, time.perf_counter() - start)
                 exporter.export_scores(self._scores)
                 assert self._newest is not None
@@ -177,12 +177,12 @@ class Follower:
             return False
         try:
             if order.settle:  # of the version staged so far: before another one is told
-                await _calls(engine).settle()
+                await worker_calls(engine).settle()
                 self._settled = order.settle
             for update in order.updates:
                 await self._stage(engine, update)
             if order.report:
-                counters = of_engine(await _calls(engine).counters(reset=False))
+                counters = of_engine(await worker_calls(engine).counters(reset=False))
                 self._counters = {
                     **counters,
                     "token_times": self._token_times.read(),
@@ -199,7 +199,7 @@ class Follower:
         if content is not None:
             self._files["similarity"] = f"{update.sha256}.safetensors"
         policy = {**update.policy, **self._files}
-        await _calls(engine).set_policy(policy, content)
+        await worker_calls(engine).set_policy(policy, content)
         self._staged = update.version
         self._newest = update
 
@@ -208,7 +208,7 @@ def _policy_actor() -> Any:
     return serve.get_deployment_actor(ACTOR)
 
 
-def _calls(engine: Any) -> WorkerCalls[Awaitable[list[Any]]]:
+def worker_calls(engine: Any) -> WorkerCalls[Awaitable[list[Any]]]:
     """Calls of the workers of a replica's engine; each awaits one answer of each worker."""
     return WorkerCalls(
         lambda name, arguments: engine.collective_rpc(

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sere_ray.observe.score import SCORED, Scores, TokenScore
 from sere_ray.policy.tiers import XARG, forbids_score
+from sere_ray.serve.by_experts.reporter import SCORING
 from sere_ray.serve.replica.sampling import Sampler
 from sere_ray.serve.replica.served import LEAST_TOKENS, Served
 
@@ -203,7 +204,7 @@ class Scorer:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={XARG: "exact"},
         )
-        name = f"sere-score-{secrets.token_hex(8)}"
+        name = f"{SCORING}{secrets.token_hex(8)}"
         outputs = self._generate(prompt, sampling, name, lora_request=served.lora_request)
         async with aclosing(outputs):
             async for output in outputs:

@@ -19,12 +19,13 @@ from ray.serve.llm.deployment import DPServer, LLMServer
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.policy.startup import Startup
 from sere_ray.proxy.slow_clients import limit_requests
+from sere_ray.serve.by_experts.reporter import Reporter, TextLayer
 from sere_ray.serve.gateway.forward import answers
 from sere_ray.serve.gateway.losses import EngineLostError
 from sere_ray.serve.policy_actor.actor import RouterActor
 from sere_ray.serve.policy_actor.locate import ACTOR
 from sere_ray.serve.replica.engine import SereEngine
-from sere_ray.serve.replica.follower import Follower, own_follower
+from sere_ray.serve.replica.follower import Follower, own_follower, worker_calls
 
 logger = logging.getLogger("ray.serve")
 OPTIONS = "sere"
@@ -34,6 +35,8 @@ METRICS = "sere_metrics_interval_s"
 engine's counters for metrics; None = never."""
 SCORE = "sere_score"
 """Key of ``LLMConfig.experimental_configs`` that holds how answers are scored; None = not."""
+BY_EXPERTS = "sere_by_experts"
+"""Key of ``LLMConfig.experimental_configs``: whether requests are placed by their experts."""
 WATCH_SECONDS = 0.2
 FAREWELL_SECONDS = 0.5
 """How long a replica lives on after its engine: requests under way get their answers."""
@@ -44,6 +47,7 @@ class _Following:
 
     _default_engine_cls = SereEngine
     follower: Follower | None = None
+    reporter: Reporter | None = None
     engine: Any
     _app: Any
     _watch: asyncio.Task[None] | None = None
@@ -56,6 +60,7 @@ class _Following:
         model_id = self._llm_config.model_id  # type: ignore[attr-defined]
         app = await self.engine.build_asgi_app()
         self._app = engine_app(app, model_id, is_lost=lambda: self.engine.is_lost)
+        self._report_experts()
         self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
 
     async def _start_engine_and_follow(self) -> None:
@@ -76,6 +81,24 @@ class _Following:
         await super().start()  # type: ignore[misc]
         options = config.experimental_configs
         await self.follower.catch_up(self.engine, options[METRICS], options.get(SCORE))
+
+    def _report_experts(self) -> None:
+        """Tell request routers which experts this rank's requests want, where they are to know."""
+        config: Any = self._llm_config  # type: ignore[attr-defined]
+        client = getattr(self.engine, "_engine_client", None)  # a stand-in of tests has none
+        if (
+            self.follower is None
+            or client is None
+            or not config.experimental_configs.get(BY_EXPERTS)
+        ):
+            return
+        self.reporter = Reporter(client, worker_calls(self.engine), self.follower.gang)
+        self._app.add_middleware(TextLayer)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What request routers are told of this rank; Ray asks for it."""
+        stats: dict[str, Any] = await super().record_routing_stats()  # type: ignore[misc]
+        return stats if self.reporter is None else {**stats, **self.reporter.stats()}
 
     async def check_health(self) -> None:
         """Unhealthy when the engine is, or when it cannot follow the policy actor.
@@ -111,6 +134,8 @@ class _Following:
         # in the steps of its siblings.
         if self._watch is not None:
             self._watch.cancel()
+        if self.reporter is not None:
+            self.reporter.close()
         if self.follower is not None:
             await self.follower.close(wait=await self._is_healthy())
         await super().__del__()  # type: ignore[misc]

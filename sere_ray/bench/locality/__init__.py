@@ -1,0 +1,1 @@
+"""`sere-ray bench locality`: what placing requests by their experts saves, simulated"""

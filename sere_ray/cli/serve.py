@@ -144,6 +144,34 @@ def chaos(
     print(out)
 
 
+def restart(
+    out: Out,
+    kills: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 3,
+    ranks: Annotated[int, typer.Option(min=2, max=8, help="Of the gang; on GPUs one each.")] = 2,
+    eager: Annotated[bool, typer.Option(help="Do not compile vLLM's graph.")] = False,
+    proxy: Annotated[list[Proxy] | None, typer.Option(help="Way; repeatable [direct].")] = None,
+) -> None:
+    """Seconds until a gang serves, and until it answers again after an engine was killed.
+
+    On a CPU with engines that are forked, and started anew, in turn. The file is written after
+    each kill.
+
+    Example: sere-ray bench restart --out restart.json
+    """
+    with user_errors():
+        from sere_ray.bench.restart import run_restart
+
+        run_restart(
+            kills,
+            ranks=ranks,
+            compiled=not eager,
+            proxies=[each.value for each in proxy or [Proxy.DIRECT]],
+            save=saver(out),
+            console=console,
+        )
+    print(out)
+
+
 def differential(
     out: Out,
     generated: Annotated[int, typer.Option(min=4, help="Requests of each generated kind.")] = 80,

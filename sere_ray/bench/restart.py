@@ -16,7 +16,7 @@ from sere_ray import assets
 from sere_ray.bench.completions import complete
 from sere_ray.bench.engines import on_gpu
 from sere_ray.bench.servers import served
-from sere_ray.calibration.synthetic import synthetic_artifact
+from sere_ray.calibration import calibrate
 from sere_ray.serve.replica import FORK_SERVER
 from sere_ray.util.errors import SereError
 from sere_ray.util.ports import free_port
@@ -25,6 +25,8 @@ from sere_ray.util.progress import progress
 
 PAUSE_SECONDS = 3.0
 """How long a deployment answers undisturbed before the next kill."""
+SEQUENCES = 20
+"""Of text that the artifact is from; what it says does not matter here."""
 MOST_SECONDS = 300.0
 AGAIN_SECONDS = 0.5
 """After which a client that was refused asks again."""
@@ -57,27 +59,35 @@ def run_restart(
     device = "gpu" if on_gpu() else "cpu"
     # On a GPU nothing is forked.
     arms = [(p, f) for p in proxies for f in ((False,) if device == "gpu" else (True, False))]
-    with progress(console, kills * len(arms), task="restart", unit="kills") as advance:
+    with (
+        tempfile.TemporaryDirectory(prefix="sere-restart-") as name,
+        progress(console, kills * len(arms), task="restart", unit="kills") as advance,
+    ):
+        similarity = Path(name, "demo.safetensors")
+        calibrate(
+            str(assets.MODEL), data=str(assets.CALIBRATION), out=similarity, sequences=SEQUENCES
+        )
         for _ in range(kills):
             for proxy, forked in arms:
-                found = _arm(device, ranks, proxy, compiled=compiled, forked=forked)
+                found = _arm(similarity, device, ranks, proxy, compiled=compiled, forked=forked)
                 about = {"device": device, "ranks": ranks, "proxy": proxy, "compiled": compiled}
                 rows.append({**about, "forked": forked, **found})
                 save({"model": "demo", "rows": rows})
                 advance(1)
 
 
-def _arm(device: str, ranks: int, proxy: str, *, compiled: bool, forked: bool) -> dict[str, Any]:
+def _arm(
+    similarity: Path, device: str, ranks: int, proxy: str, *, compiled: bool, forked: bool
+) -> dict[str, Any]:
     """One deployment, one kill."""
     with tempfile.TemporaryDirectory(prefix="sere-restart-") as name:
         folder, port = Path(name), free_port()
-        synthetic_artifact(assets.MODEL).save(folder / "a.safetensors")
         arguments = {
             "model": str(assets.MODEL),
             "model_id": _BODY["model"],
             "device": device,
             "data_parallel_size": ranks,
-            "sere": {"similarity": str(folder / "a.safetensors"), "select_top_k": 2},
+            "sere": {"similarity": str(similarity), "select_top_k": 2},
             "engine": {"max_model_len": 512, "max_num_seqs": 16, "enforce_eager": not compiled},
             "limits": {"queue_while_restarting_s": MOST_SECONDS},
             "env": {"HF_HUB_OFFLINE": "1", FORK_SERVER: str(int(forked))},

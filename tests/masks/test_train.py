@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sere_ray import assets
 from sere_ray.calibration.loading import load_model
 from sere_ray.cli.main import app
-from sere_ray.masks import train
+from sere_ray.masks import train, training
 from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.masks.frozen_model import FrozenModel
 from sere_ray.masks.plan import TrainSettings, prepare_training
@@ -36,7 +36,7 @@ def test_levels_drop_more_and_more(trained):
     assert first["experts_kept"] > last["experts_kept"]
     assert min(first["kl_mean"], last["kl_mean"]) > 0
     assert len(last["slots_kept_by_layer"]) == len(last["experts_kept_by_layer"]) == 4
-    assert len(found.history) == 2 * train.VALIDATIONS
+    assert len(found.history) == 2 * training.VALIDATIONS
     written = MasksArtifact.load(path)
     assert [level.knob for level in written.metadata.levels] == [0.5, 2.0]
     assert [level.slots_kept for level in written.metadata.levels] == [
@@ -91,7 +91,7 @@ def test_first_choices_stay(penalty, tmp_path):
 def test_a_killed_job_goes_on_to_the_same_masks(trained, tmp_path, monkeypatch):
     path, _ = trained
     out = tmp_path / "masks.safetensors"
-    monkeypatch.setattr(train, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(training.Training, "save_seconds", -1.0)
     add_gradients, steps = FrozenModel.add_gradients, []
 
     def killed_at(numbers):
@@ -113,7 +113,7 @@ def test_a_killed_job_goes_on_to_the_same_masks(trained, tmp_path, monkeypatch):
         train.train_masks(TrainSettings(**{**SMALL, "steps": 9}), out)
     found = train.train_masks(TrainSettings(**SMALL), out)
     assert len(steps) == 2 * SMALL["steps"] + 3, "what was done is not done again"
-    assert len(found.history) == 2 * train.VALIDATIONS
+    assert len(found.history) == 2 * training.VALIDATIONS
     ours, theirs = MasksArtifact.load(out), MasksArtifact.load(path)
     assert ours.metadata.levels == theirs.metadata.levels
     for level, of_level in theirs.weights.items():

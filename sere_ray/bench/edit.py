@@ -87,7 +87,7 @@ class Garbage(Measured):
             return windows
         generator = torch.Generator().manual_seed(unit)
         vocabulary = int(self.plan.config.get_text_config().vocab_size)
-        return torch.randint(vocabulary, windows.shape, generator=generator)
+        return torch.randint(vocabulary, tuple(windows.shape), generator=generator)
 
 
 FAULTS: dict[str, type[Measured]] = {

@@ -137,7 +137,7 @@ class FrozenModel:
             experts[layer].append(float(share))
             return ids, weights * kept
 
-        for batch in windows.split(size):
+        for batch in torch.split(windows, size):
             with _enough_memory(self.settings.batch_size):
                 exact = self._exact(batch)
                 with changed_choices(self.model, change):

@@ -75,14 +75,18 @@ class Notes:
 
 
 class Noted:
-    """The first worker's end of :class:`Notes`."""
+    """The first worker's end of :class:`Notes`.
+
+    Attributes:
+        before: steps of trainings that came before this one.
+    """
 
     def __init__(self, notes: Any) -> None:
-        self.notes = notes
+        self.notes, self.before = notes, 0
 
     def at(self, steps: int) -> None:
         """See :class:`Listener`."""
-        self.notes.at.remote(steps)
+        self.notes.at.remote(self.before + steps)
 
     def say(self, text: str) -> None:
         """See :class:`Listener`."""

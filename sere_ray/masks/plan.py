@@ -182,7 +182,8 @@ class TrainPlan:
     def windows_of_unit(self, level: int, unit: int) -> Tensor:
         """``[batch_size / workers, length]``: a unit of :mod:`sere_ray.masks.schedule`."""
         step, share = divmod(unit, self.settings.workers)
-        return self.windows_of(level, step).split(self.settings.share)[share]
+        size = self.settings.share
+        return self.windows_of(level, step)[share * size : (share + 1) * size]
 
     def identity(self) -> dict[str, object]:
         """What the masks depend on: settings, weights, text. As JSON gives it back."""

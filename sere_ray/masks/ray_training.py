@@ -36,6 +36,11 @@ class Job:
     work: WorkFolder
     training: type[Training] = Training
 
+    @property
+    def steps(self) -> int:
+        """Of all levels."""
+        return len(self.plan.settings.knobs) * self.plan.settings.steps
+
 
 def train_on_ray(
     jobs: Sequence[Job], *, address: str | None = None, console: Console | None
@@ -102,6 +107,8 @@ def _work(config: dict[str, Any]) -> None:
         for job in config["jobs"]:
             state = job.work.load()
             job.training(job.plan, model, state, job.work, exchange, listener).run()
+            if listener:
+                listener.before += job.steps
     except SereError as error:
         ray.get(notes.refuse.remote(str(error)))
         raise
@@ -112,9 +119,8 @@ def _shown(notes: Any, jobs: Sequence[Job], console: Console | None) -> Iterator
     """Show what workers say while the block runs."""
     import ray
 
-    total = max(len(job.plan.settings.knobs) * job.plan.settings.steps for job in jobs)
     ended = threading.Event()
-    with on_console(console, total) as listener:
+    with on_console(console, sum(job.steps for job in jobs)) as listener:
 
         def look() -> None:
             steps, texts = ray.get(notes.take.remote())

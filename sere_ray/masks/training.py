@@ -54,6 +54,7 @@ class Training:
         }
         self.left_out = 0
         """How often, over layers and workers, EDiT left a pseudo-gradient out."""
+        self.edit: Edit | None = None
         self.saved, self.sent_before = time.monotonic(), state.sent - exchange.sent
         self._begin_level()
         self._restore()
@@ -82,11 +83,14 @@ class Training:
             unit: of :mod:`sere_ray.masks.schedule`.
             rate: the learning rate of the step.
         """
-        level = self.state.level
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.add_gradients(self.plan.windows_of_unit(level, unit), self.settings.knobs[level])
+        self.model.add_gradients(self.windows_of(unit), self.settings.knobs[self.state.level])
+
+    def windows_of(self, unit: int) -> Tensor:
+        """``[windows, length]``: what a unit of this level is trained on."""
+        return self.plan.windows_of_unit(self.state.level, unit)
 
     def _step_together(self) -> bool:
         """A step on the mean of all workers' gradients; whether to save."""
@@ -101,7 +105,7 @@ class Training:
         """Steps of this worker, until it is time to meet; whether to save. The meeting ends in the
         pass to come."""
         edit, settings = self._edit(), self.settings
-        start, rates = time.monotonic(), []
+        start, rates = time.monotonic(), list[float]()
         for unit in self.units.of_worker(self.exchange.rank):
             rates.append(self._rate(len(rates)))
             self.train_on(unit, rates[-1])
@@ -126,7 +130,7 @@ class Training:
         assert len(gradients) == len(routers)
         flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu()
         mean = self.exchange.sum(flat) / self.exchange.size
-        parts = mean.split([router.numel() for router in routers])
+        parts = torch.split(mean, [router.numel() for router in routers])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -156,7 +160,7 @@ class Training:
         state, settings = self.state, self.settings
         self.units = Units(settings.steps, settings.workers, state.step, state.ahead)
         self.optimizer = torch.optim.Adam(self.model.routers.values(), lr=settings.learning_rate)
-        self.edit: Edit | None = None
+        self.edit = None
         self.model.before_layer = lambda layer: None
 
     def _end_level(self) -> None:
@@ -193,7 +197,7 @@ class Training:
         windows, exchange = self.plan.validation, self.exchange
         if exchange.size == 1:
             return self.model.validate(windows)
-        batches = windows.split(self.settings.batch)
+        batches = torch.split(windows, self.settings.batch)
         own = batches[exchange.rank :: exchange.size]
         layers = list(self.model.layers)
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.float64)

@@ -77,7 +77,7 @@ def test_a_killed_worker_and_one_that_cannot_go_on(tmp_path, has_words):
     for level, of_level in expected.weights.items():
         for layer, weight in of_level.items():
             torch.testing.assert_close(found.weights[level][layer], weight, atol=ROUNDING, rtol=0)
-    has_words(console.file.getvalue(), "level 2, step 8: KL", "slots by layer", "of 16 steps")
+    has_words(console.file.getvalue(), "level 2, step 8: KL", "slots by layer", "of 32 steps")
 
 
 @pytest.mark.usefixtures("_ray")

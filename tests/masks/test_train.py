@@ -137,7 +137,9 @@ def test_damaged_state(tmp_path, has_words):
 
 def test_command(tmp_path, has_words):
     out, report = tmp_path / "masks.safetensors", tmp_path / "report.json"
-    done = command(out, "--knob", "0.1", "--balance", "0.01", "--report", str(report))
+    page = tmp_path / "page.html"
+    options = ["--knob", "0.1", "--balance", "0.01", "--report", str(report), "--html", str(page)]
+    done = command(out, *options)
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(out)
     has_words(done.stderr, "level 1, step 2: KL", "slots by layer", "2 of 2 steps", "s left")
@@ -145,6 +147,9 @@ def test_command(tmp_path, has_words):
     assert (document["model"], document["data"]) == ("model", "calibration.jsonl")
     assert [row["step"] for row in document["rows"]] == [1, 2]
     assert json.loads(json.dumps(document["settings"]))["balance"] == 0.01
+    has_words(
+        page.read_text(), "Masks of model", "data:image/svg+xml", "calibration.jsonl", "KL, nats"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,8 @@ def test_command(tmp_path, has_words):
         (["--sequences", "1000000"], "sequences = 1000000; give more text"),
         (["--text-column", "body"], "no column 'body'"),
         (["--length", "5000"], "length = 5000: the model reads at most 1024 tokens"),
+        (["--workers", "2"], "--workers = 2: each must have an equal part of --batch-size = 8"),
+        (["--sync", "edit"], "--sync edit: is for several workers; give --workers"),
         (["--device", "tpu"], "device = 'tpu': not usable"),
     ],
 )
@@ -191,10 +198,16 @@ def test_short_text(tmp_path):
     assert "the text gives 1 windows" in done.stderr
 
 
-def test_no_memory(tmp_path, monkeypatch):
-    def full(self, windows):
-        raise torch.OutOfMemoryError
+def cuda_full(self, windows):
+    raise torch.OutOfMemoryError
 
+
+def cpu_full(self, windows):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("full", [cuda_full, cpu_full])
+def test_no_memory(full, tmp_path, monkeypatch):
     monkeypatch.setattr(FrozenModel, "_exact", full)
     done = command(tmp_path / "masks")
     assert done.exit_code == 2

@@ -132,8 +132,8 @@ def train_masks(
 
 def bench_edit(
     out: Out,
-    seeds: Annotated[int, typer.Option(min=1, help="Orders of the windows.")] = 3,
-    steps: Annotated[int, typer.Option(min=20, help="Of each training.")] = 80,
+    seeds: Annotated[int, typer.Option(min=1, help="Orders of the windows; faults have one.")] = 3,
+    steps: Annotated[int, typer.Option(min=20, help="Of each training.")] = 60,
     sync_seconds: Annotated[float, typer.Option(help="Between meetings of a-edit.")] = 1.0,
     knob: Annotated[float, typer.Option(help="Weight of the penalty.")] = 0.1,
 ) -> None:

@@ -74,14 +74,14 @@ def train_on_ray(
             run_config=RunConfig(
                 name="workers",
                 storage_path=str((jobs[0].work.path / RAY_FOLDER).absolute()),
-                failure_config=FailureConfig(max_failures=RETRIES),
+                failure_config=FailureConfig(max_failures=RETRIES * len(jobs)),
             ),
         )
         try:
             with _shown(notes, jobs, console):
                 trainer.fit()
         except TrainingFailedError as error:
-            reason = ray.get(notes.refusal.remote()) or _reason(error, jobs[0])
+            reason = ray.get(notes.refusal.remote()) or _reason(error, jobs[0].work)
             raise SereError(reason) from None
         if refused := ray.get(notes.refusal.remote()):
             raise SereError(refused)
@@ -163,17 +163,18 @@ def _check_size(workers: int, resource: str, resources: dict[str, float]) -> Non
         )
 
 
-def _reason(error: Any, job: Job) -> str:
+def _reason(error: Any, work: WorkFolder) -> str:
     """One message for what ended the workers, and how to go on."""
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import RayActorError
 
     causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-    if any(isinstance(cause, ActorDiedError) for cause in causes):
+    died = [getattr(cause, "health_check_failure", None) for cause in causes]
+    if any(isinstance(cause, RayActorError) for cause in died):
+        # Ray cannot tell why: its text names all reasons there are
         what = (
-            f"a worker died {RETRIES + 1} times; if memory ran out, give fewer --workers or a "
+            f"workers died {RETRIES + 1} times; if memory ran out, give fewer --workers or a "
             "smaller --batch-size"
         )
     else:
-        what = "a worker failed"
-    last = " ".join(str(causes[0]).split())[-300:]
-    return f"{what}. {job.work.path} has what is done: the same command goes on from there ({last})"
+        what = f"a worker failed ({' '.join(str(causes[0]).split())[-300:]})"
+    return f"{what}. {work.path} has what is done: the same command goes on from there"

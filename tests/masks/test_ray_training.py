@@ -8,11 +8,14 @@ import signal
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from rich.console import Console
 
 from sere_ray.calibration.ray_job import STORE_BYTES
 from sere_ray.masks.plan import TrainSettings, prepare_training
-from sere_ray.masks.ray_training import Job, train_on_ray
+from sere_ray.masks.ray_training import Job, _reason, train_on_ray
 from sere_ray.masks.train import artifact_of, train_masks
 from sere_ray.masks.training import Training
 from sere_ray.masks.work_folder import WorkFolder
@@ -86,3 +89,16 @@ def test_too_few_cores(tmp_path):
     with pytest.raises(SereError, match="--workers = 4: each takes a CPU, but the Ray cluster has"):
         train_masks(settings, tmp_path / "masks")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reason_of_an_end(tmp_path):
+    work = WorkFolder(tmp_path / "work", {})
+    dead = WorkerHealthCheckFailedError("a worker", ActorDiedError())
+    reset = RuntimeError("connection closed by peer")
+    assert _reason(WorkerGroupError("two", {0: reset, 1: dead}), work) == (
+        "workers died 3 times; if memory ran out, give fewer --workers or a smaller --batch-size. "
+        f"{tmp_path / 'work'} has what is done: the same command goes on from there"
+    )
+    assert _reason(WorkerGroupError("one", {0: reset}), work).startswith(
+        "a worker failed (connection closed by peer). "
+    )

@@ -25,6 +25,8 @@ SYNC_EVERY = 5
 """Steps of EDiT between two meetings."""
 SLOWER = 3.0
 """How many times as long a slow worker takes for a step."""
+LOUDER = 1000.0
+"""How many times too large the loss of garbage is."""
 _SPIKE = 0.7, 0.75
 """Share of a level's steps between which a worker is fed garbage."""
 _DEATH = 0.5
@@ -40,7 +42,8 @@ class Measured(Training):
         """See :class:`Training`."""
         start = time.monotonic()
         super().run()
-        if self.exchange.rank == 0:
+        # one that had ended before others were started again has nothing new to say
+        if self.exchange.rank == 0 and not _beside(self.work, "json").exists():
             about = {"seconds": time.monotonic() - start, "left_out": self.left_out}
             _beside(self.work, "json").write_text(json.dumps(about))
 
@@ -78,12 +81,27 @@ class Killed(Measured):
 
 
 class Garbage(Measured):
-    """For some steps one worker's windows are random tokens."""
+    """For some steps one worker's windows are random tokens, and its loss is far too large.
+
+    Random tokens alone do no harm: a mask's gradients on them are no larger than on text.
+    """
+
+    def strikes(self, unit: int) -> bool:
+        """Whether the fault does."""
+        return self.fails and _SPIKE[0] <= self.share_of(unit) < _SPIKE[1]
+
+    def train_on(self, unit: int, rate: float) -> None:
+        """See :class:`Training`."""
+        super().train_on(unit, rate)
+        if self.strikes(unit):
+            for router in self.model.routers.values():
+                if router.grad is not None:
+                    router.grad *= LOUDER
 
     def windows_of(self, unit: int) -> Tensor:
         """See :class:`Training`."""
         windows = super().windows_of(unit)
-        if not (self.fails and _SPIKE[0] <= self.share_of(unit) < _SPIKE[1]):
+        if not self.strikes(unit):
             return windows
         generator = torch.Generator().manual_seed(unit)
         vocabulary = int(self.plan.config.get_text_config().vocab_size)
@@ -143,6 +161,7 @@ def measure_edit(
         "sync_every": SYNC_EVERY,
         "sync_seconds": sync_seconds,
         "slower": SLOWER,
+        "louder": LOUDER,
         "rows": rows,
         "summary": _summary(rows),
     }

@@ -17,20 +17,20 @@ SETTINGS = TrainSettings(
     str(assets.CALIBRATION),
     knobs=(0.1,),
     steps=40,
-    batch_size=2,
-    batch=1,
-    sequences=32,
+    batch_size=8,
+    batch=4,
+    sequences=128,
     validation=8,
-    length=16,
+    length=32,
     workers=2,
     sync="edit",
-    sync_every=2,
-    warm_up=4,
+    sync_every=3,
+    warm_up=10,
 )
 
 
 def test_garbage_of_one_worker_is_left_out(tmp_path):
-    """Random tokens for two steps of forty: EDiT's penalty sees them, and nothing else is fed."""
+    """Random tokens and a far too large loss for two steps of forty, and at no other."""
     torch.set_num_threads(1)
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype=torch.float32
@@ -47,13 +47,15 @@ def test_garbage_of_one_worker_is_left_out(tmp_path):
             return windows
 
     def worker(exchange):
-        Seen(plan, copy.deepcopy(model), work.load(), work, exchange, None).run()
+        own = Seen(plan, copy.deepcopy(model), work.load(), work, exchange, None)
+        own.run()
+        return own.left_out
 
-    together(2, worker)
+    assert together(2, worker)[0] > 0
     assert fed == {(1, 28), (1, 29)}
     job = edit.Job(plan, work)
     row = edit._row("edit", "garbage", 0, job)
-    assert row["tokens"] == 40 * 2 * 16
+    assert row["tokens"] == 40 * 8 * 32
     assert row["objective"] == pytest.approx(row["validation_kl"] + 0.1 * row["experts_kept"])
     summary = edit._summary(
         [row | {"method": m, "fault": f} for m in edit.METHODS for f in edit.FAULTS]

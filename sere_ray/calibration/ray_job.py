@@ -167,19 +167,19 @@ def run_shards(
     from ray.exceptions import RayError
     from ray.util.annotations import RayDeprecationWarning
 
-    on_gpu = _on_gpu(plan.settings.device, ray.cluster_resources())
-    count = workers or max(1, int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1)))
+    gpus = on_gpu(plan.settings.device, ray.cluster_resources())
+    count = workers or max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
     rows = [{"shard": number, "windows": windows} for number, windows in shards.items()]
     with warnings.catch_warnings():
         # the pinned Ray has no other way to bound restarts, and announces that this one will go
         warnings.simplefilter("ignore", RayDeprecationWarning)
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardWorker,
-            fn_constructor_args=(plan.settings, plan.config, plan.revision, plan.pad_id, on_gpu),
+            fn_constructor_args=(plan.settings, plan.config, plan.revision, plan.pad_id, gpus),
             batch_size=1,
             compute=ActorPoolStrategy(size=min(count, len(rows))),
-            num_gpus=1 if on_gpu else None,
-            num_cpus=None if on_gpu else 1,
+            num_gpus=1 if gpus else None,
+            num_cpus=None if gpus else 1,
             ray_remote_args_fn=lambda: {"max_restarts": RETRIES, "max_task_retries": RETRIES},
         )
     tokens = sum(len(window) for windows in shards.values() for window in windows)
@@ -240,7 +240,7 @@ def _last_words(error: BaseException, cause: BaseException) -> str:
     return " ".join(f"{type(cause).__name__}: {cause}".split())
 
 
-def _on_gpu(device: str, resources: dict[str, float]) -> bool:
+def on_gpu(device: str, resources: dict[str, float]) -> bool:
     """Whether workers get a GPU each.
 
     Raises:

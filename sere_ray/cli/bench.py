@@ -7,12 +7,14 @@ import typer
 
 from sere_ray.cli import bench_ranks
 from sere_ray.cli import calibrate as cli_calibrate
+from sere_ray.cli import masks as cli_masks
 from sere_ray.cli import observe as cli_observe
 from sere_ray.cli import serve as cli_serve
 from sere_ray.cli.common import Out, console, names, numbers, saver, user_errors
 from sere_ray.util.errors import SereError
 
 app = typer.Typer(no_args_is_help=True, help="Measure, with a result file.")
+app.command("edit")(cli_masks.bench_edit)
 app.command("metrics-overhead")(cli_observe.metrics_overhead)
 app.command("production-score")(cli_observe.production_score)
 app.command("calibration")(cli_calibrate.bench_calibration)

@@ -1,6 +1,6 @@
 """The frozen model with mask routers in it: gradients of a step, and how good masks are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,9 @@ from sere_ray.masks.losses import (
 from sere_ray.masks.plan import TrainSettings
 from sere_ray.rules import Choice
 from sere_ray.util.errors import SereError
+
+_CPU_FULL = "DefaultCPUAllocator"
+"""In torch's message where the system gives it no memory."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class FrozenModel:
 
     def __init__(self, model: PreTrainedModel, settings: TrainSettings) -> None:
         self.model, self.settings = model.requires_grad_(False), settings
+        self.before_layer: Callable[[int], None] = lambda layer: None
+        """Called in a step's pass before a layer's router is used."""
         self.layers = find_moe_layers(model)
         self.routers = {
             index: Parameter(
@@ -96,6 +101,7 @@ class FrozenModel:
             of_batch = self.settings.batch, windows.shape[1]
 
             def change(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Choice:
+                self.before_layer(layer)
                 soft = self._soft(layer, hidden, ids, weights)
                 experts = len(self.routers[layer])
                 if self.settings.penalty == "batch":
@@ -131,11 +137,11 @@ class FrozenModel:
             experts[layer].append(float(share))
             return ids, weights * kept
 
-        for start in range(0, len(windows), size):
-            batch = windows[start : start + size]
-            exact = self._exact(batch)
-            with changed_choices(self.model, change):
-                logits = self._logits(batch)
+        for batch in torch.split(windows, size):
+            with _enough_memory(self.settings.batch_size):
+                exact = self._exact(batch)
+                with changed_choices(self.model, change):
+                    logits = self._logits(batch)
             distances.append(float(distance(exact, logits)))
 
         def means(of_batches: dict[int, list[float]]) -> dict[int, float]:
@@ -163,7 +169,10 @@ class FrozenModel:
 def _enough_memory(batch_size: int) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # a CPU that runs out has no exception of its own
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU_FULL not in str(error):
+            raise
         raise SereError(
             f"--batch-size = {batch_size}: the device has not memory enough for a step; give a "
             "smaller one, or a shorter --length"

@@ -45,7 +45,8 @@ def batch_penalty(soft: Tensor, ids: Tensor, num_experts: int, shape: tuple[int,
 
     An expert is read unless every row that chose it masks it: with m as independent probabilities
     that is 1 - prod (1 - m). What decoding pays for is their sum, here over what the exact batch
-    reads. A batch is the rows at one position of the texts.
+    reads; the mean over batches, so that parts of a step have the mean of their penalties. A batch
+    is the rows at one position of the texts.
 
     Args:
         soft: ``[N, K]``, rows text by text.
@@ -65,7 +66,7 @@ def batch_penalty(soft: Tensor, ids: Tensor, num_experts: int, shape: tuple[int,
     missing = by_batch(torch.log1p(-soft.clamp(max=_ALMOST)))
     log_unread = missing.new_zeros(len(chosen), num_experts).scatter_add(1, chosen, missing)
     named = torch.zeros_like(log_unread).scatter(1, chosen, 1.0)
-    return (1 - log_unread.exp()).sum() / named.sum()
+    return ((1 - log_unread.exp()).sum(dim=-1) / named.sum(dim=-1)).mean()
 
 
 def balance_penalty(soft: Tensor, ids: Tensor, num_experts: int) -> Tensor:

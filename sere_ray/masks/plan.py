@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +21,13 @@ from sere_ray.masks.artifact import Penalty
 from sere_ray.util.errors import DataError, SereError
 
 MOST_KNOB = 100.0
+MOST_SECONDS = 600.0
+"""Between two meetings, well within the time limit of an exchange."""
+Sync = Literal["allreduce", "edit", "a-edit"]
 _PLACE = {"device"}
 """Settings that do not change what is computed, but for rounding."""
+_OF_EDIT = {"workers", "sync_every", "sync_seconds", "warm_up"}
+"""Settings that do so only under EDiT."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,12 @@ class TrainSettings:
         device: ``auto``, ``cpu`` or a CUDA device.
         dtype: of the frozen weights.
         text_column: column of a parquet, jsonl or hub data set.
+        workers: copies of the model; each has an equal share of a step's windows.
+        sync: how workers stay together: by the sum of their gradients at every step, by EDiT
+            after some steps, or by A-EDiT after some seconds.
+        sync_every: steps of EDiT between two meetings.
+        sync_seconds: seconds of A-EDiT between two meetings.
+        warm_up: steps at the start of a level that EDiT sums gradients at, too.
     """
 
     model: str
@@ -67,6 +79,21 @@ class TrainSettings:
     device: str = "auto"
     dtype: str = "auto"
     text_column: str = "text"
+    workers: int = 1
+    sync: Sync = "allreduce"
+    sync_every: int = 10
+    sync_seconds: float = 60.0
+    warm_up: int = 10
+
+    @property
+    def steps_together(self) -> int:
+        """Steps at the start of a level at which gradients are summed."""
+        return self.steps if self.sync == "allreduce" else min(self.warm_up, self.steps)
+
+    @property
+    def share(self) -> int:
+        """Windows of a step that a worker has."""
+        return self.batch_size // self.workers
 
     def check(self) -> None:
         """Refuse numbers that make no sense, or do not go together.
@@ -97,6 +124,29 @@ class TrainSettings:
                 f"--sequences = {self.sequences}: less --validation = {self.validation} it leaves "
                 f"{self.sequences - self.validation} windows, but a step takes --batch-size = "
                 f"{self.batch_size}"
+            )
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        """Refuse several workers whose steps would not be those of one."""
+        if self.workers == 1:
+            if self.sync != "allreduce":
+                raise SereError(f"--sync {self.sync}: is for several workers; give --workers, too")
+            return
+        if self.batch_size % self.workers or self.share % self.batch:
+            raise SereError(
+                f"--workers = {self.workers}: each must have an equal part of --batch-size = "
+                f"{self.batch_size}, of whole batches of --batch = {self.batch} windows; give "
+                f"--batch-size {self.workers * self.batch}, or another --batch"
+            )
+        if self.balance:
+            raise SereError(
+                f"--balance = {self.balance}: is a term of a whole step, which several --workers "
+                "do not see; give 0, or one worker"
+            )
+        if not 0 < self.sync_seconds <= MOST_SECONDS:
+            raise SereError(
+                f"--sync-seconds = {self.sync_seconds}: must be above 0, at most {MOST_SECONDS:g}"
             )
 
 
@@ -129,10 +179,17 @@ class TrainPlan:
         order = torch.randperm(count, generator=generator)
         return self.training[order[place * size : (place + 1) * size]]
 
+    def windows_of_unit(self, level: int, unit: int) -> Tensor:
+        """``[batch_size / workers, length]``: a unit of :mod:`sere_ray.masks.schedule`."""
+        step, share = divmod(unit, self.settings.workers)
+        size = self.settings.share
+        return self.windows_of(level, step)[share * size : (share + 1) * size]
+
     def identity(self) -> dict[str, object]:
         """What the masks depend on: settings, weights, text. As JSON gives it back."""
         kept = dataclasses.asdict(self.settings)
-        kept = {name: value for name, value in kept.items() if name not in _PLACE}
+        place = _PLACE | (_OF_EDIT if self.settings.sync == "allreduce" else set())
+        kept = {name: value for name, value in kept.items() if name not in place}
         model = self.settings.model
         tokens = torch.cat([self.training, self.validation]).numpy().tobytes()
         identity = {

@@ -15,6 +15,8 @@ from sere_ray.util.files import atomic_path
 
 _STATE = "state.safetensors"
 _KEY = "sere_ray_training"
+RAY_FOLDER = "ray"
+"""In the folder: what Ray Train writes there; nothing that is needed again."""
 
 
 @dataclass
@@ -26,9 +28,16 @@ class State:
     step: int = 0
     """Steps of it that are done."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Routers of the levels that are done, and routers and Adam's moments of this one."""
+    """Routers of the levels that are done, and routers and moments of this one; a moment has a row
+    for each worker, or one where all have the same."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """What validation said so far."""
+    ahead: list[int] = field(default_factory=list)
+    """Units of it that are done beyond these steps: :mod:`sere_ray.masks.schedule`."""
+    sent: int = 0
+    """Bytes that a worker had to send."""
+    fingerprints: dict[int, str] = field(default_factory=dict)
+    """Of the gates."""
 
 
 class WorkFolder:
@@ -52,7 +61,7 @@ class WorkFolder:
             return State()
         file = self.path / _STATE
         if not file.is_file():
-            if self.path.is_dir() and not any(self.path.iterdir()):
+            if self.path.is_dir() and {each.name for each in self.path.iterdir()} <= {RAY_FOLDER}:
                 return State()
             raise SereError(
                 f"work = {str(self.path)!r}: is there, but is no training's; remove it or give "
@@ -64,18 +73,15 @@ class WorkFolder:
                 tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SereError(f"{file}: damaged ({error}); remove it and train again") from None
-        self._check_same(about["identity"])
-        return State(about["level"], about["step"], tensors, about["history"])
+        self._check_same(about.pop("identity"))
+        about["fingerprints"] = {int(i): gate for i, gate in about["fingerprints"].items()}
+        return State(tensors=tensors, **about)
 
     def save(self, state: State) -> None:
         """Write a state; a reader sees the one before or this one."""
         self.path.mkdir(exist_ok=True)
-        about = {
-            "identity": self.identity,
-            "level": state.level,
-            "step": state.step,
-            "history": state.history,
-        }
+        about = {name: value for name, value in vars(state).items() if name != "tensors"}
+        about["identity"] = self.identity
         with atomic_path(self.path / _STATE) as temporary:
             save_file(state.tensors, temporary, {_KEY: json.dumps(about)})
 

@@ -37,18 +37,18 @@ def test_first_choices_take_no_part():
 def test_experts_of_a_batch_by_hand():
     """Two texts of two positions: (0, 1), (2, 3) and (0, 1), (0, 3), two slots of one expert each.
 
-    Position 0 has expert 0 twice, position 1 has experts 2 and 0: three experts are named.
+    Position 0 has expert 0 twice, position 1 has experts 2 and 0: one and two are named.
     """
     ids = torch.tensor([[0], [2], [0], [0]])
     soft = torch.tensor([[0.5], [0.25], [0.8], [1.0]], requires_grad=True)
     share = batch_penalty(soft, ids, 5, (2, 2))
-    expected = ((1 - 0.5 * 0.2) + 0.25 + 1.0) / 3
+    expected = ((1 - 0.5 * 0.2) + (0.25 + 1.0) / 2) / 2
     assert float(share.detach()) == pytest.approx(expected, abs=1e-3)
     share.backward()
-    assert float(soft.grad[0]) == pytest.approx(0.2 / 3, abs=1e-4), "the other row may keep it"
+    assert float(soft.grad[0]) == pytest.approx(0.2 / 2, abs=1e-4), "the other row may keep it"
     assert torch.isfinite(soft.grad).all(), "also where a mask is 1"
     hard = torch.tensor([[1.0], [0.0], [0.0], [1.0]])
-    assert float(batch_penalty(hard, ids, 5, (2, 2))) == pytest.approx(2 / 3, abs=1e-3)
+    assert float(batch_penalty(hard, ids, 5, (2, 2))) == pytest.approx((1 + 1 / 2) / 2, abs=1e-3)
     two_batches = batch_penalty(hard, ids, 5, (1, 2))
     assert float(two_batches) == pytest.approx(2 / 4, abs=1e-3), "four batches of one row"
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sere_ray import assets
 from sere_ray.calibration.loading import load_model
 from sere_ray.cli.main import app
-from sere_ray.masks import train
+from sere_ray.masks import train, training
 from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.masks.frozen_model import FrozenModel
 from sere_ray.masks.plan import TrainSettings, prepare_training
@@ -36,7 +36,7 @@ def test_levels_drop_more_and_more(trained):
     assert first["experts_kept"] > last["experts_kept"]
     assert min(first["kl_mean"], last["kl_mean"]) > 0
     assert len(last["slots_kept_by_layer"]) == len(last["experts_kept_by_layer"]) == 4
-    assert len(found.history) == 2 * train.VALIDATIONS
+    assert len(found.history) == 2 * training.VALIDATIONS
     written = MasksArtifact.load(path)
     assert [level.knob for level in written.metadata.levels] == [0.5, 2.0]
     assert [level.slots_kept for level in written.metadata.levels] == [
@@ -91,7 +91,7 @@ def test_first_choices_stay(penalty, tmp_path):
 def test_a_killed_job_goes_on_to_the_same_masks(trained, tmp_path, monkeypatch):
     path, _ = trained
     out = tmp_path / "masks.safetensors"
-    monkeypatch.setattr(train, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(training.Training, "save_seconds", -1.0)
     add_gradients, steps = FrozenModel.add_gradients, []
 
     def killed_at(numbers):
@@ -113,7 +113,7 @@ def test_a_killed_job_goes_on_to_the_same_masks(trained, tmp_path, monkeypatch):
         train.train_masks(TrainSettings(**{**SMALL, "steps": 9}), out)
     found = train.train_masks(TrainSettings(**SMALL), out)
     assert len(steps) == 2 * SMALL["steps"] + 3, "what was done is not done again"
-    assert len(found.history) == 2 * train.VALIDATIONS
+    assert len(found.history) == 2 * training.VALIDATIONS
     ours, theirs = MasksArtifact.load(out), MasksArtifact.load(path)
     assert ours.metadata.levels == theirs.metadata.levels
     for level, of_level in theirs.weights.items():
@@ -137,7 +137,9 @@ def test_damaged_state(tmp_path, has_words):
 
 def test_command(tmp_path, has_words):
     out, report = tmp_path / "masks.safetensors", tmp_path / "report.json"
-    done = command(out, "--knob", "0.1", "--balance", "0.01", "--report", str(report))
+    page = tmp_path / "page.html"
+    options = ["--knob", "0.1", "--balance", "0.01", "--report", str(report), "--html", str(page)]
+    done = command(out, *options)
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(out)
     has_words(done.stderr, "level 1, step 2: KL", "slots by layer", "2 of 2 steps", "s left")
@@ -145,6 +147,9 @@ def test_command(tmp_path, has_words):
     assert (document["model"], document["data"]) == ("model", "calibration.jsonl")
     assert [row["step"] for row in document["rows"]] == [1, 2]
     assert json.loads(json.dumps(document["settings"]))["balance"] == 0.01
+    has_words(
+        page.read_text(), "Masks of model", "data:image/svg+xml", "calibration.jsonl", "KL, nats"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,8 @@ def test_command(tmp_path, has_words):
         (["--sequences", "1000000"], "sequences = 1000000; give more text"),
         (["--text-column", "body"], "no column 'body'"),
         (["--length", "5000"], "length = 5000: the model reads at most 1024 tokens"),
+        (["--workers", "2"], "--workers = 2: each must have an equal part of --batch-size = 8"),
+        (["--sync", "edit"], "--sync edit: is for several workers; give --workers"),
         (["--device", "tpu"], "device = 'tpu': not usable"),
     ],
 )
@@ -191,10 +198,16 @@ def test_short_text(tmp_path):
     assert "the text gives 1 windows" in done.stderr
 
 
-def test_no_memory(tmp_path, monkeypatch):
-    def full(self, windows):
-        raise torch.OutOfMemoryError
+def cuda_full(self, windows):
+    raise torch.OutOfMemoryError
 
+
+def cpu_full(self, windows):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("full", [cuda_full, cpu_full])
+def test_no_memory(full, tmp_path, monkeypatch):
     monkeypatch.setattr(FrozenModel, "_exact", full)
     done = command(tmp_path / "masks")
     assert done.exit_code == 2

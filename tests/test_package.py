@@ -40,6 +40,16 @@ def test_the_page_and_the_licence_of_its_library_are_inside(wheel):
         assert f"sere_ray/serve/gateway/ui/static/{name}" in names
 
 
+def test_all_files_of_the_package_are_inside(wheel):
+    """Programs in other languages, too: HAProxy's waiting room is one in Lua."""
+    done = subprocess.run(
+        ["git", "ls-files", "sere_ray"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tracked = {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
+    assert "sere_ray/proxy/waiting_room.lua" in tracked
+    assert tracked <= set(wheel.namelist())
+
+
 def test_kernels_constraints_and_examples_are_inside(wheel):
     """Each as it lies here; nothing else is put below their folders."""
     places = {

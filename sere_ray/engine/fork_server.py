@@ -76,10 +76,10 @@ def _check_private(folder: Path) -> None:
     """Who can connect can run code as this user.
 
     Raises:
-        PermissionError: the folder is another user's, or open to others.
+        PermissionError: the folder is another user's, a link, or open to others.
     """
-    status = folder.stat()
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise PermissionError(f"{folder}: others can enter it")
 
 
@@ -123,14 +123,15 @@ def main(listener: int, lives_with: int, path: str, preload: Sequence[str]) -> N
     Args:
         listener: number of the socket, which listens already.
         lives_with: process id.
-        path: of the socket; it is removed at the end.
+        path: of the socket; it and its lock are removed at the end.
         preload: modules to import first.
     """
 
     def end() -> None:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(lives_with).wait()
-        Path(path).unlink(missing_ok=True)
+        for each in (Path(path), Path(path).with_suffix(".lock")):
+            each.unlink(missing_ok=True)
         os._exit(0)
 
     import setproctitle  # vLLM brings it

@@ -186,8 +186,8 @@ def check_all_to_all(vllm_config: Any) -> None:
 
 
 SHOWN_ON_GPUS = False
-"""Whether an engine with ``replicas: by_experts`` ran on GPUs and its tests passed there
-(`tests/engine/test_gpu_load_balancer.py`)."""
+"""Whether an engine with ``replicas: by_experts`` ran on GPUs and tests of it passed there. None is
+written yet: those of `tests/engine/test_gpu_load_balancer.py` run with vLLM's own choice."""
 
 
 def check_replicas(vllm_config: Any) -> None:

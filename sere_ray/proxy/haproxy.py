@@ -140,9 +140,8 @@ def with_limits(content: str, limits: Limits, files: Files, secret: str | None, 
     content = _replaced(content, r"^global\n", f"global\n    lua-load {files.waiting_room}\n")
     bind = r"(\nfrontend http_frontend\n\s*bind [^\n]+\n)"
     backends = re.findall(r"\nbackend (\S+)", content)
-    content = _replaced(
-        content, bind, r"\g<1>" + _frontend(limits, secret, backends, files.errors[503])
-    )
+    content = _replaced(content, bind, r"\g<1>" + _frontend(limits, secret, backends))
+    content = _with_waits(content, backends, files.errors[503])
     # Ray's proxy of the head, where HAProxy would send what no replica takes: there it would wait.
     content = re.sub(r"\n\s*server \S+ \S+ (check|track \S+) backup(?=\n)", "", content)
     content = re.sub(r"\n\s*use-server \S+ if \{[^}\n]*unknown_replica_id[^\n]*", "", content)
@@ -177,7 +176,7 @@ def _defaults(limits: Limits, errors: dict[int, Path]) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def _frontend(limits: Limits, secret: str | None, backends: list[str], nobody: Path) -> str:
+def _frontend(limits: Limits, secret: str | None, backends: list[str]) -> str:
     """Rules of connections, then of requests.
 
     A connection that no backend has is one that waits for a request, or for the rest of one.
@@ -206,16 +205,35 @@ def _frontend(limits: Limits, secret: str | None, backends: list[str], nobody: P
             f"http-request set-header {LOOPBACK_HEADER} {secret} if {{ src 127.0.0.0/8 ::1 }}"
         )
     lines.append(f"http-request wait-for-body time {_ms(limits.body_s)}")
-    applications = [name for name in backends if name != "default_backend"]
-    if applications:
-        lines += [
-            f"http-request lua.sere_wait {','.join(applications)} if METH_POST",
-            "http-request redirect location %[pathq] code 307 if { var(txn.sere_again) -m found }",
-            # Ray's router would let it wait on.
-            f"http-request return status 503 errorfile {nobody} "
-            "if { var(txn.sere_nobody) -m found }",
-        ]
     return "".join(f"    {line}\n" for line in lines)
+
+
+def _with_waits(content: str, backends: list[str], nobody: Path) -> str:
+    """Let requests wait for an engine of their application, behind Ray's ACLs of applications.
+
+    Ray has these in the order in which the first that fits is taken.
+    """
+    names = re.findall(r"\n\s*acl is_(\S+) path_beg ", content)
+    if not names:
+        return content
+    lines = [
+        f'http-request set-var-fmt(txn.sere_backends) "{",".join(_of_application(name, backends))}"'
+        f" if METH_POST is_{name} !{{ var(txn.sere_backends) -m found }}"
+        for name in names
+    ]
+    lines += [
+        "http-request lua.sere_wait if { var(txn.sere_backends) -m found }",
+        "http-request redirect location %[pathq] code 307 "
+        "if { var(txn.sere_again) -m found } !{ path_beg // }",  # that would name another host
+        # Ray's router would let it wait on.
+        f"http-request return status 503 errorfile {nobody} if {{ var(txn.sere_nobody) -m found }}",
+    ]
+    last = rf"(\n\s*acl is_{re.escape(names[-1])} path [^\n]*\n)"
+    return _replaced(content, last, r"\g<1>" + "".join(f"    {line}\n" for line in lines))
+
+
+def _of_application(name: str, backends: list[str]) -> list[str]:
+    return [each for each in backends if each == name or each.startswith(f"{name}-via-")]
 
 
 def _ms(seconds: float) -> str:

@@ -122,7 +122,7 @@ def test_the_server_ends_with_its_owner_and_what_it_forked_with_the_one_that_ask
     owner.kill()
     owner.wait()
     until(lambda: has_ended(running))
-    assert not list(folder.glob("fork-????????????????"))
+    assert not list(folder.iterdir())
     assert child.is_running()  # it does not live with the server but with the one that asked
     process.kill()
     until(lambda: has_ended(child))
@@ -164,3 +164,8 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path, owner):
     tmp_path.chmod(0o755)
     with pytest.raises(PermissionError, match="others can enter it"):
         SharedForkServer(owner.pid, PRELOAD, tmp_path)
+    (tmp_path / "own").mkdir(mode=0o700)
+    link = tmp_path / "link"  # who made it could have it point elsewhere a moment later
+    link.symlink_to("own")
+    with pytest.raises(PermissionError, match="others can enter it"):
+        SharedForkServer(owner.pid, PRELOAD, link)

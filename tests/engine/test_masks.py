@@ -40,6 +40,7 @@ RULES = [
     {"select_top_k": TOP_K},
     MARGIN,
     {**MARGIN, "min_primary_experts": 0, "by_rows": [{"up_to": 4, "tau": 0.2}]},
+    {**MARGIN, "tau": 0.3, "balance_ranks": True},
     SPARE,
     {**SPARE, "protect": False, "lead": 0.3, "limit": 0.5},
 ]
@@ -77,9 +78,10 @@ def test_steps_take_what_the_evaluator_takes(keys, skips, keep_first):
     state, bare = make_state(keys, keep_first=keep_first), None
     if keys != NONE:
         bare = CpuState(Policy.parse({**keys, "similarity": "a"}), make_artifact(), TOP_K, 64)
+    owner = torch.arange(EXPERTS) % 2 if skips else None
     if skips:
         for of in filter(None, (state, bare)):
-            of.owner = dict.fromkeys(range(LAYERS), torch.zeros(EXPERTS, dtype=torch.int64))
+            of.owner = dict.fromkeys(range(LAYERS), owner)
     pace, masked, counted = np.random.default_rng(0), np.zeros(LAYERS, dtype=np.int64), []
     reads = np.zeros((2, LAYERS), dtype=np.int64)
     for step in range(24):
@@ -99,7 +101,7 @@ def test_steps_take_what_the_evaluator_takes(keys, skips, keep_first):
                 mask = state.masks.level(level, path="m")[layer]
                 kept = kept_slots(hidden, ids, weights, of_rows, mask)
                 knobs = knobs_of.of_layer(
-                    layer, EXPERTS, make_matrices()[layer], None, make_statistics(layer)
+                    layer, EXPERTS, make_matrices()[layer], owner, make_statistics(layer)
                 )
                 scores = scores_of(logits, PLAIN)
                 rule = keys.get("rule", "sere")

@@ -51,8 +51,8 @@ class Replica(BaseHTTPRequestHandler):
             super().handle()
 
 
-def configuration(folder, port, replica, router=None):
-    """As Ray writes it, of one application with one replica."""
+def configuration(folder, port, replica, router=None, prefixes=("/",)):
+    """As Ray writes it, of applications with one replica each; the first has its name alone."""
     config = HAProxyConfig(
         socket_path=str(folder / "admin.sock"),
         server_state_base=str(folder),
@@ -64,28 +64,30 @@ def configuration(folder, port, replica, router=None):
         metrics_port=free_ports(1)[0],
     )
     config.has_received_routes = config.has_received_servers = True
-    servers = [ServerConfig("replica", "127.0.0.1", replica, "r1")]
     routers = [ServerConfig("router", "127.0.0.1", router)] if router else []
-    backend = BackendConfig(
-        name="http-app",
-        path_prefix="/",
-        app_name="app",
-        servers=servers,
-        ingress_request_router_servers=routers,
-        fallback_server=ServerConfig("fallback", "127.0.0.1", free_ports(1)[0]),
-    )
+    backends = {}
+    for prefix in prefixes:
+        name = f"app{prefix.replace('/', '')}"
+        backends[f"http-{name}"] = BackendConfig(
+            name=f"http-{name}",
+            path_prefix=prefix,
+            app_name=name,
+            servers=[ServerConfig("replica", "127.0.0.1", replica, "r1")],
+            ingress_request_router_servers=routers,
+            fallback_server=ServerConfig("fallback", "127.0.0.1", free_ports(1)[0]),
+        )
     path = folder / "haproxy.cfg"
-    HAProxyApi(config, {"http-app": backend}, str(path))._generate_config_file_internal()
+    HAProxyApi(config, backends, str(path))._generate_config_file_internal()
     return path
 
 
 @contextmanager
-def running(folder, limits=LIMITS, *, replica=None):
+def running(folder, limits=LIMITS, *, replica=None, prefixes=("/",)):
     """HAProxy before a replica; yields its port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Replica)
     Thread(target=server.serve_forever, daemon=True).start()
     port = free_ports(1)[0]
-    path = configuration(folder, port, replica or server.server_port)
+    path = configuration(folder, port, replica or server.server_port, prefixes=prefixes)
     content = with_limits(
         path.read_text().replace("check observe", "observe"),  # up at once
         limits,
@@ -259,13 +261,41 @@ def test_no_more_requests_wait_than_may(restarting):
     assert sorted(seconds < 0.9 for *_, seconds in answers) == [False] * 2 + [True] * 3
 
 
+def test_who_hangs_up_while_waiting_leaves_a_place(tmp_path):
+    """HAProxy ends the wait of some of them without a word to it."""
+    limits = WAITS.model_copy(update={"max_queued": 20})
+    with running(tmp_path, limits) as port, ThreadPoolExecutor(20) as threads:
+        administer(tmp_path, "disable server http-app/replica")
+        for _ in range(limits.max_queued):
+            with closing(socket.create_connection(("127.0.0.1", port))) as connection:
+                connection.sendall(POST)
+                time.sleep(0.02)
+        time.sleep(limits.queue_while_restarting_s + 1)
+        answers = list(threads.map(lambda _: sent(port, POST), range(limits.max_queued)))
+    assert min(seconds for *_, seconds in answers) > 0.9, "all of them wait"
+
+
+def test_a_request_waits_for_an_engine_of_its_own_application(tmp_path):
+    with running(tmp_path, WAITS, prefixes=("/", "/other")) as port:
+        administer(tmp_path, "disable server http-app/replica")
+        assert sent(port, POST.replace(b"/v1", b"/other/v1"))[0] == 401, "the replica's answer"
+        status, *_, seconds = sent(port, POST)
+        assert status == 503
+        assert seconds > 0.9
+        administer(tmp_path, "enable server http-app/replica")
+        administer(tmp_path, "disable server http-appother/replica")
+        assert sent(port, POST)[0] == 401
+        assert sent(port, POST.replace(b"/v1", b"/other/v1"))[-1] > 0.9
+
+
 def test_a_request_that_waits_asks_again_where_a_new_haproxy_took_over(restarting):
     """As after a restart of a gang: the new one knows the new replicas."""
     port, folder = restarting
     administer(folder, "disable server http-app/replica")
     pid = re.search(rb"Pid: (\d+)", administer(folder, "show info"))[1]
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         waiting = threads.submit(sent, port, POST)
+        elsewhere = threads.submit(sent, port, POST.replace(b"/v1", b"//v1"))
         time.sleep(0.4)
         command = [real_binary(), "-db", "-f", folder / "haproxy.cfg", "-sf", pid]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -273,6 +303,7 @@ def test_a_request_that_waits_asks_again_where_a_new_haproxy_took_over(restartin
             status, head, _, seconds = waiting.result()
             assert (status, seconds < 1.9) == (307, True)
             assert b"location: /v1/completions?a=b\r" in head + b"\r"
+            assert elsewhere.result()[0] == 503, "that would be the address of another host"
             assert sent(port, POST)[0] == 401
         finally:
             process.kill()

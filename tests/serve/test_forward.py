@@ -258,6 +258,17 @@ def test_they_wait_so_long_and_so_many_and_no_longer_and_no_more():
     assert statuses == [200, 200, 503, 503, 503]
 
 
+def test_an_answer_that_comes_while_a_request_waits_is_handed_on():
+    async def run():
+        closed = []
+        responses = answer_after(0.2, closed)
+        room = forwarder(handle([], ["another request"]))
+        deadline = asyncio.get_running_loop().time() + 60
+        return await asyncio.wait_for(room._first_response(responses, deadline), 5)
+
+    assert asyncio.run(run()) == "first"
+
+
 def test_a_question_of_how_things_are_does_not_wait():
     statuses, seconds = sent_while_restarting(1, wait=5.0, method="GET")
     assert statuses == [503]

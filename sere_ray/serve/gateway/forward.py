@@ -6,7 +6,7 @@ So every path has vLLM's routes, checks and errors. The ingress sends the reques
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -53,7 +53,7 @@ class Forwarder:
         if scope["method"] in METHODS_WITH_BODY:
             body, deadline = await _whole_body(receive), self._room.deadline()
         if has_no_replica(self._handle):
-            await self._wait_for_replica(deadline)
+            await self._wait_until(deadline, lambda: not has_no_replica(self._handle))
         request = {name: scope[name] for name in PASSED if name in scope}
         call = self._handle.serve_http.remote(request, body)
         has_begun = is_whole = is_stream = False
@@ -84,13 +84,13 @@ class Forwarder:
             if not is_whole:
                 call.cancel()
 
-    async def _wait_for_replica(self, deadline: float) -> None:
-        """Wait until a replica runs.
+    async def _wait_until(self, deadline: float, is_over: Callable[[], bool]) -> None:
+        """Wait until a replica runs, or whatever else ends the wait.
 
         Raises:
-            Refusal: none did in time, or too many wait.
+            Refusal: that was not in time, or too many wait.
         """
-        if not await self._room.hold(deadline, lambda: not has_no_replica(self._handle)):
+        if not await self._room.hold(deadline, is_over):
             raise nobody()
 
     async def _first_response(self, responses: AsyncIterator[Any], deadline: float) -> Any:
@@ -103,11 +103,15 @@ class Forwarder:
             Refusal: no replica came in time, or too many wait, and the call is still in the queue.
         """
         first = asyncio.ensure_future(anext(responses))
+
+        def is_over() -> bool:
+            return first.done() or not (has_no_replica(self._handle) and has_queue(self._handle))
+
         try:
             while not first.done():
                 await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
-                if not first.done() and has_no_replica(self._handle) and has_queue(self._handle):
-                    await self._wait_for_replica(deadline)
+                if not is_over():
+                    await self._wait_until(deadline, is_over)
             return first.result()
         finally:
             first.cancel()

@@ -79,7 +79,8 @@ def _check_private(folder: Path) -> None:
         PermissionError: the folder is another user's, a link, or open to others.
     """
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_own or stat.S_IMODE(status.st_mode) & 0o077:
         raise PermissionError(f"{folder}: others can enter it")
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
@@ -118,8 +119,32 @@ def _start(path: Path, lives_with: int, preload: Sequence[str]) -> str:
     return _mark(psutil.Process(process.pid))
 
 
+def wait_until_unused(lives_with: int, check_s: float = 30.0, idle_s: float = 900.0) -> None:
+    """Wait until a process ends, or this one had no child for a while.
+
+    Replicas of another environment have another fork server, so one whose deployment is gone would
+    stay as long as Ray runs.
+
+    Args:
+        lives_with: process id.
+        check_s: seconds between two looks.
+        idle_s: how long it may have no child.
+    """
+    used = time.monotonic()
+    while time.monotonic() - used < idle_s:
+        try:
+            psutil.Process(lives_with).wait(check_s)
+        except psutil.TimeoutExpired:
+            if psutil.Process().children():
+                used = time.monotonic()
+        except psutil.NoSuchProcess:
+            return
+        else:
+            return
+
+
 def main(listener: int, lives_with: int, path: str, preload: Sequence[str]) -> None:
-    """Be the fork server, until the process ``lives_with`` ends.
+    """Be the fork server, until the process ``lives_with`` ends, or nobody uses it any more.
 
     Args:
         listener: number of the socket, which listens already.
@@ -129,8 +154,7 @@ def main(listener: int, lives_with: int, path: str, preload: Sequence[str]) -> N
     """
 
     def end() -> None:
-        with suppress(psutil.NoSuchProcess):
-            psutil.Process(lives_with).wait()
+        wait_until_unused(lives_with)
         for each in (Path(path), Path(path).with_suffix(".lock")):
             each.unlink(missing_ok=True)
         os._exit(0)

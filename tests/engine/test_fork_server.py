@@ -1,14 +1,16 @@
+import functools
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import parent_process
 from pathlib import Path
 
 import psutil
 import pytest
 
-from sere_ray.engine import forked
+from sere_ray.engine import fork_server, forked
 from sere_ray.engine.fork_server import SharedForkServer
 from sere_ray.engine.forked import ForkContext, ForkedProcess
 from sere_ray.util.processes import family
@@ -169,3 +171,19 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path, owner):
     link.symlink_to("own")
     with pytest.raises(PermissionError, match="others can enter it"):
         SharedForkServer(owner.pid, PRELOAD, link)
+
+
+def test_a_server_that_nobody_uses_ends(owner, monkeypatch):
+    """The owner is a child of this process, so this one is in use; then it is not."""
+    waits = functools.partial(fork_server.wait_until_unused, owner.pid, 0.02, 0.2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(waits)
+        time.sleep(0.5)
+        assert not waiting.done()
+        monkeypatch.setattr(psutil.Process, "children", lambda self: [])
+        waiting.result(WAIT)
+    assert owner.poll() is None
+    owner.kill()
+    start = time.monotonic()
+    fork_server.wait_until_unused(owner.pid, 5.0, 900.0)
+    assert time.monotonic() - start < 5

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from sere_ray.bench.engines import on_gpu, write_config
-from sere_ray.bench.models import get_model
+from sere_ray.bench.models import get_model, with_layers
 from sere_ray.bench.rank_engines import WAYS, RankPlan, Report, measure_rank
 from sere_ray.bench.routing import ROUTERS
 from sere_ray.calibration.synthetic import synthetic_artifact
@@ -49,6 +49,7 @@ def run_expert_parallel(
     model: str,
     out: Path,
     *,
+    layers: int | None,
     num_ranks: int,
     ways: tuple[str, ...],
     rows: list[int],
@@ -67,6 +68,7 @@ def run_expert_parallel(
     Args:
         model: a name of :func:`get_model`.
         out: the result file; replaced, each time in one step.
+        layers: serve only so many layers of the model; None is all.
         num_ranks: data-parallel size; a GPU each.
         ways: of ``WAYS``.
         rows: decode rows per rank.
@@ -83,7 +85,7 @@ def run_expert_parallel(
     Raises:
         SereError: an option does not fit the model, the machine or the file, or a rank failed.
     """
-    served = get_model(model)
+    served = with_layers(get_model(model), layers)
     settings = arms(served.top_k)
     for option, values, allowed in (
         ("--union", ways, WAYS),

@@ -13,6 +13,7 @@ from sere_ray.bench.routing import Gate
 _TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
 _SIZES = {
     "qwen3-30b-a3b": "61 GB",
+    "qwen3-235b-a22b": "470 GB",
     "qwen3-30b-a3b-fp8": "31 GB, FP8 block 128",
     "qwen3-30b-a3b-fp8-tensor": "31 GB, FP8 per tensor",
     "qwen3-30b-a3b-gptq": "17 GB, INT4 (GPTQ)",

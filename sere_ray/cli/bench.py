@@ -49,6 +49,7 @@ def step_time(
             "random-e64",
             "demo",
             "qwen3-30b-a3b",
+            "qwen3-235b-a22b",
             "qwen3-30b-a3b-fp8",
             "qwen3-30b-a3b-fp8-tensor",
             "qwen3-30b-a3b-gptq",
@@ -102,11 +103,10 @@ def step_time(
 
             if batches:
                 raise SereError("--batches: for one rank; use --rows-per-rank")
-            if layers:
-                raise SereError("--layers: for one rank; leave it out with several")
             run_expert_parallel(
                 model,
                 out,
+                layers=layers,
                 num_ranks=data_parallel_size,
                 ways=names(union),
                 rows=numbers("--rows-per-rank", rows_per_rank, range(1, 257)),
@@ -230,3 +230,33 @@ def plot(
         document = load_result(result)
         draw(of_model(document, model) if model else document, picture)
     print(picture)
+
+
+@app.command()
+def host(
+    plan: Annotated[Path, typer.Argument(help="A file such as loadtest/hosts/two-gpus.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Then all is ended.")] = 25.0,
+    archive: Annotated[
+        Path | None, typer.Option(help="A .tgz of the folder, written anew every few seconds.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check the plan and print its commands.")] = False,
+) -> None:
+    """Run all that a plan has for a GPU host: lanes side by side, each on GPUs of its own.
+
+    Example: sere-ray bench host loadtest/hosts/two-gpus.yaml --out results --archive results.tgz
+    """
+    with user_errors():
+        from sere_ray.bench.host import read_plan, run_host
+        from sere_ray.bench.host_check import check_commands
+        from sere_ray.cli.main import app as whole
+
+        read = read_plan(plan)
+        check_commands(read, whole, Path())
+        if dry_run:
+            for lane in read.lanes:
+                print(f"{lane.name} on {', '.join(map(str, lane.gpus)) or 'no GPU'}")
+                print(*(f"  {command}" for command in lane.commands), sep="\n")
+            return
+        run_host(read, out, minutes=minutes, archive=archive, console=console)
+    print(out)

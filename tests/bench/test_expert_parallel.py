@@ -13,6 +13,7 @@ from sere_ray.bench.rank_engines import RankPlan
 from sere_ray.util.errors import SereError
 
 OPTIONS = {
+    "layers": None,
     "num_ranks": 2,
     "ways": ("global", "local"),
     "rows": [2],

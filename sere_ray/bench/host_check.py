@@ -4,18 +4,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from sere_ray.bench.host import OUT, Plan, command_of
 from sere_ray.util.errors import SereError
 
 
-def check_commands(plan: Plan, app: typer.Typer, folder: Path) -> None:
+def check_commands(plan: Plan, command_line: Any, folder: Path) -> None:
     """Parse each `sere-ray` command as the command line does, and look for files of others.
 
     Args:
         plan: to check.
-        app: the command line.
+        command_line: of `sere-ray`, as a command of click.
         folder: in which commands run.
 
     Raises:
@@ -26,7 +24,7 @@ def check_commands(plan: Plan, app: typer.Typer, folder: Path) -> None:
             command_of(text, folder)
             program, *arguments = shlex.split(text)
             if program == "sere-ray":
-                reason = _refusal(typer.main.get_command(app), arguments)
+                reason = _refusal(command_line, arguments)
             else:
                 files = [a for a in arguments if a.endswith(".py") or a.startswith("tests/")]
                 missing = [f for f in files if not Path(folder, f.split("::")[0]).exists()]

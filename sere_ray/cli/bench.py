@@ -234,6 +234,7 @@ def plot(
 
 @app.command()
 def host(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(help="A file such as loadtest/hosts/two-gpus.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
     minutes: Annotated[float, typer.Option(min=0.01, help="Then all is ended.")] = 25.0,
@@ -249,10 +250,9 @@ def host(
     with user_errors():
         from sere_ray.bench.host import read_plan, run_host
         from sere_ray.bench.host_check import check_commands
-        from sere_ray.cli.main import app as whole
 
         read = read_plan(plan)
-        check_commands(read, whole, Path())
+        check_commands(read, context.find_root().command, Path())
         if dry_run:
             for lane in read.lanes:
                 print(f"{lane.name} on {', '.join(map(str, lane.gpus)) or 'no GPU'}")

@@ -4,14 +4,17 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from rich.console import Console
 
 from sere_ray.bench.host import read_plan, run_host
 from sere_ray.bench.host_check import check_commands
+from sere_ray.cli.main import app
 from sere_ray.util.errors import SereError
 
 ROOT = Path(__file__).parents[2]
+COMMAND_LINE = typer.main.get_command(app)
 PLANS = sorted((ROOT / "loadtest" / "hosts").glob("*.yaml"))
 
 
@@ -32,9 +35,7 @@ def python(code):
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_the_commands_of_our_plans_are_commands(path):
-    from sere_ray.cli.main import app
-
-    check_commands(read_plan(path), app, ROOT)
+    check_commands(read_plan(path), COMMAND_LINE, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,8 @@ def test_the_commands_of_our_plans_are_commands(path):
     ],
 )
 def test_commands_that_would_fail(tmp_path, command, words, has_words):
-    from sere_ray.cli.main import app
-
     with pytest.raises(SereError) as error:
-        check_commands(plan_of(tmp_path, one=[command]), app, ROOT)
+        check_commands(plan_of(tmp_path, one=[command]), COMMAND_LINE, ROOT)
     has_words(str(error.value), *words)
 
 

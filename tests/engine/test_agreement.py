@@ -72,10 +72,12 @@ def test_calls_go_by_the_names_that_workers_answer_to():
     calls.counters(reset=False)
     calls.set_policy({"mode": "off"}, b"file")
     calls.settle()
+    calls.signatures()
     assert sent == [
         ("sere_counters", (False,)),
         ("sere_set_policy", ({"mode": "off"}, b"file")),
         ("sere_settle", ()),
+        ("sere_signatures", ()),
     ]
     assert [name for name, _ in sent] == list(WORKER_METHODS)
     assert set(CHANGES) < set(WORKER_METHODS)

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
 from vllm.v1.worker.gpu import dp_utils
 
-from sere_ray.engine import state as states
+from sere_ray.engine import states
 from sere_ray.engine.gpu import patches, union_patches
 from sere_ray.engine.gpu.rank_words import read_words, write_words
 from sere_ray.rules import REROUTABLE

@@ -186,3 +186,39 @@ def test_the_entrance_is_the_command():
     """``python -m sere_ray`` and the entry point of pyproject.toml are one."""
     assert [imported for imported, _ in imports("sere_ray.__main__")] == ["sere_ray.cli.main.app"]
     assert 'sere-ray = "sere_ray.cli.main:app"' in (ROOT / "pyproject.toml").read_text()
+
+
+@cache
+def names_of(name):
+    """What a module of this repository has at its top, and the modules below it."""
+    path = ROOT / Path(*name.split("."))
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+    found = {each.stem for each in path.iterdir()} if path.is_dir() else set()
+
+    def visit(body):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                found.update((a.asname or a.name).split(".")[0] for a in node.names)
+            elif isinstance(node, ast.If | ast.Try | ast.With | ast.For):
+                visit(ast.iter_child_nodes(node))
+            elif isinstance(node, ast.stmt):
+                stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+                found.update(n.id for n in stored if isinstance(n.ctx, ast.Store))
+
+    visit(ast.parse(file.read_text()).body if file.exists() else [])
+    return found
+
+
+def test_what_tests_import_is_there():
+    """Also in functions, which only a GPU host runs."""
+    missing = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                if node.module.split(".")[0] not in ("sere_ray", "tests"):
+                    continue
+                unknown = {alias.name for alias in node.names} - names_of(node.module)
+                missing += [f"{path.relative_to(ROOT)}: {node.module}.{u}" for u in unknown]
+    assert missing == []

@@ -98,14 +98,14 @@ def record_ranks(rank, ports, folder, key, requests, tokens):
     """Data-parallel engines: stock's answers, then answers, records and passes of each policy."""
     from sere_ray.engine.control import calls_of
     from tests.engine.conftest import generate
-    from tests.engine.gpu_ranks import MARGIN, choose_rank, engine_of
+    from tests.engine.gpu_ranks import DEMAND, choose_rank, engine_of
 
     choose_rank(rank)
     watched, report = RoutedRows(), {}
     with engine_of(folder, None, ports[0]) as engine:
         report["stock"] = generate(engine, requests[rank], tokens=tokens[rank])[0]
     watched.install(setattr)
-    keys = [key, {**key, **MARGIN}]
+    keys = [key, {**key, **DEMAND, "rule": "margin"}]
     for port, policies in zip(ports[1:], ([{"select_top_k": 4}, {}], [{}]), strict=True):
         key = keys.pop(0)
         with engine_of(folder, key, port, enable_return_routed_experts=True) as engine:

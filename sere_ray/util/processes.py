@@ -19,9 +19,11 @@ def family(root: psutil.Process) -> list[psutil.Process]:
     found = [root, *root.children(recursive=True)]
     ids = {process.pid for process in found}
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            program = process.cmdline()[1:5]
-            if program[:2] == ["-m", FORK_SERVER] and int(program[3]) in ids - {process.pid}:
+        with suppress(psutil.Error, ValueError, IndexError):
+            # Who sets a title leaves one string, with spaces, in place of the arguments.
+            words = " ".join(process.cmdline()).split()
+            lives_with = int(words[words.index(FORK_SERVER) + 2])
+            if lives_with in ids - {process.pid}:
                 forked = [process, *process.children(recursive=True)]
                 found += [each for each in forked if each.pid not in ids]
     return found

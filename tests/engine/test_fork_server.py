@@ -187,3 +187,15 @@ def test_a_server_that_nobody_uses_ends(owner, monkeypatch):
     start = time.monotonic()
     fork_server.wait_until_unused(owner.pid, 5.0, 900.0)
     assert time.monotonic() - start < 5
+
+
+def test_a_server_with_a_title_is_found(owner):
+    """vLLM and Ray set titles: arguments become one string."""
+    title = f"python -m sere_ray.engine.fork_server 5 {owner.pid} /socket ray"
+    code = f"import setproctitle, time; setproctitle.setproctitle('{title}'); time.sleep(1000)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until(lambda: [each.pid for each in servers(owner)] == [process.pid])
+    finally:
+        process.kill()
+        process.wait()

@@ -149,7 +149,8 @@ def check_too_many_at_once(served, processes):
         assert next(answers).status in (200, 429)
         assert refused.headers["retry-after"] == "1"
         assert json.load(refused)["error"]["code"] == "rate_limit_exceeded"
-    assert served.complete(max_tokens=1)[0] == 200
+    # A server sees a hang-up a moment later, a busy machine's even later.
+    wait_for(lambda: served.complete(max_tokens=1)[0] == 200, 10, "places of those that are gone")
 
 
 def as_they_come(connections):

@@ -175,10 +175,10 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path, owner):
 
 def test_a_server_that_nobody_uses_ends(owner, monkeypatch):
     """The owner is a child of this process, so this one is in use; then it is not."""
-    waits = functools.partial(fork_server.wait_until_unused, owner.pid, 0.02, 0.2)
+    waits = functools.partial(fork_server.wait_until_unused, owner.pid, 0.05, 1.0)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(waits)
-        time.sleep(0.5)
+        time.sleep(1.5)
         assert not waiting.done()
         monkeypatch.setattr(psutil.Process, "children", lambda self: [])
         waiting.result(WAIT)

@@ -78,7 +78,7 @@ def drawn() -> Ids:
 def count_reads(ids: Ids, ranks: int, redundant: int, rows_per_rank: int) -> dict[str, Any]:
     """A row of the result: means over layers, steps and batches.
 
-    The odd steps are counted, the even ones are what the balancer has seen.
+    The odd steps are counted, the even ones are what the balancer places experts by.
     """
     experts = ids.num_experts
     loads = torch.stack([layer[::2].flatten().bincount(minlength=experts) for layer in ids.layers])

@@ -1,7 +1,7 @@
 """Engine processes forked from one that has imported vLLM: a start and a restart take seconds less.
 
 vLLM starts the process of an engine, and the coordinator of its ranks, as new Pythons: each imports
-vLLM anew, some eight seconds of a core. Here they are forked by the node's
+vLLM anew. Here they are forked by the node's
 :mod:`fork server <sere_ray.engine.fork_server>`. A process that cannot be forked is started as vLLM
 would have. On GPUs nothing is forked, as no GPU has run it.
 

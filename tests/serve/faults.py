@@ -129,7 +129,7 @@ def check_killed_engine(served):
 
 def check_requests_wait_for_the_gang(served):
     """After :func:`check_killed_engine`: requests are held until the gang answers again, once the
-    proxy has seen that no replica is left. Before, each is told at once to come again."""
+    proxy knows that no replica is left. Before, each is told at once to come again."""
     start = time.monotonic()
 
     def answer(_):

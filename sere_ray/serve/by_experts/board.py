@@ -91,7 +91,7 @@ class Board:
         """``[D]`` signature that a request with this text is likely to have.
 
         Raises:
-            NotKnown: no such text was seen.
+            NotKnown: no request so far had such a text.
         """
         if self._kinds is None:
             reports = [rank.report for rank in self._ranks.values()]
@@ -100,7 +100,7 @@ class Board:
                 self._usual = self._kinds.usual
         found = self._kinds.tell(text)
         if found is None:
-            raise NotKnown("no request with such a text was seen")
+            raise NotKnown("no request with such a text so far")
         return found
 
     def order(self, wanted: Floats, loads: Mapping[str, float | None]) -> list[str]:

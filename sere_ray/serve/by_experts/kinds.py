@@ -39,7 +39,7 @@ class Kind:
 
 
 class Kinds:
-    """The kinds that one rank has seen, or those of several ranks together."""
+    """The kinds of one rank's requests so far, or of several ranks' together."""
 
     def __init__(self, kinds: Sequence[Kind] = ()) -> None:
         self.kinds = list(kinds)

@@ -27,7 +27,7 @@ class Report:
         number: of the report, counted up.
         load: requests that it has.
         likes: ``[D]`` mean signature of its last ones; zeros = none is known.
-        kinds: of requests that it has seen.
+        kinds: of its requests so far.
     """
 
     model: str

@@ -3,7 +3,7 @@ answer for calibration and for engines."""
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -65,6 +65,23 @@ def same_gate(first: str, second: str) -> bool:
     if any(len(sketch) != _SKETCH for sketch in sketches):
         return False
     return bool(np.abs(sketches[0] - sketches[1]).max() <= _TOLERANCE)
+
+
+def other_gates(
+    first: Mapping[int, str], second: Mapping[int, str], layers: Iterable[int]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """What differs, and both short forms, of each layer whose fingerprints are of two gates.
+
+    Args:
+        first: fingerprint by layer; a layer may be missing.
+        second: the other side's.
+        layers: to compare.
+    """
+    for layer in layers:
+        gates = [prints.get(layer, "") for prints in (first, second)]
+        if not same_gate(*gates):
+            short, other = (gate[:HASH_LENGTH] or None for gate in gates)
+            yield f"router fingerprint of layer {layer}", short, other
 
 
 def check_gate(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere_ray.artifact.gates import HASH_LENGTH, check_gate, same_gate
+from sere_ray.artifact.gates import check_gate, other_gates
 from sere_ray.artifact.statistics import GROUPS
 from sere_ray.artifact.strength import Strength, check_layers_of
 from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
@@ -137,11 +137,8 @@ class SimilarityArtifact:
             ("synthetic", self.metadata.synthetic, metadata.synthetic),
             ("layers", _ranges(sorted(self.layers)), _ranges(sorted(running.layers))),
         ]
-        for layer in sorted(running.layers):
-            gates = [m.router_fingerprint.get(layer, "") for m in (self.metadata, metadata)]
-            if not same_gate(*gates):
-                of_new, of_old = (gate[:HASH_LENGTH] or None for gate in gates)
-                pairs.append((f"router fingerprint of layer {layer}", of_new, of_old))
+        prints = (self.metadata.router_fingerprint, metadata.router_fingerprint)
+        pairs += other_gates(*prints, sorted(running.layers))
         for what, new, old in pairs:
             if new != old:
                 raise ArtifactError(

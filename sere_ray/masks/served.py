@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sere_ray.artifact.gates import HASH_LENGTH, same_gate
+from sere_ray.artifact.gates import other_gates
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.masks.artifact import MasksArtifact, MasksMetadata
 from sere_ray.policy.policy import Policy
@@ -66,11 +66,7 @@ def check_beside(
         ("num_experts", ours.num_experts, theirs.num_experts),
         ("top_k", ours.top_k, theirs.top_k),
     ]
-    for layer in masks.layers:
-        gates = [m.router_fingerprint.get(layer, "") for m in (ours, theirs)]
-        if not same_gate(*gates):
-            first, second = (gate[:HASH_LENGTH] or None for gate in gates)
-            pairs.append((f"router fingerprint of layer {layer}", first, second))
+    pairs += other_gates(ours.router_fingerprint, theirs.router_fingerprint, masks.layers)
     for what, of_masks, of_artifact in pairs:
         if of_masks != of_artifact:
             raise ArtifactError(

@@ -5,7 +5,6 @@ left unused.
 """
 
 import dataclasses
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sere_ray.masks.plan import TrainPlan
 from sere_ray.masks.training import Training
 from sere_ray.masks.work_folder import RAY_FOLDER, WorkFolder
 from sere_ray.util.errors import SereError
+from sere_ray.util.progress import every
 
 EXCHANGE_SECONDS = 1800
 """After which a worker gives up on the others: the slowest one's steps between two meetings."""
@@ -119,7 +119,6 @@ def _shown(notes: Any, jobs: Sequence[Job], console: Console | None) -> Iterator
     """Show what workers say while the block runs."""
     import ray
 
-    ended = threading.Event()
     with on_console(console, sum(job.steps for job in jobs)) as listener:
 
         def look() -> None:
@@ -129,17 +128,10 @@ def _shown(notes: Any, jobs: Sequence[Job], console: Console | None) -> Iterator
             if steps is not None:
                 listener.at(steps)
 
-        def watch() -> None:
-            while not ended.wait(_LOOK_SECONDS):
-                look()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
         try:
-            yield
+            with every(_LOOK_SECONDS, look):
+                yield
         finally:
-            ended.set()
-            thread.join()
             look()
 
 

@@ -49,18 +49,30 @@ def waiting(console: Console, text: str) -> Iterator[None]:
         with console.status(text):
             yield
         return
-    start, done = time.monotonic(), threading.Event()
+    start = time.monotonic()
 
     def tell() -> None:
-        while not done.wait(_LINE_EVERY_SECONDS):
-            console.print(f"   {text}: {time.monotonic() - start:.0f} s", highlight=False)
+        console.print(f"   {text}: {time.monotonic() - start:.0f} s", highlight=False)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    with every(_LINE_EVERY_SECONDS, tell):
+        yield
+
+
+@contextmanager
+def every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function now and then while the block runs, in a thread, which ends with the block."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        ended.set()
         thread.join()
 
 

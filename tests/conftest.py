@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# A failed assertion in a module of helpers shows its values, too.
+pytest.register_assert_rewrite("tests")
 pytest_plugins = ["tests.workers"]
 
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.

@@ -42,6 +42,7 @@ PRIVATE_RAY = {
     "serve/policy_actor/store.py",
     "serve/replica/engine.py",
     "serve/replica/server.py",
+    "serve/run.py",
 }
 """Files that may import Ray's private or experimental modules."""
 

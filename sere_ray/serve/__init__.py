@@ -32,6 +32,8 @@ AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), time
 ``proxy/``                             Remove: Ray takes them.
 Text of ``serve.status()``             "failed to start": a start ends at the first replica's
 ``failed_start.py``                    failure. Remove: Serve has a state for it.
+run_many, _get_global_client           A start that asks how things are waits itself; then the
+``run.py``                             proxies must know it. Remove: ``serve.run`` sees failures.
 handle._router                         Whether a replica is left, and who waits for one. Remove: a
 ``gateway/forward.py``                 handle tells how many replicas it has.
 RAY_SERVE_..., HAProxy                 Direct streaming is chosen by environment, before Ray is

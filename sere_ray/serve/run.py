@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -151,26 +152,32 @@ def deploy(application: Any, name: str, route_prefix: str | None) -> None:
         SereError: it does not start; with the engine's reason and the place of the logs.
     """
     from ray import serve
+    from ray.serve import RunTarget
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationStatus
 
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            serve.run(application, name=name, route_prefix=route_prefix, blocking=False)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        message = failure(serve.status(), name)
+    target = RunTarget(application, name=name, route_prefix=route_prefix)
+    # It does not wait itself: a thread that does is still at it while Ray ends.
+    waits = {
+        "wait_for_ingress_deployment_creation": False,
+        "wait_for_applications_running": False,
+    }
+    try:
+        serve.run_many([target], **waits)
+    except Exception as error:
+        if isinstance(error, SereError):
+            raise
+        raise _not_started(name, str(error)) from None
+    while True:
+        status = serve.status()
+        message = failure(status, name)
         if message is not None:
             raise _not_started(name, message)
-    for error in errors:
-        if isinstance(error, SereError):
-            raise error
-        raise _not_started(name, str(error))
+        if status.applications[name].status == ApplicationStatus.RUNNING:
+            break
+        time.sleep(POLL_SECONDS)
+    # That the proxies know of it, too, only Serve's own client can ask.
+    _get_global_client().wait_for_proxies_serving()
 
 
 def _not_started(name: str, message: str) -> SereError:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,8 @@ SETTINGS = CalibrationSettings(
 def cluster() -> Iterator[str]:
     """Address of the job server of a head node with two cores."""
     dashboard = free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets need a short path
+    # Sockets need a short path, and what Ray started last may still write into it.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         log = Path(folder) / "log"
         options = {
             "port": 0,
@@ -63,7 +65,8 @@ def end(head: subprocess.Popen[bytes]) -> None:
     head.kill()
     head.wait()
     for process in started:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # they end without their head, too
+            process.kill()
     psutil.wait_procs(started)
 
 

@@ -23,13 +23,15 @@ SMALL = {
 """Enough to drop slots, in two seconds."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _few_threads():
+    """For each test anew: an engine of another one sets what suits it."""
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+@pytest.fixture
+def trained(tmp_path):
     """Path of small masks of the demo model, and what training said."""
-    path = tmp_path_factory.mktemp("masks") / "demo.masks.safetensors"
+    path = tmp_path / "trained" / "demo.masks.safetensors"
+    path.parent.mkdir()
     return path, train_masks(TrainSettings(**SMALL), path)

@@ -24,9 +24,10 @@ from ray.llm._internal.serve.core.ingress import builder
 from ray.llm._internal.serve.core.server import llm_server
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve._private import constants, deployment_state, http_util, replica, router
+from ray.serve._private.client import ServeControllerClient
 from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
-from ray.serve.context import DeploymentActorContext, ReplicaContext
+from ray.serve.context import DeploymentActorContext, ReplicaContext, _get_global_client
 from ray.serve.experimental.round_robin_router import RoundRobinRouter
 from ray.serve.gang import GangContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -45,6 +46,7 @@ PRIVATE = {
     "ray.llm._internal.serve.constants.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING",
     "ray.llm._internal.serve.core.engine.protocol.LLMEngine",
     "ray.llm._internal.serve.engines.vllm.vllm_engine.VLLMEngine",
+    "ray.serve.context._get_global_client",
 }
 """What is imported of Ray's private and experimental modules; each has a test below."""
 ALPHA = {
@@ -360,6 +362,14 @@ def test_the_first_replica_that_fails_is_told():
     text = inspect.getsource(deployment_state)
     for what in ("A replica", "A deployment actor"):
         relies(f"{what} {FAILED}" in text, f"the message '{what} {FAILED}'", "none")
+
+
+def test_a_start_can_wait_itself():
+    waits = ("wait_for_ingress_deployment_creation", "wait_for_applications_running")
+    takes(serve.run_many, "targets", *waits)
+    takes(serve.RunTarget, "target", "name", "route_prefix")
+    does(_get_global_client, "return _global_client")
+    takes(ServeControllerClient.wait_for_proxies_serving, "self")
 
 
 def test_an_application_is_built_of_these():

@@ -12,6 +12,7 @@ from sere_ray.serve.gateway import forward
 from sere_ray.serve.gateway.forward import Forwarder, answers, has_no_replica
 from sere_ray.serve.gateway.losses import lost
 from sere_ray.serve.gateway.refusals import Refusal
+from sere_ray.serve.gateway.time_limits import AnswerClock, TimeLimitLayer
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/a", "headers": [(b"a", b"b")], "state": {}}
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -68,7 +69,7 @@ def ask(handle, seconds=0.2):
 
     async def run():
         responses = answer_after(seconds, closed)
-        first = await forwarder(handle)._first_response(responses, 0.0)
+        first = await forwarder(handle)._first_response(responses, 0.0, AnswerClock())
         return [first, *[response async for response in responses]]
 
     try:
@@ -208,17 +209,19 @@ def test_another_error_is_none_of_a_loss():
         forwarded([], ValueError("a mistake"))
 
 
-def sent_while_restarting(requests, *, back_after=None, method="POST", **limits):
+def sent_while_restarting(requests, *, back_after=None, method="POST", takes=0.0, **limits):
     """Statuses of requests that find no replica, and the seconds until all had an answer."""
     replicas = handle([])
 
     async def replica():
+        await asyncio.sleep(takes)
         yield [start(), part(b"a", more=False)]
 
     replicas.serve_http.remote = lambda request, body: Call(replica())
 
     async def run():
-        room, loop = forwarder(replicas, **limits), asyncio.get_running_loop()
+        room = TimeLimitLayer(forwarder(replicas, **limits), limits=Limits(answer_s=0.5))
+        loop = asyncio.get_running_loop()
         if back_after is not None:
             router = replicas._router.request_router
             loop.call_later(back_after, lambda: router.curr_replicas.update(a=None))
@@ -250,6 +253,11 @@ def test_requests_wait_for_an_engine_that_restarts():
     assert 0.3 <= seconds < 2
 
 
+def test_an_answer_may_take_as_long_as_ever_after_such_a_wait():
+    assert sent_while_restarting(1, back_after=0.8, wait=5.0, takes=0.2)[0] == [200]
+    assert sent_while_restarting(1, back_after=0.2, wait=5.0, takes=3.0)[0] == [408]
+
+
 def test_they_wait_so_long_and_so_many_and_no_longer_and_no_more():
     statuses, seconds = sent_while_restarting(3, wait=0.3)
     assert statuses == [503] * 3
@@ -264,7 +272,8 @@ def test_an_answer_that_comes_while_a_request_waits_is_handed_on():
         responses = answer_after(0.2, closed)
         room = forwarder(handle([], ["another request"]))
         deadline = asyncio.get_running_loop().time() + 60
-        return await asyncio.wait_for(room._first_response(responses, deadline), 5)
+        first = room._first_response(responses, deadline, AnswerClock())
+        return await asyncio.wait_for(first, 5)
 
     assert asyncio.run(run()) == "first"
 

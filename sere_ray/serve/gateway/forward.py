@@ -17,6 +17,7 @@ from sere_ray.serve.gateway.hang_ups import DISCONNECT, end_task
 from sere_ray.serve.gateway.losses import EngineLostError, lost, nobody
 from sere_ray.serve.gateway.messages import METHODS_WITH_BODY, begins_stream, replayed
 from sere_ray.serve.gateway.refusals import App, Message, Receive, Send
+from sere_ray.serve.gateway.time_limits import AnswerClock
 from sere_ray.serve.gateway.waiting_room import WaitingRoom
 
 PASSED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
@@ -49,17 +50,18 @@ class Forwarder:
         Raises:
             Refusal: no engine runs, or it was lost before it answered.
         """
+        clock = AnswerClock.of(scope)
         body, deadline = b"", 0.0  # a question of how things are does not wait
         if scope["method"] in METHODS_WITH_BODY:
             body, deadline = await _whole_body(receive), self._room.deadline()
         if has_no_replica(self._handle):
-            await self._wait_until(deadline, lambda: not has_no_replica(self._handle))
+            await self._wait_until(deadline, lambda: not has_no_replica(self._handle), clock)
         request = {name: scope[name] for name in PASSED if name in scope}
         call = self._handle.serve_http.remote(request, body)
         has_begun = is_whole = is_stream = False
         head: Message | None = None
         try:
-            messages = await self._first_response(call, deadline)
+            messages = await self._first_response(call, deadline, clock)
             while messages is not None:
                 for message in messages:
                     if message["type"] == "http.response.start":
@@ -84,16 +86,21 @@ class Forwarder:
             if not is_whole:
                 call.cancel()
 
-    async def _wait_until(self, deadline: float, is_over: Callable[[], bool]) -> None:
+    async def _wait_until(
+        self, deadline: float, is_over: Callable[[], bool], clock: AnswerClock
+    ) -> None:
         """Wait until a replica runs, or whatever else ends the wait.
 
         Raises:
             Refusal: that was not in time, or too many wait.
         """
-        if not await self._room.hold(deadline, is_over):
-            raise nobody()
+        with clock.stopped():
+            if not await self._room.hold(deadline, is_over):
+                raise nobody()
 
-    async def _first_response(self, responses: AsyncIterator[Any], deadline: float) -> Any:
+    async def _first_response(
+        self, responses: AsyncIterator[Any], deadline: float, clock: AnswerClock
+    ) -> Any:
         """Wait for the first response to a call, but not for long for a gang that has yet to start.
 
         Ray drops a dead replica when it does not take a call. That call waits in its queue then,
@@ -111,7 +118,7 @@ class Forwarder:
             while not first.done():
                 await asyncio.wait((first,), timeout=QUEUE_CHECK_SECONDS)
                 if not is_over():
-                    await self._wait_until(deadline, is_over)
+                    await self._wait_until(deadline, is_over, clock)
             return first.result()
         finally:
             first.cancel()

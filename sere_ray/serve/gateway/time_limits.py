@@ -1,7 +1,9 @@
 """Time limits on a request's body and on its whole answer, in the process that answers."""
 
 import asyncio
-from collections.abc import MutableMapping
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from sere_ray.proxy.limits import Limits
@@ -22,6 +24,40 @@ def out_of_time(seconds: float) -> Refusal:
     return Refusal(408, "answer_timeout", message, {"x-should-retry": "false"})
 
 
+class AnswerClock:
+    """Seconds that an answer has taken so far, without those in which it waited for an engine."""
+
+    _OF_SCOPE = "sere.answer_clock"
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._stopped: float | None = None
+
+    def put_into(self, scope: MutableMapping[str, Any]) -> None:
+        """Let the applications below find it in the scope of the request."""
+        scope[self._OF_SCOPE] = self
+
+    @classmethod
+    def of(cls, scope: MutableMapping[str, Any]) -> "AnswerClock":
+        """The clock of a request; a new one where no layer has put one into its scope."""
+        return scope.get(cls._OF_SCOPE) or cls()
+
+    @property
+    def seconds(self) -> float:
+        """What it shows now."""
+        return (self._stopped or time.monotonic()) - self._begun
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        self._stopped = time.monotonic()
+        try:
+            yield
+        finally:
+            self._begun += time.monotonic() - self._stopped
+            self._stopped = None
+
+
 class TimeLimitLayer:
     """Pure ASGI middleware: a late body is refused, a late answer is ended.
 
@@ -39,18 +75,20 @@ class TimeLimitLayer:
         """Serve one request within the limits."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer = _Answer(send)
+        answer, clock = _Answer(send), AnswerClock()
+        clock.put_into(scope)
         serving = self._app(scope, _in_time(receive, self._limits.body_s), answer.send)
         seconds = self._limits.answer_s
         if seconds is None:
             return await serving
         task = asyncio.ensure_future(serving)
         try:
-            done, _ = await asyncio.wait((task,), timeout=seconds)
+            while not task.done() and clock.seconds < seconds:
+                await asyncio.wait((task,), timeout=seconds - clock.seconds)
         except asyncio.CancelledError:
             await end_task(task)
             raise
-        if done:
+        if task.done():
             return task.result()
         answer.is_over = True
         ending = asyncio.ensure_future(end_task(task))

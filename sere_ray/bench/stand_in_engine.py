@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
 from sere_ray.bench.stand_in import expected_words
-from sere_ray.engine.worker_calls import CHANGES, SET_POLICY
+from sere_ray.engine.worker_calls import CHANGES, GATES, SET_POLICY
+from sere_ray.policy.capabilities import ANY_GATES
 from sere_ray.serve.replica.engine import LLMEngine
 
 STEP_SECONDS = 0.02
@@ -65,11 +66,13 @@ class StandInEngine(LLMEngine):  # type: ignore[misc]
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> list[Any]:
-        """Take a policy; everything else is refused.
+        """Take a policy, and say that gates keep it from nothing; everything else is refused.
 
         Raises:
             NotImplementedError: another method.
         """
+        if method == GATES:
+            return [ANY_GATES]
         if method not in CHANGES:
             raise NotImplementedError(method)
         if method == SET_POLICY:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -14,7 +14,7 @@ from sere_ray import assets
 from sere_ray.policy.policy import Policy
 from sere_ray.serve.client import Deployment
 from sere_ray.util.progress import waiting
-from sere_ray.util.ray_instance import start_ray
+from sere_ray.util.ray_instance import nothing_left, start_ray
 
 HOST = "127.0.0.1"
 MODEL_ID = "sere-demo"
@@ -51,7 +51,6 @@ def served(
     Raises:
         SereError: Ray does not start.
     """
-    import ray
     from ray import serve
 
     # vLLM and Ray Serve LLM log to this process's terminal as they are imported here.
@@ -59,8 +58,9 @@ def served(
     from sere_ray.serve import build_app
 
     environment = {"env_vars": {"HF_HUB_OFFLINE": "1", **YIELDING}}
-    start_ray(metrics_port=metrics_port, runtime_env=environment)
-    try:
+    with nothing_left(), ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        start_ray(metrics_port=metrics_port, runtime_env=environment)
         serve.start(http_options={"host": HOST, "port": port})
         arguments = {
             "model": str(assets.MODEL),
@@ -77,9 +77,6 @@ def served(
         with waiting(console, "starting the engines"):
             serve.run(build_app(arguments), name=APP, blocking=False)
         yield Deployment(f"http://{HOST}:{port}")
-    finally:
-        logging.disable(logging.NOTSET)
-        ray.shutdown()  # the instance is ours alone: Serve ends with it
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Read counters and set the policy of a running engine, from the process that owns it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
 from sere_ray.engine.counters import KIND_NAMES
 from sere_ray.engine.worker_calls import WorkerCalls
+from sere_ray.policy.capabilities import GateFacts
 from sere_ray.policy.policy import Policy
 
 
@@ -63,6 +64,23 @@ def _added(name: str, of_some: Any, of_other: Any) -> Any:
     if name == "forward_seconds" and of_some is not None and of_other is not None:
         return of_some + of_other
     return of_some
+
+
+def gates_of(of_workers: Sequence[GateFacts]) -> GateFacts:
+    """What the gates of a model keep policies from; pipeline stages have some of its layers each.
+
+    Args:
+        of_workers: of every worker of one engine.
+    """
+
+    def first(found: Iterable[Any]) -> Any:
+        return min((each for each in found if each is not None), default=None)
+
+    return {
+        "unknown": first(each["unknown"] for each in of_workers),
+        "odd": first(each["odd"] for each in of_workers),
+        "hashed": first(each["hashed"] for each in of_workers),
+    }
 
 
 def set_policy(engine: Engine, policy: Policy) -> None:

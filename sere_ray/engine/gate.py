@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from sere_ray.policy.capabilities import GateFacts, check_gates
 from sere_ray.policy.policy import Policy
-from sere_ray.rules import RULES
 from sere_ray.rules.gate import SCORINGS, Gate
 from sere_ray.util.errors import UnsupportedError
 
@@ -120,32 +120,20 @@ class Gates:
         """Whether a layer's gate takes the K best of a softmax, and does nothing else."""
         return layer in self.known and self.known[layer].is_plain
 
+    @property
+    def facts(self) -> GateFacts:
+        """What these gates keep policies from."""
+        odd = [layer for layer, gate in self.known.items() if not gate.is_plain]
+        return {
+            "unknown": min(self.unknown.items(), default=None),
+            "odd": min(odd, default=None),
+            "hashed": min(self.exact, default=None),
+        }
+
     def check(self, policy: Policy) -> None:
-        """Refuse a rule that reads scores which a gate here does not choose by, and masks beside
-        gates that they were not shown right with.
+        """Refuse a policy that these gates keep an engine from running.
 
         Raises:
             UnsupportedError: names the layer and what its gate has.
         """
-        if policy.masks is not None:
-            self._check_masks(policy)
-        if RULES[policy.rule].needs_scores and self.unknown:
-            layer = min(self.unknown)
-            raise UnsupportedError(
-                f"sere.rule = {policy.rule!r}: needs a gate that ranks experts by known scores; "
-                f"that of layer {layer} has {self.unknown[layer]}; use rule = 'sere'"
-            )
-
-    def _check_masks(self, policy: Policy) -> None:
-        if self.exact:
-            raise UnsupportedError(
-                f"sere.masks = {policy.masks!r}: a table of token ids chooses the experts of layer "
-                f"{min(self.exact)}, beside which masks were never trained; leave masks out"
-            )
-        odd = [layer for layer, gate in self.known.items() if not gate.is_plain]
-        if policy.level and RULES[policy.rule].needs_scores and odd:
-            raise UnsupportedError(
-                f"sere.level = {policy.level} with rule = {policy.rule!r}: the gate of layer "
-                f"{min(odd)} has a bias, groups or other scores than a softmax, behind which masks "
-                "go with none and sere only; use one of these, or level = 0"
-            )
+        check_gates(policy, self.facts)

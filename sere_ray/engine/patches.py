@@ -79,6 +79,7 @@ from sere_ray.engine.signatures import CountsPrompts
 from sere_ray.engine.speculation import building_draft, builds_draft, is_draft
 from sere_ray.engine.state import EngineState
 from sere_ray.engine.states import add_state, find_state
+from sere_ray.policy.capabilities import GateFacts
 from sere_ray.policy.key_file import read_key_file
 from sere_ray.util.errors import UnsupportedError
 
@@ -251,10 +252,15 @@ def _signatures(worker: Any) -> dict[str, Any] | None:
     return state.take_signatures() if isinstance(state, CountsPrompts) else None
 
 
+def _gates(worker: Any) -> GateFacts:
+    return _get_state(worker.vllm_config).gates.facts
+
+
 WORKER_METHODS: dict[str, Callable[..., Any]] = {
     worker_calls.COUNTERS: _counters,
     worker_calls.SET_POLICY: _set_policy,
     worker_calls.SETTLE: _settle,
     worker_calls.SIGNATURES: _signatures,
+    worker_calls.GATES: _gates,
 }
 """What each call of ``worker_calls.py`` does in a worker."""

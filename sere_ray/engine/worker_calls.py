@@ -7,6 +7,7 @@ COUNTERS = "sere_counters"
 SET_POLICY = "sere_set_policy"
 SETTLE = "sere_settle"
 SIGNATURES = "sere_signatures"
+GATES = "sere_gates"
 CHANGES = (SET_POLICY, SETTLE)
 """Calls after which KV blocks are of another policy: see ``kv_salt.py``."""
 
@@ -39,3 +40,8 @@ class WorkerCalls(Generic[Result]):
     def signatures(self) -> Result:
         """Read signatures of prompts: :func:`sere_ray.engine.signatures.of_workers` joins them."""
         return self._send(SIGNATURES, ())
+
+    def gates(self) -> Result:
+        """Read what the model's gates keep policies from:
+        :func:`sere_ray.engine.control.gates_of` joins them."""
+        return self._send(GATES, ())

@@ -1,4 +1,4 @@
-"""Which policies an engine can run, by device and number of data-parallel ranks.
+"""Which policies an engine can run, by device, number of data-parallel ranks and gates.
 
 In one place for engines, which refuse what they cannot run, and for deployments, which must not
 hand an engine what it would refuse: its gang would restart and refuse it again.
@@ -17,6 +17,56 @@ class EngineKind(TypedDict):
 
     on_gpu: bool
     several_ranks: bool
+
+
+class GateFacts(TypedDict):
+    """What the gates of an engine's model keep policies from; only the engine sees them.
+
+    Each names the first such layer, by decoder layer index; None = there is none.
+    """
+
+    unknown: tuple[int, str] | None
+    """Ranks experts by what rules cannot read; with what that is."""
+    odd: int | None
+    """Has a bias, groups or other scores than a softmax."""
+    hashed: int | None
+    """Experts are chosen by a table of token ids."""
+
+
+ANY_GATES = GateFacts(unknown=None, odd=None, hashed=None)
+"""Of a model whose gates keep policies from nothing."""
+
+
+def check_gates(policy: Policy, gates: GateFacts, *, where: str = "sere") -> None:
+    """Refuse a rule that reads scores which a gate does not choose by, and masks beside gates that
+    they were not shown right with.
+
+    Args:
+        policy: valid for the model.
+        gates: of the model.
+        where: name of the policy in error messages.
+
+    Raises:
+        UnsupportedError: names the layer and what its gate has.
+    """
+    reads_scores = RULES[policy.rule].needs_scores
+    if policy.masks is not None and gates["hashed"] is not None:
+        raise UnsupportedError(
+            f"{where}.masks = {policy.masks!r}: a table of token ids chooses the experts of layer "
+            f"{gates['hashed']}, beside which masks were never trained; leave masks out"
+        )
+    if policy.masks is not None and policy.level and reads_scores and gates["odd"] is not None:
+        raise UnsupportedError(
+            f"{where}.level = {policy.level} with rule = {policy.rule!r}: the gate of layer "
+            f"{gates['odd']} has a bias, groups or other scores than a softmax, behind which masks "
+            "go with none and sere only; use one of these, or level = 0"
+        )
+    if reads_scores and gates["unknown"] is not None:
+        layer, what = gates["unknown"]
+        raise UnsupportedError(
+            f"{where}.rule = {policy.rule!r}: needs a gate that ranks experts by known scores; "
+            f"that of layer {layer} has {what}; use rule = 'sere'"
+        )
 
 
 def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:

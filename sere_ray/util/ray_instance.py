@@ -64,16 +64,17 @@ def start_ray(*, metrics_port: int | None = None, **options: Any) -> None:
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """End Ray with the block, and every process of this one's family that outlives it.
+    """End Ray with the block, and every process of it that outlives it, of this one's family.
 
     An engine's process outlives its replica for a while, or for good where it hangs.
     """
     import ray
 
+    before = family(psutil.Process())
     try:
         yield
     finally:
-        below = family(psutil.Process())[1:]
+        below = [each for each in family(psutil.Process()) if each not in before]
         ray.shutdown()
         _, left = psutil.wait_procs(below, timeout=_END_SECONDS)
         for process in left:

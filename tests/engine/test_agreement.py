@@ -73,11 +73,13 @@ def test_calls_go_by_the_names_that_workers_answer_to():
     calls.set_policy({"mode": "off"}, b"file")
     calls.settle()
     calls.signatures()
+    calls.gates()
     assert sent == [
         ("sere_counters", (False,)),
         ("sere_set_policy", ({"mode": "off"}, b"file")),
         ("sere_settle", ()),
         ("sere_signatures", ()),
+        ("sere_gates", ()),
     ]
     assert [name for name, _ in sent] == list(WORKER_METHODS)
     assert set(CHANGES) < set(WORKER_METHODS)

@@ -1,6 +1,6 @@
 """What the workers of one engine counted becomes one report."""
 
-from sere_ray.engine.control import of_engine
+from sere_ray.engine.control import gates_of, of_engine
 
 STEPS = {"steps": 3, "decode_rows": 9}
 
@@ -29,3 +29,9 @@ def test_seconds_that_were_not_measured_stay_so():
     merged = of_engine([report(0, [1] * 4, None), report(1, [1] * 4, None)])
     assert merged["decode_only"]["forward_seconds"] is None
     assert of_engine([report(0, [1] * 4, 2.0)])["mixed"]["forward_seconds"] == 2.0
+
+
+def test_gates_of_all_stages_count():
+    first = {"unknown": None, "odd": 3, "hashed": None}
+    second = {"unknown": (7, "a table"), "odd": 5, "hashed": None}
+    assert gates_of([first, second]) == {"unknown": (7, "a table"), "odd": 3, "hashed": None}

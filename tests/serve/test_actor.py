@@ -372,6 +372,28 @@ def test_a_restarted_router_goes_on_where_the_old_one_stopped(make_router, folde
     run(scenario())
 
 
+def test_what_the_gates_keep_engines_from_is_refused_and_ends_no_engine(make_router, has_words):
+    """Only engines see the gates: without that, they would end at the change, and at each start."""
+
+    async def scenario():
+        router, replica = make_router(), Replica("r")
+        await replica.join(router)
+        unknown = {"unknown": (3, "custom_routing_function"), "odd": None, "hashed": None}
+        await router.note_gates(unknown)
+        for each in (router, make_router()):  # the actor that comes after it knows, too
+            with pytest.raises(SereError) as error:
+                await each.set_policy({"rule": "margin", "tau": 0.1}, "test", timeout_s=0)
+            has_words(str(error.value), "policy.rule = 'margin'", "layer 3", "custom_routing")
+        assert (await router.audit())[-1]["refused"]
+        assert (await router.policy())["version"] == 0
+        await router.set_policy({"select_top_k": 1}, "test", timeout_s=0)
+        await router.note_gates({**unknown, "unknown": None})
+        await router.set_policy({"rule": "margin", "tau": 0.1}, "test", timeout_s=0)
+        assert (await router.policy())["version"] == 2
+
+    run(scenario())
+
+
 def test_ranks_of_a_gang_stop_together_and_the_state_ends_with_the_last(make_router):
     async def scenario():
         router, ranks = make_router(), [Replica(str(r), "g", 2, r) for r in range(2)]

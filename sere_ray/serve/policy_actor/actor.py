@@ -26,7 +26,7 @@ from sere_ray.observe import metrics
 from sere_ray.observe.export import RaySink, Sink
 from sere_ray.observe.metric import Metric
 from sere_ray.observe.stats import summary
-from sere_ray.policy.capabilities import EngineKind
+from sere_ray.policy.capabilities import EngineKind, GateFacts
 from sere_ray.serve.policy_actor.auto_config import AutoConfig
 from sere_ray.serve.policy_actor.holdings import Holdings
 from sere_ray.serve.policy_actor.locate import own_actor_name
@@ -109,6 +109,10 @@ class SereRouter:
         self._holdings.save_again()
         self._meet(gang)
         return self._gangs.start(gang, self._members.gangs(), self._versions.whole)
+
+    async def note_gates(self, gates: GateFacts) -> None:
+        """What the gates of the model keep policies from, as a started engine has seen them."""
+        self._holdings.note_gates(gates)
 
     async def poll(self, member: Member, wait: bool = True) -> Order:
         """Take note of how far a replica is, and answer what it has to do next.

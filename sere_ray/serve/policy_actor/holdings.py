@@ -11,9 +11,12 @@ from sere_ray.artifact.similarity import ArtifactMetadata
 from sere_ray.masks.artifact import MasksMetadata
 from sere_ray.masks.served import check_beside, check_level, layers_of
 from sere_ray.policy.capabilities import (
+    ANY_GATES,
     EngineKind,
+    GateFacts,
     check_artifact,
     check_change,
+    check_gates,
     check_swap,
     check_tables,
 )
@@ -57,7 +60,7 @@ class Holdings:
     ) -> None:
         self._folder, self._max_bytes = folder, max_artifact_bytes
         self._engines, self._auto, self._store = engines, auto, store
-        self._saved = True
+        self._saved, self._gates = True, ANY_GATES
         self.pilot: AutoPilot | None = None  # there is one in mode auto
         state = store.load()
         if state is None:
@@ -69,6 +72,7 @@ class Holdings:
             kept = state["versions"]
             self._file = _kept(store, state["name"], kept[-1]["sha256"])
             self._masks_file = _kept(store, *(state.get("masks") or (None, "")))
+            self._gates = state.get("gates", ANY_GATES)
         self.audit = AuditLog([] if state is None else state["audit"])
         of_masks = "" if self._masks_file is None else self._masks_file.sha256
         self.versions = Versions(kept, load=self._content, put=put, masks=of_masks)
@@ -157,6 +161,12 @@ class Holdings:
         self._save(new)
         return version
 
+    def note_gates(self, gates: GateFacts) -> None:
+        """Refuse from now on what these gates keep the engines from, as an engine tells them."""
+        if gates != self._gates:
+            self._gates = gates
+            self._save()
+
     def follow_pilot(self, **why: Any) -> dict[str, Any]:
         """A new version with the policy of the level that mode ``auto`` has chosen."""
         assert self.pilot is not None
@@ -197,6 +207,7 @@ class Holdings:
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
         check_artifact(policy, self._artifact, where="policy")
         check_level(policy.level, self._masks, path=policy.masks)
+        check_gates(policy, self._gates, where="policy")
         if mode != AUTO:
             self.pilot = None
             return policy
@@ -251,6 +262,7 @@ class Holdings:
                 "name": self._name,
                 "masks": masks and (masks.name, masks.sha256),
                 "auto": None if self.pilot is None else self.pilot.base.model_dump(),
+                "gates": self._gates,
             },
             blobs=self.versions.hashes,
         )

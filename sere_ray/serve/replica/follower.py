@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import serve
 
-from sere_ray.engine.control import of_engine
+from sere_ray.engine.control import gates_of, of_engine
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.observe.export import EngineExporter, RaySink
 from sere_ray.serve.policy_actor.artifacts import keep_artifact
@@ -76,6 +76,8 @@ class Follower:
 
         client = getattr(engine, "_engine_client", None)  # a stand-in of tests has none
         self._token_times = watch_token_times(client)
+        # Before any change: one that the gates keep this engine from would end it.
+        await _policy_actor().note_gates.remote(gates_of(await worker_calls(engine).gates()))
         async with asyncio.timeout(START_SECONDS):
             while await self._step(engine, wait=False) or self._settled < self._staged:
                 if self.failure is not None:

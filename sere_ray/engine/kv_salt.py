@@ -83,7 +83,7 @@ class KvSalts:
         model = vllm_config.model_config
         self._top_k = model.get_num_experts_per_tok()
         self._several_ranks = vllm_config.parallel_config.data_parallel_size > 1
-        policy, _ = parse_key(sere_config(vllm_config))
+        policy, self._startup = parse_key(sere_config(vllm_config))
         path = policy.similarity_path
         self._take(None if path is None else SimilarityArtifact.load(path))
         self._masks = masks_digest(load_masks(policy))
@@ -96,7 +96,7 @@ class KvSalts:
 
     def tell(self, policy: dict[str, Any], artifact: bytes | None = None) -> None:
         """Take over the policy that this rank was told, as :meth:`EngineState.set_policy`."""
-        told, _ = parse_key(policy)
+        told, _ = parse_key(policy, running=self._startup)
         if artifact is not None:
             self._take(SimilarityArtifact.from_bytes(artifact, name=str(told.similarity)))
         if not self._shares:

@@ -45,11 +45,13 @@ class EngineState(ABC):
 
     Attributes:
         policy: what the user wrote, the last that was told and is valid.
-        artifact: the similarity artifact that goes with it; None = the policy names masks alone.
+        artifact: the similarity artifact that goes with it; None = the policy names none.
         top_k: K of the model.
         startup: what the engine was started with and keeps.
         masks: the learned masks that it was started with and keeps; None = there are none.
-        layers: decoder layer indices, in the order of the counters.
+        decoder_layers: how many the model has, with experts or without.
+        layers: those with experts, by index, in the order of the counters: what the policy's files
+            say; without files all, until the model is loaded.
         position: of a layer among them.
         attached: decoder layer index -> vLLM's runner of that layer.
         totals: host-side totals by step kind.
@@ -64,13 +66,15 @@ class EngineState(ABC):
     top_k: int
     startup: Startup = field(default_factory=Startup, kw_only=True)
     masks: MasksArtifact | None = field(default=None, kw_only=True)
+    decoder_layers: int = field(default=0, kw_only=True)
     attached: dict[int, Any] = field(default_factory=dict, init=False)
     gates: Gates = field(default_factory=Gates, init=False)
     draft_weights: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Number the layers and bind the policy to this model."""
-        self.layers = layers_of(self.artifact, self.masks)
+        named = layers_of(self.artifact, self.masks)
+        self.layers = named or list(range(self.decoder_layers))
         self.position = {layer: i for i, layer in enumerate(self.layers)}
         self.totals = (StepTotals(), StepTotals())
         self.running = self._told(self.policy, self.artifact)
@@ -143,7 +147,7 @@ class EngineState(ABC):
                 of the start, or what a running engine cannot change to.
             UnsupportedError: this engine cannot run it.
         """
-        policy, startup = parse_key(value)
+        policy, startup = parse_key(value, running=self.startup)
         for key in startup.model_fields_set:
             new, running = getattr(startup, key), getattr(self.startup, key)
             if new != running:
@@ -188,6 +192,8 @@ class EngineState(ABC):
     def loaded(self) -> None:
         """Do what is left to do once the model's weights are loaded."""
         self.gates.load(self.attached)
+        if self.artifact is None and self.masks is None:
+            self.layers = sorted(self.attached)
 
     # --- steps and counters -----------------------------------------------------------------------
 

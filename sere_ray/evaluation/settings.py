@@ -10,7 +10,9 @@ from pydantic_core import PydanticCustomError
 
 from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import BoundPolicy
+from sere_ray.policy.key import check_beside_start
 from sere_ray.policy.policy import RULE_NAMES, Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError, SereError
 
@@ -136,7 +138,9 @@ def read_settings(path: Path) -> list[dict[str, Any]]:
 
 def as_policy(keys: dict[str, Any], where: str = "settings") -> Setting:
     """A setting as a policy; which artifact it will be used with is decided elsewhere."""
-    return Setting.parse({"similarity": "-", **keys}, where=where)
+    setting = Setting.parse({"similarity": "-", **keys}, where=where)
+    check_beside_start(setting, Startup(), where=where)
+    return setting
 
 
 def label(keys: dict[str, Any]) -> str:

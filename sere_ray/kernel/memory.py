@@ -15,7 +15,8 @@ from sere_ray.rules.margin import WEIGHT_UNIT, demand_units
 from sere_ray.rules.spare import Modes, modes_of
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
-_RULES = {"sere": 0, "margin": 1, "spare": 2}
+_RULES = {"none": 0, "sere": 0, "margin": 1, "spare": 2}
+"""``none`` is ``sere`` at S = K."""
 _SETTINGS = struct.Struct("iiiiifiiffibbbxfffi")
 _ANY_DEMAND = 2**31 - 1
 """More than can be given up: nobody knows what is too much."""
@@ -67,6 +68,14 @@ class LayerTables(NamedTuple):
             stand_ins.to(device),
             stand_in_of.to(device),
         )
+
+    @classmethod
+    def unread(cls, num_experts: int, device: torch.device) -> "LayerTables":
+        """Of a layer about which nothing is known, for the rule ``none``: launches fetch
+        ``neighbours`` all the same."""
+        order = torch.from_numpy(_in_order(np.zeros((num_experts, num_experts)))).to(device)
+        empty = torch.zeros(0, device=device)
+        return cls(order, empty, empty, empty)
 
     @property
     def has_stand_ins(self) -> bool:

@@ -23,11 +23,10 @@ def load_masks(policy: Policy) -> MasksArtifact | None:
 
 
 def layers_of(artifact: SimilarityArtifact | None, masks: MasksArtifact | None) -> list[int]:
-    """Decoder layers that a policy's files are of; it names at least one file."""
+    """Decoder layers that a policy's files are of; none where it names no file."""
     if artifact is not None:
         return sorted(artifact.layers)
-    assert masks is not None, "a policy without artifact names masks"
-    return masks.layers
+    return [] if masks is None else masks.layers
 
 
 def about_model(

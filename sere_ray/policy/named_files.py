@@ -13,7 +13,8 @@ FILE_KEYS = ("similarity", "masks")
 def does_without_similarity(rule: str, keys: Mapping[str, Any]) -> bool:
     """Whether a policy may leave out the artifact.
 
-    Its rule must read nothing of it, and masks must say which gates the policy is for.
+    Its rule must read nothing of it, and, where it changes routing, masks must say which gates the
+    policy is for.
 
     Args:
         rule: its name.
@@ -21,7 +22,7 @@ def does_without_similarity(rule: str, keys: Mapping[str, Any]) -> bool:
     """
     takes = RULES[rule]
     reads = takes.needs_similarity or takes.statistics or keys.get("loss") is not None
-    return keys.get("masks") is not None and not reads
+    return not reads and (rule == "none" or keys.get("masks") is not None)
 
 
 def wrong_with_masks(rule: str, keys: Mapping[str, Any]) -> str | None:
@@ -35,8 +36,6 @@ def wrong_with_masks(rule: str, keys: Mapping[str, Any]) -> str | None:
     if masks is None:
         if level is not None:
             return f"level = {level}: is one of masks; give masks, too, or leave it out"
-        if rule == "none":
-            return "rule = 'none': leaves all to masks; give masks and level, or another rule"
         return None
     if level is None:
         return (

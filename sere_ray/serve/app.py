@@ -127,6 +127,7 @@ def llm_config(config: ServeConfig) -> Any:
             "max_artifact_bytes": config.max_artifact_bytes,
             "gangs": config.num_replicas,
             **engine_kind(config),
+            "startup": config.startup.model_dump(exclude_unset=True),
             "auto": None if config.auto is None else config.auto.model_dump(exclude_unset=True),
             "starts_auto": config.starts_auto,
         }

@@ -135,6 +135,11 @@ class ServeConfig(BaseModel):
             raise ValueError("sere.mode = 'auto': give target and levels under `auto`")
         if self.auto is not None and self.sere is None:
             raise ValueError("auto: needs a policy under `sere`, whose keys its levels change")
+        if self.auto is not None and self.sere is not None and not self.sere.files:
+            raise ValueError(
+                "auto: its levels are of a rule that reads an artifact, and the policy under "
+                "`sere` names no file; give similarity there"
+            )
         if self.auto is not None and self.engine.get("disable_log_stats"):
             raise ValueError("auto: needs the engine's token times; leave disable_log_stats out")
         if self.metrics_interval_s is not None and self.engine.get("disable_log_stats"):

@@ -24,6 +24,7 @@ from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
 from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.rules import EXACT, PADDING, REROUTABLE, count, sere
 from sere_ray.rules.gate import PLAIN
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
@@ -151,7 +152,7 @@ def emulated(monkeypatch, tmp_path_factory):
 class Group:
     """Two ranks of one process, a thread each where they must meet."""
 
-    def __init__(self, before_dispatch=False, copies=({},) * RANKS, **keys):
+    def __init__(self, before_dispatch=False, copies=({},) * RANKS, startup=None, **keys):
         generator = torch.Generator().manual_seed(1)
         self.similarity = {i: torch.rand(E, E, generator=generator) for i in LAYERS}
         self.statistics = {i: make_statistics(E, "similar", i) for i in LAYERS}
@@ -165,15 +166,18 @@ class Group:
             date="2026-11-22",
         )
         self.key = {"similarity": "f", "select_top_k": 1, "min_primary_experts": 0, **keys}
+        artifact = SimilarityArtifact(self.similarity, metadata, self.statistics)
         self.barrier, self.vectors = threading.Barrier(RANKS, timeout=60), {}
         self.states = [
             CudaState(
                 Policy.parse({**self.key, **copies[rank]}),
-                SimilarityArtifact(self.similarity, metadata, self.statistics),
+                artifact if self.key["similarity"] else None,
                 K,
                 E,
                 MAX_ROWS,
                 torch.device("cpu"),
+                startup=startup or Startup(),
+                decoder_layers=LAYERS[-1] + 2,
                 ranks=RankGroup(
                     rank=rank,
                     num_ranks=RANKS,

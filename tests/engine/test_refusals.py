@@ -352,6 +352,15 @@ def test_copies_by_experts_where_nothing_chooses(device, options, words, has_wor
     has_words(str(error.value), "sere.replicas = 'by_experts'", *words)
 
 
+def test_the_lossless_part_alone_is_refused_for_its_engine_not_for_its_files(moe, has_words):
+    with pytest.raises(UnsupportedError) as error:
+        configure(moe, {"rule": "none", "replicas": "by_experts"})
+    has_words(str(error.value), "sere.replicas = 'by_experts'", "on a CPU", "one copy")
+    with pytest.raises(PolicyError) as error:
+        configure(moe, {"rule": "none"})
+    has_words(str(error.value), "sere.rule = 'none'", "changes nothing by itself", "enable_eplb")
+
+
 @pytest.mark.parametrize(("found", "is_refused"), [("0.32.0", False), ("0.33.0", True)])
 def test_tensor_parallel_on_a_gpu(moe, monkeypatch, has_words, found, is_refused):
     import vllm.platforms

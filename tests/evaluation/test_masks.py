@@ -97,6 +97,7 @@ def test_tasks(similarity, masks, tmp_path):
         ({"rule": "none", "masks": "MASKS", "level": 4}, "level = 4"),
         ({"rule": "lynx", "experts": 9, "masks": "MASKS", "level": 1}, "not with 'lynx'"),
         ({"rule": "none", "masks": "gone", "level": 1}, "masks = 'gone': no such file"),
+        ({"rule": "none"}, "rule = 'none': changes nothing by itself; give masks and level"),
         ({"rule": "none", "tau": 0.1}, "tau = 0.1: rule 'none' has no such key"),
     ],
 )

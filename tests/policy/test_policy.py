@@ -86,8 +86,8 @@ def test_masks_go_with_every_rule_that_engines_have(keys) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"rule": "none", "similarity": "f"}, "sere.rule = 'none': leaves all to masks"),
-        ({"rule": "none"}, "sere.masks is missing"),
+        ({"rule": "none", "level": 1}, "sere.level = 1: is one of masks; give masks, too"),
+        ({"rule": "margin", "tau": 0.1}, "sere.masks is missing"),
         ({"rule": "none", "masks": "m"}, "sere.level is missing: masks = 'm'"),
         ({**SMALLEST, "level": 1}, "sere.level = 1: is one of masks; give masks, too"),
         ({"select_top_k": 2, "masks": "m", "level": 1}, "sere.similarity is missing"),
@@ -584,6 +584,31 @@ def test_copies_are_chosen_when_an_engine_starts(replicas: Replicas) -> None:
     assert parse_key(SMALLEST)[1].replicas == "by_tokens"
     with pytest.raises(PolicyError, match="'by_tokens' or 'by_experts'"):
         parse_key({**SMALLEST, "replicas": "by_load"})
+
+
+@pytest.mark.parametrize("files", [{}, {"similarity": "f"}])
+def test_a_rule_that_changes_nothing_is_for_engines_that_choose_copies(
+    files: dict[str, str], has_words: Any
+) -> None:
+    by_experts = Startup(replicas="by_experts")
+    policy, startup = parse_key({**files, "rule": "none", "replicas": "by_experts"})
+    assert startup == by_experts
+    assert policy.for_model(top_k=4).rule == "none"
+    assert parse_key(policy, running=by_experts)[0] == policy
+    masks = {"masks": "m", "level": 1}
+    assert parse_key({**files, "rule": "none", **masks})[0].masks == "m"
+    for value in (policy, {**files, "rule": "none"}, policy.model_dump()):
+        with pytest.raises(PolicyError) as caught:
+            parse_key(value)
+        has_words(
+            str(caught.value), "sere.rule = 'none'", "masks and level", "replicas = 'by_experts'"
+        )
+
+
+def test_copies_are_chosen_by_what_all_ranks_read(has_words: Any) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_key({**SMALLEST, "union": "local", "replicas": "by_experts"})
+    has_words(str(caught.value), "sere.union = 'local'", "replicas = 'by_experts'", "leave one")
 
 
 def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:

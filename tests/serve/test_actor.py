@@ -60,9 +60,9 @@ def make_router(folder, monkeypatch):
     monkeypatch.setattr(actor_module, "ATTACHED_SECONDS", 2.0)
     values = {}
 
-    def make(**engines):
+    def make(policy=None, **engines):
         return SereRouter(
-            {"similarity": str(folder / "a.safetensors"), "select_top_k": 2},
+            policy or {"similarity": str(folder / "a.safetensors"), "select_top_k": 2},
             folder=str(folder),
             max_artifact_bytes=LIMIT,
             store=memory_store("router", values),
@@ -337,6 +337,50 @@ def test_what_engines_would_refuse_is_not_handed_to_them(
             await router.set_policy(changes, "eve")
         has_words(str(caught.value), *words)
         assert await router.policy() == before
+
+    run(scenario())
+
+
+LOSSLESS = {"on_gpu": True, "several_ranks": True, "startup": {"replicas": "by_experts"}}
+
+
+def test_a_policy_that_names_no_file_is_held_where_engines_choose_copies(make_router, has_words):
+    async def scenario():
+        router, replica = make_router({"rule": "none"}, **LOSSLESS), Replica("r")
+        first = await replica.join(router)
+        assert (first.policy["rule"], first.policy["similarity"]) == ("none", None)
+        assert first.content is first.masks is None
+        found = await router.artifact()
+        assert (found["name"], found["layers"], found["metadata"]) == (None, [], {})
+        assert (await router.set_policy({"mode": "off"}, "eve", timeout_s=0))["mode"] == "off"
+        await replica.step(router)
+        assert [update.policy["mode"] for update in replica.told] == ["on", "off"]
+        again = make_router({"rule": "none"}, **LOSSLESS)
+        assert (await again.policy())["policy"]["mode"] == "off"
+        for changes, words in (
+            ({"rule": "sere", "select_top_k": 2}, ["similarity is missing"]),
+            ({"union": "local"}, ["policy.union = 'local'", "replicas = 'by_experts'"]),
+            ({"mode": "auto"}, ["'auto'", "has no levels"]),
+        ):
+            with pytest.raises(SereError) as caught:
+                await router.set_policy(changes, "eve")
+            has_words(str(caught.value), *words)
+        with pytest.raises(SereError, match="started without an artifact"):
+            await router.set_artifact("b.safetensors", "eve")
+
+    run(scenario())
+
+
+def test_a_policy_that_changes_nothing_is_refused_elsewhere(make_router, has_words):
+    words = ("rule = 'none'", "changes nothing", "masks and level", "replicas = 'by_experts'")
+    with pytest.raises(SereError) as caught:
+        make_router({"rule": "none"}, on_gpu=True, several_ranks=True)
+    has_words(str(caught.value), *words)
+
+    async def scenario():
+        with pytest.raises(SereError) as caught:
+            await make_router().set_policy({"rule": "none"}, "eve")
+        has_words(str(caught.value), *words)
 
     run(scenario())
 

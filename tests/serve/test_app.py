@@ -12,9 +12,11 @@ from sere_ray import assets
 from sere_ray.engine import plugin
 from sere_ray.engine.plugin import check_will_load
 from sere_ray.evaluation.tune import write_policy
+from sere_ray.policy.key import parse_key
 from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.serve import ServeConfig, app, build_app, way
-from sere_ray.serve.app import engine_arguments, llm_config
+from sere_ray.serve.app import check_artifact, engine_arguments, llm_config
 from sere_ray.serve.by_experts.router import DirectExpertsRouter, ExpertsRouter, ray_options
 from sere_ray.serve.deployment_file import limits_of_proxies, load_file
 from sere_ray.serve.policy_actor.auto_config import level_policies
@@ -68,6 +70,27 @@ POLICY = {"similarity": "a.safetensors", "select_top_k": 2}
 def test_a_router_by_experts_that_could_not_work_is_refused(fields, words):
     with pytest.raises(SereError, match=words):
         ServeConfig.parse({**VALID, "request_router": "experts", **fields})
+
+
+LOSSLESS = {**VALID, "device": "gpu", "data_parallel_size": 8, "engine": {"enable_eplb": True}}
+
+
+def test_the_lossless_part_alone_needs_no_file(has_words):
+    config = ServeConfig.parse({**LOSSLESS, "sere": {"rule": "none", "replicas": "by_experts"}})
+    check_artifact(config)
+    assert parse_key(config.engine_key) == (config.sere, Startup(replicas="by_experts"))
+    given = llm_config(config).experimental_configs[server.OPTIONS]
+    assert given["startup"] == {"replicas": "by_experts"}
+    assert (given["policy"]["rule"], given["policy"]["similarity"]) == ("none", None)
+    with pytest.raises(SereError) as caught:
+        ServeConfig.parse({**LOSSLESS, "sere": {"rule": "none"}})
+    has_words(str(caught.value), "sere.rule = 'none'", "replicas = 'by_experts'")
+    auto = {"tpot_ms": 12, "levels": [{"select_top_k": 1}]}
+    with pytest.raises(SereError) as caught:
+        ServeConfig.parse(
+            {**LOSSLESS, "auto": auto, "sere": {"rule": "none", "replicas": "by_experts"}}
+        )
+    has_words(str(caught.value), "auto", "names no file", "similarity")
 
 
 def test_a_router_by_experts_is_told_to_ray(monkeypatch):

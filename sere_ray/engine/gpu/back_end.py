@@ -38,6 +38,7 @@ class GpuBackEnd:
             vllm_config.scheduler_config.max_num_batched_tokens,
             device,
             startup=startup,
+            decoder_layers=model.hf_text_config.num_hidden_layers,
             ranks=ranks_of_engine(vllm_config, num_experts, device) if several_ranks else None,
         )
 

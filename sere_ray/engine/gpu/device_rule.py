@@ -10,6 +10,7 @@ from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin, max_aligned_rows
 from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, Statistics, StepInput
 from sere_ray.policy.bound import BoundPolicy
+from sere_ray.rules import RULES
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
 
@@ -18,7 +19,8 @@ class DeviceRule:
     """Never moved once made, since captured graphs point to it.
 
     Args:
-        layers: decoder layer index -> ``[E, E]`` float32, in the order of the counters.
+        layers: decoder layer index -> ``[E, E]`` float32, in the order of the counters; None =
+            there is no artifact, so no rule may run that reads it.
         top_k: K.
         num_experts: E, logical experts.
         device: of this worker.
@@ -28,7 +30,7 @@ class DeviceRule:
 
     def __init__(
         self,
-        layers: Mapping[int, Tensor],
+        layers: Mapping[int, Tensor | None],
         top_k: int,
         num_experts: int,
         device: torch.device,
@@ -38,8 +40,11 @@ class DeviceRule:
         self.top_k, self.num_experts, self.device = top_k, num_experts, device
         self.position = {layer: i for i, layer in enumerate(layers)}
         self._statistics = {layer: (statistics or {}).get(layer, {}) for layer in layers}
+        unread = LayerTables.unread(num_experts, device)
         self.tables = {
-            layer: LayerTables.build(matrix, device, self._statistics[layer])
+            layer: unread
+            if matrix is None
+            else LayerTables.build(matrix, device, self._statistics[layer])
             for layer, matrix in layers.items()
         }
         self.settings = Settings(device, len(layers))
@@ -54,6 +59,15 @@ class DeviceRule:
         self.exact_layers: Collection[int] = ()
         """Layers that no rule changes."""
         self.write(bound)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of counters that count a layer with experts."""
+        return list(self.position.values())
+
+    def keep(self, layers: Collection[int]) -> None:
+        """Take note of which layers have experts, where that was not known at the start."""
+        self.position = {layer: self.position[layer] for layer in layers}
 
     def note_experts(self, layer_name: str, *, merges: bool) -> None:
         """Take note of what a layer's expert kernel needs; graphs are captured later.
@@ -125,12 +139,12 @@ class DeviceRule:
     def blocks(self, rows: int) -> int:
         """Blocks of a launch: for the rule that runs now, so a graph keeps those of its capture.
 
-        A cluster of blocks waits for as many free multiprocessors, so ``sere`` does without it.
+        A cluster of blocks waits for as many free multiprocessors, so only rules of demand have it.
 
         Args:
             rows: T.
         """
-        return blocks_of_margin(rows, self.device) if self.rule != "sere" else 1
+        return blocks_of_margin(rows, self.device) if RULES[self.rule].needs_scores else 1
 
     def write(self, bound: BoundPolicy) -> None:
         """Have a policy's numbers, behind every step launched so far."""

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.agreement import Told
 from sere_ray.engine.back_end import Routing
 from sere_ray.engine.counters import BYTES
@@ -48,9 +47,10 @@ class CudaState(AmongRanks):
     def __post_init__(self) -> None:
         """Allocate everything graphs will point to."""
         super().__post_init__()
-        artifact = _needed(self.artifact)
-        matrices = {layer: artifact.layers[layer] for layer in self.layers}
-        shape, statistics = (self.top_k, self.num_experts), artifact.statistics
+        artifact = self.artifact
+        matrices = {i: None if artifact is None else artifact.layers[i] for i in self.layers}
+        statistics = None if artifact is None else artifact.statistics
+        shape = self.top_k, self.num_experts
         self.rule = DeviceRule(matrices, *shape, self.device, self.bound, statistics)
         self.own = OwnRows(self.rule, self.max_rows)
         self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows) if self.ranks else None
@@ -65,6 +65,7 @@ class CudaState(AmongRanks):
     def loaded(self) -> None:
         """Also copy what gates rank by, and compile the kernels for them."""
         super().loaded()
+        self.rule.keep(self.layers)
         self.rule.note_gates(self.gates.known, self.gates.exact)
         self.own.load()
         if self.union is not None:
@@ -72,16 +73,16 @@ class CudaState(AmongRanks):
 
     def run(self, told: Told) -> None:
         """Copy what changes to where captured graphs read it, behind every step launched so far."""
-        if told.artifact is not self.running.artifact:
-            artifact = _needed(told.artifact)
-            self.rule.write_matrices(artifact.layers, artifact.statistics)
+        if told.artifact is not None and told.artifact is not self.running.artifact:
+            self.rule.write_matrices(told.artifact.layers, told.artifact.statistics)
         self.running = told
         self.rule.write(told.bound)
 
     def write_again(self) -> None:
         """Write whatever steps read, behind memory that was away."""
-        artifact = _needed(self.running.artifact)
-        self.rule.write_matrices(artifact.layers, artifact.statistics)
+        artifact = self.running.artifact
+        if artifact is not None:
+            self.rule.write_matrices(artifact.layers, artifact.statistics)
         self.rule.write_biases(self.gates.known)
         self.rule.write(self.bound)
         self.own.step_input.clear()
@@ -212,6 +213,7 @@ class CudaState(AmongRanks):
         if self.union is not None and self.union.way == "gathered":
             return self.union.read_counters()
         counters: NDArray[np.int64] = self.own.counters.to("cpu", copy=True).numpy()
+        counters = counters[:, self.rule.rows]
         replicated = all(runner.moe_config.ep_size == 1 for runner in self.attached.values())
         if self.union is None and replicated:
             return np.concatenate([counters, counters[:, :, :2]], axis=2)  # each rank reads all
@@ -234,9 +236,3 @@ class CudaState(AmongRanks):
         self.own.counters.zero_()
         if self.union is not None:
             self.union.reset_counters()
-
-
-def _needed(artifact: SimilarityArtifact | None) -> SimilarityArtifact:
-    """Only policies with masks do without one, and they are refused on a GPU."""
-    assert artifact is not None
-    return artifact

@@ -39,7 +39,7 @@ from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.memory import NUM_COUNTERS, DeviceLayer, StepInput
 from sere_ray.kernel.peers import Peers
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import EXACT
+from sere_ray.rules import EXACT, RULES
 from sere_ray.util.errors import UnsupportedError
 
 Way = Literal["gathered", "before", "local"]
@@ -145,7 +145,7 @@ class UnionOfRanks:
         Raises:
             UnsupportedError: layers before it took another one.
         """
-        by_scores = bound.rule != "sere"
+        by_scores = RULES[bound.rule].needs_scores
         early = self.group.before_dispatch or by_scores
         way: Way = "gathered" if gathers and not early else "before"
         if bound.union == "local":
@@ -173,12 +173,12 @@ class UnionOfRanks:
             bound: the running policy.
             own: what launches over this rank's rows read and write.
             topk_ids: ``[T, K]``, changed in place.
-            topk_weights: ``[T, K]``, changed in place but under ``sere``.
-            logits: ``[T, E]``; None under ``sere``, and in layers that stay exact.
+            topk_weights: ``[T, K]``, changed in place by rules that read scores.
+            logits: ``[T, E]``; None in layers that stay exact, and where no rule reads them.
             owner: of ``owners``; None under a load balancer.
         """
         of_layer = self.rule.kernel(topk_ids.dtype), topk_ids, topk_weights, own
-        if bound.rule != "sere" and logits is not None:
+        if RULES[bound.rule].needs_scores and logits is not None:
             across_ranks.ask_of_ranks(*of_layer, logits, self.asked)
             self.group.add_up(self.asked)
             across_ranks.reroute_by_asked(*of_layer, logits, self.asked, owner, self.read)
@@ -272,7 +272,7 @@ class UnionOfRanks:
     def read_counters(self) -> NDArray[np.int64]:
         """``[2, layers, NUM_COUNTERS]``, zero where vLLM gathers no ids; waits for the device."""
         counters: NDArray[np.int64] = self.counters.to("cpu", copy=True).numpy()
-        return counters
+        return counters[:, self.rule.rows]
 
     def report(self) -> dict[str, Any]:
         """Where ids are gathered, what the experts of all ranks were asked for.

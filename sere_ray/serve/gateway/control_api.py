@@ -114,11 +114,11 @@ class MasksInfo(BaseModel):
 class ArtifactInfo(BaseModel):
     """The running artifact, and the masks beside it."""
 
-    name: str | None = Field(description="null: the policy names masks alone")
-    sha256: str = Field(description="empty: the policy names masks alone")
+    name: str | None = Field(description="null: the policy names no artifact")
+    sha256: str = Field(description="empty: the policy names no artifact")
     bytes: int
     layers: list[int]
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = Field(description="of the artifact, else of the masks")
     losses: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
         description="by rule: the least and the largest `loss` that the artifact can translate"
     )

@@ -27,6 +27,7 @@ from sere_ray.observe.export import RaySink, Sink
 from sere_ray.observe.metric import Metric
 from sere_ray.observe.stats import summary
 from sere_ray.policy.capabilities import EngineKind, GateFacts
+from sere_ray.policy.startup import Startup
 from sere_ray.serve.policy_actor.auto_config import AutoConfig
 from sere_ray.serve.policy_actor.holdings import Holdings
 from sere_ray.serve.policy_actor.locate import own_actor_name
@@ -53,6 +54,7 @@ class SereRouter:
         gangs: how many the deployment has. What joins beyond that is counted as a restart.
         on_gpu: whether ranks compute on GPUs.
         several_ranks: whether a gang has more than one rank.
+        startup: fields of :class:`Startup` that engines are started with.
         store: where the state survives this actor.
         on_followed: called when the first replica polls, so when its engine has started.
         sink: takes metrics; None exports none.
@@ -70,6 +72,7 @@ class SereRouter:
         gangs: int = 1,
         on_gpu: bool = False,
         several_ranks: bool = False,
+        startup: Mapping[str, Any] | None = None,
         store: Store,
         on_followed: Callable[[], None] = lambda: None,
         sink: Sink | None = None,
@@ -84,6 +87,7 @@ class SereRouter:
             folder=None if folder is None else Path(folder),
             max_artifact_bytes=max_artifact_bytes,
             engines=EngineKind(on_gpu=on_gpu, several_ranks=several_ranks),
+            startup=Startup.model_validate(startup or {}),
             auto=self._auto_config,
             starts_auto=starts_auto,
             store=store,

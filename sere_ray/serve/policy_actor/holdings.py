@@ -20,7 +20,9 @@ from sere_ray.policy.capabilities import (
     check_swap,
     check_tables,
 )
+from sere_ray.policy.key import check_beside_start
 from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.serve.policy_actor.artifacts import ArtifactFile, path_in, read_artifact
 from sere_ray.serve.policy_actor.auto import AutoPilot
 from sere_ray.serve.policy_actor.auto_config import AUTO, AutoConfig
@@ -37,6 +39,7 @@ class Holdings:
         folder: holds the artifacts that may be swapped in; None allows none.
         max_artifact_bytes: size limit of an artifact.
         engines: kind of the engines that run the policy.
+        startup: what they are started with and keep.
         auto: target and levels; None allows no mode ``auto``.
         starts_auto: begin in mode ``auto``.
         store: where all this survives the actor.
@@ -53,13 +56,15 @@ class Holdings:
         folder: Path | None,
         max_artifact_bytes: int,
         engines: EngineKind,
+        startup: Startup,
         auto: AutoConfig | None,
         starts_auto: bool,
         store: Store,
         put: Callable[[bytes], Any],
     ) -> None:
         self._folder, self._max_bytes = folder, max_artifact_bytes
-        self._engines, self._auto, self._store = engines, auto, store
+        self._engines, self._startup = engines, startup
+        self._auto, self._store = auto, store
         self._saved, self._gates = True, ANY_GATES
         self.pilot: AutoPilot | None = None  # there is one in mode auto
         state = store.load()
@@ -81,6 +86,7 @@ class Holdings:
         self._artifact = None if self._file is None else self._file.parse()
         self._masks = None if self._masks_file is None else self._masks_file.parse_masks()
         base = Policy.parse(self.newest["policy"])
+        check_beside_start(base, startup)
         check_artifact(base, self._artifact)
         check_level(base.level, self._masks, path=base.masks)
         check_beside(self._masks, self._artifact, path=base.masks)
@@ -102,16 +108,19 @@ class Holdings:
         return AUTO if self.pilot is not None else str(self.newest["policy"]["mode"])
 
     def artifact(self) -> dict[str, Any]:
-        """Name, hash and origin of the running artifact, and of the masks beside it."""
+        """Name, hash and origin of the running artifact, and of the masks beside it.
+
+        All but empty where the policy names no file.
+        """
         file, artifact, masks = self._file, self._artifact, self._masks_file
         strengths = {} if artifact is None else artifact.metadata.strengths
-        origin = self._origin.model_dump(exclude={"strengths", "levels"})
+        origin = self._origin
         return {
             "name": self._name,
             "sha256": self.newest["sha256"],
             "bytes": 0 if file is None else len(file.content),
             "layers": layers_of(artifact, self._masks),
-            "metadata": origin,
+            "metadata": origin.model_dump(exclude={"strengths", "levels"}) if origin else {},
             "losses": {rule: of.range for rule, of in strengths.items()},
             "masks": None if masks is None else masks.describe(self._masks),
         }
@@ -204,6 +213,7 @@ class Holdings:
             written["mode"] = "off"
         policy = base.changed(written, where="policy")
         policy.check_layers(len(layers_of(self._artifact, self._masks)), where="policy")
+        check_beside_start(policy, self._startup, where="policy")
         check_change(policy, Policy.parse(newest), **self._engines, where="policy")
         check_artifact(policy, self._artifact, where="policy")
         check_level(policy.level, self._masks, path=policy.masks)
@@ -222,7 +232,8 @@ class Holdings:
             raise SereError(
                 "policy.mode = 'auto': this deployment has no levels; give `auto` in its file"
             )
-        return AutoPilot(base, self._auto, self._top_k)
+        assert self._origin is not None, "a deployment file with `auto` names a file"
+        return AutoPilot(base, self._auto, self._origin.top_k)
 
     def _resume(self, base: Policy) -> None:
         """Go on in mode ``auto`` after a restart, from exact routing."""
@@ -230,15 +241,10 @@ class Holdings:
         self.follow_pilot(level=0, reason="the policy actor restarted")
 
     @property
-    def _top_k(self) -> int:
-        return self._origin.top_k
-
-    @property
-    def _origin(self) -> ArtifactMetadata | MasksMetadata:
-        """Of the artifact; where a policy names none, of its masks."""
+    def _origin(self) -> ArtifactMetadata | MasksMetadata | None:
+        """Of the artifact; where a policy names none, of its masks; None = it names no file."""
         known = self._masks if self._artifact is None else self._artifact
-        assert known is not None, "a policy names one of them"
-        return known.metadata
+        return None if known is None else known.metadata
 
     @property
     def _name(self) -> str | None:

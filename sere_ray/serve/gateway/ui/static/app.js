@@ -18,7 +18,7 @@ const history = new History();
 let session = 0; // counts connections: answers of an older one are dropped
 let api = null;
 let form = null;
-let model = null; // metadata of the artifact: num_experts, top_k, model_id
+let model = null; // metadata of the artifact: num_experts, top_k, model_id; empty without files
 let stats = null;
 let lastAnswer = null; // time of it, in seconds
 let auditTime = 0;
@@ -76,11 +76,11 @@ async function policySchema() {
 async function readArtifact() {
   const artifact = await api.get("artifact");
   model = artifact.metadata;
-  say(byId("model"), lastPart(model.model_id));
+  say(byId("model"), lastPart(model.model_id ?? ""));
   const files = [
     artifact.name && `Artifact ${named(artifact)}, metric ${model.metric}, ${model.date}`,
     artifact.masks && `Masks ${named(artifact.masks)}, ${artifact.masks.levels.length} levels`,
-    `${model.num_experts} experts, top ${model.top_k}.`,
+    model.num_experts && `${model.num_experts} experts, top ${model.top_k}.`,
   ];
   say(byId("artifact"), files.filter(Boolean).join("; "));
 }

@@ -23,7 +23,7 @@ export function makeTiles() {
       element("p", { class: "note", id: `tile-${name}-note` }))));
 }
 
-/** Show an interval, and the scores of `stats`; `model` has `num_experts` and `top_k`. */
+/** Show an interval, and the scores of `stats`; `model` has `num_experts` and `top_k`, if it is known. */
 export function showTiles(sample, stats, model) {
   const { policy } = stats;
   const total = sample?.total ?? null;
@@ -46,7 +46,8 @@ function experts(total, mode, numExperts) {
   const [before, after] = [mean(total.before), mean(total.after)];
   const saved = percent(1 - after / before);
   const difference = mode === "observe" ? `mode on would save ${saved}` : `${saved} fewer`;
-  return [`${number(before)} → ${number(after)}`, `${difference}; a layer has ${numExperts}`];
+  const layer = numExperts ? `; a layer has ${numExperts}` : "";
+  return [`${number(before)} → ${number(after)}`, `${difference}${layer}`];
 }
 
 function rerouted(total, mode, topK) {
@@ -54,7 +55,7 @@ function rerouted(total, mode, topK) {
   if (total?.rerouted == null) return ["–", ""];
   const share = percent(total.rerouted);
   if (mode === "observe") return ["0 %", `exact; mode on would change ${share}`];
-  return [share, `of the tokens' choices, ${topK} a layer`];
+  return [share, `of the tokens' choices${topK ? `, ${topK} a layer` : ""}`];
 }
 
 function score({ scores, version }) {

@@ -9,7 +9,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.masks.artifact import MasksArtifact
@@ -43,6 +46,25 @@ class Versions:
         for tensor in _tensors(first):
             content = tensor.contiguous().cpu().numpy().tobytes()
             self.checksum = zlib.crc32(content, self.checksum)
+
+    def check_alike(self, group: ProcessGroup) -> None:
+        """Refuse other files on workers of one data-parallel rank; a collective call of theirs.
+
+        What they are told later comes by one call for all of them, between the same two passes.
+
+        Args:
+            group: of the workers, for messages between their hosts.
+
+        Raises:
+            PolicyError: they have not the same; on every worker alike.
+        """
+        both = torch.tensor([self.checksum, -self.checksum])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        if int(both[0]) != -int(both[1]):
+            raise PolicyError(
+                "sere: tensor-parallel workers of a data-parallel rank differ in their 'sere' key "
+                "or in their similarity artifact; give all of them the same files"
+            )
 
     def add(self, told: Told, artifact: bytes | None) -> None:
         """Number what this rank is told.

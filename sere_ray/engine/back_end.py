@@ -17,12 +17,13 @@ Wrap = Callable[[Any, str, Callable[..., Any]], None]
 class BackEnd(Protocol):
     """Re-routing on one platform, for engines of one rank and of several."""
 
-    def make_state(self, vllm_config: Any, checked: Checked) -> EngineState:
+    def make_state(self, vllm_config: Any, checked: Checked, runner: Any) -> EngineState:
         """The state of an engine in this process.
 
         Args:
             vllm_config: vLLM's complete configuration.
             checked: what its ``sere`` key holds and names.
+            runner: vLLM's ``MoERunner`` of the first layer that is built.
         """
         ...
 

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.engine.option_checks import check_all_to_all, check_options, check_replicas
+from sere_ray.engine.option_checks import (
+    check_all_to_all,
+    check_options,
+    check_replicas,
+    check_tensor_and_data_parallel,
+)
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
@@ -51,6 +56,7 @@ def check_config(vllm_config: Any) -> Checked:
     policy, startup = parse_key(sere_config(vllm_config))
     check_vllm_version(*installed_vllm())
     check_options(vllm_config)
+    check_tensor_and_data_parallel(vllm_config, startup, policy.union)
     check_speculation(vllm_config)
     on_gpu = vllm_config.device_config.device_type == "cuda"
     check_policy(policy, on_gpu=on_gpu)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
-from sere_ray.engine.counters import KIND_NAMES
+from sere_ray.engine.counters import KIND_NAMES, SHARDS, SLOTS
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.policy.capabilities import GateFacts
 from sere_ray.policy.policy import Policy
@@ -39,15 +39,17 @@ def read_counters(engine: Engine, *, reset: bool = True) -> dict[str, Any]:
 def of_engine(of_workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the workers of one engine counted.
 
-    Tensor-parallel workers count the same, so the first one's stand for them. Pipeline stages
-    count layers apart: lists by layer are added up, and the seconds of a pass; rows and steps are
-    the same in all of them.
+    Tensor-parallel workers count the same, so the first one's stand for them; but for slots where
+    rows are spread over them. Pipeline stages count layers apart: lists by layer are added up, and
+    the seconds of a pass; rows and steps are the same in all of them.
 
     Args:
-        of_workers: of every worker, by rank: the first worker of each stage comes first in it.
+        of_workers: of every worker, by rank.
     """
-    stages = {report["stage"]: report for report in reversed(of_workers)}
-    first, *others = (stages[stage] for stage in sorted(stages))
+    stages: dict[int, list[dict[str, Any]]] = {}
+    for report in of_workers:
+        stages.setdefault(report["stage"], []).append(report)
+    first, *others = (_of_stage(stages[stage]) for stage in sorted(stages))
     merged = dict(first)
     for kind in KIND_NAMES:
         merged[kind] = dict(first[kind])
@@ -55,6 +57,21 @@ def of_engine(of_workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for name, found in other[kind].items():
                 merged[kind][name] = _added(name, merged[kind][name], found)
     del merged["stage"]
+    merged.pop(SHARDS, None)
+    return merged
+
+
+def _of_stage(of_workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the tensor-parallel workers of a stage counted."""
+    first, *others = of_workers
+    if first.get(SHARDS, 1) == 1:
+        return first
+    merged = dict(first)
+    for kind in KIND_NAMES:
+        sums = {name: first[kind][name] for name in SLOTS}
+        for other in others:
+            sums = {name: _added(name, sums[name], other[kind][name]) for name in SLOTS}
+        merged[kind] = {**first[kind], **sums}
     return merged
 
 

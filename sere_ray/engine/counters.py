@@ -15,6 +15,10 @@ COUNTERS = (
 )
 """Per layer: those of the rule, slots that others of their row took over, steps that gave up more
 demand than calibration saw, then experts of the rank that reads most of them."""
+SLOTS = tuple(name for name in COUNTERS if name.startswith("slots_"))
+"""Of these, counters of slots of this worker's rows; the others are the same on all workers."""
+SHARDS = "shards"
+"""In a worker's report: over how many workers the rows of its engine are spread; not there = 1."""
 KIND_NAMES = ("decode_only", "mixed")
 """Of the two kinds of step in reports, in the order of the counter rows."""
 BYTES = ("bytes_dispatched_before", "bytes_dispatched_after")

@@ -229,6 +229,25 @@ def check_something_attached(attached: Iterable[int], architecture: str, backend
         )
 
 
+def check_shards(runner: Any, shards: int) -> None:
+    """Refuse a layer whose rows are cut into other shards than those of layers before it.
+
+    Args:
+        runner: vLLM's ``MoERunner``.
+        shards: of the first layer, over the tensor-parallel workers of a data-parallel rank.
+
+    Raises:
+        UnsupportedError: names the layer and both numbers.
+    """
+    found = runner.moe_config.sp_size
+    if found != shards:
+        raise UnsupportedError(
+            f"sere: layer {runner.layer_name!r} cuts the rows of a data-parallel rank into {found} "
+            f"shards, layers before it into {shards}: row kinds would be those of other rows; use "
+            "tensor_parallel_size = 1 or data_parallel_size = 1"
+        )
+
+
 def check_rows(layer: int, rows: int, rows_of_step: int) -> None:
     """Refuse a layer that gets fewer rows than the step has: their kinds would be those of others.
 

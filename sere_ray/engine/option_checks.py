@@ -5,6 +5,7 @@ from typing import Any
 from packaging.version import Version
 
 from sere_ray.engine.vllm_version import installed_vllm
+from sere_ray.policy.startup import Startup
 from sere_ray.util.errors import UnsupportedError
 
 OTHER_ROWS = {
@@ -70,12 +71,6 @@ def check_options(vllm_config: Any) -> None:
             f"data_parallel_size = {parallel.data_parallel_size} without enable_expert_parallel: "
             "not tested (and the CPU build of vLLM cannot run it)",
             "add enable_expert_parallel = True",
-        ),
-        (
-            data_parallel and parallel.tensor_parallel_size > 1,
-            f"data_parallel_size = {parallel.data_parallel_size} with tensor_parallel_size = "
-            f"{parallel.tensor_parallel_size}: rows of a rank are spread over its workers",
-            "use tensor_parallel_size = 1 or data_parallel_size = 1",
         ),
         (
             current_platform.is_cuda()
@@ -153,6 +148,63 @@ def _unsalted_connectors(config: Any) -> list[str]:
         parts = config.kv_connector_extra_config.get("connectors", [])
         names = [str(part.get("kv_connector")) for part in parts]
     return [name for name in names if name not in KV_CONNECTORS]
+
+
+def check_tensor_and_data_parallel(vllm_config: Any, startup: Startup, union: str) -> None:
+    """Refuse tensor and data parallelism at once where it cannot work, or nobody asked for it.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        startup: of the engine.
+        union: key of the policy.
+
+    Raises:
+        UnsupportedError: names the option, its value and what to do.
+    """
+    parallel = vllm_config.parallel_config
+    sizes = parallel.data_parallel_size, parallel.tensor_parallel_size
+    both = f"data_parallel_size = {sizes[0]} with tensor_parallel_size = {sizes[1]}"
+    are_both, asked = min(sizes) > 1, startup.tensor_and_data_parallel
+    one = "use tensor_parallel_size = 1 or data_parallel_size = 1"
+    recorded = vllm_config.aux_output_config.enable_return_routed_experts
+    refused = [
+        (
+            asked and not are_both,
+            f"tensor_and_data_parallel = True: {both}, so there is nothing to switch on",
+            "leave it out",
+        ),
+        (
+            are_both and vllm_config.device_config.device_type == "cpu",
+            f"{both} on a CPU: rows of a rank are spread over its workers",
+            one,
+        ),
+        (
+            are_both and not asked,
+            f"{both}: has run in the emulator alone, on no GPUs yet",
+            f"{one}, or switch it on by its name: tensor_and_data_parallel = True under 'sere'",
+        ),
+        (
+            are_both and parallel.all2all_backend != "allgather_reducescatter",
+            f"{both} and all2all_backend = {parallel.all2all_backend!r}: not tried",
+            "use 'allgather_reducescatter'",
+        ),
+        (
+            are_both and parallel.enable_eplb,
+            f"{both} and enable_eplb = True: not tried",
+            "start without the load balancer",
+        ),
+        (
+            are_both and recorded,
+            f"{both} and enable_return_routed_experts = True: not tried",
+            "start without it",
+        ),
+        (
+            are_both and union == "local",
+            f"union = 'local': {both}, so a rank's rows may lie on several workers",
+            "use union = 'global'",
+        ),
+    ]
+    _refuse("sere", refused)
 
 
 def check_all_to_all(vllm_config: Any) -> None:

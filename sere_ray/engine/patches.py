@@ -159,11 +159,12 @@ def _back_end_of(vllm_config: Any) -> BackEnd:
     return BACK_ENDS[vllm_config.device_config.device_type]
 
 
-def _get_state(vllm_config: Any) -> EngineState:
+def _state_for(vllm_config: Any, runner: Any) -> EngineState:
     """The state of the engine with this configuration, made when its first layer is built."""
     state = find_state(vllm_config)
     if state is None:
-        state = _back_end_of(vllm_config).make_state(vllm_config, check_config(vllm_config))
+        checked = check_config(vllm_config)
+        state = _back_end_of(vllm_config).make_state(vllm_config, checked, runner)
         add_state(vllm_config, state)
     return state
 
@@ -176,7 +177,7 @@ def _attach_runner(original: Callable[..., Any], runner: Any, *args: Any, **kwar
     vllm_config = get_current_vllm_config()
     if sere_config(vllm_config) is None or builds_draft():
         return
-    back_end, state = _back_end_of(vllm_config), _get_state(vllm_config)
+    back_end, state = _back_end_of(vllm_config), _state_for(vllm_config, runner)
     _install_patches(back_end, vllm_config)
     layer, router = runner.layer_id, runner.router
     check_has_layer(state, layer)
@@ -230,17 +231,23 @@ def _rerouting_class(gate: type[Any], route: Callable[..., Routing]) -> type:
 # --- worker: answers to calls by name -------------------------------------------------------------
 
 
+def _state_of(worker: Any) -> EngineState:
+    state = find_state(worker.vllm_config)
+    assert state is not None, "a worker with the key has built a layer"
+    return state
+
+
 def _counters(worker: Any, reset: bool = True) -> dict[str, Any]:
     from vllm.distributed import get_pp_group
 
-    counters = _get_state(worker.vllm_config).read_counters(reset=reset)
+    counters = _state_of(worker).read_counters(reset=reset)
     return {**counters, "stage": get_pp_group().rank_in_group}
 
 
 def _set_policy(
     worker: Any, policy: dict[str, Any], artifact: bytes | None = None
 ) -> dict[str, Any]:
-    return _get_state(worker.vllm_config).set_policy(policy, artifact).model_dump()
+    return _state_of(worker).set_policy(policy, artifact).model_dump()
 
 
 def _settle(worker: Any) -> None:
@@ -248,12 +255,12 @@ def _settle(worker: Any) -> None:
 
 
 def _signatures(worker: Any) -> dict[str, Any] | None:
-    state = _get_state(worker.vllm_config)
+    state = _state_of(worker)
     return state.take_signatures() if isinstance(state, CountsPrompts) else None
 
 
 def _gates(worker: Any) -> GateFacts:
-    return _get_state(worker.vllm_config).gates.facts
+    return _state_of(worker).gates.facts
 
 
 WORKER_METHODS: dict[str, Callable[..., Any]] = {

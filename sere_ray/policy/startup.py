@@ -23,6 +23,11 @@ class Startup(BaseModel):
         description="which copy of an expert a row gets where vLLM's load balancer keeps several: "
         "any, as vLLM spreads rows, or the same for all rows, of the rank that reads the fewest",
     )
+    tensor_and_data_parallel: bool = Field(
+        default=False,
+        description="on GPUs: start with tensor and data parallelism at once, which has run in the "
+        "emulator alone",
+    )
     check_ranks: bool = Field(
         default=False,
         description="for debugging, slow: in every layer the ranks compare where each expert's "

@@ -52,7 +52,7 @@ def engine_of(folder, key, port, *, before=False, **options):
     os.environ["VLLM_DP_MASTER_PORT"] = str(port)
     with (
         before_dispatch() if before else nullcontext(),
-        running_engine(folder, key, **OPTIONS, **options) as engine,
+        running_engine(folder, key, **{**OPTIONS, **options}) as engine,
     ):
         yield engine
 
@@ -252,6 +252,33 @@ def exercise_demand(rank, ports, folder, key, requests, tokens, rule):
             policy = {**key, **changes}
             given, counters = under(engine, policy, requests[rank], tokens[rank])
             report[name] = {"answers": given, "counters": counters["decode_only"]}
+    return report
+
+
+SHARDED = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+SHARDED_POLICIES = {
+    "S=K": {"select_top_k": 4},
+    "observe": {"mode": "observe"},
+    "off": {"mode": "off"},
+    "S=1": {},
+}
+
+
+def exercise_sharded(rank, ports, folder, key, requests, tokens):
+    """Stock with two workers a rank, then engines under ``sere`` and ``margin``."""
+    choose_rank(rank)
+    from tests.engine.conftest import generate
+
+    with engine_of(folder, None, ports[0], **SHARDED) as engine:
+        report = {"stock": generate(engine, requests[rank], tokens=tokens[rank])[0]}
+    key = {**key, "tensor_and_data_parallel": True}
+    margin = {**key, **DEMAND, "rule": "margin"}
+    rules = ((key, SHARDED_POLICIES), (margin, DEMAND_POLICIES))
+    for port, (of_rule, policies) in zip(ports[1:], rules, strict=True):
+        with engine_of(folder, of_rule, port, **SHARDED) as engine:
+            for name, changes in policies.items():
+                asked = under(engine, {**of_rule, **changes}, requests[rank], tokens[rank])
+                report[of_rule.get("rule", "sere"), name] = asked
     return report
 
 

@@ -35,3 +35,23 @@ def test_gates_of_all_stages_count():
     first = {"unknown": None, "odd": 3, "hashed": None}
     second = {"unknown": (7, "a table"), "odd": 5, "hashed": None}
     assert gates_of([first, second]) == {"unknown": (7, "a table"), "odd": 3, "hashed": None}
+
+
+def test_slots_of_workers_that_share_an_engines_rows_are_added_up():
+    def of_worker(slots):
+        kind = {
+            "steps": 3,
+            "decode_rows": 9,
+            "experts_after": [4, 5],
+            "experts_max_rank_after": None,
+        }
+        kind |= {"slots_rerouted": slots, "slots_merged": [1, 0]}
+        return {"stage": 0, "shards": 2, "decode_only": kind, "mixed": kind}
+
+    first = of_worker([1, 2])
+    merged = of_engine([first, of_worker([10, 20])])
+    assert merged.keys() == {"decode_only", "mixed"}
+    for kind in merged.values():
+        assert (kind["slots_rerouted"], kind["slots_merged"]) == ([11, 22], [2, 0])
+        assert (kind["steps"], kind["decode_rows"], kind["experts_after"]) == (3, 9, [4, 5])
+    assert first["decode_only"]["slots_rerouted"] == [1, 2]

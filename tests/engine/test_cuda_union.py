@@ -17,9 +17,10 @@ import torch
 
 from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine.gpu import device_rule
+from sere_ray.engine.gpu.rank_group import RankGroup
 from sere_ray.engine.gpu.rank_words import read_words, write_words
 from sere_ray.engine.gpu.state import CudaState
-from sere_ray.engine.gpu.union import NO_ROWS, RankGroup
+from sere_ray.engine.gpu.union import NO_ROWS
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import STEP
@@ -150,9 +151,14 @@ def emulated(monkeypatch, tmp_path_factory):
 
 
 class Group:
-    """Two ranks of one process, a thread each where they must meet."""
+    """Two data-parallel ranks of ``workers`` each, in one process: a thread each where they meet.
 
-    def __init__(self, before_dispatch=False, copies=({},) * RANKS, startup=None, **keys):
+    Workers of a rank have ``shards`` of its rows: one each, or, with one shard, all of them.
+    """
+
+    def __init__(
+        self, before_dispatch=False, copies=None, startup=None, workers=1, shards=1, **keys
+    ):
         generator = torch.Generator().manual_seed(1)
         self.similarity = {i: torch.rand(E, E, generator=generator) for i in LAYERS}
         self.statistics = {i: make_statistics(E, "similar", i) for i in LAYERS}
@@ -167,10 +173,13 @@ class Group:
         )
         self.key = {"similarity": "f", "select_top_k": 1, "min_primary_experts": 0, **keys}
         artifact = SimilarityArtifact(self.similarity, metadata, self.statistics)
-        self.barrier, self.vectors = threading.Barrier(RANKS, timeout=60), {}
+        self.workers, self.shards, everyone = workers, shards, range(RANKS * workers)
+        self.groups = [everyone if shards > 1 else everyone[i::workers] for i in range(workers)]
+        self.barriers = [threading.Barrier(len(group), timeout=60) for group in self.groups]
+        self.vectors = {}
         self.states = [
             CudaState(
-                Policy.parse({**self.key, **copies[rank]}),
+                Policy.parse({**self.key, **(copies[rank] if copies else {})}),
                 artifact if self.key["similarity"] else None,
                 K,
                 E,
@@ -179,54 +188,67 @@ class Group:
                 startup=startup or Startup(),
                 decoder_layers=LAYERS[-1] + 2,
                 ranks=RankGroup(
-                    rank=rank,
-                    num_ranks=RANKS,
+                    rank=self.group(rank).index(rank),
+                    num_ranks=len(self.group(rank)),
+                    shards=shards,
                     exchange=functools.partial(self.exchange, rank, torch.minimum),
                     add_up=functools.partial(self.exchange, rank, torch.add),
                     connect=lambda: None,
                     before_dispatch=before_dispatch,
                 ),
             )
-            for rank in range(RANKS)
+            for rank in everyone
         ]
         for state in self.states:
             state.gates.known.update(dict.fromkeys(LAYERS, PLAIN))
-        owner = (torch.arange(E) >= E // 2).to(torch.uint8)
+        owner = (torch.arange(E) * len(everyone) // E).to(torch.uint8)
         self.placements = []
-        for rank in range(RANKS):
+        for rank in everyone:
             mine = owner == rank
             local_ids = torch.where(mine, mine.cumsum(0) - 1, -1).int()
-            self.placements.append(Placement(local_ids, owner, RANKS))
+            self.placements.append(Placement(local_ids, owner, len(everyone)))
             self.states[rank].union.owners.update(dict.fromkeys(LAYERS, owner))
 
+    def group(self, rank):
+        """Those whose rows are gathered for a worker."""
+        return self.groups[rank % self.workers]
+
     def exchange(self, rank, combine, numbers):
+        place = 0 if self.shards > 1 else rank % self.workers
         self.vectors[rank] = numbers.clone()
-        self.barrier.wait()
-        combined = combine(*self.vectors.values())
-        self.barrier.wait()
+        self.barriers[place].wait()
+        combined = functools.reduce(combine, (self.vectors[other] for other in self.group(rank)))
+        self.barriers[place].wait()
         numbers.copy_(combined)
 
     def run_pass(self, kinds, sizes, *, seed=0, block=16, gathers=True):
         """Returns per layer: gathered ids before, weights, ids after (of each rank)."""
-        for state, of_rank in zip(self.states, kinds, strict=True):
-            state.union.next_kinds = np.array(of_rank, dtype=np.int8)
-        table = np.stack([state.words() for state in self.states], axis=1)
-        for state in self.states:
-            state.begin_pass(table, list(sizes))
+        for rank, state in enumerate(self.states):
+            state.union.next_kinds = np.array(kinds[rank // self.workers], dtype=np.int8)
+        for place in range(self.workers):  # vLLM's sum, of the workers with this place
+            states = self.states[place :: self.workers]
+            table = np.stack([state.words() for state in states], axis=1)
+            for state in states:
+                state.begin_pass(table, list(sizes))
         return {i: self.run_layer(i, kinds, sizes, seed, block, gathers) for i in LAYERS}
 
     def run_layer(self, layer, kinds, sizes, seed, block, gathers):
         generator = torch.Generator().manual_seed(seed * 100 + layer)
         ids, weights, logits = [], [], []
         for rank, size in enumerate(sizes):
-            scores = torch.rand(size, E, generator=generator)
-            top = scores.topk(K, sorted=False)
-            chosen = top.indices.int()
-            chosen[len(kinds[rank]) :] = -1  # as vLLM marks padding
-            ids.append(chosen)
-            weights.append(top.values.contiguous())
-            logits.append(scores)
-        before = torch.cat(ids)
+            length = -(-size // self.shards)
+            scores = torch.zeros(length * self.shards, E)
+            scores[:size] = torch.rand(size, E, generator=generator)
+            for worker in range(self.workers):
+                first = length * (worker % self.shards)
+                of_worker = scores[first : first + length].clone()
+                top = of_worker.topk(K, sorted=False)
+                chosen = top.indices.int()
+                chosen[len(kinds[rank]) :] = -1  # as vLLM marks padding, by the first rows' mask
+                ids.append(chosen)
+                weights.append(top.values.contiguous())
+                logits.append(of_worker)
+        before = torch.cat([ids[rank] for rank in self.groups[0]])
 
         def before_gather(rank):
             self.states[rank].route_layer(
@@ -238,14 +260,16 @@ class Group:
                 logits=logits[rank],
             )
 
-        threads = [threading.Thread(target=before_gather, args=(r,)) for r in range(RANKS)]
+        everyone = range(len(self.states))
+        threads = [threading.Thread(target=before_gather, args=(r,)) for r in everyone]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-        all_weights, after = torch.cat(weights), []
+        after = []
         for rank, state in enumerate(self.states):
-            gathered = torch.cat(ids)
+            gathered = torch.cat([ids[other] for other in self.group(rank)])
+            all_weights = torch.cat([weights[other] for other in self.group(rank)])
             if gathers:
                 state.take_gathered(gathered, all_weights)
                 if block:
@@ -253,7 +277,7 @@ class Group:
                     check_local_alignment(gathered, aligned, block, self.placements[rank].local_ids)
             state.check_nothing_deferred()
             after.append(gathered)
-        self.logits = torch.cat(logits)  # of the last layer
+        self.logits = torch.cat([logits[rank] for rank in self.groups[0]])  # of the last layer
         return before, all_weights, after
 
 

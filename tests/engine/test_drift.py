@@ -79,6 +79,14 @@ def test_copies_are_mapped_by_one_method_from_tables_of_the_layer():
     assert "replica_idx = hashed % replica_count" in kernel
 
 
+def test_a_layer_says_into_how_many_shards_its_rows_are_cut():
+    """What follows from it: ``test_cuda_shards.py``."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
+
+    assert "self.moe_parallel_config.sp_size" in source(FusedMoEConfig.sp_size.fget)
+    assert "sp_size" in FusedMoEParallelConfig.__dataclass_fields__
+
+
 def test_recorded_ids_are_what_a_router_returns_as_narrow_numbers():
     from vllm.distributed.aux_output_connector import worker
     from vllm.model_executor.layers.fused_moe import routed_experts_capturer

@@ -123,7 +123,7 @@ def test_the_engine_of_a_pass_is_that_of_its_parallel_configuration(monkeypatch,
     parallel, other = SimpleNamespace(), SimpleNamespace()
     words, begun = write_words(3, 5, np.full(2, REROUTABLE, np.int8), 32), []
     state = SimpleNamespace(
-        union=SimpleNamespace(group=SimpleNamespace(rank=1)),
+        union=SimpleNamespace(group=SimpleNamespace(data_rank=1)),
         words=lambda: words,
         begin_pass=lambda table, sizes: begun.append((table, sizes)),
     )

@@ -14,6 +14,7 @@ from sere_ray.engine import option_checks, vllm_version
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
+from sere_ray.policy.startup import Startup
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, random_artifact, running_engine, sere_key
 
@@ -311,7 +312,6 @@ def test_ways_to_speculate_that_were_not_tested(moe, has_words, part, option, va
     ("options", "words"),
     [
         ({"enable_expert_parallel": False}, ["data_parallel_size = 2", "add enable_expert_paral"]),
-        ({"tensor_parallel_size": 2}, ["tensor_parallel_size = 2", "spread over its workers"]),
         ({"enable_eplb": True}, None),
         ({"enable_dbo": True}, ["enable_dbo", "not supported"]),
         ({}, None),
@@ -331,6 +331,49 @@ def test_data_and_expert_parallel_on_a_gpu(moe, monkeypatch, has_words, options,
     with pytest.raises(UnsupportedError) as error:
         option_checks.check_options(config)
     has_words(str(error.value), *words)
+
+
+ON = {"tensor_and_data_parallel": True}
+ALLGATHER = "allgather_reducescatter"
+
+
+@pytest.mark.parametrize(
+    ("startup", "options", "words"),
+    [
+        ({}, {}, ["= 2 with tensor_parallel_size = 2", "no GPUs yet", "tensor_and_data_parallel"]),
+        (ON, {}, None),
+        ({}, {"tensor_parallel_size": 1}, None),
+        ({}, {"data_parallel_size": 1}, None),
+        (ON, {"tensor_parallel_size": 1}, ["tensor_and_data_parallel = True", "leave it out"]),
+        (ON, {"device_type": "cpu"}, ["on a CPU", "use tensor_parallel_size = 1"]),
+        (ON, {"all2all_backend": "deepep_v2"}, ["'deepep_v2'", "not tried", ALLGATHER]),
+        (ON, {"enable_eplb": True}, ["enable_eplb = True", "without the load balancer"]),
+        (ON, {"enable_return_routed_experts": True}, ["routed_experts = True", "not tried"]),
+        (ON, {"union": "local"}, ["union = 'local'", "use union = 'global'"]),
+    ],
+)
+def test_tensor_and_data_parallel_at_once(startup, options, words, has_words):
+    given = {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 2,
+        "all2all_backend": ALLGATHER,
+        "enable_eplb": False,
+        **options,
+    }
+    records = given.pop("enable_return_routed_experts", False)
+    union, device = given.pop("union", "global"), given.pop("device_type", "cuda")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**given),
+        device_config=SimpleNamespace(device_type=device),
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=records),
+    )
+    check = option_checks.check_tensor_and_data_parallel
+    if words is None:
+        check(config, Startup(**startup), union)
+        return
+    with pytest.raises(UnsupportedError) as error:
+        check(config, Startup(**startup), union)
+    has_words(str(error.value), "sere: ", *words)
 
 
 @pytest.mark.parametrize(

@@ -611,6 +611,13 @@ def test_copies_are_chosen_by_what_all_ranks_read(has_words: Any) -> None:
     has_words(str(caught.value), "sere.union = 'local'", "replicas = 'by_experts'", "leave one")
 
 
+def test_tensor_and_data_parallel_is_switched_on_by_name() -> None:
+    assert parse_key({**SMALLEST, "tensor_and_data_parallel": True})[1].tensor_and_data_parallel
+    assert not parse_key(SMALLEST)[1].tensor_and_data_parallel
+    with pytest.raises(PolicyError, match="is taken when an engine starts"):
+        Policy.parse({**SMALLEST, "tensor_and_data_parallel": True})
+
+
 def test_startup_has_defaults_and_shares_no_key_with_the_policy() -> None:
     assert parse_key(SMALLEST) == (Policy.parse(SMALLEST), Startup())
     assert parse_key(Policy.parse(SMALLEST))[1].dispatch == "allgather"

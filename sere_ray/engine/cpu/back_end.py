@@ -35,7 +35,7 @@ def ask_for_tiles() -> None:
 class CpuBackEnd:
     """Re-routing by compiled loops, with vLLM's model runner V1."""
 
-    def make_state(self, vllm_config: Any, checked: Checked) -> CpuState:
+    def make_state(self, vllm_config: Any, checked: Checked, runner: Any) -> CpuState:
         """With tensor parallelism alone every rank sees every row, so no union is needed."""
         policy, startup, artifact, masks = checked
         logger.info("sere-ray: %s; CPU path", policy.model_dump_json())

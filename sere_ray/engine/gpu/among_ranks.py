@@ -34,7 +34,11 @@ class AmongRanks(EngineState):
         """Whatever was deferred must have been sorted."""
 
     def words(self) -> NDArray[np.int32]:
-        """What this rank tells the others before the pass that it is about to run."""
+        """What this data-parallel rank tells the others before the pass that it is about to run.
+
+        Its tensor-parallel workers tell the same, each in a sum of its own: they are told a policy
+        between the same two passes.
+        """
         versions, union = self.versions, self.union
         assert versions is not None
         assert union is not None
@@ -45,8 +49,8 @@ class AmongRanks(EngineState):
         """Take over the row kinds of the pass that all ranks launch next.
 
         Args:
-            table: ``[words, ranks]``: what each rank told.
-            sizes: ``[ranks]`` rows of each rank in the pass, with padding.
+            table: ``[words, ranks]``: what each data-parallel rank told.
+            sizes: ``[ranks]`` rows of each of them in the pass, with padding.
 
         Raises:
             PolicyError: ranks were told different policies; on every rank alike.
@@ -56,14 +60,17 @@ class AmongRanks(EngineState):
         versions = [of_rank.version for of_rank in ranks]
         same_checksum = len({of_rank.checksum for of_rank in ranks}) == 1
         self.run_common(min(versions), max(versions), same_checksum=same_checksum)
-        kind, reroutable = self.union.begin_pass([of_rank.kinds for of_rank in ranks], sizes)
-        mine = ranks[self.union.group.rank].kinds
+        group, kinds = self.union.group, [of_rank.kinds for of_rank in ranks]
+        whole = kinds[group.data_rank]
+        of_ranks, rows = group.layout(kinds, sizes)
+        kind, reroutable = self.union.begin_pass(of_ranks, rows)
+        mine = of_ranks[group.rank]
         if self.bound.union == "local":
             self.begin_step(mine)
             return
         self.rule.settings.follow(reroutable)
         if reroutable:
-            self.count_step(kind, int(np.count_nonzero(mine == REROUTABLE)), len(mine))
+            self.count_step(kind, int(np.count_nonzero(whole == REROUTABLE)), len(whole))
         if self.union.way != "gathered":
             self.own.step_input.write(mine, kind, reroutable=reroutable)
 

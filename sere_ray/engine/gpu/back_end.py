@@ -14,7 +14,7 @@ from sere_ray.engine.gpu import patches, routing, union_patches
 from sere_ray.engine.gpu.copies import choose_copies
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
-from sere_ray.engine.layer_checks import check_expert_kernel
+from sere_ray.engine.layer_checks import check_expert_kernel, check_shards
 from sere_ray.engine.state import EngineState
 
 logger = logging.getLogger("vllm.sere_ray")
@@ -23,14 +23,16 @@ logger = logging.getLogger("vllm.sere_ray")
 class GpuBackEnd:
     """Re-routing by one launch a layer, with vLLM's model runner V2."""
 
-    def make_state(self, vllm_config: Any, checked: Checked) -> CudaState:
+    def make_state(self, vllm_config: Any, checked: Checked, runner: Any) -> CudaState:
         """On the current device; with data parallelism it meets the other ranks later."""
         policy, startup, artifact, _ = checked  # masks are refused on a GPU
         device = torch.device("cuda", torch.cuda.current_device())
         logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
         model, num_experts = vllm_config.model_config, vllm_config.model_config.get_num_experts()
-        several_ranks = vllm_config.parallel_config.data_parallel_size > 1
-        return CudaState(
+        ranks = None
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            ranks = ranks_of_engine(vllm_config, num_experts, device, runner.moe_config.sp_size)
+        state = CudaState(
             policy,
             artifact,
             model.get_num_experts_per_tok(),
@@ -39,8 +41,13 @@ class GpuBackEnd:
             device,
             startup=startup,
             decoder_layers=model.hf_text_config.num_hidden_layers,
-            ranks=ranks_of_engine(vllm_config, num_experts, device) if several_ranks else None,
+            ranks=ranks,
         )
+        if state.versions is not None and vllm_config.parallel_config.tensor_parallel_size > 1:
+            from vllm.distributed.parallel_state import get_tp_group
+
+            state.versions.check_alike(get_tp_group().cpu_group)
+        return state
 
     def install(self, wrap: Wrap, vllm_config: Any) -> None:
         """Those of ``patches.py``, with data parallelism those of ``union_patches.py``, too."""
@@ -59,6 +66,7 @@ class GpuBackEnd:
         from sere_ray.engine.gpu.gate_up_fp8 import arrivals
 
         assert isinstance(state, CudaState)
+        check_shards(runner, 1 if state.ranks is None else state.ranks.shards)
         arrivals(state.device)  # no graph is captured yet
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)

@@ -1,4 +1,4 @@
-"""The data-parallel ranks of a GPU engine, of vLLM's groups."""
+"""The ranks of a GPU engine over which one union is taken, of vLLM's groups."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere_ray.engine.gpu.union import RankGroup
+from sere_ray.engine.gpu.rank_group import RankGroup
 from sere_ray.engine.timeout import group_timeout
 from sere_ray.kernel.peers import connect
 
 
-def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) -> RankGroup:
-    """How this rank reaches the others.
+def ranks_of_engine(
+    vllm_config: Any, num_experts: int, device: torch.device, shards: int
+) -> RankGroup:
+    """How this rank reaches the others: the group that vLLM gathers a layer's rows in.
 
     Where vLLM records experts, each rank has to know its own final ids before rows are sent.
 
@@ -21,11 +23,12 @@ def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) ->
         vllm_config: vLLM's configuration, with data parallelism; its groups are there.
         num_experts: E.
         device: of this worker.
+        shards: into how many vLLM cuts the rows of a data-parallel rank (``sp_size`` of a layer).
     """
     from torch.distributed import ReduceOp
-    from vllm.distributed.parallel_state import get_dp_group
+    from vllm.distributed.parallel_state import get_dp_group, get_ep_group
 
-    group = get_dp_group()
+    group = get_ep_group() if shards > 1 else get_dp_group()
     communicator = group.device_communicator.pynccl_comm  # as dispatch: graphs can hold it
 
     def reduce_by(operation: Any) -> Callable[[Tensor], None]:
@@ -45,4 +48,5 @@ def ranks_of_engine(vllm_config: Any, num_experts: int, device: torch.device) ->
             group_timeout(vllm_config),
         ),
         before_dispatch=vllm_config.aux_output_config.enable_return_routed_experts,
+        shards=shards,
     )

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sere_ray.engine.agreement import Told
 from sere_ray.engine.back_end import Routing
-from sere_ray.engine.counters import BYTES
+from sere_ray.engine.counters import BYTES, SHARDS
 from sere_ray.engine.gpu.among_ranks import AmongRanks
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.engine.gpu.own_rows import Deferred, OwnRows
-from sere_ray.engine.gpu.union import RankGroup, UnionOfRanks
+from sere_ray.engine.gpu.rank_group import RankGroup
+from sere_ray.engine.gpu.union import UnionOfRanks
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import reads_logits, unreadable
 from sere_ray.policy.capabilities import EngineKind
@@ -31,7 +32,7 @@ class CudaState(AmongRanks):
         num_experts: E, logical experts.
         max_rows: most rows of a forward pass.
         device: of this worker.
-        ranks: the data-parallel ranks of the engine; None = one.
+        ranks: over which the union is taken; None = there is one data-parallel rank.
         rule: matrices and the running policy's numbers.
         own: this rank's rows.
         union: the rows of all ranks; None = there is one.
@@ -226,9 +227,11 @@ class CudaState(AmongRanks):
         return [dict.fromkeys(BYTES) for _ in range(2)]
 
     def add_to_report(self, report: dict[str, Any]) -> None:
-        """With several ranks ``"gathered"``: see :meth:`UnionOfRanks.report`."""
+        """With several ranks ``"gathered"``: see :meth:`UnionOfRanks.report`; and of how many
+        workers the slots have to be added up, see :class:`RankGroup`."""
         if self.union is not None:
             report["gathered"] = self.union.report()
+            report[SHARDS] = self.union.group.shards
 
     def reset_counters(self) -> None:
         """Also those on the device, behind every step launched so far."""

@@ -1,4 +1,4 @@
-"""One union over the rows of all data-parallel ranks of a GPU engine.
+"""One union over the rows of all ranks of a GPU engine.
 
 Under data and expert parallelism every rank routes its own rows. vLLM's V2 runner already sums a
 small table over ranks before every pass, on the host, to agree on its shape: a rank without
@@ -21,8 +21,7 @@ Where vLLM is changed for it: ``union_patches.py``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from sere_ray.engine.counters import DECODE_ONLY, KIND_NAMES, MIXED
 from sere_ray.engine.gpu.device_rule import DeviceRule
+from sere_ray.engine.gpu.rank_group import RankGroup
 from sere_ray.kernel import across_ranks
 from sere_ray.kernel.across_ranks import Placement
 from sere_ray.kernel.alignment import Aligned
@@ -45,27 +45,6 @@ from sere_ray.util.errors import UnsupportedError
 Way = Literal["gathered", "before", "local"]
 logger = logging.getLogger("vllm.sere_ray")
 NO_ROWS: NDArray[np.int8] = np.zeros(0, dtype=np.int8)  # row kinds of a dummy pass
-
-
-@dataclass(frozen=True)
-class RankGroup:
-    """The data-parallel ranks of an engine, as one of them reaches the others.
-
-    Attributes:
-        rank: of this worker.
-        num_ranks: how many there are.
-        exchange: the minimum over ranks of a uint8 tensor, in place, on the current stream.
-        add_up: the sum over ranks of an int64 tensor, in place, on the current stream.
-        connect: what a kernel needs to exchange by itself, None where it cannot; a collective call.
-        before_dispatch: take the way ``before`` also where vLLM gathers.
-    """
-
-    rank: int
-    num_ranks: int
-    exchange: Callable[[Tensor], None]
-    add_up: Callable[[Tensor], None]
-    connect: Callable[[], Peers | None]
-    before_dispatch: bool = False
 
 
 class Gathered(NamedTuple):
@@ -85,7 +64,7 @@ class UnionOfRanks:
     Args:
         group: the ranks.
         rule: of the engine.
-        max_rows: most rows of a forward pass of one rank.
+        max_rows: most rows of a forward pass of one data-parallel rank.
     """
 
     def __init__(self, group: RankGroup, rule: DeviceRule, max_rows: int) -> None:

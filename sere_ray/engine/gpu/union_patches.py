@@ -77,7 +77,7 @@ def _sync(
     state = cast(CudaState | None, state_of_ranks(parallel_config))
     if state is None or state.union is None:
         return original(*args, parallel_config=parallel_config, **kwargs)
-    with carried_along(state.words(), state.union.group.rank) as carried:
+    with carried_along(state.words(), state.union.group.data_rank) as carried:
         batch, agreed = original(*args, parallel_config=parallel_config, **kwargs)
     if agreed is not None:  # None: no rank has work
         state.begin_pass(carried(), agreed.num_tokens_across_dp.tolist())

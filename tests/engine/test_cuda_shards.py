@@ -198,3 +198,27 @@ def test_vllm_gathers_shards_among_all_ranks_in_the_order_of_experts(monkeypatch
     assert flat(tp_size=2, dp_size=2, dp_rank=1, pcp_size=1, pcp_rank=0) == (4, 3)
     shape = RankGroup(3, 4, None, None, None, shards=2)
     assert shape.data_rank == 1
+
+
+@pytest.mark.parametrize(("shards", "place"), [(2, (3, 4, 1)), (1, (1, 2, 1))])
+def test_the_union_is_over_the_group_that_vllm_gathers_in(monkeypatch, shards, place):
+    from vllm.distributed import parallel_state
+
+    from sere_ray.engine.gpu.ranks import ranks_of_engine
+
+    for name, rank, size in (("get_ep_group", 3, 4), ("get_dp_group", 1, 2)):
+        group = SimpleNamespace(
+            rank_in_group=rank,
+            world_size=size,
+            device_communicator=SimpleNamespace(pynccl_comm=None),
+            device_group=None,
+            cpu_group=None,
+        )
+        monkeypatch.setattr(parallel_state, name, lambda group=group: group)
+    config = SimpleNamespace(
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=False),
+        parallel_config=SimpleNamespace(distributed_timeout_seconds=9),
+    )
+    ranks = ranks_of_engine(config, E, torch.device("cpu"), shards)
+    assert (ranks.rank, ranks.num_ranks, ranks.data_rank) == place
+    assert ranks.shards == shards

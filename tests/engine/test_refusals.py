@@ -10,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sere_ray.engine import option_checks, vllm_version
+from sere_ray.engine import checks, option_checks, vllm_version
 from sere_ray.engine.speculation import check_speculation
 from sere_ray.policy.capabilities import check_policy
+from sere_ray.policy.key import parse_key
 from sere_ray.policy.policy import Policy
 from sere_ray.policy.startup import Startup
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
@@ -395,13 +396,19 @@ def test_copies_by_experts_where_nothing_chooses(device, options, words, has_wor
     has_words(str(error.value), "sere.replicas = 'by_experts'", *words)
 
 
-def test_the_lossless_part_alone_is_refused_for_its_engine_not_for_its_files(moe, has_words):
+def test_the_lossless_part_alone_is_refused_for_its_engine_not_for_its_files(
+    moe, has_words, monkeypatch
+):
     with pytest.raises(UnsupportedError) as error:
         configure(moe, {"rule": "none", "replicas": "by_experts"})
     has_words(str(error.value), "sere.replicas = 'by_experts'", "on a CPU", "one copy")
     with pytest.raises(PolicyError) as error:
         configure(moe, {"rule": "none"})
     has_words(str(error.value), "sere.rule = 'none'", "changes nothing by itself", "enable_eplb")
+    monkeypatch.setattr(checks, "check_replicas", lambda config: None)  # as a GPU may have it
+    key = {"rule": "none", "replicas": "by_experts"}
+    found = checks.check_config(configure(moe, key))
+    assert found == (*parse_key(key), None, None)
 
 
 @pytest.mark.parametrize(("found", "is_refused"), [("0.32.0", False), ("0.33.0", True)])

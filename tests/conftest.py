@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 # A failed assertion in a module of helpers shows its values, too.
-pytest.register_assert_rewrite("tests")
+_packages = [file.parent.name for file in Path(__file__).parent.glob("*/__init__.py")]
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in _packages))
 pytest_plugins = ["tests.workers"]
 
 # Before any test imports vLLM or Ray: no hub, and vLLM's quiet logs.

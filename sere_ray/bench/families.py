@@ -1,30 +1,35 @@
 """Which families of mixtures of experts calibrate, start re-routed, and stay exact at S = K.
 
-Each is a tiny checkpoint of random weights, in a process of its own: it is calibrated as a user
-would, then served by vLLM's CPU build alone and with the ``sere`` key.
+Each is a tiny checkpoint of random weights: it is calibrated as a user would, then served by vLLM's
+CPU build alone and with the ``sere`` key. Each of these in a process of its own, which is forked
+from one that has imported vLLM.
 """
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from sere_ray import assets
 from sere_ray.bench.family_configs import COMMON, EXPERTS, FAMILIES, Family
+from sere_ray.engine.fork_server import PRELOAD
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
 
 SECONDS = 600
-"""Longest time of one family."""
-_PROMPTS, _TOKENS, _MARK = 6, 8, "@@"
+"""Longest time of one process."""
+_END_SECONDS = 10
+_PROMPTS, _TOKENS = 6, 8
+_PROCESSES = multiprocessing.get_context("forkserver")
 Row = dict[str, Any]
 Tokens = list[list[int]]
+Result = TypeVar("Result")
 
 
 def run_families(
@@ -47,39 +52,9 @@ def run_families(
     names = list(chosen or FAMILIES)
     with progress(console, len(names), task="families", unit="families") as advance:
         for name in names:
-            rows.append(_in_process(name))
+            rows.append(try_family(name))
             save({"rows": rows})
             advance(1)
-
-
-def _in_process(name: str) -> Row:
-    row: Row = {**_EMPTY, "family": name}
-    try:
-        found: Row = _child("try", name)
-    except SereError as error:
-        return row | {"message": str(error)}
-    return row | found
-
-
-def _child(*arguments: str) -> Any:
-    """What the last marked line of this module, run as a program, holds.
-
-    Raises:
-        SereError: there is none.
-    """
-    command = [sys.executable, "-m", "sere_ray.bench.families", *arguments]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise SereError(f"no answer within {SECONDS} s") from None
-    marked = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line[:2] == _MARK]
-    if not marked:
-        lines = done.stderr.strip().splitlines() or ["ended without a word"]
-        raise SereError(([line for line in lines if "Error" in line] or lines)[-1].strip()[:300])
-    return json.loads(marked[-1])
 
 
 _EMPTY: Row = {
@@ -124,34 +99,85 @@ def build(family: Family, folder: Path) -> None:
         path.write_text(json.dumps(changed))
 
 
-def try_family(name: str, report: Callable[[Row], None]) -> None:
-    """Calibrate and serve a family; ``report`` is called with what is known so far."""
-    from sere_ray.calibration import calibrate
-
-    row: Row = {}
+def try_family(name: str) -> Row:
+    """Calibrate and serve a family: its row."""
+    row: Row = {**_EMPTY, "family": name}
     with tempfile.TemporaryDirectory(prefix="sere-families-") as parent:
         folder, similarity = Path(parent) / name, Path(parent) / "similarity.safetensors"
-        build(FAMILIES[name], folder)
         try:
-            calibrate(
-                str(folder), data=str(assets.CALIBRATION), out=similarity, sequences=8, length=64
-            )
-            row["calibrates"] = True
+            _in_process(_calibrated, name, folder, similarity)
         except SereError as error:
-            report({**row, "message": f"calibration: {error}"})
-            return
-        report(row)
+            return row | {"message": f"calibration: {error}"}
+        row["calibrates"] = True
         try:
-            stock = _child("stock", str(folder))
+            stock = _in_process(_stock, folder)
         except SereError as error:
-            report({**row, "message": f"stock vLLM: {error}"})
-            return
+            return row | {"message": f"stock vLLM: {error}"}
         try:
-            report(row | _rerouted(folder, similarity, stock))
+            return row | _in_process(_rerouted, folder, similarity, stock)
         except SereError as error:
-            report({**row, "message": str(error)})
-        except Exception as error:  # whatever vLLM raises under the key
-            report({**row, "message": f"with the key: {type(error).__name__}: {error}"[:300]})
+            return row | {"message": str(error)}
+
+
+def _in_process(call: Callable[..., Result], *arguments: Any) -> Result:
+    """What a call returns in a process of its own.
+
+    Raises:
+        SereError: what the call raised; or that it died, with the last error that it printed, or
+            took too long.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the imports of the fork server
+    _PROCESSES.set_forkserver_preload([*PRELOAD, "vllm.v1.engine.llm_engine", "transformers"])
+    with tempfile.TemporaryDirectory(prefix="sere-families-") as folder:
+        log = Path(folder) / "log"
+        receiver, sender = _PROCESSES.Pipe(duplex=False)
+        process = _PROCESSES.Process(target=_run, args=(sender, log, call, arguments))
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(SECONDS):
+                raise SereError(f"no answer within {SECONDS} s")
+            refusal, found = receiver.recv()
+            process.join(_END_SECONDS)  # it tidies up
+        except EOFError:
+            raise SereError(_last_error(log)) from None
+        finally:
+            process.kill()
+            process.join()
+    if refusal is not None:
+        raise SereError(refusal)
+    result: Result = found
+    return result
+
+
+def _run(sender: Connection, log: Path, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """In the process: send the reason of a refusal, or what the call returns."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        sender.send((None, call(*arguments)))
+    except SereError as error:
+        sender.send((str(error), None))
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() or ["ended without a word"]
+    return ([line for line in lines if "Error" in line] or lines)[-1].strip()[:300]
+
+
+def _calibrated(name: str, folder: Path, similarity: Path) -> None:
+    """Build a family's checkpoint and calibrate it."""
+    from sere_ray.calibration import calibrate
+
+    build(FAMILIES[name], folder)
+    calibrate(str(folder), data=str(assets.CALIBRATION), out=similarity, sequences=8, length=64)
+
+
+def _stock(folder: Path) -> Tokens:
+    """Of an engine without the key."""
+    return _tokens(_start(folder, None))
 
 
 def _rerouted(folder: Path, similarity: Path, stock: Tokens) -> Row:
@@ -197,14 +223,3 @@ def _tokens(engine: Any) -> Tokens:
     prompts = [f"def function_{number}(first, second):" for number in range(_PROMPTS)]
     answers = engine.generate(prompts, sampling, use_tqdm=False)
     return [list(answer.outputs[0].token_ids) for answer in answers]
-
-
-def _report(row: Any) -> None:
-    print(_MARK + json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "stock":
-        _report(_tokens(_start(Path(sys.argv[2]), None)))
-    else:
-        try_family(sys.argv[2], _report)

@@ -147,7 +147,7 @@ def chaos(
 def restart(
     out: Out,
     kills: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 3,
-    ranks: Annotated[int, typer.Option(min=2, max=8, help="Of the gang; on GPUs one each.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, max=8, help="Of the gang; on GPUs one each.")] = 2,
     eager: Annotated[bool, typer.Option(help="Do not compile vLLM's graph.")] = False,
     proxy: Annotated[list[Proxy] | None, typer.Option(help="Way; repeatable [direct].")] = None,
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import set_num_threads  # as it is before any engine runs: vLLM replaces it
 
 from sere_ray import assets
 from sere_ray.bench import edit
@@ -31,7 +32,7 @@ SETTINGS = TrainSettings(
 
 def test_garbage_of_one_worker_is_left_out(tmp_path):
     """Random tokens and a far too large loss for two steps of forty, and at no other."""
-    torch.set_num_threads(1)
+    set_num_threads(1)
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype=torch.float32
     )

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,13 @@ def sources(tmp_path_factory):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if not is_binary(name)])
     wheel.unlink()
-    for kernels in Path(find_spec("vllm").origin).parent.glob("*.so"):
+    installed = Path(find_spec("vllm").origin).parent
+    for kernels in installed.glob("*.so"):
         (folder / "vllm" / kernels.name).symlink_to(kernels)
+    # A version for GPUs imports this one whatever the processor: let it be one that runs on it.
+    runs = "AVX512" if torch.cpu._is_avx512_supported() else "AVX2"
+    (folder / "vllm" / "_C.abi3.so").unlink()
+    (folder / "vllm" / "_C.abi3.so").symlink_to(installed / f"_C_{runs}.abi3.so")
     return folder
 
 

@@ -10,7 +10,8 @@ from sere_ray.calibration.loading import load_model
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.settings import as_policy
 from sere_ray.evaluation.statistics import Estimate, draws, mean, summarise
-from sere_ray.evaluation.teacher_forced import exact_logits, score
+from sere_ray.evaluation.teacher_forced import exact_logits
+from tests.evaluation.scored import score
 
 PROMPT, LENGTH, TEXTS, TOP_K = 24, 40, 16, 4
 

@@ -6,8 +6,9 @@ import torch
 from sere_ray import assets
 from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.loading import load_model
-from sere_ray.evaluation.teacher_forced import Rerouter, exact_logits, score
+from sere_ray.evaluation.teacher_forced import Rerouter, exact_logits
 from sere_ray.policy.bound import BoundPolicy
+from tests.evaluation.scored import score
 
 PROMPT = 24
 LENGTH = 40

@@ -1,5 +1,5 @@
 import pytest
-import torch
+from torch import set_num_threads  # as it is before any engine runs: vLLM replaces it
 
 from sere_ray import assets
 from sere_ray.masks.plan import TrainSettings
@@ -25,8 +25,9 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _few_threads():
-    """For each test anew: an engine of another one sets what suits it."""
-    torch.set_num_threads(1)
+    """For each test anew: an engine of another one sets what suits it, and sums of several threads
+    differ from run to run."""
+    set_num_threads(1)
 
 
 @pytest.fixture

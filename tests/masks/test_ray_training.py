@@ -22,7 +22,7 @@ from sere_ray.masks.work_folder import WorkFolder
 from sere_ray.util.errors import SereError
 from sere_ray.util.ray_instance import start_ray
 from tests.masks.conftest import SMALL
-from tests.masks.test_workers import ROUNDING
+from tests.masks.test_workers import check_equal_but_rounding
 
 ONE = TrainSettings(**{**SMALL, "batch": 4})
 TWO = dataclasses.replace(ONE, workers=2)
@@ -79,7 +79,7 @@ def test_a_killed_worker_and_one_that_cannot_go_on(tmp_path, has_words):
     found = artifact_of(killed.plan, state)
     for level, of_level in expected.weights.items():
         for layer, weight in of_level.items():
-            torch.testing.assert_close(found.weights[level][layer], weight, atol=ROUNDING, rtol=0)
+            check_equal_but_rounding(found.weights[level][layer], weight)
     has_words(console.file.getvalue(), "level 2, step 8: KL", "slots by layer", "of 32 steps")
 
 

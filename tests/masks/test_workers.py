@@ -27,6 +27,14 @@ ROUNDING = 2e-3
 """Of masks of about 0.1 after some steps of Adam, which divides small gradients by their size."""
 
 
+def check_equal_but_rounding(found, expected):
+    """Of the smallest gradients nothing but rounding is left, and Adam makes a whole step of that:
+    one element in a thousand may be a step away."""
+    off = (found - expected).abs()
+    assert off.quantile(0.999) < ROUNDING
+    assert off.max() < SMALL["learning_rate"]
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_model(
@@ -73,7 +81,7 @@ def test_two_workers_train_what_one_does(train):
     one, _, _ = train(ONE, name="one")
     two, (first, second), plan = train(TWO, name="two")
     for name, tensor in masks(one).items():
-        torch.testing.assert_close(masks(two)[name], tensor, atol=ROUNDING, rtol=0)
+        check_equal_but_rounding(masks(two)[name], tensor)
     for row, other in zip(two.history, one.history, strict=True):
         assert row["kl_mean"] == pytest.approx(other["kl_mean"], abs=1e-4)
         assert row["slots_kept_by_layer"] == pytest.approx(other["slots_kept_by_layer"], abs=2e-3)
@@ -133,7 +141,7 @@ def test_fewer_workers_go_on_where_more_were(train, monkeypatch):
         train(TWO, dies_at(6))
     found, _, _ = train(ONE)
     for name, tensor in masks(expected).items():
-        torch.testing.assert_close(masks(found)[name], tensor, atol=ROUNDING, rtol=0)
+        check_equal_but_rounding(masks(found)[name], tensor)
 
 
 def test_a_slow_worker_takes_less_and_every_window_counts_once(train):

@@ -128,11 +128,11 @@ class Policy(BaseModel):
     @field_validator("similarity")
     @classmethod
     def _check_similarity(cls, value: str | None, others: ValidationInfo) -> str | None:
-        rule, keys = others.data.get("rule", "sere"), others.data
-        if value is None and not does_without_similarity(rule, keys):
-            wants_masks = does_without_similarity(rule, {**keys, "masks": ""})
-            key = "masks" if wants_masks else "similarity"
-            text = f"{key} is missing: give it ({cls.model_fields[key].description})"
+        if value is None and not does_without_similarity(
+            others.data.get("rule", "sere"), others.data
+        ):
+            about = cls.model_fields["similarity"].description
+            text = f"similarity is missing: give it ({about})"
             raise PydanticCustomError("rule_key", "{text}", {"text": text})
         return value
 

@@ -87,7 +87,7 @@ def test_masks_go_with_every_rule_that_engines_have(keys) -> None:
     ("keys", "words"),
     [
         ({"rule": "none", "level": 1}, "sere.level = 1: is one of masks; give masks, too"),
-        ({"rule": "margin", "tau": 0.1}, "sere.masks is missing"),
+        ({"rule": "margin", "tau": 0.1}, "sere.similarity is missing"),
         ({"rule": "none", "masks": "m"}, "sere.level is missing: masks = 'm'"),
         ({**SMALLEST, "level": 1}, "sere.level = 1: is one of masks; give masks, too"),
         ({"select_top_k": 2, "masks": "m", "level": 1}, "sere.similarity is missing"),

@@ -50,7 +50,16 @@ map_batches(ray_remote_args_fn)        Restarts of a worker that died. Remove: i
 =====================================  ==========================================================
 """
 
-from sere_ray.serve.app import build_app
-from sere_ray.serve.config import ServeConfig
+from typing import TYPE_CHECKING
+
+from sere_ray.util.late import late
+
+if TYPE_CHECKING:
+    from sere_ray.serve.app import build_app
+    from sere_ray.serve.config import ServeConfig
 
 __all__ = ["ServeConfig", "build_app"]
+# Serve's controller, its proxies and its request routers import modules below this one only.
+__getattr__ = late(
+    __name__, {"ServeConfig": "sere_ray.serve.config", "build_app": "sere_ray.serve.app"}
+)

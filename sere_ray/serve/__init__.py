@@ -27,6 +27,8 @@ CallbackBase                           ``ctx.run_init_node = False`` where nothi
 DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:
 get_deployment_actor(_context)         never; they are alpha, so their form may change.
 ``replica/``, ``policy_actor/``
+llm_server                             ``_start_engine``: telemetry is sent in the background.
+``replica/server.py``                  Remove: Ray does not wait for it.
 HAProxy's configuration, uvicorn's     Limits that Ray has no option for are written into the first
 AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), timed in the second.
 ``proxy/``                             Remove: Ray takes them.

@@ -10,6 +10,9 @@
 //   ask_of_ranks, all-reduce SUM, reroute_by_asked
 #include "exchange.cuh"
 #include "margin.cuh"
+#if MASKS
+#error "ranks do not tell each other what masks left out"
+#endif
 
 namespace {
 

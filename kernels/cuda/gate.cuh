@@ -11,7 +11,6 @@ namespace {
 constexpr float SCORE_UNIT = 1 << 22;              // of the integers that scores become before they are added up
 constexpr int MOST_UNITS = 1 << 28;                // of a score or a bias, either way
 constexpr int NEVER = 0x80000000;                  // rank of an expert that a row may not choose
-constexpr unsigned ALL_SLOTS = ALL_LANES >> (32 - K);  // the lanes below K hold the slots of a warp's row
 constexpr int SOFTMAX = 0, SIGMOID = 1;            // scorings; 2 = the square root of a softplus
 
 struct Logits {
@@ -29,18 +28,20 @@ __device__ __forceinline__ bool is_plain(const Logits& logits) {
 
 struct Row {                                       // as a warp holds it
   Slot slot;                                       // of a lane below K; of the others none
-  bool changeable;                                 // re-routable, and each slot names an expert; if not, no scores:
+  bool changeable;                                 // re-routable, each slot an expert's or masked; if not, no scores:
   float own;                                       // of the slot's expert, 0 = no expert
   float of[PER_LANE];                              // of the experts lane * PER_LANE + j; -1: in a slot, or beyond E
+#if MASKS
+  int num_slots = K;                               // that masks leave, in the first lanes; behind them the others
+  int place;                                       // in the row, of this lane's slot
+  float unit;                                      // of the integers that scores become
+#endif
 #if ANY_GATE
   int own_units;                                   // the slot's score in units of 2^-22 of the row's best choice
   int own_rank;                                    // what the gate ranks the slot's expert by, in these units
   int rank[PER_LANE];                              // NEVER: in a slot, beyond E, or in a group that the row left out
 #endif
 };
-
-__device__ __forceinline__ float to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
-__device__ __forceinline__ float to_float(float value) { return value; }
 
 __device__ __forceinline__ float score_of(float logit, float most) {
   const float score = expf(logit - most);
@@ -60,7 +61,33 @@ __device__ __forceinline__ int units_of(float value, float scale) {
   return min(max(__float2int_rn(__fmul_rn(value, scale)), -MOST_UNITS), MOST_UNITS);
 }
 
-__device__ __forceinline__ int score_units(float score) { return __float2int_rn(__fmul_rn(score, SCORE_UNIT)); }
+// Of a plain gate, with SCORE_UNIT for the best choice that the row has left.
+__device__ __forceinline__ int score_units(const Row& r, float score) {
+#if MASKS
+  return units_of(score, r.unit);
+#else
+  return __float2int_rn(__fmul_rn(score, SCORE_UNIT));
+#endif
+}
+
+// Slots that the rule is told of, in a warp's first lanes; and a bit for each.
+__device__ __forceinline__ int num_slots(const Row& r) {
+#if MASKS
+  return r.num_slots;
+#else
+  return K;
+#endif
+}
+__device__ __forceinline__ int place_of(const Row& r) {  // of this lane's slot in the row
+#if MASKS
+  return r.place;
+#else
+  return threadIdx.x % 32;
+#endif
+}
+__device__ __forceinline__ unsigned all_slots(const Row& r) {
+  return num_slots(r) ? ALL_LANES >> (32 - num_slots(r)) : 0;
+}
 
 // Integers in the order of floats; its own inverse.
 __device__ __forceinline__ int in_order(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
@@ -83,9 +110,9 @@ struct Share {
   __device__ __forceinline__ float logit(int j) const { return to_float(loads[j / COUNT].of[j % COUNT]); }
 };
 
-// Bit j: a slot of the row names the expert lane * PER_LANE + j.
-__device__ __forceinline__ unsigned named_here(const Slot& s) {
-  const int first = threadIdx.x % 32 * PER_LANE, id = s.valid ? int(s.id) : -1;
+// Bit j: a lane names the expert lane * PER_LANE + j; id -1: none.
+__device__ __forceinline__ unsigned named_here(int id) {
+  const int first = threadIdx.x % 32 * PER_LANE;
   unsigned named = 0;
 #pragma unroll
   for (int word = 0; word < PER_LANE; ++word) {    // 32 experts each
@@ -131,7 +158,28 @@ __device__ __forceinline__ void rank(Row& r, const Logits& logits, const Share<f
 }
 #endif
 
-// load(row, slot) gives a slot.
+#if MASKS
+// The slots that masks leave come first, in their order.
+__device__ __forceinline__ void close_up(Row& r) {
+  const int lane = threadIdx.x % 32;
+  r.place = lane;
+  const unsigned masked = __ballot_sync(ALL_LANES, r.slot.masked);
+  if (!masked) return;
+  const unsigned left = ALL_SLOTS & ~masked, before = (1u << lane) - 1;
+  r.num_slots = __popc(left);
+  const int to = r.slot.masked ? r.num_slots + __popc(masked & before) : lane < K ? __popc(left & before) : lane;
+#pragma unroll 1
+  for (int from = 0; from < K; ++from) {
+    if (__shfl_sync(ALL_LANES, to, from) == lane) r.place = from;
+  }
+  r.slot.id = __shfl_sync(ALL_LANES, r.slot.id, r.place);
+  r.slot.weight = __shfl_sync(ALL_LANES, r.slot.weight, r.place);
+  r.slot.valid = lane < r.num_slots;
+  r.slot.masked = lane >= r.num_slots && lane < K;
+}
+#endif
+
+// load(row, slot) gives a slot; all lanes ask for theirs.
 template <class Load>
 __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load) {
   const int lane = threadIdx.x % 32;
@@ -143,8 +191,12 @@ __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load
   if (is_wide) of_wide.read(static_cast<const float*>(logits.values) + row * E);
   else of_narrow.read(static_cast<const unsigned short*>(logits.values) + row * E);
   Row r;
-  r.slot = lane < K ? load(row, lane) : Slot{-1, 0.0f, PADDING, false};
-  r.changeable = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE) == ALL_SLOTS;
+  r.slot = load(row, lane);
+#if MASKS
+  close_up(r);
+#endif
+  const unsigned changes = __ballot_sync(ALL_LANES, r.slot.valid && r.slot.kind == REROUTABLE);
+  r.changeable = changes && changes == all_slots(r);
   if (!r.changeable) return r;
 
   int most = 0x80000000;
@@ -154,7 +206,7 @@ __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load
     if (lane * PER_LANE + j < E) most = max(most, in_order(__float_as_int(r.of[j])));
   }
   const float best = __int_as_float(in_order(__reduce_max_sync(ALL_LANES, most)));
-  const unsigned named = named_here(r.slot);
+  const unsigned named = named_here(r.slot.valid ? int(r.slot.id) : -1);
   const int id = r.slot.valid ? int(r.slot.id) : 0;
   r.own = 0;
 #pragma unroll
@@ -166,6 +218,15 @@ __device__ __forceinline__ Row load_row(int row, const Logits& logits, Load load
   }
 #if ANY_GATE
   rank(r, logits, bias, named);
+#endif
+#if MASKS
+  const unsigned masked = named_here(r.slot.masked ? int(r.slot.id) : -1);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {             // a row scores 0 what it masks
+    if (masked >> j & 1) r.of[j] = 0;
+  }
+  r.unit = num_slots(r) == K ? SCORE_UNIT
+                             : __fdiv_rn(SCORE_UNIT, __int_as_float(__reduce_max_sync(ALL_LANES, __float_as_int(r.own))));
 #endif
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {

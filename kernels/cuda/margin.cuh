@@ -14,6 +14,8 @@ struct Rows {                                      // of a warp, or of a block
 // row's first choice, if protected, and all that a row names which is not changed. Under `balance_ranks`, behind a plain
 // gate, demand for the first choice counts FIRST times instead.
 constexpr int NAMED = 1 << 30, KEPT_ANYWAY = 1 << 29, SUM = (1 << 26) - 1, FIRST = 8;
+// A third one: a masked slot names it. What is wanted of an expert that only those name, and of one that nobody does.
+constexpr int MASKED = 1 << 28, ONLY_MASKED = -1, UNNAMED = -2;
 
 // One row. Demand beyond UNIT is not told apart: nothing asks, and so sums of any number of rows fit.
 __device__ __forceinline__ void ask(Shared& shared, const Row& r, const Settings& settings, const Logits& logits) {
@@ -26,18 +28,19 @@ __device__ __forceinline__ void ask(Shared& shared, const Row& r, const Settings
   const bool anyway = !r.changeable || (settings.protect && !drops_first && is_first);
   int* of_expert = &shared.demand[s.valid ? int(s.id) : 0];
   if (s.valid && s.kind != PADDING) atomicOr(of_expert, anyway ? NAMED | KEPT_ANYWAY : NAMED);
+  if (MASKS && s.masked) atomicOr(&shared.demand[int(s.id)], MASKED);
   if (!r.changeable) return;
   const int counts = (drops_first && is_first ? FIRST : 1) * (WEIGHT_UNIT - s.discount);
   const int demand = min(demand_of(r, settings) * counts / WEIGHT_UNIT, UNIT + 1);
-  if (lane >= K || demand == 0) return;
+  if (lane >= num_slots(r) || demand == 0) return;
   if ((*static_cast<volatile int*>(of_expert) & SUM) <= UNIT) atomicAdd(of_expert, demand);
 }
 
-// What is wanted of an expert: its demand; if it is kept anyway, more than any tau; -1 = nobody names it. Under spare
-// demand alone is not more than any tau.
+// What is wanted of an expert: its demand; if it is kept anyway, more than any tau; below 0: no slot that is left names
+// it. Under spare demand alone is not more than any tau.
 __device__ __forceinline__ int wanted_of(int facts, int demand, const Settings& settings) {
   const int most = settings.rule == SPARE ? UNIT : UNIT + 1;
-  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, most) : -1;
+  return facts & KEPT_ANYWAY ? UNIT + 1 : facts & NAMED ? min(demand, most) : facts & MASKED ? ONLY_MASKED : UNNAMED;
 }
 
 // The same for ranks to add up, as ask() of either rule's file gives it, and back from the sum.
@@ -48,7 +51,7 @@ __device__ __forceinline__ long long asked_of(int facts, int demand, const Setti
   return min(demand, UNIT) * SPARE_DEMAND + (facts & KEPT_ANYWAY ? ANYWAY : 0) + 1;
 }
 __device__ __forceinline__ int wanted_of_ranks(long long asked, const Settings& settings) {
-  if (asked <= 0) return -1;
+  if (asked <= 0) return UNNAMED;
   if (settings.rule != SPARE) return int(min(asked / DEMAND, (long long)UNIT + 1));
   return asked / ANYWAY % (SPARE_DEMAND / ANYWAY) ? UNIT + 1 : int(min(asked / SPARE_DEMAND, (long long)UNIT));
 }
@@ -93,15 +96,16 @@ __device__ __forceinline__ Kept kept_experts(const Shared& shared, const Setting
 
 // Counters of the layer, by one warp: experts before and after, steps beyond the range. All that are kept are read:
 // somebody named them.
-__device__ __forceinline__ void count_experts(const Shared& shared, Kept kept, unsigned long long* counters) {
+__device__ __forceinline__ void count_experts(const Shared& shared, Kept kept, const Settings* settings,
+                                              unsigned long long* counters) {
   const int lane = threadIdx.x % 32;
   int before = 0;
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) before += shared.wanted[lane * PER_LANE + j] >= 0;
+  for (int j = 0; j < PER_LANE; ++j) before += shared.wanted[lane * PER_LANE + j] > UNNAMED;
   before = __reduce_add_sync(ALL_LANES, before);
   const int after = __reduce_add_sync(ALL_LANES, __popc(kept.experts));
   if (lane == 0) atomicAdd(&counters[0], (unsigned long long)before);
-  if (lane == 1) atomicAdd(&counters[1], (unsigned long long)after);
+  if (lane == 1) atomicAdd(&counters[1], (unsigned long long)num_read(after, before, settings));
   if (lane == 5 && kept.is_beyond) atomicAdd(&counters[5], 1ull);
 }
 
@@ -158,25 +162,28 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   const Kept found = kept_experts(shared, start.settings, by_levels);
   const unsigned kept = found.experts;
   const bool spares = start.settings.rule == SPARE;
-  int changed = 0, merged = 0;
+  int changed = 0, merged = 0, masked = 0;
 #pragma unroll 1
   for (int row = rows.first; row < a.num_rows; row += rows.step) {
     const Row r = first && row == rows.first ? *first : load_row(row, logits, load);
     const unsigned stays = staying(r.slot, kept);
-    const bool changes = r.changeable && stays != ALL_SLOTS;
+    const bool changes = r.changeable && stays != all_slots(r);
     const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
-    if (changes && is_own) changed += K - __popc(stays);
+    if (changes && is_own) changed += num_slots(r) - __popc(stays);
     const bool moves = changes && !observes;
-    const NewSlots slots = !moves  ? unchanged(r)
-                           : spares ? move_to_stand_ins(shared, r, stays, kept, start.settings)
-                                    : refill(r, stays, kept, start.settings);
+    const bool writes = moves || (num_slots(r) < K && !observes);
+    NewSlots slots = !moves  ? unchanged(r)
+                     : spares ? move_to_stand_ins(shared, r, stays, kept, start.settings)
+                              : refill(r, stays, kept, start.settings);
+    if (writes && has_masks(start)) slots = leave_out(r, slots, kept, start.settings);
+    masked += r.slot.masked && is_own;
     for (const NewSlot& s : slots.of) {
-      merged += moves && is_own && s.slot >= 0 && s.id < 0;
+      merged += moves && is_own && s.slot >= 0 && s.id < 0 && !r.slot.masked;
       if (s.slot >= 0) then(row * K + s.slot, s.id);
     }
     if (row + rows.step >= a.num_rows) announce<SHOWS>();  // not after what follows: nobody waits for that
     for (const NewSlot& s : slots.of) {
-      if (s.slot < 0 || (!moves && a.new_ids == a.ids)) continue;
+      if (s.slot < 0 || (!writes && a.new_ids == a.ids)) continue;
       a.new_ids[row * K + s.slot] = s.id;
       a.weights[row * K + s.slot] = s.weight;
     }
@@ -186,7 +193,8 @@ __device__ __forceinline__ void refill_all(const Shared& shared, const Arguments
   merged = __reduce_add_sync(ALL_LANES, merged);
   if (lane == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
   if (lane == 0 && merged) atomicAdd(&counters[4], (unsigned long long)merged);
-  if (counts) count_experts(shared, found, counters);
+  count_masked(masked, counters);
+  if (counts) count_experts(shared, found, a.settings, counters);
 }
 
 // The rule on the whole batch, by all blocks. SHOWS: then() may write to the first block, which sees it behind this.

@@ -69,8 +69,8 @@ __device__ __forceinline__ int find_rivals(const Row& r, int (&ranks)[PER_LANE],
   return min(runners_up, __reduce_add_sync(ALL_LANES, found));
 #else
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) ranks[j] = score_units(r.of[j]);
-  return min(runners_up, E - K);
+  for (int j = 0; j < PER_LANE; ++j) ranks[j] = score_units(r, r.of[j]);
+  return min(runners_up, E - num_slots(r));
 #endif
 }
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ int demand_of(const Row& r, const Settings& settings)
 #if ANY_GATE
   const int own = r.own_rank, units = r.own_units;
 #else
-  const int own = score_units(r.own), units = own;
+  const int own = score_units(r, r.own), units = own;
 #endif
   int ranks[PER_LANE];
   const int total = max(__reduce_add_sync(ALL_LANES, units), 1), count = find_rivals(r, ranks, settings.runners_up);
@@ -107,6 +107,9 @@ __device__ __forceinline__ float sum_of_slots(float value) {
   return value;
 }
 
+// Of this lane's slot, 0 if it is masked.
+__device__ __forceinline__ float weight_of(const Row& r) { return MASKS && r.slot.masked ? 0 : r.slot.weight; }
+
 // Of a slot that stays, among those that do: by rank, equal ranks by expert. Gates mostly return sorted rows.
 __device__ __forceinline__ int order_by_rank(const Row& r, unsigned stays) {
 #if ANY_GATE
@@ -120,7 +123,7 @@ __device__ __forceinline__ int order_by_rank(const Row& r, unsigned stays) {
   const auto is_behind = [&](Rank rank, int id) { return rank > own || (rank == own && id < own_id); };
   const Rank rank_before = __shfl_up_sync(ALL_LANES, own, 1);
   const int id_before = __shfl_up_sync(ALL_LANES, own_id, 1);
-  const bool in_order = lane == 0 || lane >= K || is_behind(rank_before, id_before);
+  const bool in_order = lane == 0 || lane >= num_slots(r) || is_behind(rank_before, id_before);
   if (__all_sync(ALL_LANES, in_order)) return __popc(stays & ((1u << lane) - 1));
   int order = 0;
 #pragma unroll 1
@@ -159,7 +162,7 @@ __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slo
   int own_best = NONE, own_repeats = 0;            // of this lane's slot
   unsigned own_holder = 1;
 #pragma unroll 1
-  while (slot < K) {
+  while (slot < num_slots(r)) {
 #pragma unroll
     for (int pass = 0; pass < 2; ++pass, ++slot) {
       const int last = best;
@@ -181,7 +184,7 @@ __device__ __forceinline__ StandIn stand_in(const Row& r, unsigned kept, int slo
     const float of_place = ANY_GATE ? __shfl_sync(ALL_LANES, r.of[j], from) : __int_as_float(order);
     if (order == own_best && own_repeats-- == 0) place = j, score = of_place;
   }
-  if (own_best == NONE || lane >= K) return {-1, 0};  // the last pass may go beyond the row
+  if (own_best == NONE || lane >= num_slots(r)) return {-1, 0};  // the last pass may go beyond the row
   return {from * PER_LANE + place, score};
 }
 
@@ -197,7 +200,13 @@ struct NewSlots {                                  // of a lane: where its own e
 
 __device__ __forceinline__ NewSlots unchanged(const Row& r) {
   const int lane = threadIdx.x % 32;
-  return {{{lane < K ? lane : -1, int(r.slot.id), r.slot.weight}, {-1, 0, 0}}};
+  return {{{lane < K ? place_of(r) : -1, int(r.slot.id), r.slot.weight}, {-1, 0, 0}}};
+}
+
+// What a slot gets that named another expert before: with masks in force nobody, if it has no weight.
+__device__ __forceinline__ NewSlot new_slot(int place, int id, float weight, int id_before, const Settings& settings) {
+  const bool is_nothing = MASKS && settings.masks != ALL_KEPT && weight == 0 && id != id_before;
+  return {place, is_nothing ? -1 : id, weight};
 }
 
 // The row's own kept choices by rank, then the best-ranked other kept experts. Slots beyond those are dropped: id -1,
@@ -213,15 +222,40 @@ __device__ __forceinline__ NewSlots refill(const Row& r, unsigned stays, unsigne
   float share = is_staying ? r.own : 0, new_share = settings.fill * found.score;
   const float taken = sum_of_slots(share + new_share), before = sum_of_slots(r.own);
   const float exponent = settings.beta * log2f(taken) + (1 - settings.beta) * log2f(before);
-  const int filled = lane >= num_staying && lane < K ? lane : -1;
+  const int filled = lane >= num_staying && lane < num_slots(r) ? lane : -1;
   const bool is_filled = filled >= 0 && found.expert >= 0;
   const int num_taken = num_staying + __popc(__ballot_sync(ALL_LANES, is_filled));
-  const float weight = sum_of_slots(r.slot.weight);
+  const float weight = sum_of_slots(weight_of(r));
   const bool shares_out = taken == 0;              // nothing of what the row takes has a score
   if (shares_out) share = is_staying, new_share = is_filled;
   const float scale = shares_out ? weight / num_taken : weight * exp2f(-exponent);
-  return {{{is_staying ? order : -1, int(r.slot.id), share * scale},
-           {filled, found.expert >= 0 ? found.expert : settings.merges ? -1 : first, new_share * scale}}};
+  const int new_lane = is_staying ? order : lane, new_place = __shfl_sync(ALL_LANES, place_of(r), new_lane);
+  const int id_before = __shfl_sync(ALL_LANES, int(r.slot.id), new_lane), own = int(r.slot.id);
+  const int new_id = found.expert >= 0 ? found.expert : settings.merges ? -1 : first;
+  return {{new_slot(is_staying ? new_place : -1, own, share * scale, id_before, settings),
+           new_slot(filled >= 0 ? place_of(r) : -1, new_id, new_share * scale, own, settings)}};
+}
+
+// What becomes of a row with masks in force: masked slots are dropped. For experts' code that takes no id of -1 all that
+// is dropped names what the row's first slot that is left names; in a row without any, an expert that is kept.
+__device__ __forceinline__ NewSlots leave_out(const Row& r, NewSlots slots, unsigned kept, const Settings& settings) {
+  constexpr int NONE_LEFT = 32 * STRIDE;
+  if (r.slot.masked) slots.of[0] = {place_of(r), -1, 0};
+  if (settings.merges) return slots;
+  int first = NONE_LEFT;                           // place and expert
+#pragma unroll
+  for (const NewSlot& s : slots.of) {
+    if (s.slot >= 0 && s.id >= 0) first = min(first, s.slot * STRIDE + s.id);
+  }
+  first = __reduce_min_sync(ALL_LANES, first);
+  const int own_kept = kept ? int(threadIdx.x) % 32 * PER_LANE + __ffs(kept) - 1 : STRIDE;
+  const int lowest_kept = __reduce_min_sync(ALL_LANES, own_kept);
+  const int instead = first < NONE_LEFT ? first % STRIDE : lowest_kept < STRIDE ? lowest_kept : 0;
+#pragma unroll
+  for (NewSlot& s : slots.of) {
+    if (s.slot >= 0 && s.id < 0) s.id = instead;
+  }
+  return slots;
 }
 
 }  // namespace

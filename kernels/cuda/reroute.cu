@@ -9,7 +9,7 @@ template <bool ONLY_RULE, class Then, class ThenOfDemand>
 __device__ __forceinline__ void reroute_rows_by(Shared& shared, const Arguments& a, const Start& start,
                                                 const Logits& logits, Then then, ThenOfDemand then_of_demand) {
   if (follows_demand(start)) {
-    const auto load = [&](int row, int slot) { return load_slot(a, start.step, row, slot); };
+    const auto load = [&](int row, int slot) { return load_left(a, start, row, slot); };
     apply_demand<!ONLY_RULE>(shared, a, start, logits, load, then_of_demand);
   } else {
     reroute_rows<ONLY_RULE>(shared, a, start, then);
@@ -19,7 +19,7 @@ __device__ __forceinline__ void reroute_rows_by(Shared& shared, const Arguments&
 }  // namespace
 
 // Out of place, or in place where new_ids == ids. The logits are read by rules of demand alone.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute(RULE_PARAMETERS, LOGITS_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute(RULE_PARAMETERS, LOGITS_PARAMETERS MASK_PARAMETERS) {
   const Arguments a = RULE_ARGUMENTS;
   __shared__ Shared shared;
   Start start;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reroute(RULE_PARAMETERS
 
 // The same, and the slots sorted by expert. At most MAX_ROWS rows.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-reroute_and_align(RULE_PARAMETERS, LOGITS_PARAMETERS, SORTED_PARAMETERS) {
+reroute_and_align(RULE_PARAMETERS, LOGITS_PARAMETERS, SORTED_PARAMETERS MASK_PARAMETERS) {
   const Arguments a = RULE_ARGUMENTS;
   const Sorted sorted = SORTED_ARGUMENTS;
   __shared__ Shared shared;

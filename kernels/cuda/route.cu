@@ -2,7 +2,7 @@
 // gate's logits and the expert GEMM of a decode step. One block; under rules of demand it may be a cluster of blocks. See
 // rule.cuh and margin.cuh.
 //   LOGIT_BYTES  4 = logits are float32, 2 = bfloat16
-//   E is a power of two, 32..256
+//   E is a power of two, 32..256. The masks' logits are of the same type.
 #include "margin.cuh"
 
 namespace {
@@ -26,7 +26,7 @@ struct __align__(16) Load {
 };
 
 struct Chosen {                                    // what the gate chooses, best first
-  int expert[MAX_ROWS][K];
+  int expert[MAX_ROWS][K];                         // -1 = none; -2 - e = e, masked
   float weight[MAX_ROWS][K];
   float scale[MAX_ROWS];                             // of the weights, where they are to sum to 1
 };
@@ -82,6 +82,27 @@ __device__ __forceinline__ int take_best(float (&p)[PER_THREAD], int lane, float
   return expert;
 }
 
+// Bit j of a lane: masks leave the expert whose p is the lane's j-th.
+__device__ __forceinline__ unsigned left_by_masks(const Arguments& a, int row, int lane) {
+  unsigned left = ALL_LANES;
+#if MASKS
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) {
+    const Load load = static_cast<const Load*>(a.mask_logits)[row * (E / PER_LOAD) + i * ROW_LANES + lane];
+#pragma unroll
+    for (int j = 0; j < PER_LOAD; ++j) {
+      if (!(to_float(load.of[j]) >= 0)) left &= ~(1u << (i * PER_LOAD + j));
+    }
+  }
+#endif
+  return left;
+}
+// Whether it leaves an expert: the row's lanes ask together.
+__device__ __forceinline__ bool is_left(unsigned left, int expert) {
+  const int load = expert / PER_LOAD, at = load / ROW_LANES * PER_LOAD + expert % PER_LOAD;
+  return __shfl_sync(ALL_LANES, left, load % ROW_LANES, ROW_LANES) >> at & 1;
+}
+
 // Top-k of each of the rows, and steps 1 and 2 of the rule: rows come out sorted, so a slot is its order.
 __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Logit* logits, const bool* is_padding,
                                        const Arguments& a, const Start& start, const Rows& rows) {
@@ -96,17 +117,24 @@ __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Log
     const bool pads = exists && is_padding && is_padding[row];
     float p[PER_THREAD];
     softmax(p, logits + (exists ? row : 0) * E, lane);
+    const bool has_masked = has_masks(start) && kind == REROUTABLE && !pads;
+    const unsigned left = has_masked ? left_by_masks(a, row, lane) : ALL_LANES;
     float total = 0;
+    int order = 0;                                 // among the slots that masks leave
 #pragma unroll 1
     for (int slot = 0; slot < K; ++slot) {
       float weight;
       const int expert = take_best(p, lane, weight);
+      const bool stays = slot == 0 && start.settings.masks == FIRST_KEPT;
+      const bool is_masked = MASKS && !is_left(left, expert) && !stays;
       if (lane == 0 && exists) {
         total += weight;
-        chosen.expert[row][slot] = pads ? -1 : expert;
+        chosen.expert[row][slot] = pads ? -1 : is_masked ? -2 - expert : expert;
         chosen.weight[row][slot] = weight;
-        if (!pads && kind != PADDING) atomicMin(&shared.lowest_order[expert], kind == EXACT ? 0 : slot);
+        const int own_order = is_masked ? NOT_LEFT : kind == EXACT ? 0 : order;
+        if (!pads && kind != PADDING) atomicMin(&shared.lowest_order[expert], own_order);
       }
+      order += !is_masked;
     }
     if (lane == 0 && exists) chosen.scale[row] = 1.0f / (total > 0 ? total : 1);
   }
@@ -119,7 +147,7 @@ __device__ __forceinline__ void choose(Chosen& chosen, Shared& shared, const Log
 //   is_padding  [num_rows] or null: such rows get ids of -1
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 route_and_align(const void* logits, const bool* is_padding, int renormalize, float* topk_weights, RULE_PARAMETERS,
-                SORTED_PARAMETERS) {
+                SORTED_PARAMETERS MASK_PARAMETERS) {
   const Arguments a = RULE_ARGUMENTS;
   const Sorted sorted = SORTED_ARGUMENTS;
   __shared__ Shared shared;
@@ -135,11 +163,13 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
   choose(chosen, shared, static_cast<const Logit*>(logits), is_padding, a, start, rows);
 
   const auto chosen_slot = [&](int row, int slot) {
+    if (row >= a.num_rows || slot >= K) return Slot{-1, 0.0f, PADDING, false};
     const float weight = chosen.weight[row][slot];
-    const int expert = chosen.expert[row][slot];
+    const int found = chosen.expert[row][slot];
+    const bool is_masked = MASKS && found < -1;
     const int kind = row < start.step.num_rows ? a.row_kind[row] : PADDING;
-    return Slot{Id(expert), renormalize ? weight * chosen.scale[row] : weight, kind & KIND_MASK, expert >= 0,
-                kind >> KIND_BITS};
+    return Slot{Id(is_masked ? -2 - found : found), renormalize ? weight * chosen.scale[row] : weight,
+                kind & KIND_MASK, found >= 0, kind >> KIND_BITS, is_masked};
   };
   if (by_demand) {
     const auto tell_first = count_in_first_block(counting, shared);
@@ -150,7 +180,7 @@ route_and_align(const void* logits, const bool* is_padding, int renormalize, flo
     const auto count = [&](int index, Id id) { count_slot(counting, shared, index, id); };
     const auto load = [&](int row, int slot) {
       const Slot s = chosen_slot(row, slot);
-      topk_weights[row * K + slot] = s.weight;
+      if (row < num_rows && slot < K) topk_weights[row * K + slot] = s.weight;
       return s;
     };
     apply_rule(shared, a, start, load, count);

@@ -1,165 +1,9 @@
 // The SERE rule (docs/quality.md) for one thread block; sere_ray/rules/sere.py is the reference and must
-// give the same integers. No framework header: sere_ray/kernel/compiler.py compiles the .cu files
-// beside this one at run time, with these constants:
-//   E        experts of the layer, at most 1,024
-//   K        slots of a row, at most 32
-//   THREADS  threads of the block, a multiple of 32
-//   ID64     1 = topk_ids is int64, 0 = int32
-//   MAX_ROWS most rows of a kernel that sorts
-//
-// Everything that may change between two steps (settings, row kinds) is read from device memory,
-// so a captured CUDA graph follows it. Nothing here allocates or waits for the host.
+// give the same integers.
 #pragma once
-
-#if ID64
-typedef long long Id;
-#else
-typedef int Id;
-#endif
+#include "launch.cuh"
 
 namespace {
-
-constexpr int PADDING = 0, REROUTABLE = 1, EXACT = 2;  // row kinds
-constexpr int KIND_BITS = 2, KIND_MASK = 3;        // of a byte of row_kind; above them the row's discount
-constexpr int WEIGHT_UNIT = 32;                    // weight of a row without one
-constexpr int OFF = 0, OBSERVE = 1;                // modes; 2 = on
-constexpr int SERE = 0, MARGIN = 1, SPARE = 2;     // rules. See margin.cuh and spare.cuh
-constexpr int ANY_DEMAND = 0x7fffffff;             // of Settings::most: nobody knows what is too much
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
-__device__ constexpr int ceil_pow2(int n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
-constexpr int WARPS = THREADS / 32;
-constexpr int GROUP = ceil_pow2(K);                // lanes of a row; K of them hold a slot
-constexpr int PER_LANE = ceil_pow2((E + 31) / 32); // experts of a lane: lane * PER_LANE + j
-constexpr int STRIDE = 32 * PER_LANE;              // E, padded
-constexpr int PER_WARP = (E + WARPS - 1) / WARPS;  // experts a warp finds stand-ins for: warp + i * WARPS
-
-#if E <= 256
-typedef unsigned char Expert;
-#else
-typedef unsigned short Expert;
-#endif
-constexpr int NEAR = E > 512 ? 0 : E > 256 ? 32 : STRIDE < 128 ? STRIDE : 128;  // neighbours in shared memory
-
-struct __align__(16) Settings {                    // of one layer, written by the host between two steps
-  int mode;
-  int rule;
-  int select_top_k;                                // S, 1..K; K = the identity
-  int min_primary_experts;                         // m, 0..E
-  int has_threshold;
-  float threshold;                                 // rho
-  int tau;                                         // of margin and spare, as is what follows: in units of demand
-  int runners_up;
-  float beta, fill;                                // of margin alone
-  int merges;                                      // step 7: slots that repeat an expert of their row become -1
-  signed char protect;                             // whether every row keeps its first choice
-  signed char guard;                               // whether a step that gives up more than `most` stays exact
-  signed char balances;                            // of margin: tau is of the busiest rank, see kept.cuh
-  signed char unused;
-  float lead, share;                               // what demand is made of; they add up to 1
-  float limit;                                     // of spare: most that a stand-in may leave over
-  int most;                                        // of margin and spare: the most demand that calibration gave up
-};
-
-struct __align__(16) Step {                        // written by the host before every step
-  int num_rows;                                    // rows beyond it are padding
-  int num_reroutable;                              // 0: nothing to do in this step
-  int counter_row;                                 // decode-only and mixed steps are counted apart
-  int own_begin, own_end;                          // rows whose slots are counted; others are other ranks'
-  int unused[3];
-};
-
-// What a launch can know before the earlier kernel is done: all that no kernel writes.
-struct Start {
-  Settings settings;
-  Step step;
-  bool has_work;
-};
-
-struct Slot {
-  Id id;
-  float weight;
-  int kind;
-  bool valid;
-  int discount = 0;                                // of a draft's demand, in parts of WEIGHT_UNIT
-};
-
-struct Shared {
-  union {
-    __align__(16) Expert near[NEAR ? E : 1][NEAR ? NEAR : 1];  // the starts of Arguments::neighbours; after that:
-    struct {                                       // of a slot
-      unsigned short place[MAX_ROWS * K];          // among those of its expert
-      unsigned short expert[MAX_ROWS * K];         // of margin: which that is; E = none
-    };
-  };
-  union {
-    int lowest_order[STRIDE];                      // best slot order any row gives the expert, K = none
-    int fate[STRIDE];                              // of spare, as is factor: see there
-  };
-  float factor[STRIDE];                            // of the weight of a slot that goes to a stand-in
-  union {
-    int target[STRIDE];                            // where a slot that names the expert goes
-    int demand[STRIDE];                            // of margin and spare
-  };
-  union {
-    int is_read[STRIDE];                           // is it read after the rule
-    int wanted[STRIDE];                            // of demand: from all blocks, see wanted_of()
-  };
-  int is_beyond;                                   // of spare: what guard() has found
-};
-
-struct StandInOf {
-  float loss, scale;                               // what it leaves over, and the factor that fits best
-};
-
-struct Arguments {
-  const Id* ids;                                 // [num_rows][K]
-  Id* new_ids;                                   // may be ids: every slot is read before it is written
-  float* weights;                                  // [num_rows][K]; but for sere changed in place
-  int num_rows;
-  const Expert* neighbours;                        // [E][STRIDE]: of each expert all, most similar first
-  const float* similarity;                         // [E][E], read only under a threshold
-  const Expert* stand_ins;                         // [E][STRIDE]: of each expert all, what leaves the least over first
-  const StandInOf* stand_in_of;                    // [E][STRIDE], in that order. Both are read by spare alone
-  const Settings* settings;
-  const Step* step;
-  const signed char* row_kind;                     // [num_rows], see KIND_BITS
-  unsigned long long* counters;                    // six of this layer; of the other counter row
-  int counter_stride;                              // this many further on
-};
-
-// Before this returns, nothing that an earlier kernel of the stream writes may be touched.
-// Inputs of the rule that no kernel writes are fetched before it, while the earlier one still runs.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next kernel of the stream may be launched, if it waits for this one to end before it reads.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ Slot load_slot(const Arguments& a, const Step& step, int row, int slot) {
-  Slot s = {-1, 0.0f, PADDING, false};
-  if (row < a.num_rows && slot < K) {
-    s.id = a.ids[row * K + slot];
-    s.weight = a.weights[row * K + slot];
-    const int kind = a.row_kind[row];              // not only where row < num_rows: both loads at once
-    s.kind = row < step.num_rows ? kind & KIND_MASK : PADDING;
-    s.discount = kind >> KIND_BITS;
-    s.valid = s.id >= 0 && s.id < E;
-  }
-  return s;
-}
 
 // Step 1: the order of a valid slot in its row: by weight, equal weights by slot. The lanes of a row
 // are neighbours. Gates mostly return sorted rows; then a slot is its order.
@@ -182,6 +26,7 @@ __device__ __forceinline__ int order_in_row(const Slot& s, int slot) {
 __device__ __forceinline__ void name_expert(Shared& shared, const Slot& s, int slot) {
   const int order = order_in_row(s, slot);
   if (s.valid && s.kind != PADDING) atomicMin(&shared.lowest_order[s.id], s.kind == EXACT ? 0 : order);
+  if (MASKS && s.masked) atomicMin(&shared.lowest_order[s.id], NOT_LEFT);
 }
 
 __device__ __forceinline__ int total_below(const int (&lowest)[PER_LANE], int size) {
@@ -294,6 +139,34 @@ __device__ __forceinline__ bool merge_slot(bool may_merge, Id id, float& weight,
   return is_best;
 }
 
+// Experts that are read: where experts' code takes no id of -1, one at least, if rows had any before masks.
+__device__ __forceinline__ int num_read(int after, int before, const Settings* settings) {
+  return MASKS && !settings->merges && after == 0 && before > 0 ? 1 : after;
+}
+
+// What masks left out, by all threads.
+__device__ __forceinline__ void count_masked(int masked, unsigned long long* counters) {
+  if (!MASKS) return;
+  masked = __reduce_add_sync(ALL_LANES, masked);
+  if (threadIdx.x % 32 == 0 && masked) atomicAdd(&counters[6], (unsigned long long)masked);
+}
+
+// What a masked slot names in the end, with weight 0, by the lanes of a row: nobody, or for experts' code that takes no
+// id of -1 what the row's first slot that is left names; in a row without any one that is read anyway.
+__device__ __forceinline__ int in_place_of_masked(const Shared& shared, const Slot& s, Id new_id,
+                                                  const Settings& settings) {
+  if (settings.merges || !__any_sync(ALL_LANES, s.masked)) return -1;
+  const unsigned left = __ballot_sync(ALL_LANES, s.valid) >> threadIdx.x % 32 / GROUP * GROUP & ALL_SLOTS;
+  const int of_row = __shfl_sync(ALL_LANES, int(new_id), max(__ffs(left) - 1, 0), GROUP);
+  int lowest = STRIDE;
+#pragma unroll
+  for (int j = PER_LANE - 1; j >= 0; --j) {
+    if (shared.is_read[threadIdx.x % 32 * PER_LANE + j]) lowest = threadIdx.x % 32 * PER_LANE + j;
+  }
+  lowest = __reduce_min_sync(ALL_LANES, lowest);
+  return left ? of_row : lowest < STRIDE ? lowest : 0;
+}
+
 // Counters of the layer, by one warp: experts before and after, critical experts kept.
 __device__ __forceinline__ void count_experts(const Shared& shared, const Arguments& a, int size,
                                               unsigned long long* counters) {
@@ -302,7 +175,7 @@ __device__ __forceinline__ void count_experts(const Shared& shared, const Argume
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
     const int v = lane * PER_LANE + j, order = shared.lowest_order[v];
-    before += order < K;
+    before += order < K + MASKS;
     after += shared.is_read[v];
     primary += order < size;
   }
@@ -310,7 +183,7 @@ __device__ __forceinline__ void count_experts(const Shared& shared, const Argume
   after = __reduce_add_sync(ALL_LANES, after);
   primary = __reduce_add_sync(ALL_LANES, primary);
   if (lane == 0) atomicAdd(&counters[0], (unsigned long long)before);
-  if (lane == 1) atomicAdd(&counters[1], (unsigned long long)after);
+  if (lane == 1) atomicAdd(&counters[1], (unsigned long long)num_read(after, before, a.settings));
   if (lane == 3) atomicAdd(&counters[3], (unsigned long long)(after - primary));
 }
 
@@ -357,7 +230,7 @@ __device__ __forceinline__ void begin(Start& start, Shared& shared, const Argume
   }
 #pragma unroll 1
   for (int v = threadIdx.x; v < STRIDE; v += THREADS) {
-    shared.lowest_order[v] = K;
+    shared.lowest_order[v] = K + MASKS;
     shared.demand[v] = 0;
     shared.is_read[v] = 0;
   }
@@ -381,12 +254,12 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
   const int slot = threadIdx.x % GROUP;
   const bool moves = start.has_work && start.settings.mode != OBSERVE;
   const bool merges = moves && start.settings.merges && start.settings.select_top_k < K;
-  int changed = 0, merged = 0;
+  int changed = 0, merged = 0, masked = 0;
 #pragma unroll 1
   for (int at = 0; at < a.num_rows * GROUP; at += THREADS) {
     const int row = (at + threadIdx.x) / GROUP;
     const bool exists = row < a.num_rows && slot < K;
-    const Slot s = exists ? load(row, slot) : Slot{-1, 0.0f, PADDING, false};
+    const Slot s = load(row, slot);
     const bool is_own = row >= start.step.own_begin && row < start.step.own_end;
     Id id = s.id;
     float weight = s.weight;
@@ -398,6 +271,11 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
     if (merges && !merge_slot(s.valid && s.kind == REROUTABLE, id, weight, slot)) {
       merged += is_own;
       id = -1;
+    }
+    if (MASKS) {
+      masked += s.masked && is_own;
+      const int instead = in_place_of_masked(shared, s, id, start.settings);
+      if (moves && s.masked) id = instead, weight = 0;
     }
     if (!exists) continue;
     if (a.new_ids != a.ids || id != s.id) a.new_ids[row * K + slot] = id;
@@ -411,6 +289,7 @@ __device__ __forceinline__ void apply_rule(Shared& shared, const Arguments& a, c
     merged = __reduce_add_sync(ALL_LANES, merged);
     if (threadIdx.x % 32 == 0 && changed) atomicAdd(&counters[2], (unsigned long long)changed);
     if (threadIdx.x % 32 == 0 && merged) atomicAdd(&counters[4], (unsigned long long)merged);
+    count_masked(masked, counters);
     if (threadIdx.x >= THREADS - 32) count_experts(shared, a, size, counters);
   }
 }
@@ -420,7 +299,7 @@ template <bool ONLY_RULE, class Then>
 __device__ __forceinline__ void reroute_rows(Shared& shared, const Arguments& a, const Start& start, Then then) {
   const int slots = a.num_rows * GROUP, slot = threadIdx.x % GROUP;
   // The first slot of a thread, in a small batch its only one, stays in registers between the passes.
-  const Slot first = load_slot(a, start.step, threadIdx.x / GROUP, slot);
+  const Slot first = load_left(a, start, threadIdx.x / GROUP, slot);
   if (!start.has_work && ONLY_RULE && a.new_ids == a.ids) return;
   __syncthreads();
   if (start.has_work) {
@@ -428,11 +307,11 @@ __device__ __forceinline__ void reroute_rows(Shared& shared, const Arguments& a,
     for (int at = THREADS;; at += THREADS) {
       name_expert(shared, s, slot);
       if (at >= slots) break;
-      s = load_slot(a, start.step, (at + threadIdx.x) / GROUP, slot);
+      s = load_left(a, start, (at + threadIdx.x) / GROUP, slot);
     }
   }
   const auto load = [&](int row, int slot) {
-    return row == threadIdx.x / GROUP ? first : load_slot(a, start.step, row, slot);
+    return row == threadIdx.x / GROUP ? first : load_left(a, start, row, slot);
   };
   apply_rule(shared, a, start, load, then);
 }
@@ -515,6 +394,13 @@ __device__ __forceinline__ void sort_slots(Counting& counting, const Shared& sha
   {ids, new_ids, weights, num_rows, static_cast<const Expert*>(neighbours), similarity,                 \
    static_cast<const Expert*>(stand_ins), static_cast<const StandInOf*>(stand_in_of),                    \
    static_cast<const Settings*>(settings), static_cast<const Step*>(step), row_kind, counters,           \
-   counter_stride}
+   counter_stride MASK_ARGUMENTS}
 #define SORTED_PARAMETERS int block_bits, int *sorted_slots, int sorted_capacity, int *block_expert, int *padded_slots
 #define SORTED_ARGUMENTS {block_bits, sorted_slots, sorted_capacity, block_expert, padded_slots}
+#if MASKS
+#define MASK_PARAMETERS , const void *mask_logits, int mask_bytes
+#define MASK_ARGUMENTS , mask_logits, mask_bytes
+#else
+#define MASK_PARAMETERS
+#define MASK_ARGUMENTS
+#endif

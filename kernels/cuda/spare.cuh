@@ -201,20 +201,20 @@ __device__ __forceinline__ int best_scored(const Row& r, unsigned kept) {
 // left the row takes one expert, with all of its weight. Dropped slots: as in refill().
 __device__ __forceinline__ NewSlots move_to_stand_ins(const Shared& shared, const Row& r, unsigned stays,
                                                       unsigned kept, const Settings& settings) {
-  const int lane = threadIdx.x % 32, own = lane < K ? int(r.slot.id) : 0;
-  const bool moves = lane < K && !(stays >> lane & 1);
-  int id = lane >= K ? -1 : moves ? shared.fate[own] : own;
+  const int lane = threadIdx.x % 32, slots = num_slots(r), own = lane < slots ? int(r.slot.id) : 0;
+  const bool moves = lane < slots && !(stays >> lane & 1);
+  int id = lane >= slots ? -1 : moves ? shared.fate[own] : own;
   float weight = moves ? __fmul_rn(r.slot.weight, shared.factor[own]) : r.slot.weight;
   if (!__any_sync(ALL_LANES, id >= 0)) {
     const int only = best_scored(r, kept);
-    const float all = sum_of_slots(r.slot.weight);
+    const float all = sum_of_slots(weight_of(r));
     if (lane == 0) id = only, weight = all;
   }
   if (!merge_slot(id >= 0, Id(id), weight, lane)) id = -1;
   const unsigned named = __ballot_sync(ALL_LANES, id >= 0);
   const int first = __shfl_sync(ALL_LANES, id, __ffs(named) - 1);
   if (id < 0 && !settings.merges) id = first;
-  return {{{lane < K ? lane : -1, id, weight}, {-1, 0, 0}}};
+  return {{new_slot(lane < slots ? place_of(r) : -1, id, weight, own, settings), {-1, 0, 0}}};
 }
 
 }  // namespace

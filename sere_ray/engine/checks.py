@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.engine.option_checks import (
     check_all_to_all,
+    check_masks,
     check_options,
     check_replicas,
     check_tensor_and_data_parallel,
@@ -69,6 +70,8 @@ def check_config(vllm_config: Any) -> Checked:
             raise UnsupportedError(
                 "sere.check_ranks = True: ranks are compared on CPU engines only; leave it out"
             )
+        if policy.masks is not None:
+            check_masks(vllm_config)
         check_compiler()
     model = vllm_config.model_config
     if not model.is_moe:

@@ -237,6 +237,30 @@ def check_all_to_all(vllm_config: Any) -> None:
     _refuse("sere.dispatch = 'all_to_all'", refused)
 
 
+def check_masks(vllm_config: Any) -> None:
+    """Refuse learned masks on a GPU beside what they were not built for.
+
+    Raises:
+        UnsupportedError: names the option, its value and what to do.
+    """
+    parallel = vllm_config.parallel_config
+    refused = [
+        (
+            parallel.world_size_across_dp > 1,
+            f"an engine of {parallel.world_size_across_dp} GPUs: ranks do not tell each other what "
+            "masks left out",
+            "use one GPU, or leave masks and level out",
+        ),
+        (
+            vllm_config.model_config.enable_sleep_mode,
+            "enable_sleep_mode = True: the memory of mask routers, and of gates beside them, would "
+            "be given away",
+            "start without it, or leave masks and level out",
+        ),
+    ]
+    _refuse("sere.masks", refused)
+
+
 SHOWN_ON_GPUS = False
 """Whether an engine with ``replicas: by_experts`` ran on GPUs and tests of it passed there. None is
 written yet: those of `tests/engine/test_gpu_load_balancer.py` run with vLLM's own choice."""

@@ -20,6 +20,7 @@ INSTALL = "pip install 'sere-ray[gpu]' (it brings cuda-core and NVRTC)"
 
 
 HEADERS = (
+    "launch.cuh",
     "rule.cuh",
     "cluster.cuh",
     "gate.cuh",

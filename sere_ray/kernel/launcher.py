@@ -19,7 +19,7 @@ from sere_ray.kernel.limits import (
     check_shape,
     max_aligned_rows,
 )
-from sere_ray.kernel.logits import logit_arguments
+from sere_ray.kernel.logits import check_routable, logit_arguments, mask_arguments
 from sere_ray.kernel.memory import STEP, DeviceLayer, power_of_two
 from sere_ray.rules.gate import Gate
 from sere_ray.util.errors import UnsupportedError
@@ -35,6 +35,8 @@ class RuleKernel:
         id_dtype: int32 or int64.
         logit_dtype: of the gate's logits, for :meth:`route_and_align`.
         any_gate: whether layers may have gates that are not plain, see :class:`Gate`.
+        masks: whether learned masks may come before the rule: then a layer has ``MASKED_COUNTERS``
+            counters. Not for kernels of several ranks.
     """
 
     num_experts: int
@@ -42,6 +44,7 @@ class RuleKernel:
     id_dtype: torch.dtype
     logit_dtype: torch.dtype = torch.bfloat16
     any_gate: bool = False
+    masks: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shapes that the kernel does not hold in a block."""
@@ -63,6 +66,7 @@ class RuleKernel:
             "MAX_ROWS": max_aligned_rows(self.num_experts, self.top_k),
             "ANY_GATE": int(self.any_gate),
             "ID64": int(self.id_dtype == torch.int64),
+            "MASKS": int(self.masks),
         }
         if FILES[name] == "route.cu":
             size = self.logit_dtype.itemsize
@@ -91,6 +95,7 @@ class RuleKernel:
         layer: DeviceLayer,
         *,
         logits: Tensor | None = None,
+        mask_logits: Tensor | None = None,
         blocks: int = 1,
     ) -> None:
         """Write the re-routed ids to ``new_ids``; in place where that is ``topk_ids``.
@@ -102,11 +107,14 @@ class RuleKernel:
             layer: this layer's.
             logits: ``[T, E]`` of the gate, bfloat16 or float32, contiguous. Without them the
                 rules of demand, ``margin`` and ``spare``, must not be set.
+            mask_logits: ``[T, E]`` of the layer's mask router, as ``logits``: a slot whose expert
+                has less than 0 is masked. For kernels with ``masks``, and only for them.
             blocks: of the launch, see :func:`blocks_of_margin`. Any number is right under either
                 rule, and a captured graph keeps its own: under ``sere`` all but one end at once.
         """
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
         arguments += self.logit_arguments(logits, layer.gate)
+        arguments += mask_arguments(mask_logits, self.num_experts, takes=self.masks)
         self.launch("reroute", topk_ids, arguments, blocks=blocks)
 
     def reroute_and_align(
@@ -118,6 +126,7 @@ class RuleKernel:
         *,
         block_size: int,
         logits: Tensor | None = None,
+        mask_logits: Tensor | None = None,
         blocks: int = 1,
     ) -> Aligned:
         """Re-route and sort the slots by their new expert, in the same launch.
@@ -129,6 +138,7 @@ class RuleKernel:
             layer: as for :meth:`reroute`.
             block_size: a power of two, rows of an expert GEMM's tile.
             logits: as for :meth:`reroute`.
+            mask_logits: as for :meth:`reroute`.
             blocks: as for :meth:`reroute`.
 
         Raises:
@@ -139,8 +149,9 @@ class RuleKernel:
             topk_ids, block_size, self.num_experts, most_rows
         )
         arguments = self.arguments(topk_ids, new_ids, topk_weights, layer)
-        arguments += self.logit_arguments(logits, layer.gate)
-        self.launch("reroute_and_align", topk_ids, arguments + sorted_arguments, blocks=blocks)
+        arguments += self.logit_arguments(logits, layer.gate) + sorted_arguments
+        arguments += mask_arguments(mask_logits, self.num_experts, takes=self.masks)
+        self.launch("reroute_and_align", topk_ids, arguments, blocks=blocks)
         return aligned
 
     def route_and_align(
@@ -153,6 +164,7 @@ class RuleKernel:
         is_padding: Tensor | None,
         renormalize: bool,
         block_size: int,
+        mask_logits: Tensor | None = None,
         blocks: int = 1,
     ) -> Aligned:
         """Softmax and top-k of the gate, the rule, and the sorted slots, in one launch.
@@ -166,16 +178,13 @@ class RuleKernel:
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
             renormalize: divide a row's weights by their sum.
             block_size: as for :meth:`reroute_and_align`.
+            mask_logits: as for :meth:`reroute`, of ``logit_dtype``.
             blocks: as for :meth:`reroute`.
 
         Raises:
             ValueError: a tensor does not fit.
         """
-        if logits.dtype != self.logit_dtype or not logits.is_contiguous() or not self.can_route:
-            raise ValueError(
-                f"logits must be contiguous {self.logit_dtype} of 32 to 256 experts, a power of "
-                f"two, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}"
-            )
+        check_routable(logits, mask_logits, self.logit_dtype, can_route=self.can_route)
         aligned, sorted_arguments = empty_alignment(
             new_ids, block_size, self.num_experts, MAX_ROUTED_ROWS
         )
@@ -188,6 +197,7 @@ class RuleKernel:
             0,  # there are no ids yet
         )
         arguments = routing + rule[1:] + sorted_arguments
+        arguments += mask_arguments(mask_logits, self.num_experts, takes=self.masks)
         self.launch("route_and_align", new_ids, arguments, blocks=blocks)
         return aligned
 

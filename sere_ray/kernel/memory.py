@@ -16,19 +16,24 @@ from sere_ray.rules.spare import Modes, modes_of
 
 _MODES = {"off": 0, "observe": 1, "on": 2}
 _RULES = {"none": 0, "sere": 0, "margin": 1, "spare": 2}
-"""``none`` is ``sere`` at S = K."""
-_SETTINGS = struct.Struct("iiiiifiiffibbbxfffi")
+"""``none`` is ``sere`` with all slots primary."""
+ALL_KEPT, MASKED, FIRST_KEPT = range(3)
+"""What learned masks do in a layer: nothing; leave slots out; leave out all but first choices."""
+_SETTINGS = struct.Struct("iiiiifiiffibbbbfffi")
 _ANY_DEMAND = 2**31 - 1
 """More than can be given up: nobody knows what is too much."""
 OWN_COUNTERS = 6
 """Fields of :class:`sere_ray.rules.RuleCounts`, slots that others of their row took over, then
 steps that gave up more demand than calibration saw."""
+MASKED_COUNTERS = 7
+"""Those, then slots that masks left out: where the kernels have learned masks."""
 NUM_COUNTERS = 8
-"""Those, then experts that the busiest rank reads, before and after the rule."""
+"""Of several ranks, which have no masks: ``OWN_COUNTERS``, then experts that the busiest rank
+reads, before and after the rule."""
 _KIND_BITS = 2
-"""Of a row's byte in device memory; above them what its weight lacks, as ``rule.cuh`` says."""
+"""Of a row's byte in device memory; above them what its weight lacks, as ``launch.cuh`` says."""
 STEP = struct.Struct("iiiii12x")
-"""What stands before the row kinds of a :class:`StepInput`; ``Step`` of rule.cuh."""
+"""What stands before the row kinds of a :class:`StepInput`; ``Step`` of launch.cuh."""
 
 
 Statistics = Mapping[str, Tensor]
@@ -123,6 +128,7 @@ class Settings:
         top_k: int,
         num_experts: int,
         statistics: Sequence[Statistics] = (),
+        masks: Sequence[int] = (),
     ) -> None:
         """Takes effect for everything that is launched afterwards on the current stream.
 
@@ -131,15 +137,18 @@ class Settings:
             top_k: K.
             num_experts: E.
             statistics: of every layer, for a rule that reads them.
+            masks: of every layer ``ALL_KEPT``, ``MASKED`` or ``FIRST_KEPT``; none: all are kept.
         """
         of_layers = statistics or [{}] * len(self.buffer)
+        of_masks = masks or [ALL_KEPT] * len(self.buffer)
 
         def packed(bound: BoundPolicy) -> bytes:
             layers = [
                 bound.of_layer(i, num_experts, None, None, of_layer)
                 for i, of_layer in enumerate(of_layers)
             ]
-            return b"".join(_pack(bound, layer, top_k, self.merges) for layer in layers)
+            pairs = zip(layers, of_masks, strict=True)
+            return b"".join(_pack(bound, layer, top_k, kept, self.merges) for layer, kept in pairs)
 
         self._policy = policy
         bounds = [policy, *(bound for _, bound in policy.by_rows)]
@@ -157,8 +166,8 @@ class Settings:
         self._written = bound
 
 
-def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
-    identity = not 0 < layer.select_top_k < top_k
+def _pack(policy: BoundPolicy, layer: Layer, top_k: int, masks: int, merges: bool) -> bytes:
+    identity = policy.rule == "none" or not 0 < layer.select_top_k < top_k
     # torch rounds to float32 as the reference does, beyond its range to infinity
     rho = float(torch.tensor(layer.threshold or 0.0, dtype=torch.float32))
     balances = policy.rule == "margin" and layer.balance_ranks
@@ -178,6 +187,7 @@ def _pack(policy: BoundPolicy, layer: Layer, top_k: int, merges: bool) -> bytes:
         modes.protect,
         layer.guard,
         balances,
+        masks,
         modes.lead,
         1 - modes.lead,
         modes.limit,
@@ -252,13 +262,13 @@ class DeviceLayer(NamedTuple):
     step: StepInput
     counters: Tensor
     """int64 ``[2, OWN_COUNTERS]`` view: the layer's counters by step kind; over several ranks
-    ``[2, NUM_COUNTERS]``."""
+    ``[2, NUM_COUNTERS]``, with masks ``[2, MASKED_COUNTERS]``."""
     gate: Gate = PLAIN
     """What the layer ranks experts by; its bias on the device, float32."""
 
 
 def padded_experts(num_experts: int) -> int:
-    """``STRIDE`` of rule.cuh: a power of two for each of 32 lanes."""
+    """``STRIDE`` of launch.cuh: a power of two for each of 32 lanes."""
     return 32 * power_of_two(-(-num_experts // 32))
 
 

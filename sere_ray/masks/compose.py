@@ -103,7 +103,8 @@ class MaskedRows:
             layer: settled by the rule.
             row_weight: ``[..., T]`` int64, how far drafts count; None = all are whole.
         """
-        asked = torch.zeros_like(self.scores[..., 0, :], dtype=torch.int64)
+        shape = (*self.scores.shape[:-2], self.scores.shape[-1])
+        asked = self.scores.new_zeros(shape, dtype=torch.int64)
         for size in self._sizes():
             ids, weights, kinds = self._of_size(size)
             asked = asked + rule.ask(ids, weights, self.scores, kinds, layer, row_weight)

@@ -54,10 +54,26 @@ def kept_slots(
         row_kind: ``[..., T]`` int8.
         mask: of the layer.
     """
-    kept = mask_logits(hidden, ids, mask.weight) >= 0
-    if mask.keep_first:
+    of_slots = mask_logits(hidden, ids, mask.weight)
+    return kept_by(
+        of_slots, ids, weights, row_kind, num_experts=len(mask.weight), keep_first=mask.keep_first
+    )
+
+
+def kept_by(
+    of_slots: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    row_kind: Tensor,
+    *,
+    num_experts: int,
+    keep_first: bool,
+) -> Tensor:
+    """The same, of :func:`mask_logits`, ``[..., T, K]``, however they were computed."""
+    kept = of_slots >= 0
+    if keep_first:
         kept = kept | first_choices(weights)
-    return kept | ~changeable_rows(ids, row_kind, len(mask.weight))[..., None]
+    return kept | ~changeable_rows(ids, row_kind, num_experts)[..., None]
 
 
 def drop(kept: Tensor, ids: Tensor, weights: Tensor) -> Choice:

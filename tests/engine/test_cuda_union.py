@@ -42,6 +42,7 @@ LOGITS = "PqPqq"
 SIGNATURES = {
     "reroute": RULE + LOGITS,
     "reroute_and_align": RULE + LOGITS + "qPqPP",
+    "route_and_align": "PPqP" + RULE + "qPqPP",
     "reroute_gathered": RULE + "PPq",
     "reroute_gathered_and_align": RULE + "PPq" + "qPqPP",
     "lowest_slot_orders": RULE + "P",
@@ -124,7 +125,8 @@ def emulated(monkeypatch, tmp_path_factory):
         with one_at_a_time:
             values = [int(argument) for argument in arguments]
             code = library(kernel, name, 64, cache)
-            launch_packed(code, name, SIGNATURES[name], values, 64, cluster=blocks, seed=1)
+            signature = SIGNATURES[name] + ("Pq" if kernel.masks else "")
+            launch_packed(code, name, signature, values, 64, cluster=blocks, seed=1)
 
     def arguments(kernel, topk_ids, new_ids, topk_weights, layer):
         step = layer.step.buffer.data_ptr()

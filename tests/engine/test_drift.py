@@ -10,6 +10,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from packaging.version import Version
 from vllm import __version__
 from vllm.config import SpeculativeConfig, VllmConfig
@@ -63,6 +64,19 @@ def test_runner_holds_a_router_whose_routing_is_a_template_method():
     template = source(router._select_experts)
     steps = ["self._compute_routing(", "self.capture_fn(", "self._apply_eplb_mapping("]
     assert [template.index(step) for step in steps] == sorted(template.index(s) for s in steps)
+
+
+@pytest.mark.skipif(IS_033, reason="learned masks on GPUs were built for 0.32")
+def test_layers_call_their_gate_themselves():
+    """For ``engine/gpu/mask_router.py``: inside the op, so that no compiled graph holds it."""
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+
+    runner = inspect.getsource(moe_runner.MoERunner)
+    assert "router_logits, _ = self.gate(hidden_states)" in runner
+    assert "self._fse_fuse_gate = " in source(moe_runner.MoERunner.__init__)
+    forward = source(GateLinear.forward)
+    for name in ("out_dtype", "allow_fp32_router_gemm", "allow_bf16x3_router_gemm"):
+        assert f"self.{name}" in forward
 
 
 def test_copies_are_mapped_by_one_method_from_tables_of_the_layer():

@@ -187,9 +187,10 @@ class Recorder:
                 if held is None:
                     return original(owner, *args)
                 layer, ids, weights = held.layer, held.topk_ids, held.topk_weights
-                logits = held.logits
+                logits, mask_logits = held.logits, held.mask_logits
             else:
-                held, rule, (layer, ids, weights, logits) = None, owner.rule, args
+                held, rule = None, owner.rule
+                layer, ids, weights, logits, mask_logits = (*args, None)[:5]
             rows = ids.shape[0]
             if layer not in self.buffers:
                 shape = (self.rows, ids.shape[1])
@@ -199,10 +200,12 @@ class Recorder:
                 )
                 shape = (self.rows, rule.num_experts)
                 scores = torch.zeros(shape, dtype=torch.float32, device=ids.device)
-                self.buffers[layer] += (scores,)
-            before, weight, after, weight_after, scores = self.buffers[layer]
+                self.buffers[layer] += (scores, scores.clone())
+            before, weight, after, weight_after, scores, of_masks = self.buffers[layer]
             if logits is not None:
                 scores[:rows].copy_(logits)
+            if mask_logits is not None:
+                of_masks[:rows].copy_(mask_logits)
             if held and held.chooses:  # not chosen yet: let vLLM's own kernel choose
                 gate = held.logits
                 chosen = fused_topk(gate, gate, ids.shape[1], held.renormalize)
@@ -359,7 +362,7 @@ def test_counters_and_ids_match_a_recount(checkpoint, recorder, architecture, ch
         bound = bound.for_rows(reroutable)
         totals[kind] += (1, reroutable)
         for position, layer in enumerate(layers):
-            before, weights, after, weights_after, logits = (t.cpu() for t in copies[layer])
+            before, weights, after, weights_after, logits, _ = (t.cpu() for t in copies[layer])
             rows = len(kinds)
             # Rows behind a step's are a graph's padding, or left from a larger step.
             graphed += bool((before[rows] == -1).all())

@@ -6,6 +6,7 @@ import torch
 from sere_ray.kernel.alignment import empty_alignment
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin, check_shape, max_aligned_rows
+from sere_ray.kernel.logits import check_routable, mask_arguments
 from sere_ray.rules.gate import PLAIN, Gate
 from sere_ray.util.errors import UnsupportedError
 
@@ -54,3 +55,18 @@ def test_a_shape_that_a_block_does_not_hold(experts, slots, has_words):
         with pytest.raises(UnsupportedError) as error:
             refuse(experts, slots)
         has_words(str(error.value), f"num_experts = {experts}", f"top_k = {slots}", "1024", "32")
+
+
+def test_masks_that_a_kernel_does_not_take(has_words) -> None:
+    logits = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert mask_arguments(None, 64, takes=False) == ()
+    assert mask_arguments(logits, 64, takes=True) == (logits.data_ptr(), 2)
+    for given, takes in ((None, True), (logits, False)):
+        with pytest.raises(ValueError, match="a kernel with masks is given their logits"):
+            mask_arguments(given, 64, takes=takes)
+    for wrong in (logits.half(), torch.zeros(64, 4).T, logits[:, :32]):
+        with pytest.raises(ValueError) as error:
+            mask_arguments(wrong, 64, takes=True)
+        has_words(str(error.value), "mask_logits must be contiguous [T, 64]")
+    with pytest.raises(ValueError, match=r"mask_logits must be torch.bfloat16 as the gate's"):
+        check_routable(logits, logits.float(), torch.bfloat16, can_route=True)

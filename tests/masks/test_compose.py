@@ -117,6 +117,14 @@ def test_no_row_gains_experts_and_steps_are_apart(rule):
         assert read(*alone) <= read(ids[step], torch.where(kept[step], weights[step], 0.0))
 
 
+@pytest.mark.parametrize("rule", RULES_AFTER_MASKS)
+def test_no_rows_are_no_rows(rule):
+    ids, weights = torch.zeros((0, K), dtype=torch.int32), torch.zeros(0, K)
+    kept, kinds = torch.ones((0, K), dtype=torch.bool), torch.zeros(0, dtype=torch.int8)
+    found = after_masks(rule, kept, ids, weights, torch.zeros(0, E), kinds, layer(rule))
+    assert [part.shape for part in found] == [(0, K)] * 2
+
+
 def test_a_masked_expert_does_not_fill_the_floor():
     """A lone row of which two slots are left reads two, though the floor is K."""
     _, ids, weights, scores = drawn(1, 5)

@@ -12,9 +12,10 @@ from sere_ray.engine.back_end import Routing, Wrap
 from sere_ray.engine.checks import Checked
 from sere_ray.engine.gpu import patches, routing, union_patches
 from sere_ray.engine.gpu.copies import choose_copies
+from sere_ray.engine.gpu.mask_router import check_stackable
 from sere_ray.engine.gpu.ranks import ranks_of_engine
 from sere_ray.engine.gpu.state import CudaState
-from sere_ray.engine.layer_checks import check_expert_kernel, check_shards
+from sere_ray.engine.layer_checks import check_expert_kernel, check_input, check_shards
 from sere_ray.engine.state import EngineState
 
 logger = logging.getLogger("vllm.sere_ray")
@@ -25,7 +26,7 @@ class GpuBackEnd:
 
     def make_state(self, vllm_config: Any, checked: Checked, runner: Any) -> CudaState:
         """On the current device; with data parallelism it meets the other ranks later."""
-        policy, startup, artifact, _ = checked  # masks are refused on a GPU
+        policy, startup, artifact, masks = checked
         device = torch.device("cuda", torch.cuda.current_device())
         logger.info("sere-ray: %s; CUDA kernel on %s", policy.model_dump_json(), device)
         model, num_experts = vllm_config.model_config, vllm_config.model_config.get_num_experts()
@@ -41,6 +42,7 @@ class GpuBackEnd:
             device,
             startup=startup,
             decoder_layers=model.hf_text_config.num_hidden_layers,
+            masks=masks,
             ranks=ranks,
         )
         if state.versions is not None and vllm_config.parallel_config.tensor_parallel_size > 1:
@@ -71,6 +73,9 @@ class GpuBackEnd:
         router = runner.router
         router.sere_state, router.sere_runner = state, weakref.ref(runner)
         state.note_gate(router.sere_layer, router)
+        if state.masks is not None:
+            check_input(runner, state.masks.weights[1][runner.layer_id])
+            check_stackable(runner)
         if state.startup.replicas == "by_experts":
             choose_copies(router, state)
 

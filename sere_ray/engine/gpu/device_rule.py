@@ -8,7 +8,14 @@ from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.limits import blocks_of_margin, max_aligned_rows
-from sere_ray.kernel.memory import DeviceLayer, LayerTables, Settings, Statistics, StepInput
+from sere_ray.kernel.memory import (
+    ALL_KEPT,
+    DeviceLayer,
+    LayerTables,
+    Settings,
+    Statistics,
+    StepInput,
+)
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.rules import RULES
 from sere_ray.rules.gate import PLAIN, Gate
@@ -26,6 +33,8 @@ class DeviceRule:
         device: of this worker.
         bound: the first policy.
         statistics: decoder layer index -> further tensors by name, where the artifact has them.
+        masks: what learned masks do in every layer above level 0, ``MASKED`` or ``FIRST_KEPT``;
+            ``ALL_KEPT``: there are none.
     """
 
     def __init__(
@@ -36,6 +45,7 @@ class DeviceRule:
         device: torch.device,
         bound: BoundPolicy,
         statistics: Mapping[int, Statistics] | None = None,
+        masks: int = ALL_KEPT,
     ) -> None:
         self.top_k, self.num_experts, self.device = top_k, num_experts, device
         self.position = {layer: i for i, layer in enumerate(layers)}
@@ -47,6 +57,7 @@ class DeviceRule:
             else LayerTables.build(matrix, device, self._statistics[layer])
             for layer, matrix in layers.items()
         }
+        self.masks = masks
         self.settings = Settings(device, len(layers))
         self.identity = Settings(device)
         """Of every layer whose ids are final when they are sorted: counts, and changes nothing."""
@@ -129,8 +140,18 @@ class DeviceRule:
     ) -> RuleKernel:
         """The kernel for ids of this type; where it chooses them, from logits of that type."""
         return RuleKernel(
-            self.num_experts, self.top_k, id_dtype, logit_dtype=logit_dtype, any_gate=self.any_gate
+            self.num_experts,
+            self.top_k,
+            id_dtype,
+            logit_dtype=logit_dtype,
+            any_gate=self.any_gate,
+            masks=self.has_masks,
         )
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether launches are given the masks' logits, at every level."""
+        return self.masks != ALL_KEPT
 
     def sorts(self, rows: int) -> bool:
         """Whether a launch also sorts the slots of so many rows by expert."""
@@ -151,7 +172,11 @@ class DeviceRule:
         self.rule, self._bound = bound.rule, bound
         statistics = list(self._statistics.values())
         self.settings.write(
-            bound, top_k=self.top_k, num_experts=self.num_experts, statistics=statistics
+            bound,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+            statistics=statistics,
+            masks=[self.masks if bound.level else ALL_KEPT] * len(statistics),
         )
         sorts_only = BoundPolicy(
             mode="off" if bound.mode == "off" else "observe",

@@ -14,7 +14,7 @@ from torch import Tensor
 from sere_ray.engine.gpu.device_rule import DeviceRule
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import MAX_ROUTED_ROWS
-from sere_ray.kernel.memory import OWN_COUNTERS, DeviceLayer, StepInput
+from sere_ray.kernel.memory import MASKED_COUNTERS, OWN_COUNTERS, DeviceLayer, StepInput
 
 MAX_ROUTED_LOGITS = 4096
 """Most rows times experts of a batch whose top-k shares the launch: with more, one block chooses
@@ -38,6 +38,8 @@ class Deferred(NamedTuple):
     """The ids are still to be chosen from the logits."""
     renormalize: bool = False
     """The weights of a row are then divided by their sum."""
+    mask_logits: Tensor | None = None
+    """``[T, E]``, where there are masks."""
 
 
 class OwnRows:
@@ -51,7 +53,7 @@ class OwnRows:
     def __init__(self, rule: DeviceRule, max_rows: int) -> None:
         self.rule = rule
         self.step_input = StepInput(max_rows, rule.device)
-        shape = (2, len(rule.tables), OWN_COUNTERS)
+        shape = (2, len(rule.tables), MASKED_COUNTERS if rule.has_masks else OWN_COUNTERS)
         self.counters = torch.zeros(shape, dtype=torch.int64, device=rule.device)
 
     def load(self) -> None:
@@ -66,7 +68,12 @@ class OwnRows:
         return self.rule.of_layer(layer, self.step_input, self.counters)
 
     def reroute(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None
+        self,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        logits: Tensor | None,
+        mask_logits: Tensor | None = None,
     ) -> None:
         """Apply the policy to one layer of the running step, in place, and count.
 
@@ -75,6 +82,7 @@ class OwnRows:
             topk_ids: ``[T, K]``.
             topk_weights: ``[T, K]``.
             logits: ``[T, E]``, where rules can read scores from them.
+            mask_logits: ``[T, E]``, where there are masks.
         """
         self.rule.kernel(topk_ids.dtype).reroute(
             topk_ids,
@@ -82,11 +90,17 @@ class OwnRows:
             topk_weights,
             self.layer(layer),
             logits=logits,
+            mask_logits=mask_logits,
             blocks=self.rule.blocks(topk_ids.shape[0]),
         )
 
     def defer(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor, logits: Tensor | None
+        self,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        logits: Tensor | None,
+        mask_logits: Tensor | None = None,
     ) -> Deferred:
         """Re-route when the experts sort.
 
@@ -94,7 +108,8 @@ class OwnRows:
             layer: decoder layer index.
             topk_ids: ``[T, K]``, at most :func:`max_aligned_rows`.
             topk_weights: ``[T, K]``.
-            logits: ``[T, E]``, where rules can read scores from them.
+            logits: as for :meth:`reroute`.
+            mask_logits: as for :meth:`reroute`.
         """
 
         def sort(block_size: int, skips_foreign: bool) -> Aligned:
@@ -105,10 +120,12 @@ class OwnRows:
                 self.layer(layer),
                 block_size=block_size,
                 logits=logits,
+                mask_logits=mask_logits,
                 blocks=self.rule.blocks(topk_ids.shape[0]),
             )
 
-        return Deferred(layer, topk_ids, topk_weights, sort, logits)
+        held = Deferred(layer, topk_ids, topk_weights, sort, logits)
+        return held._replace(mask_logits=mask_logits)
 
     def can_route(self, logits: Tensor) -> bool:
         """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""
@@ -118,7 +135,13 @@ class OwnRows:
         return kernel.can_route and fits and logits.is_contiguous()
 
     def defer_routing(
-        self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
+        self,
+        layer: int,
+        logits: Tensor,
+        is_padding: Tensor | None,
+        mask_logits: Tensor | None = None,
+        *,
+        renormalize: bool,
     ) -> Deferred:
         """Choose and re-route when the experts sort.
 
@@ -126,6 +149,7 @@ class OwnRows:
             layer: decoder layer index.
             logits: the gate's, ``[T, E]``.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
+            mask_logits: as for :meth:`reroute`.
             renormalize: divide a row's weights by their sum.
 
         Returns:
@@ -144,7 +168,8 @@ class OwnRows:
                 is_padding=is_padding,
                 renormalize=renormalize,
                 block_size=block_size,
+                mask_logits=mask_logits,
                 blocks=self.rule.blocks(ids.shape[0]),
             )
 
-        return Deferred(layer, ids, weights, sort, logits, True, renormalize)
+        return Deferred(layer, ids, weights, sort, logits, True, renormalize, mask_logits)

@@ -23,6 +23,9 @@ triton_moe._prepare_expert_assignment  While that runs: re-route and sort by exp
                                        sorting.
 MarlinExperts.apply,                   The same for Marlin's experts (INT4, MXFP4), which sort by
 marlin_moe.moe_align_block_size        this function. Remove: as above.
+``gate.forward`` of a layer            With learned masks: the gate's product and the mask router's
+                                       in one, see ``mask_router.py``. Remove: vLLM gives layers
+                                       further products of their gate's input.
 =====================================  ==========================================================
 
 With data parallelism also those of ``union_patches.py``.

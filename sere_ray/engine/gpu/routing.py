@@ -45,12 +45,13 @@ def route(
     if sorts:
         runner.routed_experts.quant_method.moe_kernel.fused_experts.sere_state = state
     chooses = state.gates.is_plain(layer) and indices_type in (None, torch.int32)
+    mask_logits = state.mask_logits_of(layer, router_logits)
     if sorts and chooses and state.own.can_route(router_logits):
-        is_padding = _padding_mask(router_logits.shape[0])
-        return state.defer_routing(layer, router_logits, is_padding, renormalize=router.renormalize)
+        rows = router_logits, _padding_mask(router_logits.shape[0]), mask_logits
+        return state.defer_routing(layer, *rows, renormalize=router.renormalize)
     scores = state.scores_of(layer, router_logits)
     topk_weights, topk_ids = original(hidden_states, router_logits, indices_type, **kwargs)
-    state.reroute(layer, topk_ids, topk_weights, scores, sorts=sorts)
+    state.reroute(layer, topk_ids, topk_weights, scores, mask_logits, sorts=sorts)
     return topk_weights, topk_ids
 
 

@@ -13,11 +13,13 @@ from sere_ray.engine.back_end import Routing
 from sere_ray.engine.counters import BYTES, SHARDS
 from sere_ray.engine.gpu.among_ranks import AmongRanks
 from sere_ray.engine.gpu.device_rule import DeviceRule
+from sere_ray.engine.gpu.mask_router import MaskRouter
 from sere_ray.engine.gpu.own_rows import Deferred, OwnRows
 from sere_ray.engine.gpu.rank_group import RankGroup
 from sere_ray.engine.gpu.union import UnionOfRanks
 from sere_ray.kernel.alignment import Aligned
 from sere_ray.kernel.limits import reads_logits, unreadable
+from sere_ray.kernel.memory import ALL_KEPT, FIRST_KEPT, MASKED, OWN_COUNTERS
 from sere_ray.policy.capabilities import EngineKind
 from sere_ray.util.errors import UnsupportedError
 
@@ -36,6 +38,7 @@ class CudaState(AmongRanks):
         rule: matrices and the running policy's numbers.
         own: this rank's rows.
         union: the rows of all ranks; None = there is one.
+        mask_routers: decoder layer index -> its mask router; none without masks.
         deferred: the layer that is computed now, if its ids are re-routed when they are sorted.
         exact_requests: running requests that ask for exact routing.
     """
@@ -51,8 +54,12 @@ class CudaState(AmongRanks):
         artifact = self.artifact
         matrices = {i: None if artifact is None else artifact.layers[i] for i in self.layers}
         statistics = None if artifact is None else artifact.statistics
+        masks = ALL_KEPT
+        if self.masks is not None:
+            masks = FIRST_KEPT if self.masks.metadata.keep_first else MASKED
         shape = self.top_k, self.num_experts
-        self.rule = DeviceRule(matrices, *shape, self.device, self.bound, statistics)
+        self.rule = DeviceRule(matrices, *shape, self.device, self.bound, statistics, masks)
+        self.mask_routers: dict[int, MaskRouter] = {}
         self.own = OwnRows(self.rule, self.max_rows)
         self.union = UnionOfRanks(self.ranks, self.rule, self.max_rows) if self.ranks else None
         self.deferred: Deferred | None = None
@@ -64,9 +71,12 @@ class CudaState(AmongRanks):
         return {"on_gpu": True, "several_ranks": self.ranks is not None}
 
     def loaded(self) -> None:
-        """Also copy what gates rank by, and compile the kernels for them."""
+        """Also copy what gates rank by, put mask routers beside them, and compile the kernels."""
         super().loaded()
         self.rule.keep(self.layers)
+        if self.masks is not None:
+            self.mask_routers = {i: MaskRouter(at.gate) for i, at in self.attached.items()}
+            self._write_masks()
         self.rule.note_gates(self.gates.known, self.gates.exact)
         self.own.load()
         if self.union is not None:
@@ -74,10 +84,20 @@ class CudaState(AmongRanks):
 
     def run(self, told: Told) -> None:
         """Copy what changes to where captured graphs read it, behind every step launched so far."""
-        if told.artifact is not None and told.artifact is not self.running.artifact:
+        before, self.running = self.running, told
+        if told.artifact is not None and told.artifact is not before.artifact:
             self.rule.write_matrices(told.artifact.layers, told.artifact.statistics)
-        self.running = told
+        if told.bound.level != before.bound.level:
+            self._write_masks()
         self.rule.write(told.bound)
+
+    def _write_masks(self) -> None:
+        """Of the running level; at level 0 no launch reads them."""
+        assert self.masks is not None
+        of_level = self.masks.level(self.bound.level, path=str(self.policy.masks))
+        for layer, mask in of_level.items():
+            if layer in self.mask_routers:  # the others are those of other pipeline stages
+                self.mask_routers[layer].write(mask.weight)
 
     def write_again(self) -> None:
         """Write whatever steps read, behind memory that was away."""
@@ -102,6 +122,20 @@ class CudaState(AmongRanks):
             self.gates.give_up(layer, unreadable(logits))
         self.gates.check(self.policy)
         return logits if layer in self.gates.known else None
+
+    def mask_logits_of(self, layer: int, logits: Tensor) -> Tensor | None:
+        """``[T, E]``, what masks say of a layer's rows; None without masks.
+
+        Args:
+            layer: decoder layer index.
+            logits: ``[T, E]``, the gate's of the same rows.
+
+        Raises:
+            UnsupportedError: of :meth:`MaskRouter.take_logits`.
+        """
+        if not self.rule.has_masks:
+            return None
+        return self.mask_routers[layer].take_logits(layer, logits)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -134,6 +168,7 @@ class CudaState(AmongRanks):
         topk_ids: Tensor,
         topk_weights: Tensor,
         logits: Tensor | None,
+        mask_logits: Tensor | None = None,
         *,
         sorts: bool,
     ) -> None:
@@ -144,15 +179,23 @@ class CudaState(AmongRanks):
             topk_ids: ``[T, K]``.
             topk_weights: ``[T, K]``.
             logits: of :meth:`scores_of`.
+            mask_logits: of :meth:`mask_logits_of`.
             sorts: whether the experts sort these very ids.
         """
+        of_layer = layer, topk_ids, topk_weights, logits, mask_logits
         if sorts and self.rule.sorts(topk_ids.shape[0]):
-            self.deferred = self.own.defer(layer, topk_ids, topk_weights, logits)
+            self.deferred = self.own.defer(*of_layer)
         else:
-            self.own.reroute(layer, topk_ids, topk_weights, logits)
+            self.own.reroute(*of_layer)
 
     def defer_routing(
-        self, layer: int, logits: Tensor, is_padding: Tensor | None, *, renormalize: bool
+        self,
+        layer: int,
+        logits: Tensor,
+        is_padding: Tensor | None,
+        mask_logits: Tensor | None = None,
+        *,
+        renormalize: bool,
     ) -> Routing:
         """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
 
@@ -160,12 +203,14 @@ class CudaState(AmongRanks):
             layer: decoder layer index.
             logits: the gate's, ``[T, E]``, of which :meth:`OwnRows.can_route` is true.
             is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
+            mask_logits: of :meth:`mask_logits_of`.
             renormalize: divide a row's weights by their sum.
 
         Returns:
             ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
         """
-        held = self.own.defer_routing(layer, logits, is_padding, renormalize=renormalize)
+        of_layer = layer, logits, is_padding, mask_logits
+        held = self.own.defer_routing(*of_layer, renormalize=renormalize)
         self.deferred = held
         return held.topk_weights, held.topk_ids
 
@@ -214,11 +259,18 @@ class CudaState(AmongRanks):
         if self.union is not None and self.union.way == "gathered":
             return self.union.read_counters()
         counters: NDArray[np.int64] = self.own.counters.to("cpu", copy=True).numpy()
-        counters = counters[:, self.rule.rows]
+        counters = counters[:, self.rule.rows, :OWN_COUNTERS]
         replicated = all(runner.moe_config.ep_size == 1 for runner in self.attached.values())
         if self.union is None and replicated:
             return np.concatenate([counters, counters[:, :, :2]], axis=2)  # each rank reads all
         return counters
+
+    def read_masked(self) -> list[list[int]]:
+        """The last of ``MASKED_COUNTERS``; waits for the device."""
+        if not self.rule.has_masks:
+            return super().read_masked()
+        masked: list[list[int]] = self.own.counters[:, :, -1].tolist()
+        return masked
 
     def read_bytes(self) -> list[dict[str, list[int] | None]]:
         """With several ranks not counted: vLLM sends inside captured graphs."""

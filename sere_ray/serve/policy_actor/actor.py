@@ -1,9 +1,8 @@
 """The policy actor: it owns policy and artifact of a deployment, and every replica follows it.
 
-It is a *deployment actor* of Ray Serve: all replicas of the deployment share it, and Serve's
-controller restarts it. Replicas ask it for news in a long poll, as Serve's own replicas do for
-their configuration. So a late or restarted replica is no special case, and the actor needs no list
-of replicas. A version reaches a gang in two phases:
+It is a *deployment actor* of Ray Serve: all replicas share it, and Serve's controller restarts it.
+Replicas ask it for news in a long poll, so a late or restarted one is no special case. A version
+reaches a gang in two phases:
 
 - *staged*: a rank was told of it. The ranks of a gang switch together, at the next step before
   which all of them were told.

@@ -94,8 +94,7 @@ class SereRouter:
         )
         self._versions = self._holdings.versions
         self._members = Members(ATTACHED_SECONDS)
-        self._gangs, self._num_gangs = Gangs(), gangs
-        self._sink = sink
+        self._gangs, self._num_gangs, self._sink = Gangs(), gangs, sink
         self._on_followed: Callable[[], None] | None = on_followed
         self._news = asyncio.Condition()
         self._change = asyncio.Lock()

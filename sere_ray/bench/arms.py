@@ -1,7 +1,7 @@
-"""Settings that decode-step benchmarks time: stock, off, `sere` by S, `margin` and `spare`."""
+"""Settings that decode-step benchmarks time: stock, off, `sere` by S, `margin`, `spare`, masks."""
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from sere_ray.bench.models import Model
@@ -29,9 +29,17 @@ class Arm:
         return self.policy.select_top_k if self.policy else None
 
 
-def arms(similarity: str, model: Model) -> list[Arm]:
-    """Stock, the rule discarded (`observe`), S = K, K/2, 2, 1 without floor, margin and spare."""
-    common = {"similarity": similarity, "min_primary_experts": 0}
+def arms(similarity: str, model: Model, masks: str | None = None) -> list[Arm]:
+    """Stock, the rule discarded (`observe`), S = K, K/2, 2, 1 without floor, margin and spare.
+
+    Args:
+        similarity: path of the artifact.
+        model: what is served.
+        masks: path of masks with one level: adds it alone, and before ``margin``. An engine has
+            them from its start on, so the other arms have them, too, at level 0.
+    """
+    files = {"similarity": similarity} | ({"masks": masks, "level": 0} if masks else {})
+    common = {**files, "min_primary_experts": 0}
 
     def policy(select_top_k: int, mode: str = "on") -> Policy:
         return Policy.parse({**common, "select_top_k": select_top_k, "mode": mode})
@@ -48,6 +56,14 @@ def arms(similarity: str, model: Model) -> list[Arm]:
         Arm("margin", margin),
         Arm("margin-24", margin, budget=24),
         Arm("spare", Policy.parse({**common, "rule": "spare", "tau": _TAUS[0]})),
+        *([] if masks is None else _with_masks(files, margin)),
+    ]
+
+
+def _with_masks(files: Mapping[str, object], margin: Policy) -> list[Arm]:
+    return [
+        Arm("masks", Policy.parse({**files, "level": 1, "rule": "none"})),
+        Arm("masks+margin", margin.model_copy(update={"level": 1})),
     ]
 
 

@@ -32,6 +32,7 @@ def run_step_time(
     routers: tuple[str, ...],
     arms: tuple[str, ...] | None,
     compiled: bool,
+    masks: float | None,
     append: bool,
     profile: Path | None,
     profile_batch: int,
@@ -49,6 +50,7 @@ def run_step_time(
         routers: of ``ROUTERS``.
         arms: names of the settings to time; None is all of this machine.
         compiled: run vLLM's compiled graphs; False = eager.
+        masks: share of slots that random masks keep; None = no masks.
         append: keep the rows of ``out``; a row that is measured again is replaced.
         profile: file for the kernels of stock and S = 1.
         profile_batch: their batch size.
@@ -76,6 +78,7 @@ def run_step_time(
         routers=cast(tuple[Router, ...], routers),
         arms=arms,
         compiled=compiled,
+        masks=masks,
     )
 
     def save(content: dict[str, Any]) -> None:

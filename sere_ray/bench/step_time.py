@@ -28,8 +28,9 @@ from sere_ray.bench.engines import (
 from sere_ray.bench.floor import copy_bytes_per_s, count_weights, mean_context, step_bytes
 from sere_ray.bench.models import Model
 from sere_ray.bench.routing import SIGMA, Router, check_rows_differ, skew_gates
+from sere_ray.bench.synthetic_masks import synthetic_masks
 from sere_ray.calibration.synthetic import synthetic_artifact
-from sere_ray.engine.control import experts_read, read_counters, set_policy
+from sere_ray.engine.control import experts_read, read_counters, set_policy, slots_kept
 from sere_ray.engine.vllm_internals import expert_kernel
 from sere_ray.util.errors import SereError
 from sere_ray.util.progress import progress
@@ -50,9 +51,10 @@ class StepTimePlan:
         repeats: interleaved repeats of every point.
         tokens: decode steps that are timed in a repeat.
         routers: how tokens spread over the experts.
-        arms: names of the timed settings; None is all but those of ``margin`` and ``spare``, whose
-            tau is sought first, and on a GPU without ``observe``.
+        arms: names of the timed settings; None is all but those whose tau is sought first
+            (``margin``, ``spare``), and on a GPU without ``observe``.
         compiled: run vLLM's compiled graphs; False = eager.
+        masks: share of slots that random masks keep, in arms of their own; None = no masks.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class StepTimePlan:
     routers: tuple[Router, ...] = ("uniform",)
     arms: tuple[str, ...] | None = None
     compiled: bool = True
+    masks: float | None = None
 
     def timed(self, settings: list[Arm]) -> list[Arm]:
         """The settings that are timed; stock always is, as the ratios need it.
@@ -70,7 +73,8 @@ class StepTimePlan:
             SereError: an arm that the model does not have.
         """
         names = [arm.name for arm in settings]
-        left_out = {"margin", "margin-24", "spare", *(["observe"] if on_gpu() else [])}
+        sought = {arm.name for arm in settings if arm.policy and arm.policy.tau is not None}
+        left_out = sought | ({"observe"} if on_gpu() else set())
         chosen = self.arms or tuple(n for n in names if n not in left_out)
         for name in chosen:
             if name not in names:
@@ -121,8 +125,11 @@ def measure(
         raise SereError("--router skewed: needs a GPU; on CPU vLLM packs the gates' weights away")
     with tempfile.TemporaryDirectory(prefix="sere-step-time-") as name:
         folder, similarity = write_config(plan.model, Path(name)), Path(name) / "sere.safetensors"
-        settings = arms(str(similarity), plan.model)
+        masks = Path(name) / "masks.safetensors"
+        settings = arms(str(similarity), plan.model, None if plan.masks is None else str(masks))
         plan.timed(settings)
+        if plan.masks is not None:
+            synthetic_masks(folder, plan.masks).save(masks)
         synthetic_artifact(folder, directed=True).save(similarity)  # for the arm `spare`
         bandwidth = copy_bytes_per_s() if on_gpu() else None  # before the engines fill the memory
         console.print(f"starting {len(plan.model.stock_back_ends) + 1} engines: {plan.model.name}")
@@ -178,6 +185,7 @@ def _measure_batch(
 ) -> list[dict[str, Any]]:
     times: dict[str, list[list[float]]] = {}
     experts: dict[str, float] = {}
+    kept: dict[str, dict[str, float]] = {}
     timed = [
         _with_tau(bench, arm, batch) if arm.policy and arm.policy.tau is not None else arm
         for arm in bench.plan.timed(bench.settings)
@@ -196,7 +204,10 @@ def _measure_batch(
             if repeat:
                 times.setdefault(arm.name, []).append(intervals)
             if arm.policy and arm.policy.mode == "on":
-                experts[arm.name] = experts_read(read_counters(engine), "experts_after")
+                counters = read_counters(engine)
+                experts[arm.name] = experts_read(counters, "experts_after")
+                if arm.policy.level:
+                    kept[arm.name] = {"slots_kept": round(slots_kept(counters), 4)}
             elif arm.name == "observe":
                 before = experts_read(read_counters(engine), "experts_before")
                 experts |= dict.fromkeys([a.name for a in timed if _is_exact(a)], before)
@@ -209,7 +220,8 @@ def _measure_batch(
         (arm for arm in timed if not arm.policy),
         key=lambda arm: statistics.median(map(statistics.median, times[arm.name])),
     )
-    return [_row(bench, router, batch, arm, stock, times, experts[arm.name]) for arm in timed]
+    found = [_row(bench, router, batch, arm, stock, times, experts[arm.name]) for arm in timed]
+    return [row | kept.get(row["arm"], {}) for row in found]
 
 
 def _is_exact(arm: Arm) -> bool:

@@ -70,6 +70,10 @@ def step_time(
     arms: Annotated[
         str | None, typer.Option(help="Settings to time, such as off,S=2,margin; stock always is.")
     ] = None,
+    masks: Annotated[
+        float | None,
+        typer.Option(help="Arms with random masks that keep this share of slots, 0.5 to 1."),
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiled graph.")] = False,
     append: Annotated[
         bool, typer.Option("--append", help="Keep the rows that the file has from this machine.")
@@ -103,6 +107,8 @@ def step_time(
 
             if batches:
                 raise SereError("--batches: for one rank; use --rows-per-rank")
+            if masks is not None:
+                raise SereError("--masks: for one rank; leave it out")
             run_expert_parallel(
                 model,
                 out,
@@ -132,6 +138,7 @@ def step_time(
             routers=names(router),
             arms=names(arms) if arms else None,
             compiled=not eager,
+            masks=masks,
             append=append,
             profile=profile,
             profile_batch=profile_batch,

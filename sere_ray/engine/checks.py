@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.artifact.similarity import ArtifactMetadata, SimilarityArtifact
 from sere_ray.engine.option_checks import (
     check_all_to_all,
     check_masks,
@@ -15,7 +15,7 @@ from sere_ray.engine.speculation import check_speculation
 from sere_ray.engine.vllm_version import check_vllm_version, installed_vllm
 from sere_ray.kernel.compiler import check_compiler
 from sere_ray.kernel.limits import check_shape
-from sere_ray.masks.artifact import MasksArtifact
+from sere_ray.masks.artifact import MasksArtifact, MasksMetadata
 from sere_ray.masks.served import check_beside, layers_of, load_masks
 from sere_ray.policy.capabilities import check_artifact, check_policy
 from sere_ray.policy.key import parse_key
@@ -93,6 +93,7 @@ def check_config(vllm_config: Any) -> Checked:
         experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok()
         masks.check_same(str(policy.masks), "num_experts", masks.metadata.num_experts, experts)
         masks.check_same(str(policy.masks), "top_k", masks.metadata.top_k, top_k)
+        check_synthetic(str(policy.masks), masks.metadata, vllm_config)
     check_beside(masks, artifact, path=policy.masks)
     policy.check_layers(len(layers_of(artifact, masks)))
     return Checked(policy, startup, artifact, masks)
@@ -114,18 +115,22 @@ def _load_artifact(policy: Policy, vllm_config: Any) -> SimilarityArtifact | Non
         range(layers), path=policy.similarity, but=f"the model's end at {layers - 1}"
     )
     check_artifact(policy, artifact)
-    check_synthetic(policy, artifact, load_format=str(vllm_config.load_config.load_format))
+    check_synthetic(policy.similarity, artifact.metadata, vllm_config)
     return artifact
 
 
-def check_synthetic(policy: Policy, artifact: SimilarityArtifact, *, load_format: str) -> None:
-    """A synthetic artifact is for random weights only.
+def check_synthetic(
+    path: str, metadata: ArtifactMetadata | MasksMetadata, vllm_config: Any
+) -> None:
+    """Synthetic files are for random weights only.
 
     Raises:
-        ArtifactError: a synthetic artifact would serve a real model.
+        ArtifactError: one would serve a real model.
     """
-    if artifact.metadata.synthetic and load_format != "dummy":
+    load_format = str(vllm_config.load_config.load_format)
+    if metadata.synthetic and load_format != "dummy":
+        makes = "calibrate" if isinstance(metadata, ArtifactMetadata) else "train-masks"
         raise ArtifactError(
-            f"{policy.similarity}: synthetic = True, random numbers for benchmarks; it is accepted "
-            f"only with load_format = 'dummy' (this is {load_format!r}): run `sere-ray calibrate`"
+            f"{path}: synthetic = True, random numbers for benchmarks; it is accepted only with "
+            f"load_format = 'dummy' (this is {load_format!r}): run `sere-ray {makes}`"
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from sere_ray.dispatch import DISPATCH_COUNTS, mean_report
-from sere_ray.engine.counters import KIND_NAMES, SHARDS, SLOTS
+from sere_ray.engine.counters import KIND_NAMES, SHARDS, SLOTS, SLOTS_MASKED
 from sere_ray.engine.worker_calls import WorkerCalls
 from sere_ray.policy.capabilities import GateFacts
 from sere_ray.policy.policy import Policy
@@ -119,6 +119,18 @@ def experts_read(counters: dict[str, Any], field: str) -> float:
     per_layer: list[int] = decode[field]
     steps: int = max(decode["steps"], 1)
     return sum(per_layer) / len(per_layer) / steps
+
+
+def slots_kept(counters: dict[str, Any]) -> float:
+    """Share of the slots of decode-only steps that masks kept.
+
+    Args:
+        counters: of :func:`read_counters`.
+    """
+    decode = counters["decode_only"]
+    masked: list[int] = decode[SLOTS_MASKED]
+    slots: int = decode["decode_rows"] * counters["top_k"] * len(masked)
+    return 1 - sum(masked) / max(slots, 1)
 
 
 def dispatch_report(counters: dict[str, Any], kind: str = "decode_only") -> dict[str, Any]:

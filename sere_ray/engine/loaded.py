@@ -67,6 +67,8 @@ def _check_router_weights(state: EngineState, model: Any) -> None:
     policy, artifact, masks = state.policy, state.artifact, state.masks
     if artifact is not None and artifact.metadata.synthetic:
         artifact = None
+    if masks is not None and masks.metadata.synthetic:
+        masks = None
     if artifact is None and masks is None:
         return
     for layer, runner in state.attached.items():

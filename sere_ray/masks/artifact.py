@@ -57,6 +57,7 @@ class MasksMetadata(BaseModel):
     dataset: str
     dataset_revision: str | None = None
     dataset_sha256: str | None = None
+    synthetic: bool = Field(False, description="random numbers, for benchmarks with dummy weights")
     libraries: dict[str, str] = Field(default_factory=dict)
     date: str = Field(description="ISO 8601, UTC")
 

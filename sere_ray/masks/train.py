@@ -101,6 +101,7 @@ def artifact_of(plan: TrainPlan, state: State) -> MasksArtifact:
             dataset=plan.source.name,
             dataset_revision=plan.source.revision,
             dataset_sha256=plan.source.sha256,
+            synthetic=False,
             libraries=library_versions(CALIBRATION_LIBRARIES),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
         ),

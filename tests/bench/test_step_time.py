@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sere_ray import assets
 from sere_ray.bench import step_time
 from sere_ray.bench.arms import arms
 from sere_ray.bench.engines import Engines, write_config
@@ -26,6 +27,7 @@ from sere_ray.bench.routing import (
     skew_gates,
 )
 from sere_ray.bench.step_time import ROW_KEY, Bench, StepTimePlan, measure
+from sere_ray.bench.synthetic_masks import synthetic_masks
 from sere_ray.calibration.synthetic import synthetic_artifact
 from sere_ray.util.errors import SereError
 from sere_ray.util.results import check_continues, load_result, write_result
@@ -132,6 +134,25 @@ def test_arms_by_name():
     names = "stock, off, observe, S=4, S=2, S=1, margin, margin-24, spare"
     with pytest.raises(SereError, match=f"'S=3' is none of {names}"):
         plan(arms=("S=3",)).timed(settings)
+
+
+def test_masks_are_there_from_the_start_on_and_followed_in_two_arms():
+    settings = arms("a.safetensors", get_model("demo"), "m.safetensors")
+    policies = {arm.name: arm.policy for arm in settings if arm.policy}
+    assert {policy.masks for policy in policies.values()} == {"m.safetensors"}
+    levels = {name: policy.level for name, policy in policies.items() if policy.level}
+    assert levels == {"masks": 1, "masks+margin": 1}
+    assert policies["masks"].rule == "none"
+    assert "masks" in [arm.name for arm in plan(masks=0.7).timed(settings)]
+
+
+def test_random_masks_keep_the_share_that_is_asked_for():
+    masks = synthetic_masks(assets.MODEL, 0.75)
+    rows = torch.randn(500, 128)
+    shares = [(rows @ weight.T >= 0).float().mean() for weight in masks.weights[1].values()]
+    assert torch.stack(shares).mean() == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(SereError, match=r"--masks = 0.4: must be 0.5 to 1"):
+        synthetic_masks(assets.MODEL, 0.4)
 
 
 def test_a_wrong_plan_is_refused_before_an_engine_starts():

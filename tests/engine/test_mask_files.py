@@ -128,6 +128,10 @@ def test_files_are_checked_before_the_model_loads(moe, tmp_path, has_words):
     cases = [
         ({**key, "level": 3}, ["level = 3", "levels 1..2"]),
         (masks_of(moe, tmp_path / "k.safetensors", top_k=2), ["top_k = 2", "has 4", "train-masks"]),
+        (
+            masks_of(moe, tmp_path / "s.safetensors", synthetic=True),
+            ["synthetic = True", "load_format = 'dummy'", "sere-ray train-masks"],
+        ),
         ({**key, "masks": str(artifact_path(moe))}, ["is no file of masks"]),
         ({**key, "masks": str(tmp_path / "gone")}, ["gone", "no such file"]),
     ]

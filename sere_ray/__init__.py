@@ -4,9 +4,8 @@ What is offered here is imported when it is asked for: torch takes 2 s, and most
 processes of a load test, do without it.
 """
 
-from typing import TYPE_CHECKING
-
-from sere_ray.util.late import late
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sere_ray.artifact.similarity import SimilarityArtifact
@@ -23,13 +22,16 @@ __all__ = [
     "merge_repeated",
     "reroute",
 ]
-__getattr__ = late(
-    __name__,
-    {
-        "Policy": "sere_ray.policy.policy",
-        "SereError": "sere_ray.util.errors",
-        "SimilarityArtifact": "sere_ray.artifact.similarity",
-        "merge_repeated": "sere_ray.rules",
-        "reroute": "sere_ray.rules",
-    },
-)
+_PLACES = {
+    "Policy": "sere_ray.policy.policy",
+    "SereError": "sere_ray.util.errors",
+    "SimilarityArtifact": "sere_ray.artifact.similarity",
+    "merge_repeated": "sere_ray.rules",
+    "reroute": "sere_ray.rules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'sere_ray' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -26,7 +26,7 @@ def test_ab_measures_policies_and_puts_the_old_one_back(live, tmp_path):
     done = loadtest(
         live,
         *("ab", "--policies", "off,S=1:min_primary_experts=0", "--streams", "4"),
-        *("--rounds", "2", "--seconds", "3", "--warmup", "1", "--max-lag-ms", "2000"),
+        *("--rounds", "2", "--seconds", "8", "--warmup", "1", "--max-lag-ms", "2000"),
         *("--usd-per-gpu-hour", "1", "--out", str(out), "--html", str(page)),
     )
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def test_answers_of_all_routes_are_scored_and_look_as_ever(live):
     found = {s["tier"]: s for s in live.sere("stats")["scores"] if s["version"] == version}
     assert abs(found["exact"]["nats"]) < 1e-3
     assert found["exact"]["agreement"] > 0.99
-    assert found["default"]["nats"] > 0.01, "eight rows at S = 1 with a random artifact"
+    assert found["default"]["nats"] > 2e-3, "eight rows at S = 1 with a random artifact"
 
 
 def test_several_answers_at_once_are_not_scored_but_counted(live):

@@ -24,9 +24,10 @@ def failure(status: Any, name: str) -> str | None:
     if application is None:
         return None
     messages = [each.message for each in application.deployments.values()]
+    told = next((message for message in messages if FAILED in message), None)
     if str(getattr(application.status, "value", application.status)) == "DEPLOY_FAILED":
-        messages.append(application.message)
-    return next((message for message in messages if FAILED in message), None)
+        return told or application.message or "Serve does not say why"
+    return told
 
 
 def reason(message: str, logs: Path) -> str:

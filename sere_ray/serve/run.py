@@ -154,30 +154,34 @@ def deploy(application: Any, name: str, route_prefix: str | None) -> None:
     from ray import serve
     from ray.serve import RunTarget
     from ray.serve.context import _get_global_client
+
+    try:
+        # It does not wait itself: a thread that does is still at it while Ray ends.
+        serve.run_many(
+            [RunTarget(application, name=name, route_prefix=route_prefix)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        _wait_until_running(name)
+        # That the proxies know of it, too, only Serve's own client can ask.
+        _get_global_client().wait_for_proxies_serving()
+    except SereError:
+        raise
+    except Exception as error:
+        raise _not_started(name, str(error)) from None
+
+
+def _wait_until_running(name: str) -> None:
+    from ray import serve
     from ray.serve.schema import ApplicationStatus
 
-    target = RunTarget(application, name=name, route_prefix=route_prefix)
-    # It does not wait itself: a thread that does is still at it while Ray ends.
-    waits = {
-        "wait_for_ingress_deployment_creation": False,
-        "wait_for_applications_running": False,
-    }
-    try:
-        serve.run_many([target], **waits)
-    except Exception as error:
-        if isinstance(error, SereError):
-            raise
-        raise _not_started(name, str(error)) from None
-    while True:
-        status = serve.status()
+    status = serve.status()
+    while status.applications[name].status != ApplicationStatus.RUNNING:
         message = failure(status, name)
         if message is not None:
             raise _not_started(name, message)
-        if status.applications[name].status == ApplicationStatus.RUNNING:
-            break
         time.sleep(POLL_SECONDS)
-    # That the proxies know of it, too, only Serve's own client can ask.
-    _get_global_client().wait_for_proxies_serving()
+        status = serve.status()
 
 
 def _not_started(name: str, message: str) -> SereError:

@@ -73,9 +73,9 @@ def test_the_file_is_refused_before_ray_starts(tmp_path, monkeypatch):
             run.run_file(file, Console(quiet=True))
 
 
-def status(message, state="DEPLOYING"):
+def status(message, state="DEPLOYING", of_application=""):
     deployments = {"d": SimpleNamespace(message=message)}
-    application = SimpleNamespace(status=state, message="", deployments=deployments)
+    application = SimpleNamespace(status=state, message=of_application, deployments=deployments)
     return SimpleNamespace(applications={"app": application})
 
 
@@ -84,6 +84,14 @@ def test_the_first_replica_that_fails_ends_the_start():
     assert failure(status("waiting for resources"), "app") is None
     assert failure(status(""), "another") is None
     assert failure(status("A replica failed to start with exception. Retrying"), "app")
+
+
+def test_an_application_that_failed_ends_the_start_whatever_it_says():
+    """The start waits for as long as nothing has failed."""
+    failed = "DEPLOY_FAILED"
+    assert failure(status("", failed, "no such route"), "app") == "no such route"
+    assert failure(status("It failed to start: x", failed, "see d"), "app").endswith(": x")
+    assert failure(status("", failed), "app")
 
 
 def test_the_reason_is_the_last_exception(tmp_path):

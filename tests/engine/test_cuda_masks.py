@@ -133,9 +133,8 @@ def run_layer(state, layer, seed, way):
     weights, ids = logits.softmax(-1).topk(K)
     gate = ids.int(), weights.clone(), logits, mask_logits
     if way == "chooses":
-        new_weights, new_ids = state.defer_routing(
-            layer, logits, None, mask_logits, renormalize=False
-        )
+        held = state.own.defer_routing(layer, logits, None, mask_logits, renormalize=False)
+        new_weights, new_ids = state.hold(held)
     else:
         new_ids, new_weights = ids.int(), weights.clone()
         state.reroute(layer, new_ids, new_weights, logits, mask_logits, sorts=way == "sorts")

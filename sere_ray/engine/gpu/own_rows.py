@@ -124,8 +124,7 @@ class OwnRows:
                 blocks=self.rule.blocks(topk_ids.shape[0]),
             )
 
-        held = Deferred(layer, topk_ids, topk_weights, sort, logits)
-        return held._replace(mask_logits=mask_logits)
+        return Deferred(layer, topk_ids, topk_weights, sort, logits, mask_logits=mask_logits)
 
     def can_route(self, logits: Tensor) -> bool:
         """Whether :meth:`defer_routing` takes these logits, ``[T, E]``."""

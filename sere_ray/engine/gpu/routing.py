@@ -48,7 +48,8 @@ def route(
     mask_logits = state.mask_logits_of(layer, router_logits)
     if sorts and chooses and state.own.can_route(router_logits):
         rows = router_logits, _padding_mask(router_logits.shape[0]), mask_logits
-        return state.defer_routing(layer, *rows, renormalize=router.renormalize)
+        held = state.own.defer_routing(layer, *rows, renormalize=router.renormalize)
+        return state.hold(held)
     scores = state.scores_of(layer, router_logits)
     topk_weights, topk_ids = original(hidden_states, router_logits, indices_type, **kwargs)
     state.reroute(layer, topk_ids, topk_weights, scores, mask_logits, sorts=sorts)

@@ -184,33 +184,19 @@ class CudaState(AmongRanks):
         """
         of_layer = layer, topk_ids, topk_weights, logits, mask_logits
         if sorts and self.rule.sorts(topk_ids.shape[0]):
-            self.deferred = self.own.defer(*of_layer)
+            self.hold(self.own.defer(*of_layer))
         else:
             self.own.reroute(*of_layer)
 
-    def defer_routing(
-        self,
-        layer: int,
-        logits: Tensor,
-        is_padding: Tensor | None,
-        mask_logits: Tensor | None = None,
-        *,
-        renormalize: bool,
-    ) -> Routing:
-        """Choose and re-route when the experts sort: :meth:`align` fills what this returns.
+    def hold(self, held: Deferred) -> Routing:
+        """Choose or re-route when the experts sort: :meth:`align` does it.
 
         Args:
-            layer: decoder layer index.
-            logits: the gate's, ``[T, E]``, of which :meth:`OwnRows.can_route` is true.
-            is_padding: ``[T]`` bool, rows that get ids of -1; None = none.
-            mask_logits: of :meth:`mask_logits_of`.
-            renormalize: divide a row's weights by their sum.
+            held: of :class:`OwnRows`.
 
         Returns:
-            ``topk_weights`` float32 and ``topk_ids`` int32, ``[T, K]`` each, not yet written.
+            Its ``topk_weights`` float32 and ``topk_ids``, ``[T, K]`` each, not yet written.
         """
-        of_layer = layer, logits, is_padding, mask_logits
-        held = self.own.defer_routing(*of_layer, renormalize=renormalize)
         self.deferred = held
         return held.topk_weights, held.topk_ids
 

@@ -113,7 +113,7 @@ class SereRouter:
         return self._gangs.start(gang, self._members.gangs(), self._versions.whole)
 
     async def note_gates(self, gates: GateFacts) -> None:
-        """What the gates of the model keep policies from, as a started engine has seen them."""
+        """Take note of what the model's gates keep policies from; a started engine says it."""
         self._holdings.note_gates(gates)
 
     async def poll(self, member: Member, wait: bool = True) -> Order:

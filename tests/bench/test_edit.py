@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import set_num_threads  # as it is before any engine runs: vLLM replaces it
 
 from sere_ray import assets
 from sere_ray.bench import edit
@@ -12,6 +11,7 @@ from sere_ray.calibration.loading import load_model
 from sere_ray.masks.plan import TrainSettings, prepare_training
 from sere_ray.masks.work_folder import WorkFolder
 from tests.masks.threads import together
+from tests.one_thread import one_thread
 
 SETTINGS = TrainSettings(
     str(assets.MODEL),
@@ -32,7 +32,7 @@ SETTINGS = TrainSettings(
 
 def test_garbage_of_one_worker_is_left_out(tmp_path):
     """Random tokens and a far too large loss for two steps of forty, and at no other."""
-    set_num_threads(1)
+    one_thread()
     model = load_model(
         str(assets.MODEL), revision=None, device=torch.device("cpu"), dtype=torch.float32
     )

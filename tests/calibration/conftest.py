@@ -2,14 +2,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import set_num_threads  # as it is before any engine runs: vLLM replaces it
 
 from tests.models import build_checkpoint, standard_library
+from tests.one_thread import one_thread
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    set_num_threads(1)
+    one_thread()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import ctypes.util
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sere_ray.kernel.launcher import RuleKernel
 from sere_ray.kernel.memory import (
+    MASKED_COUNTERS,
     OWN_COUNTERS,
     DeviceLayer,
     LayerTables,
@@ -30,8 +32,12 @@ from sere_ray.rules import gate as gates
 from sere_ray.rules.common import named_by
 from sere_ray.rules.demand import DEMAND_RULES
 from sere_ray.rules.gate import PLAIN, SCORINGS, Gate
+from sere_ray.rules.margin import WEIGHT_UNIT
 from tests.rules.gate_cases import choose, make_gate
 from tests.rules.test_sere import assert_same_ids
+
+from .emulator import launch
+from .kernel_cases import check_aligned, empty_alignment, library, rule_arguments
 
 # (E, K): of known models, the smallest, the largest, odd ones, one without runners-up.
 SHAPES = [(128, 8), (60, 4), (64, 6), (256, 8), (512, 10), (9, 3), (33, 16), (300, 5), (4, 4)]
@@ -182,6 +188,45 @@ def logit_arguments(logits: Tensor, gate: Gate) -> tuple[object, ...]:
     """What kernels with the rule take for them, for the emulator."""
     size = logits.dtype.itemsize
     return logits, size, gate.bias, SCORINGS.index(gate.scoring), gate.group_size
+
+
+def rerouted(
+    kernel: RuleKernel,
+    layer: DeviceLayer,
+    ids: Tensor,
+    weights: Tensor,
+    logits: Tensor,
+    mask_logits: Tensor | None = None,
+    *,
+    cache: Path,
+    threads: int = 64,
+    seed: int = 0,
+    block: int | None = None,
+    inplace: bool = True,
+    cluster: int = 1,
+) -> Found:
+    """One launch of ``reroute`` in the emulator, or of ``reroute_and_align`` with a block size."""
+    ids, weights = ids.clone(), weights.clone()
+    new_ids = ids if inplace else torch.full_like(ids, -7)
+    name = "reroute_and_align" if block else "reroute"
+    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
+    masks = [] if mask_logits is None else [mask_logits, mask_logits.dtype.itemsize]
+    launch(
+        library(kernel, name, threads, cache),
+        name,
+        *rule_arguments(ids, new_ids, weights, layer),
+        *logit_arguments(logits, layer.gate),
+        *sorted_arguments,
+        *masks,
+        threads=threads,
+        cluster=cluster,
+        seed=seed,
+    )
+    if aligned:
+        check_aligned(new_ids, aligned, block, logits.shape[1])
+    counters = OWN_COUNTERS if mask_logits is None else MASKED_COUNTERS
+    assert layer.counters[0].tolist() == [0] * counters
+    return new_ids, weights, tuple(layer.counters[1].tolist())
 
 
 def by_reference(
@@ -389,6 +434,14 @@ def margin_cases(draw, rows=None, **fixed):
     """Random ones of a shape."""
     knobs = {name: draw(st.sampled_from(values)) for name, values in KNOBS.items()}
     return make_margin_case(**draw_batch(draw, rows, fixed), **knobs)
+
+
+def with_drafts(case: MarginCase) -> MarginCase:
+    """Three of four re-routable rows count as far as they are likely to be accepted."""
+    generator = torch.Generator().manual_seed(len(case.ids))
+    drawn = torch.randint(1, WEIGHT_UNIT + 1, case.kinds.shape, generator=generator)
+    is_draft = (case.kinds == REROUTABLE) & (torch.arange(len(case.ids)) % 4 > 0)
+    return case._replace(row_weight=torch.where(is_draft, drawn, WEIGHT_UNIT))
 
 
 def check_margin(found: Found, wanted: Found, case: MarginCase, what: str = "margin") -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from sere_ray.kernel.memory import OWN_COUNTERS
 from sere_ray.rules import REROUTABLE
-from sere_ray.rules.margin import WEIGHT_UNIT
 from tests.rules.test_sere import RULES, assert_same_ids
 
 from .emulator import COMPILER, launch
@@ -32,6 +32,8 @@ from .margin_cases import (
     logit_arguments,
     make_margin_case,
     margin_cases,
+    rerouted,
+    with_drafts,
 )
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
@@ -39,39 +41,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the 
 CPU = torch.device("cpu")
 
 
-def run(
-    case: MarginCase,
-    *,
-    cache: Path,
-    threads: int = 64,
-    seed: int = 0,
-    block: int | None = None,
-    inplace: bool = True,
-    mode: str = "on",
-    cluster: int = 1,
-    merges: bool = False,
-) -> Found:
-    """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
-    kernel = kernel_of(case)
+def run(case: MarginCase, *, mode: str = "on", merges: bool = False, **how: Any) -> Found:
+    """One launch, see :func:`rerouted`."""
     layer = device_layer(case, CPU, mode, merges=merges)
-    ids, weights = case.ids.clone(), case.weights.clone()
-    new_ids = ids if inplace else torch.full_like(ids, -7)
-    name = "reroute_and_align" if block else "reroute"
-    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
-    launch(
-        library(kernel, name, threads, cache),
-        name,
-        *rule_arguments(ids, new_ids, weights, layer),
-        *logit_arguments(case.logits, layer.gate),
-        *sorted_arguments,
-        threads=threads,
-        cluster=cluster,
-        seed=seed,
-    )
-    if aligned:
-        check_aligned(new_ids, aligned, block, case.logits.shape[1])
-    assert layer.counters[0].tolist() == [0] * OWN_COUNTERS
-    return new_ids, weights, tuple(layer.counters[1].tolist())
+    return rerouted(kernel_of(case), layer, case.ids, case.weights, case.logits, **how)
 
 
 Cases = st.SearchStrategy[MarginCase]
@@ -317,14 +290,6 @@ def test_routes_then_follows_the_rule(experts, slots, dtype, cache) -> None:
 
 
 # --- drafts ---------------------------------------------------------------------------------------
-
-
-def with_drafts(case: MarginCase) -> MarginCase:
-    """Three of four re-routable rows count as far as they are likely to be accepted."""
-    generator = torch.Generator().manual_seed(len(case.ids))
-    drawn = torch.randint(1, WEIGHT_UNIT + 1, case.kinds.shape, generator=generator)
-    is_draft = (case.kinds == REROUTABLE) & (torch.arange(len(case.ids)) % 4 > 0)
-    return case._replace(row_weight=torch.where(is_draft, drawn, WEIGHT_UNIT))
 
 
 def drafts_count_less(cases: Iterable[MarginCase], cache: Path) -> None:

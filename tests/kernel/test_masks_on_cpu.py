@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ from tests.rules.test_sere import RULES, assert_same_ids
 
 from .emulator import COMPILER, launch
 from .kernel_cases import check_aligned, empty_alignment, library, rule_arguments
-from .margin_cases import EMULATED, Found, logit_arguments
+from .margin_cases import EMULATED, Found, rerouted, with_drafts
 from .mask_cases import LEFT, OF_RULE, MaskCase, check_masked, expected, make_mask_case, mask_cases
-from .test_margin_on_cpu import with_drafts
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
 
@@ -36,41 +36,12 @@ def make(rule: str, **given: object) -> MaskCase:
 
 
 def run(
-    case: MaskCase,
-    *,
-    cache: Path,
-    threads: int = 64,
-    seed: int = 0,
-    block: int | None = None,
-    inplace: bool = True,
-    mode: str = "on",
-    cluster: int = 1,
-    merges: bool = False,
-    masks: bool = True,
+    case: MaskCase, *, mode: str = "on", merges: bool = False, masks: bool = True, **how: Any
 ) -> Found:
-    """One launch of ``reroute``, or of ``reroute_and_align`` with a block size."""
-    kernel, batch = case.kernel(), case.batch
-    layer = case.device_layer(CPU, mode, merges=merges, masks=masks)
-    ids, weights = batch.ids.clone(), batch.weights.clone()
-    new_ids = ids if inplace else torch.full_like(ids, -7)
-    name = "reroute_and_align" if block else "reroute"
-    aligned, sorted_arguments = empty_alignment(kernel, ids, block) if block else (None, [])
-    launch(
-        library(kernel, name, threads, cache),
-        name,
-        *rule_arguments(ids, new_ids, weights, layer),
-        *logit_arguments(batch.logits, layer.gate),
-        *sorted_arguments,
-        case.mask_logits,
-        case.mask_logits.dtype.itemsize,
-        threads=threads,
-        cluster=cluster,
-        seed=seed,
-    )
-    if aligned:
-        check_aligned(new_ids, aligned, block, case.experts)
-    assert layer.counters[0].tolist() == [0] * MASKED_COUNTERS
-    return new_ids, weights, tuple(layer.counters[1].tolist())
+    """One launch, see :func:`rerouted`."""
+    layer, batch = case.device_layer(CPU, mode, merges=merges, masks=masks), case.batch
+    of_rows = batch.ids, batch.weights, batch.logits, case.mask_logits
+    return rerouted(case.kernel(), layer, *of_rows, **how)
 
 
 @pytest.mark.parametrize(("experts", "slots", "rule"), KERNELS)

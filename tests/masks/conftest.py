@@ -1,9 +1,9 @@
 import pytest
-from torch import set_num_threads  # as it is before any engine runs: vLLM replaces it
 
 from sere_ray import assets
 from sere_ray.masks.plan import TrainSettings
 from sere_ray.masks.train import train_masks
+from tests.one_thread import one_thread
 
 SMALL = {
     "model": str(assets.MODEL),
@@ -25,9 +25,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _few_threads():
-    """For each test anew: an engine of another one sets what suits it, and sums of several threads
-    differ from run to run."""
-    set_num_threads(1)
+    """For each test anew: an engine of another one sets what suits it."""
+    one_thread()
 
 
 @pytest.fixture

@@ -42,14 +42,21 @@ class Watched:
         """At the end of the load."""
         return self.server.query(expr, at=self.end)
 
+    def has_all(self):
+        """A busy machine may be late with a scrape, and then every series of it has ended."""
+        self.end = time.time()
+        return self.query("ray_sere_step_seconds") and all(map(self.query, recorded_names()))
+
 
 @pytest.fixture(scope="module")
 def watched(live, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prometheus")
-    with prometheus(folder, live.metrics_port, free_port(), interval_s=1) as server:
+    with prometheus(folder, live.metrics_port, free_port(), interval_s=2) as server:
         start = time.time()
         load(live, LOAD_SECONDS)
-        yield Watched(server, start, time.time())
+        watched = Watched(server, start, start)
+        wait_for(watched.has_all, 60, "a scrape in time")
+        yield watched
 
 
 def load(live, seconds):

@@ -140,7 +140,7 @@ def check_too_many_at_once(served, processes):
     """
     with ExitStack() as stack:
         connections = [
-            stack.enter_context(closing(served.begin("1 + 1", max_tokens=200, ignore_eos=True)))
+            stack.enter_context(closing(served.begin("1 + 1", max_tokens=100, ignore_eos=True)))
             for _ in range(KEY_LIMIT * processes + 1)
         ]
         answers = as_they_come(connections)

@@ -1,8 +1,8 @@
 """All that is to run on one GPU host, by a plan: lanes side by side, results kept as they come.
 
 A plan is a YAML file (``loadtest/hosts/``). A lane has GPUs of its own and runs its commands one
-after the other. One that fails is noted, and the lane goes on. At the end of the time all is ended;
-what was written until then stays.
+after the other. One that fails, or takes longer than it may, is noted, and the lane goes on. At the
+end of the time all is ended; what was written until then stays.
 """
 
 import os
@@ -30,6 +30,7 @@ from sere_ray.util.results import write_result
 OUT = "{out}"
 """Stands for the folder of results in a command."""
 LOOK_SECONDS = 5.0
+STACKS_SECONDS = 10.0
 STATE = "host.json"
 _PROGRAMS = {
     "sere-ray": [sys.executable, "-m", "sere_ray"],
@@ -46,6 +47,9 @@ class Lane(BaseModel):
     name: str = Field(pattern="^[a-z0-9-]+$")
     gpus: tuple[int, ...] = Field(description="which the commands see; none = no GPU")
     commands: tuple[str, ...] = Field(min_length=1)
+    minutes_each: float | None = Field(
+        default=None, gt=0, description="a command that takes longer says where it is, and is ended"
+    )
 
 
 class Plan(BaseModel):
@@ -108,6 +112,7 @@ class _Host:
         environment = {
             **os.environ,
             **self.plan.environment,
+            "PYTHONFAULTHANDLER": "1",
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, lane.gpus)),
         }
         for number, text in enumerate(lane.commands):
@@ -115,7 +120,7 @@ class _Host:
                 return
             log = self.out / f"{lane.name}-{number}.log"
             start = time.monotonic()
-            code = self._run(command_of(text, self.out), log, environment)
+            code = self._run(command_of(text, self.out), log, environment, lane.minutes_each)
             seconds = round(time.monotonic() - start, 1)
             row = {"lane": lane.name, "command": text, "code": code, "seconds": seconds}
             with self.lock:
@@ -123,8 +128,10 @@ class _Host:
                 write_result(self.out / STATE, {"rows": self.rows})
             self.has_news.set()
 
-    def _run(self, command: list[str], log: Path, environment: Mapping[str, str]) -> int | None:
-        """The exit code; None = it was ended."""
+    def _run(
+        self, command: list[str], log: Path, environment: Mapping[str, str], minutes: float | None
+    ) -> int | None:
+        """The exit code; None = it was ended, at the end of its own time or of all."""
         with log.open("wb") as output:
             with self.lock:
                 if self.is_over.is_set():
@@ -137,7 +144,7 @@ class _Host:
                     start_new_session=True,
                 )
                 self.running.add(process)
-            code = process.wait()
+            code = _wait(process, minutes)
             with self.lock:
                 self.running.discard(process)
                 return None if self.is_over.is_set() else code
@@ -149,6 +156,20 @@ class _Host:
             for process in self.running:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes], minutes: float | None) -> int | None:
+    """The exit code; None = it took too long, and was ended; its log has the stacks."""
+    try:
+        return process.wait(None if minutes is None else 60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # Python's fault handler writes the stacks
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STACKS_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 def run_host(

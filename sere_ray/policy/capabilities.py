@@ -11,11 +11,6 @@ from sere_ray.policy.policy import Policy
 from sere_ray.rules import RULES
 from sere_ray.util.errors import PolicyError, UnsupportedError
 
-MASKS_SHOWN_ON_GPUS = False
-"""Whether engines on GPUs follow learned masks: once `tests/engine/test_gpu_masks.py` and
-`tests/kernel/test_masks_on_gpu.py` have passed on one. All of it is built; of it the kernels have
-run in the emulator, the state around them on CPU tensors."""
-
 
 class EngineKind(TypedDict):
     """What decides which policies engines can run: arguments of the checks below."""
@@ -85,11 +80,6 @@ def check_policy(policy: Policy, *, on_gpu: bool, where: str = "sere") -> None:
     Raises:
         UnsupportedError: names the key.
     """
-    if on_gpu and policy.masks is not None and not MASKS_SHOWN_ON_GPUS:
-        raise UnsupportedError(
-            f"{where}.masks = {policy.masks!r}: a CPU engine follows masks; the CUDA kernel "
-            "of them has run in the emulator alone, on no GPU yet: leave masks and level out there"
-        )
     entries = [(f"by_rows.{i}.", dict(e.keys)) for i, e in enumerate(policy.by_rows or ())]
     for place, keys in [("", policy.model_dump()), *entries]:
         if on_gpu and keys.get("balance_ranks"):

@@ -147,10 +147,8 @@ class Policy(BaseModel):
                 other = ", or loss in its place" if "loss" in takes.keys else ""
                 text = f"{key} is missing: give it ({about}){other}"
             elif value is not None and key not in takes.keys:
-                text = (
-                    f"{key} = {value!r}: rule {self.rule!r} has no such key, only "
-                    f"{', '.join(takes.keys)}; leave it out"
-                )
+                own = f", only {', '.join(takes.keys)}" if takes.keys else ""
+                text = f"{key} = {value!r}: rule {self.rule!r} has no such key{own}; leave it out"
             if text:
                 raise PydanticCustomError("rule_key", "{text}", {"text": text})
         wrong = wrong_with_loss(self.rule, dict(self)) or wrong_with_masks(self.rule, dict(self))

@@ -94,3 +94,17 @@ def test_at_the_end_of_the_time_all_is_ended_and_what_there_is_stays(tmp_path):
     assert time.monotonic() - start < 20
     assert [row["code"] for row in rows] == [None]
     assert (out / "r").read_text() == "kept"
+
+
+def test_a_command_that_hangs_says_where_and_the_lane_goes_on(tmp_path):
+    wait = python("import time; time.sleep(600)")
+    plan = plan_of(tmp_path, one=[wait, python("print(1)")])
+    lane = plan.lanes[0].model_copy(update={"minutes_each": 0.02})
+    plan = plan.model_copy(update={"lanes": (lane,)})
+    start, out = time.monotonic(), tmp_path / "out"
+    rows = run_host(plan, out, minutes=1, archive=None, console=Console(quiet=True))
+    assert time.monotonic() - start < 30
+    assert rows[0]["code"] is None
+    assert "most recent call first" in (out / "one-0.log").read_text()
+    assert "<string>" in (out / "one-0.log").read_text()
+    assert rows[1]["command"] == plan.lanes[0].commands[1]

@@ -17,7 +17,6 @@ from sere_ray.engine.gpu.state import CudaState
 from sere_ray.engine.option_checks import check_masks
 from sere_ray.masks.compose import after_masks
 from sere_ray.masks.slots import kept_by
-from sere_ray.policy import capabilities
 from sere_ray.policy.policy import Policy
 from sere_ray.rules import EXACT, REROUTABLE
 from sere_ray.rules.gate import PLAIN
@@ -90,12 +89,6 @@ def test_masks_of_other_rows_are_refused():
         router.take_logits(5, logits)
 
 
-@pytest.fixture
-def shown(monkeypatch):
-    """As if GPUs had run the tests that lift the refusal."""
-    monkeypatch.setattr(capabilities, "MASKS_SHOWN_ON_GPUS", True)
-
-
 # --- the state ------------------------------------------------------------------------------------
 
 
@@ -160,7 +153,7 @@ def expected(state, layer, gate):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernel with")
-@pytest.mark.usefixtures("emulated", "shown")
+@pytest.mark.usefixtures("emulated")
 class TestState:
     """Steps of a state whose launches run in the emulator."""
 

@@ -4,8 +4,9 @@ What is offered here is imported when it is asked for: torch takes 2 s, and most
 processes of a load test, do without it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sere_ray.util.late import late
 
 if TYPE_CHECKING:
     from sere_ray.artifact.similarity import SimilarityArtifact
@@ -22,16 +23,13 @@ __all__ = [
     "merge_repeated",
     "reroute",
 ]
-_PLACES = {
-    "Policy": "sere_ray.policy.policy",
-    "SereError": "sere_ray.util.errors",
-    "SimilarityArtifact": "sere_ray.artifact.similarity",
-    "merge_repeated": "sere_ray.rules",
-    "reroute": "sere_ray.rules",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'sere_ray' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+__getattr__ = late(
+    __name__,
+    {
+        "Policy": "sere_ray.policy.policy",
+        "SereError": "sere_ray.util.errors",
+        "SimilarityArtifact": "sere_ray.artifact.similarity",
+        "merge_repeated": "sere_ray.rules",
+        "reroute": "sere_ray.rules",
+    },
+)

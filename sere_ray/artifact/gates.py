@@ -4,30 +4,36 @@ answer for calibration and for engines."""
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from sere_ray.util.errors import ArtifactError
+
+if TYPE_CHECKING:  # the policy actor compares fingerprints, and does without torch
+    from torch import Tensor, nn
 
 _NAMES = ("gate", "router")
 """Of the gate beside a block's experts, in transformers and in vLLM."""
 
 
-def find_gate(block: nn.Module) -> nn.Module | None:
+def find_gate(block: "nn.Module") -> "nn.Module | None":
     """The gate beside a block's experts; None where there is none under a known name.
 
     Args:
         block: the module that holds the experts, of transformers or of vLLM.
     """
+    from torch import nn
+
     found = (getattr(block, name, None) for name in _NAMES)
     return next((gate for gate in found if isinstance(gate, nn.Module)), None)
 
 
-def gate_weight(gate: nn.Module) -> Tensor | None:
+def gate_weight(gate: "nn.Module") -> "Tensor | None":
     """The weight ``[E, H]`` of a gate: its own, or that of its only matrix (Hunyuan's ``gate.wg``,
     Granite's ``router.layer``); None where it has another number of them."""
+    from torch import Tensor
+
     weights = [getattr(module, "weight", None) for module in gate.modules()]
     matrices = [w for w in weights if isinstance(w, Tensor) and w.dim() == 2]
     return matrices[0] if len(matrices) == 1 else None
@@ -41,13 +47,15 @@ _TOLERANCE = 2.0**-22
 Numbers of a gate that was trained on differ by 2^-13 and more."""
 
 
-def router_fingerprint(weight: Tensor) -> str:
+def router_fingerprint(weight: "Tensor") -> str:
     """What tells a gate ``[E, H]`` from those of other fine-tunes, whatever type holds it.
 
     A hash of its bf16 values, ``-``, and a sketch: 16 sums of these values with random signs over
     the square root of their number. Quantised builds leave gates alone, so the hash is theirs, too;
     builds in float16 move the smallest values, which the sketch forgives.
     """
+    import torch
+
     values = weight.detach().to("cpu", torch.bfloat16).contiguous()
     digest = hashlib.sha256(values.view(torch.int16).numpy().tobytes()).hexdigest()
     numbers = values.flatten().double().numpy()
@@ -85,7 +93,7 @@ def other_gates(
 
 
 def check_gate(
-    layer: int, weight: Tensor, expected: Mapping[int, str], *, path: str, other: str
+    layer: int, weight: "Tensor", expected: Mapping[int, str], *, path: str, other: str
 ) -> None:
     """Refuse a gate that is not the one which a file was made for.
 

@@ -4,18 +4,27 @@ import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sere_ray.artifact.gates import check_gate, other_gates
 from sere_ray.artifact.statistics import GROUPS
 from sere_ray.artifact.strength import Strength, check_layers_of
-from sere_ray.artifact.tensors import SIMILARITY, check_content, layer_and_name, tensor_name
+from sere_ray.artifact.tensors import (
+    SIMILARITY,
+    Framework,
+    check_content,
+    layer_and_name,
+    read_file,
+    tensor_name,
+)
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path, read_content
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "sere_ray"
@@ -57,9 +66,9 @@ class SimilarityArtifact:
     similarity: :mod:`sere_ray.artifact.statistics`.
     """
 
-    layers: Mapping[int, Tensor]
+    layers: "Mapping[int, Tensor]"
     metadata: ArtifactMetadata
-    statistics: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    statistics: "Mapping[int, Mapping[str, Tensor]]" = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write the file in one step: a reader sees the old file or the whole new one.
@@ -67,6 +76,8 @@ class SimilarityArtifact:
         Raises:
             ArtifactError: the content is not valid or the folder cannot be written.
         """
+        from safetensors.torch import save_file
+
         path = Path(path)
         check_content(self.layers, self.statistics, self.metadata.num_experts, path)
         tensors = {tensor_name(i): m.contiguous() for i, m in sorted(self.layers.items())}
@@ -77,45 +88,47 @@ class SimilarityArtifact:
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
-    def load(cls, path: Path | str) -> "SimilarityArtifact":
+    def load(cls, path: Path | str, framework: Framework = "pt") -> "SimilarityArtifact":
         """Read and check a file.
+
+        Args:
+            path: of the file.
+            framework: ``np``: numbers stay arrays of numpy's, for a process without torch that
+                checks artifacts and computes nothing with them.
 
         Raises:
             ArtifactError: missing, damaged, not an artifact, or of a newer format.
         """
         path = Path(path)
         metadata = read_metadata(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                layers: dict[int, Tensor] = {}
-                statistics: dict[int, dict[str, Tensor]] = {}
-                for full in list(file.keys()):
-                    layer, name = layer_and_name(full, path)
-                    if name == SIMILARITY:
-                        layers[layer] = file.get_tensor(full)
-                    else:
-                        statistics.setdefault(layer, {})[name] = file.get_tensor(full)
-        except SafetensorError as error:
-            raise ArtifactError(
-                f"{path}: damaged safetensors file ({error}); copy it again"
-            ) from None
+        layers: dict[int, Tensor] = {}
+        statistics: dict[int, dict[str, Tensor]] = {}
+        for full, tensor in read_file(path, framework)[1].items():
+            layer, name = layer_and_name(full, path)
+            if name == SIMILARITY:
+                layers[layer] = tensor
+            else:
+                statistics.setdefault(layer, {})[name] = tensor
         artifact = cls(layers, metadata, statistics)
         check_content(layers, statistics, metadata.num_experts, path)
         check_layers_of(metadata.strengths, len(layers), path)
         return artifact
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, name: str) -> "SimilarityArtifact":
+    def from_bytes(
+        cls, content: bytes, *, name: str, framework: Framework = "pt"
+    ) -> "SimilarityArtifact":
         """Read and check the content of a file that came over the network.
 
         Args:
             content: of the file.
             name: of the file, for messages.
+            framework: as of :meth:`load`.
 
         Raises:
             ArtifactError: as :meth:`load`.
         """
-        return read_content(content, name, cls.load)
+        return read_content(content, name, lambda path: cls.load(path, framework))
 
     def check_replaces(self, running: "SimilarityArtifact", *, path: str) -> None:
         """Refuse an artifact that was not calibrated on the weights which ``running`` fits.
@@ -188,7 +201,7 @@ class SimilarityArtifact:
                 f"{self.metadata.model_id!r}: run `sere-ray calibrate` on the model you serve"
             )
 
-    def check_router(self, layer: int, gate_weight: Tensor, *, path: str) -> None:
+    def check_router(self, layer: int, gate_weight: "Tensor", *, path: str) -> None:
         """Refuse another fine-tune: the gate's weights must be those of calibration.
 
         Raises:
@@ -220,7 +233,7 @@ class SimilarityArtifact:
                 f"{','.join(lacking)}` adds them"
             )
 
-    def matrix(self, layer: int, *, path: str) -> Tensor:
+    def matrix(self, layer: int, *, path: str) -> "Tensor":
         """The matrix of a decoder layer.
 
         Raises:
@@ -244,7 +257,7 @@ def read_metadata(path: Path | str) -> ArtifactMetadata:
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; `sere-ray calibrate` makes one")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             raw = (file.metadata() or {}).get(_METADATA_KEY)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(

@@ -1,11 +1,13 @@
 """What an artifact may say of a layer beside its similarity: statistics by name, in groups."""
 
+import math
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sere_ray.util.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "stand_ins": ("output_norm", "stand_in_scale", "stand_in_loss"),
@@ -35,7 +37,17 @@ _COLUMNS |= {
 }
 
 
-def check_statistics(named: Mapping[str, Tensor], num_experts: int, where: str) -> None:
+def is_float32(tensor: "Tensor") -> bool:
+    """Whether a tensor of torch's, or an array of numpy's, holds float32."""
+    return str(tensor.dtype).removeprefix("torch.") == "float32"
+
+
+def is_finite(tensor: "Tensor") -> bool:
+    """Whether all numbers of a tensor of torch's, or of an array of numpy's, are finite."""
+    return bool((abs(tensor) < math.inf).all())  # NaN is not
+
+
+def check_statistics(named: "Mapping[str, Tensor]", num_experts: int, where: str) -> None:
     """Refuse tensors of another type or shape, or that are not finite.
 
     Args:
@@ -51,10 +63,10 @@ def check_statistics(named: Mapping[str, Tensor], num_experts: int, where: str) 
         columns = {"E": (num_experts,), "H": shape[1:2], "": ()}[_COLUMNS[name]]
         dimensions = 1 if _COLUMNS[name] == "" else 2
         expected = (num_experts, *columns)
-        if tensor.dtype != torch.float32 or shape != expected or len(shape) != dimensions:
+        if not is_float32(tensor) or shape != expected or len(shape) != dimensions:
             raise ArtifactError(
                 f"{where}: {name} is {tensor.dtype} {shape}, must be torch.float32 with "
                 f"num_experts = {num_experts}; calibrate again"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ArtifactError(f"{where}: {name} holds NaN or infinite values; calibrate again")

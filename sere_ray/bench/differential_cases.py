@@ -94,7 +94,7 @@ def _cheap(body: Any) -> bytes:
     """Of the served model, and short: most values are too wild to reach anything else."""
     if isinstance(body, dict):
         body = {**body, "model": MODEL}
-        for key in ("max_tokens", "maxcompletion_tokens", "n", "min_tokens"):
+        for key in ("max_tokens", "max_completion_tokens", "n", "min_tokens"):
             if isinstance(body.get(key), int) and body[key] > MOST:
                 body[key] = MOST
         body.setdefault("max_tokens", MOST)

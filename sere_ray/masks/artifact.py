@@ -4,18 +4,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sere_ray.artifact.gates import check_gate
-from sere_ray.masks.slots import LayerMask
+from sere_ray.artifact.statistics import is_finite, is_float32
+from sere_ray.artifact.tensors import Framework, read_file
 from sere_ray.util.errors import ArtifactError
 from sere_ray.util.files import atomic_path, read_content
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sere_ray.masks.slots import LayerMask
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "sere_ray_masks"
@@ -63,7 +66,7 @@ class MasksMetadata(BaseModel):
 class MasksArtifact:
     """Mask routers ``float32 [E, H]`` by level, 1 first, and decoder layer index."""
 
-    weights: Mapping[int, Mapping[int, Tensor]]
+    weights: "Mapping[int, Mapping[int, Tensor]]"
     metadata: MasksMetadata
 
     def save(self, path: Path) -> None:
@@ -72,6 +75,8 @@ class MasksArtifact:
         Raises:
             ArtifactError: the content is not valid or the folder cannot be written.
         """
+        from safetensors.torch import save_file
+
         self._check(path)
         tensors = {
             _tensor_name(level, layer): weight.contiguous()
@@ -82,8 +87,12 @@ class MasksArtifact:
             save_file(tensors, temporary, {_METADATA_KEY: self.metadata.model_dump_json()})
 
     @classmethod
-    def load(cls, path: Path | str) -> "MasksArtifact":
+    def load(cls, path: Path | str, framework: Framework = "pt") -> "MasksArtifact":
         """Read and check a file.
+
+        Args:
+            path: of the file.
+            framework: as of :meth:`~sere_ray.artifact.similarity.SimilarityArtifact.load`.
 
         Raises:
             ArtifactError: missing, damaged, no file of masks, or of a newer format.
@@ -94,36 +103,34 @@ class MasksArtifact:
                 f"masks = {str(path)!r}: no such file; `sere-ray train-masks` writes one"
             )
         weights: dict[int, dict[int, Tensor]] = {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = _parse((file.metadata() or {}).get(_METADATA_KEY), path)
-                for name in sorted(file.keys()):
-                    level, layer = _level_and_layer(name, path)
-                    weights.setdefault(level, {})[layer] = file.get_tensor(name)
-        except SafetensorError as error:
-            raise ArtifactError(
-                f"{path}: damaged safetensors file ({error}); copy it again"
-            ) from None
+        raw, tensors = read_file(path, framework)
+        metadata = _parse(raw.get(_METADATA_KEY), path)
+        for name, tensor in sorted(tensors.items()):
+            level, layer = _level_and_layer(name, path)
+            weights.setdefault(level, {})[layer] = tensor
         found = cls(dict(sorted(weights.items())), metadata)
         found._check(path)
         return found
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, name: str) -> "MasksArtifact":
+    def from_bytes(
+        cls, content: bytes, *, name: str, framework: Framework = "pt"
+    ) -> "MasksArtifact":
         """Read and check the content of a file that came over the network.
 
         Args:
             content: of the file.
             name: of the file, for messages.
+            framework: as of :meth:`load`.
 
         Raises:
             ArtifactError: as :meth:`load`.
         """
-        return read_content(content, name, cls.load)
+        return read_content(content, name, lambda path: cls.load(path, framework))
 
     def level(
-        self, level: int, *, path: str, device: torch.device | str = "cpu"
-    ) -> dict[int, LayerMask]:
+        self, level: int, *, path: str, device: "torch.device | str" = "cpu"
+    ) -> "dict[int, LayerMask]":
         """The masks of a level by decoder layer index.
 
         Args:
@@ -132,11 +139,22 @@ class MasksArtifact:
             device: where the weights go.
 
         Raises:
+            ArtifactError: as :meth:`check_level`.
+        """
+        from sere_ray.masks.slots import LayerMask
+
+        self.check_level(level, path=path)
+        of_level = self.weights[level].items() if level else ()
+        keep_first = self.metadata.keep_first
+        return {layer: LayerMask(weight.to(device), keep_first) for layer, weight in of_level}
+
+    def check_level(self, level: int, *, path: str) -> None:
+        """Refuse a level that the file has not; 0, which masks nothing, is always there.
+
+        Raises:
             ArtifactError: there is no such level; names those there are.
         """
-        if level == 0:
-            return {}
-        if level not in self.weights:
+        if level and level not in self.weights:
             known = " ".join(
                 f"{number}: {of.slots_kept:.0%} of the slots."
                 for number, of in enumerate(self.metadata.levels, start=1)
@@ -145,16 +163,13 @@ class MasksArtifact:
                 f"level = {level}: {path} has levels 1..{len(self.weights)} ({known}); give one "
                 "of these, or 0 to mask nothing"
             )
-        keep_first = self.metadata.keep_first
-        of_level = self.weights[level].items()
-        return {layer: LayerMask(weight.to(device), keep_first) for layer, weight in of_level}
 
     @property
     def layers(self) -> list[int]:
         """Decoder layer indices, in order."""
         return sorted(self.weights[1])
 
-    def check_model(self, gates: Mapping[int, Tensor], top_k: int, *, path: str) -> None:
+    def check_model(self, gates: "Mapping[int, Tensor]", top_k: int, *, path: str) -> None:
         """Refuse masks of another model.
 
         Args:
@@ -170,7 +185,7 @@ class MasksArtifact:
         for layer, gate in gates.items():
             self.check_layer(layer, gate, path=path)
 
-    def check_layer(self, layer: int, gate: Tensor, *, path: str) -> None:
+    def check_layer(self, layer: int, gate: "Tensor", *, path: str) -> None:
         """Refuse the mask of a layer whose gate, ``[E, H]``, is another one.
 
         Raises:
@@ -216,14 +231,14 @@ class MasksArtifact:
             for layer, weight in of_level.items():
                 where = f"{path}: level {level}, layer {layer}"
                 rows = self.metadata.num_experts
-                if weight.shape != first[layer] or weight.dim() != 2 or len(weight) != rows:
+                if weight.shape != first[layer] or weight.ndim != 2 or len(weight) != rows:
                     raise ArtifactError(
                         f"{where} is {tuple(weight.shape)}, level 1 is {tuple(first[layer])}; all "
                         f"must be the same, with num_experts = {rows} rows; train again"
                     )
-                if weight.dtype != torch.float32:
+                if not is_float32(weight):
                     raise ArtifactError(f"{where} is {weight.dtype}, must be torch.float32")
-                if not bool(torch.isfinite(weight).all()):
+                if not is_finite(weight):
                     raise ArtifactError(f"{where} holds NaN or infinite values; train again")
 
 

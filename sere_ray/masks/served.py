@@ -46,7 +46,7 @@ def check_level(level: int | None, masks: MasksArtifact | None, *, path: str | N
         ArtifactError: names those there are.
     """
     if masks is not None and level is not None:
-        masks.level(level, path=str(path))
+        masks.check_level(level, path=str(path))
 
 
 def check_beside(

@@ -4,13 +4,16 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from sere_ray.artifact.strength import Stage
-from sere_ray.rules import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sere_ray.rules import Layer
 
 Mode = Literal["off", "observe", "on"]
 Union = Literal["global", "local"]
@@ -96,10 +99,10 @@ class BoundPolicy(BaseModel):
         self,
         position: int,
         num_experts: int,
-        similarity: Tensor | None,
-        owner: Tensor | None = None,
-        statistics: Mapping[str, Tensor] | None = None,
-    ) -> Layer:
+        similarity: "Tensor | None",
+        owner: "Tensor | None" = None,
+        statistics: "Mapping[str, Tensor] | None" = None,
+    ) -> "Layer":
         """What the rule is called with in one layer.
 
         Args:
@@ -109,6 +112,8 @@ class BoundPolicy(BaseModel):
             owner: ``[E]`` int64, the expert-parallel rank of each expert; None = one rank.
             statistics: further tensors of the layer by name, where the rule reads them.
         """
+        from sere_ray.rules import Layer  # torch is there by now
+
         knobs = {
             key: value[position] if isinstance(value, tuple) else value for key, value in self.knobs
         }

@@ -27,6 +27,8 @@ CallbackBase                           ``ctx.run_init_node = False`` where nothi
 DeploymentActorConfig,                 The policy actor lives as long as its deployment. Remove:
 get_deployment_actor(_context)         never; they are alpha, so their form may change.
 ``replica/``, ``policy_actor/``
+llm_server                             ``_start_engine``: telemetry is sent in the background.
+``replica/server.py``                  Remove: Ray does not wait for it.
 HAProxy's configuration, uvicorn's     Limits that Ray has no option for are written into the first
 AutoHTTPProtocol                       (``RAY_SERVE_HAPROXY_BINARY_PATH``), timed in the second.
 ``proxy/``                             Remove: Ray takes them.
@@ -50,7 +52,16 @@ map_batches(ray_remote_args_fn)        Restarts of a worker that died. Remove: i
 =====================================  ==========================================================
 """
 
-from sere_ray.serve.app import build_app
-from sere_ray.serve.config import ServeConfig
+from typing import TYPE_CHECKING
+
+from sere_ray.util.late import late
+
+if TYPE_CHECKING:
+    from sere_ray.serve.app import build_app
+    from sere_ray.serve.config import ServeConfig
 
 __all__ = ["ServeConfig", "build_app"]
+# Serve's controller, its proxies and its request routers import modules below this one only.
+__getattr__ = late(
+    __name__, {"ServeConfig": "sere_ray.serve.config", "build_app": "sere_ray.serve.app"}
+)

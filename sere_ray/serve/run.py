@@ -17,6 +17,7 @@ from sere_ray.serve.config import ServeConfig
 from sere_ray.serve.deployment_file import check_artifacts, configs, limits_of_proxies, load_file
 from sere_ray.serve.engine_check import check_engine, check_model
 from sere_ray.serve.failed_start import failure, reason
+from sere_ray.serve.imports import imported_beside
 from sere_ray.util.errors import SereError
 from sere_ray.util.http import address
 from sere_ray.util.ports import check_free
@@ -58,9 +59,13 @@ def run_file(
             limits = limits_of_proxies(path, served)
             stack.enter_context(way.prepared(chosen, limits, shows_bodies=reads))
             stack.enter_context(nothing_left())
-            start_ray(metrics_port=metrics_port)
-            end_at_signals()  # Ray has set handlers of its own
-            names = deploy_all(document, http, console)
+            with imported_beside():
+                start_ray(metrics_port=metrics_port)
+                end_at_signals()  # Ray has set handlers of its own
+                start_serve(http)
+            for config in served:
+                check_engine(config)
+            names = deploy_all(document, console)
             if metrics_port is not None:
                 metrics = f"http://127.0.0.1:{metrics_port}/metrics"
                 console.print(f"metrics on {metrics}", highlight=False)
@@ -69,7 +74,7 @@ def run_file(
             wait_for_signal()
             console.print("draining: requests under way finish, new ones are refused")
             drain(names)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second of Ray's own handler, while it starts
         console.print("stopped while starting")
     finally:
         logging.disable(logging.NOTSET)
@@ -82,7 +87,7 @@ def check(
     served: Sequence[ServeConfig],
     metrics_port: int | None,
 ) -> dict[str, Any]:
-    """All that can be known before a process starts; the quick things first.
+    """All that can be known without vLLM, which takes longest to import; the quick things first.
 
     Args:
         path: of the deployment file.
@@ -112,25 +117,31 @@ def check(
     if metrics_port is not None:
         check_free(metrics_port, "--metrics-port", host="")
     logging.disable(logging.INFO)  # vLLM and Ray log here as they are imported
-    for config in served:
-        check_engine(config)
     return http
 
 
-def deploy_all(document: Mapping[str, Any], http: dict[str, Any], console: Console) -> list[str]:
-    """Start all applications; returns their names.
+def start_serve(http: dict[str, Any]) -> None:
+    """Start Serve's controller and proxy.
 
     Raises:
-        SereError: one does not start; with the reason.
+        SereError: they do not start; with the reason.
     """
     from ray import serve
-
-    from sere_ray.serve import build_app
 
     try:
         serve.start(http_options=http)
     except Exception as error:
         raise _not_started("the HTTP proxy", str(error)) from None
+
+
+def deploy_all(document: Mapping[str, Any], console: Console) -> list[str]:
+    """Start all applications; returns their names.
+
+    Raises:
+        SereError: one does not start; with the reason.
+    """
+    from sere_ray.serve import build_app
+
     names = []
     for application in document["applications"]:
         names.append(application.get("name", "default"))

@@ -93,8 +93,17 @@ def session_logs() -> Path:
 
 def _end_children(before: list[psutil.Process]) -> str:
     """End what a start has left, as Ray does only when this process ends; where its logs are."""
-    below = psutil.Process().children(recursive=True)
-    left = [process for process in below if process not in before]
+    left: list[psutil.Process] = []
+    # Each is held first: a raylet that goes on would start agents behind our back.
+    while new := [
+        each
+        for each in psutil.Process().children(recursive=True)
+        if each not in before and each not in left
+    ]:
+        for process in new:
+            with suppress(psutil.Error):
+                process.suspend()
+        left += new
     arguments = []
     for process in left:
         with suppress(psutil.Error):  # one that has ended has no arguments

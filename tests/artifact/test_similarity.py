@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -214,6 +215,19 @@ def test_bad_matrices_are_refused_both_ways(saved: Path, kind: str) -> None:
     rewrite(saved, lambda tensors: tensors | {"layers.1.similarity": bad.contiguous()})
     with pytest.raises(ArtifactError, match=message):
         SimilarityArtifact.load(saved)
+    # As the policy actor reads it; its numpy has no bfloat16, and float32 is one name in both.
+    of_numpy = message.replace("is torch.bfloat16", "other numbers than float32")
+    with pytest.raises(ArtifactError, match=of_numpy):
+        SimilarityArtifact.load(saved, "np")
+
+
+def test_numpy_reads_the_same_numbers(saved: Path) -> None:
+    of_torch, of_numpy = SimilarityArtifact.load(saved), SimilarityArtifact.load(saved, "np")
+    assert of_numpy.metadata == of_torch.metadata
+    assert of_numpy.layers.keys() == of_torch.layers.keys()
+    for layer, numbers in of_numpy.layers.items():
+        assert isinstance(numbers, np.ndarray)
+        assert np.array_equal(numbers, of_torch.layers[layer].numpy())
 
 
 def test_no_layers(tmp_path: Path) -> None:
@@ -259,7 +273,7 @@ def test_saving_fails_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("sere_ray.artifact.similarity.save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         artifact().save(tmp_path / "a")
     assert not any(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sere_ray.bench.differential import Answer, compare, form, leaks, unintended
+from sere_ray.bench.differential_cases import MOST, _cheap
 from sere_ray.bench.differential_examples import Case, examples
 
 
@@ -88,3 +89,9 @@ def test_an_intended_difference_excuses_no_other_status():
 def test_examples_have_names_of_their_own():
     names = [case.name for case in examples()]
     assert len(names) == len(set(names)) > 180
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens", "n", "min_tokens"])
+def test_a_generated_request_is_cheap(key):
+    assert json.loads(_cheap({key: 10**6}))[key] == MOST
+    assert json.loads(_cheap({key: "many"}))[key] == "many", "what is refused stays as it is"

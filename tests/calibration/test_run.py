@@ -114,7 +114,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(
     def broken(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    for target in ("sere_ray.calibration.run.collect", "sere_ray.artifact.similarity.save_file"):
+    for target in ("sere_ray.calibration.run.collect", "safetensors.torch.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)
             with pytest.raises(MemoryError):

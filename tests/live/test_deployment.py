@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
+from sere_ray.util.processes import ENGINE, FORK_SERVER, processes
 from tests.live.traffic import at_once, counted
 from tests.serve.deployment import ADMIN, API_KEY, EXACT_KEY, MODEL_ID
 from tests.serve.every_path import (
@@ -33,6 +35,22 @@ def served(live):
 @pytest.fixture(scope="module")
 def client(served):
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
+
+
+# --- the processes -------------------------------------------------------------------------------
+
+
+def test_what_computes_nothing_has_no_torch_and_ranks_share_a_fork_server(served):
+    """As ``tests/serve/test_light_processes.py``, where they run: Ray may import more."""
+    has_torch, fork_servers = {}, 0
+    for title, process in processes(psutil.Process(served.process.pid)):
+        is_loaded = any("libtorch" in each.path for each in process.memory_maps())
+        has_torch[title.partition(".")[0].partition("_DP")[0]] = is_loaded
+        fork_servers += FORK_SERVER in " ".join(process.cmdline())
+    light = ("ray::ServeController", "ray::RouterActor", "ray::ProxyActor")
+    assert {title: has_torch[title] for title in light} == dict.fromkeys(light, False)
+    assert has_torch[ENGINE]
+    assert fork_servers == 1
 
 
 # --- the OpenAI routes ---------------------------------------------------------------------------

@@ -45,6 +45,7 @@ PRIVATE = {
     "ray.llm._internal.common.callbacks.base.CallbackBase",
     "ray.llm._internal.serve.constants.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING",
     "ray.llm._internal.serve.core.engine.protocol.LLMEngine",
+    "ray.llm._internal.serve.core.server.llm_server",
     "ray.llm._internal.serve.engines.vllm.vllm_engine.VLLMEngine",
     "ray.serve.context._get_global_client",
 }
@@ -225,6 +226,24 @@ def test_a_server_makes_its_engine_and_starts_it_in_start(server):
     does(llm_server.LLMServer.start, "self.engine = self._engine_cls(self._llm_config)")
     does(llm_server.LLMServer.check_health, "await self.engine.check_health()")
     takes(server.get_deployment_options, "llm_config")
+
+
+@pytest.mark.parametrize("server", [LLMServer, DPServer])
+def test_a_started_engine_is_told_to_telemetry_and_no_more(server):
+    """What ``_start_engine`` of our servers does in other words."""
+    lines = [line.strip() for line in inspect.getsource(server._start_engine).splitlines()]
+    statements = [line for line in lines if line and not line.startswith(("#", '"'))]
+    expected = [
+        "async def _start_engine(self):",
+        "if self.engine is None:",
+        'raise ValueError("Engine is not set")',
+        "await self.engine.start()",
+        "push_telemetry_report_for_all_models(all_models=[self._llm_config])",
+        "if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:",
+        'record_extra_usage_tag(TagKey.LLM_SERVE_DIRECT_STREAMING_ENABLED, "1")',
+    ]
+    relies(statements == expected, "LLMServer._start_engine as it is", statements)
+    takes(llm_server.push_telemetry_report_for_all_models, "all_models")
 
 
 def test_a_rank_of_a_gang_is_numbered_before_it_starts():

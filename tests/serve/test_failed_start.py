@@ -1,6 +1,7 @@
 """Why a start failed: what is known before anything starts, and what logs say afterwards."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -59,18 +60,25 @@ def test_arguments_that_vllm_takes():
     check_engine(config(engine={"enable_prompt_tokens_details": True}))  # of vLLM's HTTP server
 
 
-def test_the_file_is_refused_before_ray_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "start_ray", lambda **_: pytest.fail("Ray started"))
+@pytest.mark.parametrize(
+    ("changes", "first", "words"),
+    [
+        ({"model": "/no/such"}, "start_ray", "no such folder"),
+        ({"engine": {"max_modl_len": 1}}, "deploy_all", "did you mean"),
+    ],
+    ids=["before Ray starts", "before a replica does"],
+)
+def test_a_file_is_refused_early(tmp_path, monkeypatch, changes, first, words):
+    """vLLM, which knows its arguments, is imported while Ray starts."""
+    for name in ("start_ray", "start_serve", "imported_beside"):
+        monkeypatch.setattr(run, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(run, first, lambda *_, **__: pytest.fail(first))
     monkeypatch.setattr(engine_check, "_build", lambda arguments: None)
+    application = {"import_path": "sere_ray.serve:build_app", "args": {**OURS, **changes}}
     file = tmp_path / "file.yaml"
-    for changes, words in (
-        ({"model": "/no/such"}, "no such folder"),
-        ({"engine": {"max_modl_len": 1}}, "did you mean"),
-    ):
-        application = {"import_path": "sere_ray.serve:build_app", "args": {**OURS, **changes}}
-        file.write_text(json.dumps({"applications": [application]}))
-        with pytest.raises(SereError, match=words):
-            run.run_file(file, Console(quiet=True))
+    file.write_text(json.dumps({"applications": [application]}))
+    with pytest.raises(SereError, match=words):
+        run.run_file(file, Console(quiet=True))
 
 
 def status(message, state="DEPLOYING", of_application=""):

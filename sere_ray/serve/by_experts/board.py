@@ -20,7 +20,9 @@ from sere_ray.serve.by_experts.report import KEY, Report
 STALE_SECONDS = 10.0
 """A rank that has not reported for so long may have other requests by now."""
 LAG_SECONDS = 0.3
-"""A report is so old when it arrives: what was placed since may not be in it."""
+"""A report is so old when Ray brings it: what was placed since may not be in it. (It carries no
+time, as clocks of nodes differ. So the last report of a rank that hangs looks new to a router that
+starts then, until it is ``STALE_SECONDS`` old here.)"""
 MOST_PLACED = 512
 """Placements remembered of a rank between two reports."""
 
@@ -59,6 +61,9 @@ class Board:
 
     def see(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
         """Take what Ray carries of the ranks there are now, by their names.
+
+        A report's age counts from the first call that has it: call this whenever Ray brings
+        something, not only when a request comes.
 
         Raises:
             NotKnown: one has no report, an old one, or one of another model.

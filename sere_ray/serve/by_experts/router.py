@@ -67,6 +67,16 @@ class _ByExperts:
         """Nothing is known yet."""
         self.board, self._said = Board(), {}
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Ray has brought news of the replicas: reports are new now, not at the next request."""
+        super().update_replicas(replicas)  # type: ignore[misc]
+        try:
+            self._see(replicas)
+        except NotKnown:
+            pass  # said when a request comes
+        except Exception as error:
+            self._say(f"{type(error).__name__}: {error}")
+
     def in_order(
         self, candidates: Sequence[RunningReplica], pending: PendingRequest | None
     ) -> list[list[RunningReplica]] | None:
@@ -84,8 +94,7 @@ class _ByExperts:
     ) -> list[list[RunningReplica]] | None:
         if pending is None or pending.metadata.multiplexed_model_id:
             return None  # an adapter is on some replicas only: Ray knows where
-        by_name = {replica.replica_id.unique_id: replica for replica in candidates}
-        self.board.see({name: replica.routing_stats for name, replica in by_name.items()})
+        by_name = self._see(candidates)
         text = text_of_call(pending.args)
         if text is None:
             return None  # a request for something else, or tokens
@@ -93,6 +102,12 @@ class _ByExperts:
         loads = {name: self.load_of(replica) for name, replica in by_name.items()}
         names = self.board.order(wanted, loads)
         return [[by_name[name]] for name in names]
+
+    def _see(self, replicas: Sequence[RunningReplica]) -> dict[str, RunningReplica]:
+        """Take their reports; returns the replicas by name."""
+        by_name = {replica.replica_id.unique_id: replica for replica in replicas}
+        self.board.see({name: replica.routing_stats for name, replica in by_name.items()})
+        return by_name
 
     def load_of(self, replica: RunningReplica) -> float | None:
         """Requests of a replica as Ray counts them; None = it does not."""

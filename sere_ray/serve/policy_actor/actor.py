@@ -291,6 +291,9 @@ class RouterActor(SereRouter):
     """The policy actor of a Ray Serve deployment; takes what comes from the deployment file."""
 
     def __init__(self, **arguments: Any) -> None:
+        # On CPUs this starts the node's fork server: it imports while Serve makes the replicas.
+        import sere_ray.serve.replica  # noqa: F401
+
         app, name = own_actor_name()
         store, take_over = ray_store(app, name)
         sink = RaySink({"app": app})

@@ -1,4 +1,4 @@
-"""Artifact files as the policy actor reads them and replicas keep them."""
+"""Artifact files as the policy actor reads them, without torch, and replicas keep them."""
 
 import hashlib
 import stat
@@ -22,12 +22,12 @@ class ArtifactFile:
     content: bytes
 
     def parse(self) -> SimilarityArtifact:
-        """The matrices and metadata in the file.
+        """The matrices, as numpy's, and metadata in the file.
 
         Raises:
             ArtifactError: the content is damaged or no artifact.
         """
-        return SimilarityArtifact.from_bytes(self.content, name=self.name)
+        return SimilarityArtifact.from_bytes(self.content, name=self.name, framework="np")
 
     def parse_masks(self) -> MasksArtifact:
         """The levels of masks in the file.
@@ -35,7 +35,7 @@ class ArtifactFile:
         Raises:
             ArtifactError: the content is damaged or holds no masks.
         """
-        return MasksArtifact.from_bytes(self.content, name=self.name)
+        return MasksArtifact.from_bytes(self.content, name=self.name, framework="np")
 
     def describe(self, masks: MasksArtifact | None) -> dict[str, Any]:
         """Fields of ``MasksInfo`` in the control API."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.server import llm_server
 from ray.serve.config import DeploymentActorConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
@@ -62,6 +63,19 @@ class _Following:
         self._app = engine_app(app, model_id, is_lost=lambda: self.engine.is_lost)
         self._report_experts()
         self._watch = asyncio.get_running_loop().create_task(self._end_with_the_engine())
+
+    async def _start_engine(self) -> None:
+        """As Ray's, but its telemetry is sent in the background.
+
+        It goes to an actor whose process imports torch; every first start would wait for that.
+        """
+        await self.engine.start()
+        config = self._llm_config  # type: ignore[attr-defined]
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, llm_server.push_telemetry_report_for_all_models, [config])
+        if llm_server.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
+            tag = llm_server.TagKey.LLM_SERVE_DIRECT_STREAMING_ENABLED
+            llm_server.record_extra_usage_tag(tag, "1")
 
     async def _start_engine_and_follow(self) -> None:
         """Start with the policy that the actor holds; without a policy, as Ray does.

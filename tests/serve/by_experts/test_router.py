@@ -9,6 +9,7 @@ import pytest
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
+from sere_ray.serve.by_experts.board import STALE_SECONDS, Board
 from sere_ray.serve.by_experts.kinds import Kind, Kinds
 from sere_ray.serve.by_experts.router import DirectExpertsRouter, ExpertsRouter
 from sere_ray.serve.by_experts.text import text_vector
@@ -145,6 +146,22 @@ def test_ray_sends_each_request_where_it_was_placed():
         return [replica.replica_id.unique_id for replica in found], placed
 
     assert asyncio.run(play()) == (["b", "a"], {"a": 1, "b": 1})
+
+
+def test_a_report_is_as_old_as_rays_news_of_it(kind):
+    """Not as new as the first request after an idle spell makes it."""
+
+    async def play():
+        router, now = started(kind, []), [1000.0]
+        router.board = Board(lambda: now[0])
+        router.update_replicas(two())
+        now[0] += STALE_SECONDS + 1
+        old = router.in_order(router._replicas_list, request(0))
+        router.update_replicas([reported("a", "g1", 4, SUMS, 2), reported("b", "g2", 4, CODE, 2)])
+        now[0] += STALE_SECONDS - 1
+        return old, await chosen(router, request(1))
+
+    assert asyncio.run(play()) == (None, ["a"])
 
 
 MISSING = {

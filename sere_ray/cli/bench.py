@@ -27,6 +27,7 @@ app.command("serving-overhead")(cli_serve.serving_overhead)
 app.command("dispatch")(bench_ranks.dispatch_bytes)
 app.command()(bench_ranks.scale)
 app.command("busiest-rank")(bench_ranks.busiest_rank)
+app.command("rank-time")(bench_ranks.rank_time)
 app.command("replicas")(bench_ranks.replica_reads)
 app.command()(bench_ranks.locality)
 

@@ -66,6 +66,21 @@ def busiest_rank(
     print(out)
 
 
+def rank_time(
+    results: Annotated[list[Path], typer.Argument(help="Files of `bench step-time` on GPUs.")],
+    out: Out,
+) -> None:
+    """Fit a + b x experts read to measured decode steps: what an expert costs, and the rest.
+
+    Example: sere-ray bench rank-time docs/results/step-time-h200.json --out rank-time.json
+    """
+    with user_errors():
+        from sere_ray.bench.rank_time import fit_rank_times
+
+        saver(out)({"rows": fit_rank_times(results)})
+    print(out)
+
+
 def replica_reads(out: Out) -> None:
     """Simulate copies of experts chosen by experts read, against vLLM's choice. Nothing is timed.
 

@@ -81,6 +81,9 @@ def prepare_process() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Do not build FlashInfer's sampler.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # Inductor ends its idle workers after a minute. The second engine's compilation began just then
+    # in one run on an H200, and never ended.
+    os.environ.setdefault("TORCHINDUCTOR_QUIESCE_ASYNC_COMPILE_POOL", "0")
 
 
 def gpu_engine(model: Model, streams: int, model_length: int) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from sere_ray.calibration.run import calibrate
 from sere_ray.evaluation.budget import Budget, Text
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
 from sere_ray.evaluation.grids import STRENGTH, Keys, Routing, listed, sweep, with_servers_floor
+from sere_ray.evaluation.settings import rules_of
 from sere_ray.evaluation.task_items import TASKS
 from sere_ray.evaluation.task_rows import Rows, loss_end, named, worst_tasks
 from sere_ray.evaluation.task_run import Measurement, TaskPlan
 from sere_ray.evaluation.tasks import answered, check_says_something, open_questions
-from sere_ray.rules import RULES
 from sere_ray.util.progress import progress
 
 LENGTH, PROMPT = 128, 64
@@ -107,9 +107,8 @@ class _Advisor:
 
     def __init__(self, folder: Folder, console: Console) -> None:
         self.folder, self.plan, self.console = folder, folder.plan, console
-        has = SimilarityArtifact.load(folder.artifact).statistics
-        known = next(iter(has.values()), {})
-        self.rules = [rule for rule in self.plan.rules if set(RULES[rule].statistics) <= set(known)]
+        known = rules_of(SimilarityArtifact.load(folder.artifact))
+        self.rules = [rule for rule in self.plan.rules if rule in known]
         self._evaluator: Evaluator | None = None
 
     @property

@@ -7,7 +7,7 @@ import typer
 
 from sere_ray.cli.common import Device, Model, TextColumn, console, names, share, user_errors
 
-_RULES = "sere,margin"
+_RULES = "sere,margin,spare"
 
 
 def advise(

@@ -186,7 +186,10 @@ def tune(
             "--by-rows/--one-setting", help="A setting for each range of batch sizes, or for all."
         ),
     ] = True,
-    rules: Annotated[str, typer.Option(help="Rules to choose among.")] = "sere,margin",
+    rules: Annotated[
+        str | None,
+        typer.Option(help="Rules to choose among [served ones that the artifact has data for]."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="JSON of all numbers to write.")] = None,
     sequences: Sequences = 128,
     length: Length = 128,
@@ -200,15 +203,19 @@ def tune(
     --check b.jsonl --max-task-loss 1% --batches 8,16,32 --out policy.yaml
     """
     with user_errors():
+        from sere_ray.artifact.similarity import SimilarityArtifact
         from sere_ray.evaluation.budget import Budget
-        from sere_ray.evaluation.settings import check_rules
+        from sere_ray.evaluation.settings import check_rules, rules_of
         from sere_ray.evaluation.tune import tune as run
         from sere_ray.evaluation.tune import write_policy
         from sere_ray.evaluation.tune_report import print_report
         from sere_ray.evaluation.tune_tasks import GATE, TaskBudget
         from sere_ray.util.results import write_result
 
-        chosen_rules = names(rules)
+        if rules is None:
+            chosen_rules = rules_of(SimilarityArtifact.load(similarity))
+        else:
+            chosen_rules = names(rules)
         check_rules(chosen_rules, served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.key import check_beside_start
@@ -161,6 +162,16 @@ def label(keys: dict[str, Any]) -> str:
 
 def _short(key: str, value: Any) -> Any:
     return Path(value).name if key == "masks" else value
+
+
+def rules_of(artifact: SimilarityArtifact) -> tuple[str, ...]:
+    """The served rules that an artifact has all statistics for."""
+    known = next(iter(artifact.statistics.values()), {})
+    return tuple(
+        name
+        for name in RULE_NAMES
+        if name != "none" and set(RULES[name].statistics) <= set(known)
+    )
 
 
 def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "--rules") -> None:

@@ -88,7 +88,7 @@ def test_an_artifact_that_is_gone_is_made_anew(folder):
 
 
 def test_where_nothing_keeps_the_loss_there_is_a_page_and_no_policy(tmp_path, has_words):
-    done = run(tmp_path, "--loss", "0.2%")
+    done = run(tmp_path, "--loss", "0.2%", "--rules", "sere,margin")
     assert done.exit_code == 2
     has_words(" ".join(done.output.split()), "--loss = 0.2%", "advice.html", "more text")
     assert "No setting was shown to keep 0.2%" in (tmp_path / "advice.html").read_text()

@@ -1,6 +1,7 @@
 """Grids are laid out by what a model's own routing reads, evenly routed or not."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.calibration.loading import load_model
 from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.grids import STRENGTH, Routing, grid, listed, rank_grid, with_strength
-from sere_ray.evaluation.settings import as_policy, label, looks_at_ranks
+from sere_ray.evaluation.settings import as_policy, label, looks_at_ranks, rules_of
 from sere_ray.evaluation.weight_statistics import ace_statistics
 from sere_ray.rules import RULES
 
@@ -139,3 +140,12 @@ def test_grids_of_ranks_are_laid_out_by_the_busiest(even):
     reads = [even.reads(keys, BATCH, 4) for keys in settings]
     assert reads == sorted(reads)
     assert reads[-1] - reads[0] > 0.6 * (even.places(BATCH, 4)[-1] - even.places(BATCH, 4)[1])
+
+
+def test_rules_to_choose_among_are_those_with_data():
+    """`tune` and `advise` leave out what the artifact cannot serve."""
+    some = dict.fromkeys(RULES["spare"].statistics, torch.zeros(4))
+    assert rules_of(SimpleNamespace(statistics={})) == ("sere", "margin")
+    assert rules_of(SimpleNamespace(statistics={0: some, 1: some})) == ("sere", "margin", "spare")
+    some.popitem()
+    assert rules_of(SimpleNamespace(statistics={0: some})) == ("sere", "margin")

@@ -13,7 +13,6 @@ from sere_ray.engine.kv_identity import kv_word, masks_digest, matrices_digest
 from sere_ray.engine.layer_checks import check_has_layer, check_input
 from sere_ray.engine.loaded import _check_layers, _check_router_weights
 from sere_ray.masks.served import check_beside
-from sere_ray.policy.capabilities import check_policy
 from sere_ray.policy.policy import Policy
 from sere_ray.util.errors import ArtifactError, PolicyError, UnsupportedError
 from tests.engine.conftest import artifact_path, sere_key
@@ -145,15 +144,6 @@ def test_files_are_checked_before_the_model_loads(moe, tmp_path, has_words):
             configure(moe, inside)
     finally:
         (moe / "m.safetensors").unlink()
-
-
-def test_a_gpu_refuses_masks(has_words):
-    for level in (0, 1):
-        policy = Policy.parse({**FILES, **MARGIN, "level": level})
-        check_policy(policy, on_gpu=False)
-        with pytest.raises(UnsupportedError) as caught:
-            check_policy(policy, on_gpu=True)
-        has_words(str(caught.value), "sere.masks = 'm.safetensors'", "leave masks and level out")
 
 
 @pytest.mark.parametrize("with_artifact", [True, False])

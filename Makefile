@@ -54,6 +54,8 @@ $(STAMP): $(PIN) constraints/install_cpu.py pyproject.toml
 	@test "$$(uname -s)" = Linux || { echo "error: sere-ray runs on Linux; use a container or WSL2"; exit 2; }
 	@$(PYTHON) -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "error: Python 3.11, 3.12 or 3.13 with venv is needed; set PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+	  { echo "error: libnuma.so.1 is not there, which vLLM links (Debian, Ubuntu: apt install libnuma1)"; exit 2; }
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  echo "no C++ compiler found (Debian: apt install g++): vLLM will run without its compiled graph"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -168,9 +168,7 @@ def rules_of(artifact: SimilarityArtifact) -> tuple[str, ...]:
     """The served rules that an artifact has all statistics for."""
     known = next(iter(artifact.statistics.values()), {})
     return tuple(
-        name
-        for name in RULE_NAMES
-        if name != "none" and set(RULES[name].statistics) <= set(known)
+        name for name in RULE_NAMES if name != "none" and set(RULES[name].statistics) <= set(known)
     )
 
 

@@ -154,8 +154,13 @@ class _Host:
         with self.lock:
             self.is_over.set()
             for process in self.running:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a command with all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], minutes: float | None) -> int | None:
@@ -166,8 +171,7 @@ def _wait(process: subprocess.Popen[bytes], minutes: float | None) -> int | None
         process.send_signal(signal.SIGABRT)  # Python's fault handler writes the stacks
         with suppress(subprocess.TimeoutExpired):
             process.wait(STACKS_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.wait()
         return None
 

@@ -1,7 +1,7 @@
 """The similarity artifact: one safetensors file with a matrix per MoE layer and its origin."""
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,19 +214,18 @@ class SimilarityArtifact:
         expected = self.metadata.router_fingerprint
         check_gate(layer, gate_weight, expected, path=path, other=other)
 
+    def lacking(self, names: Sequence[str]) -> list[str]:
+        """Groups of the named statistics that some layer has not."""
+        has = set.intersection(*(set(self.statistics.get(i, {})) for i in self.layers))
+        return [name for name, of in GROUPS.items() if set(of) & set(names) and not set(of) <= has]
+
     def check_has(self, names: tuple[str, ...], *, path: str, rule: str) -> None:
         """Refuse a rule that reads statistics which this artifact has not.
 
         Raises:
             ArtifactError: names the rule, what it reads, and the command that adds it.
         """
-        lacking = [
-            group
-            for group, of_group in GROUPS.items()
-            if set(of_group) & set(names)
-            and any(not set(of_group) <= set(self.statistics.get(i, {})) for i in self.layers)
-        ]
-        if lacking:
+        if lacking := self.lacking(names):
             raise ArtifactError(
                 f"{path}: rule {rule!r} reads {', '.join(names)}, which this artifact has not for "
                 f"every layer; `sere-ray calibrate MODEL --data TEXT --out {path} --statistics "

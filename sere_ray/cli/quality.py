@@ -203,20 +203,16 @@ def tune(
     --check b.jsonl --max-task-loss 1% --batches 8,16,32 --out policy.yaml
     """
     with user_errors():
-        from sere_ray.artifact.similarity import SimilarityArtifact
         from sere_ray.evaluation.budget import Budget
-        from sere_ray.evaluation.settings import check_rules, rules_of
+        from sere_ray.evaluation.settings import check_rules
         from sere_ray.evaluation.tune import tune as run
         from sere_ray.evaluation.tune import write_policy
         from sere_ray.evaluation.tune_report import print_report
         from sere_ray.evaluation.tune_tasks import GATE, TaskBudget
         from sere_ray.util.results import write_result
 
-        if rules is None:
-            chosen_rules = rules_of(SimilarityArtifact.load(similarity))
-        else:
-            chosen_rules = names(rules)
-        check_rules(chosen_rules, served=True)
+        chosen_rules = names(rules) if rules else None
+        check_rules(chosen_rules or (), served=True)
         text = (data, text_column, sequences, length, prompt)
         plan = _plan(model, similarity, text, batches, "1", device)
         of_tasks = None

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sere_ray.artifact.similarity import SimilarityArtifact
-from sere_ray.artifact.statistics import ALL_NAMES
 from sere_ray.calibration.collect import find_moe_layers, moe_shape
 from sere_ray.calibration.data import make_windows, open_texts
 from sere_ray.calibration.loading import (
@@ -25,11 +24,10 @@ from sere_ray.calibration.loading import (
 from sere_ray.evaluation.comparison import Point
 from sere_ray.evaluation.decode_batches import DecodeBatches, Measured
 from sere_ray.evaluation.lda import Moments, Repair
-from sere_ray.evaluation.settings import Setting, as_policy, label
+from sere_ray.evaluation.settings import Setting, as_policy, label, rules_of, statistics_of
 from sere_ray.evaluation.weight_statistics import ace_statistics
 from sere_ray.masks.artifact import MasksArtifact
 from sere_ray.policy.bound import BoundPolicy
-from sere_ray.rules import RULES
 from sere_ray.util.errors import DataError, SereError
 from sere_ray.util.progress import progress
 
@@ -101,9 +99,9 @@ class Evaluator:
         plan.check()
         self.plan = plan
         self.artifact = SimilarityArtifact.load(plan.similarity)
-        self.rules = self._allowed() if rules is None else rules
+        self.rules = rules_of(self.artifact) if rules is None else rules
         for rule in self.rules:
-            self.artifact.check_has(_of_text(rule), path=str(plan.similarity), rule=rule)
+            self.artifact.check_has(statistics_of(rule), path=str(plan.similarity), rule=rule)
         empty = torch.empty(0, plan.length, dtype=torch.long)
         windows = self.windows(plan.data) if plan.sequences else empty
         device = pick_device(plan.device)
@@ -127,11 +125,6 @@ class Evaluator:
         """Those that settings named so far, by path."""
         self._repairs: dict[tuple[str, int], Repair] = {}
         self._fitted_on: list[DecodeBatches] = []
-
-    def _allowed(self) -> tuple[str, ...]:
-        """Rules that change something and read nothing which the artifact lacks."""
-        has = self.artifact.statistics.get(min(self.artifact.layers), {})
-        return tuple(r for r in RULES if r != "none" and set(_of_text(r)) <= has.keys())
 
     def windows(self, data: str, sequences: int | None = None) -> Tensor:
         """``[sequences, length]`` token ids; every window is whole.
@@ -261,11 +254,6 @@ class Evaluator:
             self.statistics,
             self.masks,
         )
-
-
-def _of_text(rule: str) -> tuple[str, ...]:
-    """The statistics that a rule reads and calibration makes."""
-    return tuple(name for name in RULES[rule].statistics if name in ALL_NAMES)
 
 
 def check_artifact(artifact: SimilarityArtifact, model: PreTrainedModel, path: str) -> None:

@@ -1,6 +1,6 @@
 """Settings of rules as the evaluator takes them, those that engines do not serve included."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from sere_ray.artifact.similarity import SimilarityArtifact
+from sere_ray.artifact.statistics import ALL_NAMES
 from sere_ray.artifact.strength import Strength
 from sere_ray.policy.bound import BoundPolicy
 from sere_ray.policy.key import check_beside_start
@@ -164,12 +165,14 @@ def _short(key: str, value: Any) -> Any:
     return Path(value).name if key == "masks" else value
 
 
-def rules_of(artifact: SimilarityArtifact) -> tuple[str, ...]:
-    """The served rules that an artifact has all statistics for."""
-    known = next(iter(artifact.statistics.values()), {})
-    return tuple(
-        name for name in RULE_NAMES if name != "none" and set(RULES[name].statistics) <= set(known)
-    )
+def statistics_of(rule: str) -> tuple[str, ...]:
+    """The statistics that a rule reads and calibration makes."""
+    return tuple(name for name in RULES[rule].statistics if name in ALL_NAMES)
+
+
+def rules_of(artifact: SimilarityArtifact, among: Iterable[str] = RULES) -> tuple[str, ...]:
+    """Rules that change something and read nothing which an artifact lacks."""
+    return tuple(r for r in among if r != "none" and not artifact.lacking(statistics_of(r)))
 
 
 def check_rules(names: tuple[str, ...], *, served: bool = False, option: str = "--rules") -> None:

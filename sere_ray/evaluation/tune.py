@@ -22,8 +22,10 @@ from rich.console import Console
 from sere_ray.evaluation.budget import Budget, Candidate, Text
 from sere_ray.evaluation.evaluator import EvaluationPlan, Evaluator
 from sere_ray.evaluation.search import best_setting
+from sere_ray.evaluation.settings import rules_of
 from sere_ray.evaluation.task_rows import Rows, loss_end
 from sere_ray.evaluation.tune_tasks import TaskBudget, TaskText, best_by_tasks, teller
+from sere_ray.policy.policy import RULE_NAMES
 from sere_ray.policy.row_ranges import MOST_RANGES
 from sere_ray.util.errors import SereError
 from sere_ray.util.files import atomic_path
@@ -34,7 +36,7 @@ def tune(
     plan: EvaluationPlan,
     check_data: str,
     budget: Budget,
-    rules: tuple[str, ...],
+    rules: tuple[str, ...] | None,
     console: Console,
     *,
     by_rows: bool,
@@ -46,7 +48,7 @@ def tune(
         plan: model and text to choose on; its batch sizes are those that must keep the budget.
         check_data: a second text.
         budget: what may be lost.
-        rules: names of the rules to choose among.
+        rules: names of the rules to choose among; None = served ones that the artifact allows.
         console: where progress goes.
         by_rows: a setting for each range of batch sizes, or else one for all.
         of_tasks: what tasks may lose; None = the budget decides alone.
@@ -64,6 +66,7 @@ def tune(
             "one setting for more rows; name fewer, or use --one-setting"
         )
     evaluator = Evaluator(plan)
+    rules = rules or rules_of(evaluator.artifact, RULE_NAMES)
     text, tell = Text(evaluator, plan.data, budget), teller(console)
     tasks = TaskText(evaluator, plan.data, of_tasks, 0, tell) if of_tasks else None
     second_tasks = TaskText(evaluator, check_data, of_tasks, 1, tell) if of_tasks else None

@@ -1,13 +1,13 @@
 """Grids are laid out by what a model's own routing reads, evenly routed or not."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sere_ray import assets
+from sere_ray.artifact.similarity import SimilarityArtifact
 from sere_ray.bench.demo_model import heldout_windows
 from sere_ray.calibration.collect import find_moe_layers
 from sere_ray.calibration.loading import load_model
@@ -15,6 +15,7 @@ from sere_ray.evaluation.decode_batches import DecodeBatches
 from sere_ray.evaluation.grids import STRENGTH, Routing, grid, listed, rank_grid, with_strength
 from sere_ray.evaluation.settings import as_policy, label, looks_at_ranks, rules_of
 from sere_ray.evaluation.weight_statistics import ace_statistics
+from sere_ray.policy.policy import RULE_NAMES
 from sere_ray.rules import RULES
 
 TOP_K, BATCH, EXPERTS, LIKED = 4, 16, 48, 12
@@ -145,7 +146,13 @@ def test_grids_of_ranks_are_laid_out_by_the_busiest(even):
 def test_rules_to_choose_among_are_those_with_data():
     """`tune` and `advise` leave out what the artifact cannot serve."""
     some = dict.fromkeys(RULES["spare"].statistics, torch.zeros(4))
-    assert rules_of(SimpleNamespace(statistics={})) == ("sere", "margin")
-    assert rules_of(SimpleNamespace(statistics={0: some, 1: some})) == ("sere", "margin", "spare")
+
+    def rules(statistics):
+        layers = dict.fromkeys((0, 1), torch.eye(4))
+        return rules_of(SimilarityArtifact(layers, None, statistics), RULE_NAMES)
+
+    assert rules({}) == ("sere", "margin")
+    assert rules({0: some, 1: some}) == ("sere", "margin", "spare")
+    assert rules({0: some}) == ("sere", "margin"), "a layer has none"
     some.popitem()
-    assert rules_of(SimpleNamespace(statistics={0: some})) == ("sere", "margin")
+    assert rules({0: some, 1: some}) == ("sere", "margin")
